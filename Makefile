@@ -1,0 +1,38 @@
+# make quickstart | make test: set up .venv and run. Every target works from a fresh clone.
+PYTHON ?= python3
+VENV ?= .venv
+BIN := $(VENV)/bin
+
+.PHONY: quickstart test check test-latest-jax clean
+
+quickstart: $(VENV)/.installed
+	$(BIN)/flexmoe quickstart --out runs/quickstart
+
+test: $(VENV)/.installed
+	$(BIN)/python -m pytest -n 2 --dist worksteal
+
+# Formatting, lint, types, tests: what a change must pass.
+check: $(VENV)/.installed
+	$(BIN)/ruff format --check .
+	$(BIN)/ruff check .
+	$(BIN)/mypy
+	$(MAKE) test
+
+# The tests that need no torch, on the newest Python here that has a newer jax, with the newest releases it resolves to.
+LATEST_PYTHON ?= python3.12
+test-latest-jax: .venv-latest/.installed
+	.venv-latest/bin/python -m pytest -n 2 --dist worksteal -m "not torch"
+
+$(VENV)/.installed: pyproject.toml requirements.lock
+	$(PYTHON) -m venv $(VENV)
+	$(BIN)/python -m pip install --quiet --disable-pip-version-check -r requirements.lock
+	$(BIN)/python -m pip install --quiet --disable-pip-version-check --no-deps -e .
+	touch $@
+
+.venv-latest/.installed: pyproject.toml
+	$(LATEST_PYTHON) -m venv .venv-latest
+	.venv-latest/bin/python -m pip install --quiet --disable-pip-version-check -e . pytest pytest-xdist hypothesis tiktoken
+	touch $@
+
+clean:
+	rm -rf $(VENV) .venv-latest

@@ -1,0 +1,142 @@
+"""The library's front door: open a model directory, choose experts, get logits, text and scores."""
+
+import dataclasses
+import functools
+import pathlib
+from collections.abc import Iterable
+
+import jax
+import jax.numpy as jnp
+
+from flexmoe_jax import tree
+from flexmoe_jax.artifacts.model_dir import load_params, open_model
+from flexmoe_jax.config import ModelConfig
+from flexmoe_jax.data.tokenizer import Tokenizer, load_tokenizer
+from flexmoe_jax.errors import DataError
+from flexmoe_jax.evaluate.perplexity import Score, score
+from flexmoe_jax.infer.generate import generate
+from flexmoe_jax.infer.sampling import Sampling
+from flexmoe_jax.model.transformer import forward
+
+
+@dataclasses.dataclass(frozen=True, eq=False)
+class Model:
+    """A model in memory. `params` is the whole tree with named experts; `top_k` the experts active per token.
+
+    `select` and `without` return the model that never had the other experts: the same arrays, run by the same code as a
+    model merged without them, so its outputs are bit-identical (method: compaction, never masking).
+    """
+
+    config: ModelConfig
+    params: tree.Params
+    tokenizer: Tokenizer
+    wanted_top_k: int | None = None
+
+    @property
+    def experts(self) -> tuple[str, ...]:
+        """Names in canonical order: `public` first, then alphabetical."""
+        return tree.canonical_order(self.params["experts"])
+
+    @property
+    def top_k(self) -> int:
+        """Experts active per token: the wanted number, at most as many as there are."""
+        return min(self.wanted_top_k or len(self.experts), len(self.experts))
+
+    def select(self, names: Iterable[str]) -> "Model":
+        """The model of only these experts."""
+        return dataclasses.replace(self, params=tree.select(self.params, names))
+
+    def without(self, *names: str) -> "Model":
+        """The model that never had these experts."""
+        return dataclasses.replace(self, params=tree.without(self.params, *names))
+
+    def logits(self, tokens) -> jax.Array:
+        """Integer token ids [T] or [B, T] -> float32 logits [T, V] or [B, T, V]."""
+        tokens = jnp.asarray(tokens)
+        if tokens.ndim not in (1, 2) or not jnp.issubdtype(tokens.dtype, jnp.integer) or tokens.size == 0:
+            raise DataError(
+                f"tokens have shape {tokens.shape} and dtype {tokens.dtype}", "give integer ids [T] or [B, T]"
+            )
+        if tokens.shape[-1] > self.config.max_seq_len:
+            raise DataError(
+                f"{tokens.shape[-1]} tokens exceed the model's {self.config.max_seq_len}", "give a shorter sequence"
+            )
+        if int(tokens.min()) < 0 or int(tokens.max()) >= self.config.vocab_size:
+            raise DataError(
+                f"token ids range from {int(tokens.min())} to {int(tokens.max())}, the vocabulary has "
+                f"{self.config.vocab_size}",
+                "encode the text with this model's own tokenizer",
+            )
+        return _logits(self.config, self.top_k, self._dispatch, self._stacked, jnp.atleast_2d(tokens)).reshape(
+            *tokens.shape, -1
+        )
+
+    def generate(
+        self,
+        prompt: str,
+        *,
+        experts: Iterable[str] | None = None,
+        max_new_tokens: int = 64,
+        temperature: float = 0.0,
+        top_k: int | None = None,
+        top_p: float | None = None,
+        seed: int = 0,
+    ) -> str:
+        """Continues `prompt`, with only `experts` if given; `top_k` and `top_p` restrict the sampled tokens."""
+        if experts is not None:
+            return self.select(experts).generate(
+                prompt, max_new_tokens=max_new_tokens, temperature=temperature, top_k=top_k, top_p=top_p, seed=seed
+            )
+        ids = self.tokenizer.encode(prompt) or [self.tokenizer.eos_id]
+        (row,) = generate(
+            self.config,
+            self._stacked,
+            [ids],
+            max_new_tokens=max_new_tokens,
+            eos_id=self.tokenizer.eos_id,
+            sampling=Sampling(temperature, top_k, top_p),
+            seed=seed,
+            top_k=self.top_k,
+            dispatch=self._dispatch,
+        )
+        return self.tokenizer.decode(row)
+
+    def score(self, texts: list[str], *, seq_len: int | None = None, stride: int | None = None, **kwargs) -> Score:
+        """Bits per byte and routed shares of `texts`; windows of `max_seq_len`, moved by half of it, unless told."""
+        seq_len = seq_len or self.config.max_seq_len
+        return score(
+            self.config,
+            self._stacked,
+            texts,
+            self.tokenizer,
+            seq_len=seq_len,
+            stride=stride or max(seq_len // 2, 1),
+            top_k=self.top_k,
+            dispatch=self._dispatch,
+            **kwargs,
+        )
+
+    @functools.cached_property
+    def _stacked(self) -> tree.Params:
+        """The run-time form: experts stacked, once per selection."""
+        return {
+            **jax.tree.map(jnp.asarray, {"trunk": self.params["trunk"]}),
+            "experts": tree.stack(self.params["experts"]),
+        }
+
+    @property
+    def _dispatch(self) -> str:
+        return "sparse" if self.top_k < len(self.experts) else "dense"
+
+
+def load(path: str | pathlib.Path) -> Model:
+    """Opens a model directory; every digest is checked before anything is used."""
+    directory = open_model(pathlib.Path(path))
+    return Model(
+        directory.config, load_params(directory), load_tokenizer(str(directory.tokenizer_path)), directory.top_k
+    )
+
+
+@functools.partial(jax.jit, static_argnums=(0, 1, 2))
+def _logits(config, top_k, dispatch, params, tokens_BT):
+    return forward(config, params, tokens_BT, top_k=top_k, dispatch=dispatch).logits_BTV

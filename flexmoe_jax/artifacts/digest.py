@@ -1,0 +1,180 @@
+"""Digests of files and arrays, and the JSON files that carry them.
+
+A *sealed* JSON file is an object with a `digest` field: the sha256 of the canonical JSON of all its other fields. Its bytes are
+a function of its value alone, and no other bytes are accepted, so that any altered byte is noticed.
+"""
+
+import hashlib
+import json
+import os
+import pathlib
+import stat
+from typing import Any
+
+import numpy as np
+
+from flexmoe_jax.config import digest
+from flexmoe_jax.errors import ArtifactError
+
+MAX_JSON_BYTES = 64 << 20
+
+
+def sha256_file(path: pathlib.Path) -> str:
+    """sha256 (hex) of a file, read as a stream."""
+    with open(path, "rb") as file:
+        return hashlib.file_digest(file, "sha256").hexdigest()
+
+
+def sha256_array(array: np.ndarray) -> str:
+    """sha256 (hex) of an array's little-endian C-order bytes; its dtype and shape are recorded beside the digest."""
+    flat = np.ascontiguousarray(array).reshape(-1)
+    return hashlib.sha256(flat.astype(flat.dtype.newbyteorder("<"), copy=False).view(np.uint8)).hexdigest()
+
+
+def list_files(folder: pathlib.Path) -> tuple[dict[str, int], list[str]]:
+    """({relative path: size} of the regular files under `folder`, relative paths of everything else).
+
+    Everything else: links, devices, sockets, and directories that hold nothing. Links are not followed.
+    """
+    files: dict[str, int] = {}
+    others: list[str] = []
+    for parent, subfolders, names in os.walk(folder):
+        for name in sorted((*subfolders, *names)):
+            path = pathlib.Path(parent, name)
+            relative, status = path.relative_to(folder).as_posix(), path.lstat()
+            if stat.S_ISREG(status.st_mode):
+                files[relative] = status.st_size
+            elif not stat.S_ISDIR(status.st_mode) or not any(path.iterdir()):
+                others.append(relative)
+    return dict(sorted(files.items())), sorted(others)
+
+
+def digest_files(folder: pathlib.Path) -> dict[str, dict[str, Any]]:
+    """{relative path: {"size", "sha256"}} of every regular file under `folder`."""
+    return {name: {"size": size, "sha256": sha256_file(folder / name)} for name, size in list_files(folder)[0].items()}
+
+
+def is_sha256(value) -> bool:
+    """Whether `value` is a sha256 in lower-case hexadecimal."""
+    return isinstance(value, str) and len(value) == 64 and set(value) <= set("0123456789abcdef")
+
+
+def write_bytes(path: pathlib.Path, content: bytes) -> None:
+    """Writes a file so that a reader, or a crash at any moment, sees the old content or the new, never a part."""
+    path = pathlib.Path(path)
+    partial = path.with_name(f".{path.name}.partial")
+    with open(partial, "wb") as file:
+        file.write(content)
+        file.flush()
+        os.fsync(file.fileno())
+    os.replace(partial, path)
+    sync_directory(path.parent)
+
+
+def sync_directory(path: pathlib.Path) -> None:
+    """Makes renames and deletions inside the directory `path` durable."""
+    descriptor = os.open(path, os.O_RDONLY | os.O_DIRECTORY)
+    try:
+        os.fsync(descriptor)
+    finally:
+        os.close(descriptor)
+
+
+def json_bytes(value) -> bytes:
+    """Readable JSON: sorted keys, two spaces, a newline at the end. The same value always gives the same bytes."""
+    return (json.dumps(value, indent=2, sort_keys=True, ensure_ascii=False, allow_nan=False) + "\n").encode()
+
+
+def write_json(path: pathlib.Path, value) -> None:
+    """Writes `value` as readable JSON, atomically."""
+    write_bytes(path, json_bytes(value))
+
+
+def parse_json(raw: bytes, where) -> dict[str, Any]:
+    """A JSON object from `raw`; doubled keys, NaN, anything but an object, and over 64 MiB are ArtifactErrors."""
+    if len(raw) > MAX_JSON_BYTES:
+        raise ArtifactError(f"{where} has over {MAX_JSON_BYTES} bytes", "this is not a file this library wrote")
+    try:
+        value = json.loads(raw.decode(), object_pairs_hook=_no_doubled_keys, parse_constant=_no_constant)
+    except (ValueError, RecursionError) as error:
+        raise ArtifactError(f"{where} is not valid JSON: {error}", "restore the file from its source") from error
+    if not isinstance(value, dict):
+        raise ArtifactError(f"{where} holds a {type(value).__name__}, not an object", "restore it from its source")
+    return value
+
+
+def read_bytes(path: pathlib.Path, limit: int = MAX_JSON_BYTES) -> bytes:
+    """A regular file of at most `limit` bytes; a link, a missing or a longer file is an ArtifactError."""
+    try:
+        with open(os.open(path, os.O_RDONLY | os.O_NOFOLLOW | os.O_NONBLOCK), "rb") as file:
+            raw = file.read(limit + 1)
+    except OSError as error:
+        raise ArtifactError(f"{path} cannot be read: {error.strerror}", "give the directory that holds it") from error
+    if len(raw) > limit:
+        raise ArtifactError(f"{path} has over {limit} bytes", "this is not a file this library wrote")
+    return raw
+
+
+def seal(value: dict) -> dict:
+    """`value` with its `digest` field."""
+    return {**value, "digest": digest(value)}
+
+
+def check_seal(value: dict, where) -> dict:
+    """`value` if its `digest` field is right."""
+    found, expected = value.get("digest"), digest({key: v for key, v in value.items() if key != "digest"})
+    if found != expected:
+        raise ArtifactError(
+            f"{where} was altered: it states the digest {found} and has {expected}", "restore it from its source"
+        )
+    return value
+
+
+def write_sealed(path: pathlib.Path, value: dict) -> str:
+    """Writes `value` sealed, atomically; returns the digest."""
+    sealed = seal(value)
+    write_json(path, sealed)
+    return sealed["digest"]
+
+
+def read_sealed(path: pathlib.Path) -> dict[str, Any]:
+    """The object that `write_sealed` wrote, with its `digest`; any altered byte is an ArtifactError."""
+    raw = read_bytes(path)
+    value = check_seal(parse_json(raw, path), path)
+    if json_bytes(value) != raw:
+        raise ArtifactError(f"{path} is not in canonical form", "restore it from its source, do not edit it")
+    return value
+
+
+def check_fields(value: dict, fields: dict[str, type], where) -> None:
+    """Raises unless the object has exactly these keys, with values of exactly these types."""
+    for name in sorted({*value, *fields}):
+        if name not in value or name not in fields:
+            problem = "is missing" if name in fields else "is not known"
+            raise ArtifactError(f"{where}: the key {name!r} {problem}", "it was not written by this version")
+        if type(value[name]) is not fields[name]:
+            raise ArtifactError(
+                f"{where}: {name} is a {type(value[name]).__name__}, not a {fields[name].__name__}",
+                "restore it from its source",
+            )
+
+
+def check_format(value: dict, known: str, where) -> None:
+    """Raises unless the object states the format this code reads."""
+    if value.get("format") != known:
+        raise ArtifactError(
+            f"{where} has the format {value.get('format')!r}, this version reads {known!r}",
+            "use the version of flexmoe_jax that wrote it",
+        )
+
+
+def _no_doubled_keys(pairs):
+    value = dict(pairs)
+    if len(value) != len(pairs):
+        names = [name for name, _ in pairs]
+        raise ValueError(f"the key {next(n for n in names if names.count(n) > 1)!r} is given twice")
+    return value
+
+
+def _no_constant(name):
+    raise ValueError(f"the number {name} is not JSON")

@@ -1,0 +1,1 @@
+"""The command line: the only place for flags, ConfigDicts and print. Floor 5."""

@@ -1,0 +1,68 @@
+"""`flexmoe VERB ...`: finds the verb's module, imports only that, and turns mendable errors into exit code 1."""
+
+import importlib
+import sys
+
+from flexmoe_jax.errors import FlexMoEError, did_you_mean
+
+# verb: (module under flexmoe_jax.cli, what it does). The function is the verb's name with '_' for '-'.
+VERBS = {
+    "quickstart": ("quickstart", "everything on one machine: train, merge, evaluate, opt out, prove it"),
+    "data": ("data", "build, inspect or tokenise documents"),
+    "embed": ("data", "domain embedding of a folder of documents (the start of a router row)"),
+    "pretrain": ("train", "train the public model"),
+    "train": ("train", "train one owner's expert beside the frozen public model"),
+    "merge": ("models", "join a public model and experts into one model"),
+    "optout": ("models", "remove an expert from a model, exactly"),
+    "replace": ("models", "put a new version of an expert in its place"),
+    "inspect": ("models", "show what a package or a model holds"),
+    "verify": ("models", "check every digest of a package or a model"),
+    "eval": ("evaluate", "held-out bits per byte and routed shares, for any subset of experts"),
+    "generate": ("generate", "continue a prompt"),
+}
+EXIT_REFUSED, EXIT_USAGE, EXIT_INTERRUPTED = 1, 2, 130
+
+
+def main(argv: list[str] | None = None) -> int:
+    """Runs one verb; returns 0, 1 (refused, with reason and remedy), 2 (usage), 75 (stopped by SIGTERM, saved), 130."""
+    argv = sys.argv[1:] if argv is None else argv
+    if not argv or argv[0] in ("-h", "--help"):
+        print(_help())
+        return 0 if argv else EXIT_USAGE
+    if argv[0] == "--version":
+        from flexmoe_jax import __version__
+
+        print(f"flexmoe {__version__}")
+        return 0
+    verb, *rest = argv
+    if verb not in VERBS:
+        print(f"flexmoe: unknown verb {verb!r}: {did_you_mean(verb, VERBS)}", file=sys.stderr)
+        return EXIT_USAGE
+    try:
+        module = importlib.import_module(f"flexmoe_jax.cli.{VERBS[verb][0]}")
+        return getattr(module, verb.replace("-", "_"))(rest) or 0
+    except FlexMoEError as error:
+        print(f"flexmoe {verb}: {error}", file=sys.stderr)
+        return error.exit_code
+    except KeyboardInterrupt:
+        print(f"flexmoe {verb}: interrupted", file=sys.stderr)
+        return EXIT_INTERRUPTED
+    except BrokenPipeError:
+        sys.stderr.close()
+        return EXIT_REFUSED
+
+
+def _help() -> str:
+    width = max(map(len, VERBS))
+    verbs = "\n".join(f"  {verb:{width}}  {text}" for verb, (_, text) in VERBS.items())
+    return (
+        "usage: flexmoe VERB ...\n\n"
+        "Language models whose parts belong to different data owners.\n\n"
+        f"{verbs}\n\n"
+        "flexmoe VERB --help shows a verb's arguments with an example. Exit codes: 0 done, 1 refused (with the reason\n"
+        "and a remedy), 2 usage, 75 stopped by SIGTERM with the state saved (run again to go on)."
+    )
+
+
+if __name__ == "__main__":
+    sys.exit(main())

@@ -1,0 +1,46 @@
+"""`flexmoe pretrain` and `flexmoe train`: one command per role, driven by an experiment file."""
+
+import sys
+
+from flexmoe_jax.cli.configs import parse_run
+from flexmoe_jax.errors import ConfigError
+
+_HELP = """usage: flexmoe {verb} --config=experiments/FILE.py[:ARG] [--config.KEY=VALUE ...]
+
+{what}
+
+Every key of the experiment's configuration can be overridden. The run directory (config.out) is resumed when it exists
+and belongs to the same configuration and data, and refused with the differences shown otherwise. SIGTERM saves and
+exits with code 75.
+
+example:
+  {example}"""
+
+
+def pretrain(argv: list[str]) -> int:
+    """Trains the public model; prints the model directory."""
+    what = "Trains the public model: trunk and public expert, densely, on public data."
+    example = "flexmoe pretrain --config=experiments/quickstart_public.py --config.optimizer.lr=1e-3"
+    return _run(argv, "pretrain", what, example, public=True)
+
+
+def train(argv: list[str]) -> int:
+    """Trains one owner's expert; prints the package directory."""
+    what = "Trains one owner's expert beside the frozen public model, on the owner's own data."
+    example = "flexmoe train --config=experiments/quickstart_expert.py:news --config.data=data --config.public=public"
+    return _run(argv, "train", what, example, public=False)
+
+
+def _run(argv, verb, what, example, *, public: bool) -> int:
+    if not argv or "-h" in argv or "--help" in argv:
+        print(_HELP.format(verb=verb, what=what, example=example))
+        return 0 if argv else 2
+    run = parse_run(argv, verb)
+    if run.is_public != public:
+        other = "train" if public else "pretrain"
+        raise ConfigError(f"config.owner is {run.owner!r}: not a run of flexmoe {verb}", f"use flexmoe {other}")
+    from flexmoe_jax.train.loop import train
+
+    product = train(run, report=lambda line: print(line, file=sys.stderr, flush=True))
+    print(product)
+    return 0

@@ -1,0 +1,181 @@
+"""Frozen configurations, and the one way from a plain mapping to them.
+
+Plain Python: nothing here imports JAX, so that the command line can check a configuration before it starts anything.
+"""
+
+import dataclasses
+import hashlib
+import json
+import types
+import typing
+from collections.abc import Mapping
+
+from flexmoe_jax.errors import ConfigError, did_you_mean
+
+
+@dataclasses.dataclass(frozen=True)
+class ModelConfig:
+    """Shape of a FlexMoE decoder (method: FlexOlmo, arXiv 2507.07024, section 3; OLMo-2 blocks).
+
+    The defaults are the OLMo-2/FlexOlmo block. Llama-style anchors set `pre_norm=True, qk_norm=False`.
+    """
+
+    vocab_size: int
+    num_layers: int
+    d_model: int
+    num_heads: int
+    num_kv_heads: int
+    head_dim: int
+    d_ff: int
+    max_seq_len: int
+    rope_theta: float = 5e5
+    norm_eps: float = 1e-6
+    pre_norm: bool = False
+    qk_norm: bool = True
+    tie_embeddings: bool = False
+
+    def __post_init__(self):
+        sizes = ("vocab_size", "num_layers", "d_model", "num_heads", "num_kv_heads", "head_dim", "d_ff", "max_seq_len")
+        for name in sizes:
+            if getattr(self, name) < 1:
+                raise ConfigError(f"model.{name} is {getattr(self, name)}", "give a size of at least 1")
+        if self.num_heads % self.num_kv_heads:
+            raise ConfigError(
+                f"model.num_heads {self.num_heads} is not a multiple of model.num_kv_heads {self.num_kv_heads}",
+                "every key/value head serves the same number of query heads: change one of the two",
+            )
+        if self.head_dim % 2:
+            raise ConfigError(f"model.head_dim is {self.head_dim}", "rotary embeddings need an even head size")
+
+
+@dataclasses.dataclass(frozen=True)
+class OptimizerConfig:
+    """AdamW with linear warm-up and cosine decay (paper section 4; reference training scripts)."""
+
+    lr: float = 9e-4
+    warmup_steps: int = 2000
+    end_lr_fraction: float = 0.1
+    b1: float = 0.9
+    b2: float = 0.95
+    eps: float = 1e-8
+    weight_decay: float = 0.0
+    clip_norm: float = 1.0
+
+
+@dataclasses.dataclass(frozen=True)
+class RunConfig:
+    """One training run: the public model (`owner="public"`) or one owner's expert (any other name).
+
+    Paths are strings. `batch_size` is sequences per optimizer step, split into `accumulation` equal microbatches.
+    """
+
+    owner: str
+    data: str
+    out: str
+    steps: int
+    batch_size: int
+    seq_len: int
+    model: ModelConfig | None = None
+    public: str = ""
+    domain_vector: str = ""
+    tokenizer: str = "cl100k:8192"
+    optimizer: OptimizerConfig = OptimizerConfig()
+    accumulation: int = 1
+    z_loss: float = 1e-5
+    router_z_loss: float = 1e-3
+    router_scale: float = 1.0
+    compute_dtype: str = "float32"
+    remat: bool = False
+    seed: int = 0
+    log_every: int = 10
+    save_every: int = 500
+    save_minutes: float = 10.0
+    keep_checkpoints: int = 2
+    max_bad_steps: int = 10
+    licence: str = ""
+    contact: str = ""
+
+    @property
+    def is_public(self) -> bool:
+        return self.owner == "public"
+
+    def __post_init__(self):
+        for name in ("steps", "batch_size", "seq_len", "accumulation", "log_every", "save_every", "max_bad_steps"):
+            if getattr(self, name) < 1:
+                raise ConfigError(f"config.{name} is {getattr(self, name)}", "give a number of at least 1")
+        if self.batch_size % self.accumulation:
+            raise ConfigError(
+                f"config.batch_size {self.batch_size} is not a multiple of config.accumulation {self.accumulation}",
+                "microbatches are equal: change one of the two",
+            )
+        if self.compute_dtype not in ("float32", "bfloat16"):
+            raise ConfigError(f"config.compute_dtype is {self.compute_dtype!r}", "use 'float32' or 'bfloat16'")
+        if self.is_public and self.model is None:
+            raise ConfigError("config.model is missing", "a public run defines the model's shape")
+        if not self.is_public and not self.public:
+            raise ConfigError(
+                f"config.public is empty in the run of owner {self.owner!r}",
+                "an expert is trained beside a public model: set config.public to its directory",
+            )
+
+
+def from_mapping(cls, values: Mapping, where: str = "config"):
+    """Builds the frozen dataclass `cls` from a nested mapping; unknown, missing and mistyped keys are ConfigErrors."""
+    fields = {f.name: f for f in dataclasses.fields(cls)}
+    hints = typing.get_type_hints(cls)
+    for key in values:
+        if key not in fields:
+            raise ConfigError(f"unknown key {where}.{key}", did_you_mean(key, fields))
+    for name, field in fields.items():
+        if name not in values and field.default is dataclasses.MISSING:
+            raise ConfigError(f"{where}.{name} is not set", f"add {where}.{name} ({_type_name(hints[name])})")
+    return cls(**{key: _convert(hints[key], value, f"{where}.{key}") for key, value in values.items()})
+
+
+def to_mapping(config) -> dict:
+    """The inverse of `from_mapping`: plain nested dictionaries of JSON values."""
+    return dataclasses.asdict(config)
+
+
+def digest(value) -> str:
+    """sha256 (hex) of the canonical JSON form of `value`: sorted keys, no spaces."""
+    if dataclasses.is_dataclass(value) and not isinstance(value, type):
+        value = to_mapping(value)
+    return hashlib.sha256(canonical_json(value)).hexdigest()
+
+
+def canonical_json(value) -> bytes:
+    """The one byte form of a JSON value that digests and signatures are taken over."""
+    return json.dumps(value, sort_keys=True, separators=(",", ":"), ensure_ascii=False, allow_nan=False).encode()
+
+
+def differences(ours: Mapping, theirs: Mapping, prefix: str = "") -> list[str]:
+    """Lines `key: ours != theirs` for every leaf where two nested mappings differ."""
+    lines = []
+    for key in sorted({*ours, *theirs}):
+        a, b = ours.get(key), theirs.get(key)
+        if isinstance(a, Mapping) and isinstance(b, Mapping):
+            lines += differences(a, b, f"{prefix}{key}.")
+        elif a != b:
+            lines.append(f"{prefix}{key}: {a!r} != {b!r}")
+    return lines
+
+
+def _convert(hint, value, where: str):
+    options = typing.get_args(hint) if isinstance(hint, types.UnionType) else (hint,)
+    if value is None and type(None) in options:
+        return None
+    kind = next(o for o in options if o is not type(None))
+    if dataclasses.is_dataclass(kind):
+        if not isinstance(value, Mapping):
+            raise ConfigError(f"{where} is {value!r}", "give a nested section of keys")
+        return from_mapping(kind, value, where)
+    if kind is float and type(value) is int:
+        return float(value)
+    if type(value) is not kind:
+        raise ConfigError(f"{where} is {value!r} ({type(value).__name__})", f"give a value of type {kind.__name__}")
+    return value
+
+
+def _type_name(hint) -> str:
+    return getattr(hint, "__name__", str(hint))

@@ -1,0 +1,78 @@
+"""Held-out bits per byte, and the routed share of every expert on the same tokens."""
+
+import dataclasses
+import functools
+import math
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+
+from flexmoe_jax.config import ModelConfig
+from flexmoe_jax.data.pipeline import scoring_batches
+from flexmoe_jax.data.tokenizer import Tokenizer
+from flexmoe_jax.errors import DataError
+from flexmoe_jax.model.router import route, route_uniform
+from flexmoe_jax.model.transformer import forward
+from flexmoe_jax.tree import Params
+
+
+@dataclasses.dataclass(frozen=True)
+class Score:
+    """Of one set of documents. `nats_D` float64 and `bytes_D` int64 are per document.
+
+    `share_LE` float64 is each layer's mean routed weight per expert (canonical order), normalised over the active
+    experts, so that every layer sums to one.
+    """
+
+    nats_D: np.ndarray
+    bytes_D: np.ndarray
+    tokens: int
+    share_LE: np.ndarray
+
+    @property
+    def bits_per_byte(self) -> float:
+        return float(self.nats_D.sum() / math.log(2) / self.bytes_D.sum())
+
+
+def score(
+    config: ModelConfig,
+    params: Params,
+    texts: list[str],
+    tokenizer: Tokenizer,
+    *,
+    seq_len: int,
+    stride: int,
+    batch_size: int = 16,
+    top_k: int | None = None,
+    dispatch: str = "dense",
+    uniform: bool = False,
+) -> Score:
+    """Scores every token of every text once, with at least `seq_len - stride` tokens of left context where it has them.
+
+    Documents are scored alone (never packed). The end-of-text token is context for the first token and itself scored.
+    """
+    if not texts:
+        raise DataError("there is no document to score", "give at least one held-out document")
+    nats_D = np.zeros(len(texts))
+    share_LE, tokens = 0.0, 0.0
+    run = functools.partial(_score_batch, config, top_k, dispatch, uniform)
+    for batch in scoring_batches(texts, tokenizer, seq_len=seq_len, stride=stride, batch_size=batch_size):
+        nats_B, batch_share_LE = run(params, batch["tokens"], batch["targets"], batch["segments"], batch["weights"])
+        np.add.at(nats_D, batch["doc"], np.asarray(nats_B, np.float64))
+        share_LE = share_LE + np.asarray(batch_share_LE, np.float64)
+        tokens += float(batch["weights"].sum())
+    bytes_D = np.array([len(text.encode()) for text in texts])
+    return Score(nats_D, bytes_D, int(tokens), np.asarray(share_LE) / tokens)
+
+
+@functools.partial(jax.jit, static_argnums=(0, 1, 2, 3))
+def _score_batch(config, top_k, dispatch, uniform, params, tokens_BT, targets_BT, segments_BT, weights_BT):
+    out = forward(config, params, tokens_BT, segments_BT=segments_BT, top_k=top_k, dispatch=dispatch, uniform=uniform)
+    log_p_BTV = jax.nn.log_softmax(out.logits_BTV, axis=-1)
+    nats_BT = -jnp.take_along_axis(log_p_BTV, targets_BT[..., None], axis=-1)[..., 0]
+    E = out.router_logits_LNE.shape[-1]
+    chosen = route_uniform if uniform else functools.partial(route, k=min(top_k or E, E))
+    weights_LNE = jax.vmap(lambda logits_NE: chosen(logits_NE).weights_NE)(out.router_logits_LNE)
+    share_LNE = weights_LNE / weights_LNE.sum(-1, keepdims=True)
+    return (nats_BT * weights_BT).sum(-1), (share_LNE * weights_BT.reshape(-1)[:, None]).sum(1)

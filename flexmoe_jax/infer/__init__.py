@@ -1,0 +1,1 @@
+"""Text from a model. Floor 3."""

@@ -1,0 +1,59 @@
+"""The router: softmax over all experts in float32, then top-k, not renormalised (method: paper section 3.2)."""
+
+import dataclasses
+
+import jax
+import jax.numpy as jnp
+
+
+@jax.tree_util.register_dataclass
+@dataclasses.dataclass(frozen=True)
+class Routing:
+    """The experts of each token: `weights_NE` float32 is zero outside the chosen, `index_Nk` int32 lists them."""
+
+    weights_NE: jax.Array
+    index_Nk: jax.Array
+
+
+@jax.custom_vjp
+def negative_part(bias):
+    """min(bias, 0), with a derivative that cannot die.
+
+    The plain derivative is 0 above zero: a bias that once got there would stay for ever. Here the cotangent passes
+    wherever the step it causes is allowed: always below zero, and at or above zero when descent would lower the bias
+    (projected gradient descent on bias <= 0).
+    """
+    return jnp.minimum(bias, 0.0)
+
+
+def _negative_part_fwd(bias):
+    return negative_part(bias), bias
+
+
+def _negative_part_bwd(bias, cotangent):
+    return (jnp.where((bias < 0) | (cotangent > 0), cotangent, 0.0),)
+
+
+negative_part.defvjp(_negative_part_fwd, _negative_part_bwd)
+
+
+def router_logits(x_ND, router_ED, bias_E):
+    """s_i(x) = r_i . x + min(b_i, 0): x [N, D], router [E, D], bias [E] -> float32 [N, E]."""
+    products = jnp.einsum("ND,ED->NE", x_ND, router_ED.astype(x_ND.dtype), preferred_element_type=jnp.float32)
+    return products + negative_part(bias_E.astype(jnp.float32))
+
+
+def route(logits_NE, k: int) -> Routing:
+    """Top-k of the softmax over all experts; equal probabilities are won by the expert that is first in the order."""
+    E = logits_NE.shape[-1]
+    probs_NE = jax.nn.softmax(logits_NE, axis=-1)
+    if k >= E:
+        return Routing(probs_NE, jnp.broadcast_to(jnp.arange(E, dtype=jnp.int32), probs_NE.shape))
+    _, index_Nk = jax.lax.top_k(probs_NE, k)
+    chosen_NE = jax.nn.one_hot(index_Nk, E, dtype=bool).any(axis=-2)
+    return Routing(jnp.where(chosen_NE, probs_NE, 0.0), index_Nk)
+
+
+def route_uniform(logits_NE) -> Routing:
+    """Router ignored: every expert with weight 1/E (the control that routing has to beat)."""
+    return route(jnp.zeros_like(logits_NE), logits_NE.shape[-1])

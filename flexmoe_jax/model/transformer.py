@@ -1,0 +1,164 @@
+"""The FlexMoE decoder: one pure function, and the Flax module that declares its parameters.
+
+    h = h + norm_attn(attention(h));  h = h + norm_ffn(moe(h))        (OLMo-2: the norm is on the branch's output)
+
+With `pre_norm` the norms move to the branches' inputs (Llama). Layers are scanned: every leaf of `blocks` and of each
+expert has the layer as its first axis.
+"""
+
+import dataclasses
+from typing import Any
+
+import flax.linen as nn
+import jax
+import jax.numpy as jnp
+
+from flexmoe_jax.config import ModelConfig
+from flexmoe_jax.model import attention, cache, router
+from flexmoe_jax.model.experts import DISPATCH
+from flexmoe_jax.model.norm import rms_norm
+from flexmoe_jax.model.rope import rope_table
+from flexmoe_jax.model.spec import LeafSpec, owner_spec
+from flexmoe_jax.tree import PUBLIC, TRUNK, Params, canonical_order, is_stacked
+
+
+@jax.tree_util.register_dataclass
+@dataclasses.dataclass(frozen=True)
+class Output:
+    """Logits and router logits are float32, N = B*T, experts in canonical order; `cache` is updated, or None."""
+
+    logits_BTV: jax.Array
+    router_logits_LNE: jax.Array
+    cache: Any
+
+
+def forward(
+    config: ModelConfig,
+    params: Params,
+    tokens_BT,
+    *,
+    segments_BT=None,
+    positions_BT=None,
+    kv_cache=None,
+    top_k: int | None = None,
+    dispatch: str = "dense",
+    uniform: bool = False,
+    dtype=jnp.float32,
+    remat: bool = False,
+) -> Output:
+    """Runs the decoder on int32 tokens [B, T].
+
+    `params` is the whole tree with experts named or stacked. `segments_BT` int32 numbers the packed documents of a
+    row: a token attends only within its own. With `kv_cache` the tokens are written at `positions_BT` and attend to
+    the cache up to their own position instead. `top_k` None runs every expert; `uniform` ignores the router and weighs
+    all experts equally. Activations are in `dtype`; norms, softmax and router in float32.
+    """
+    B, T = tokens_BT.shape
+    trunk = params["trunk"]
+    if positions_BT is None:
+        positions_BT = jnp.broadcast_to(jnp.arange(T), (B, T))
+    rope = rope_table(positions_BT, config.head_dim, config.rope_theta)
+    if kv_cache is not None:
+        mask_BTS = attention.cache_mask(positions_BT, kv_cache["k"].shape[2])
+    else:
+        mask_BTS = attention.document_mask(jnp.zeros_like(tokens_BT) if segments_BT is None else segments_BT)
+
+    def layer(x_BTD, block_experts_cache):
+        block, experts, layer_cache = block_experts_cache
+        q, k, v = attention.project_qkv(config, block, _before(config, x_BTD, block["attn_norm"]), rope)
+        if layer_cache is not None:
+            layer_cache = cache.write(layer_cache, k, v, positions_BT)
+            k, v = layer_cache["k"].astype(q.dtype), layer_cache["v"].astype(q.dtype)
+        y_BTD = attention.attend(block, q, k, v, mask_BTS)
+        x_BTD = x_BTD + _after(config, y_BTD, block["attn_norm"])
+        y_BTD, logits_NE = moe(
+            _before(config, x_BTD, block["ffn_norm"]), experts, top_k=top_k, dispatch=dispatch, uniform=uniform
+        )
+        return x_BTD + _after(config, y_BTD, block["ffn_norm"]), (logits_NE, layer_cache)
+
+    x_BTD = trunk["embed"][tokens_BT].astype(dtype)
+    body = jax.checkpoint(layer, prevent_cse=False) if remat else layer
+    x_BTD, (router_logits_LNE, kv_cache) = jax.lax.scan(body, x_BTD, (trunk["blocks"], params["experts"], kv_cache))
+    x_BTD = rms_norm(x_BTD, trunk["final_norm"], config.norm_eps)
+    head_DV = trunk["embed"].T if config.tie_embeddings else trunk["head"]
+    logits_BTV = jnp.einsum("BTD,DV->BTV", x_BTD, head_DV.astype(dtype), preferred_element_type=jnp.float32)
+    return Output(logits_BTV, router_logits_LNE, kv_cache)
+
+
+def moe(x_BTD, experts, *, top_k: int | None, dispatch: str = "dense", uniform: bool = False):
+    """One layer's mixture of experts: x [B, T, D] -> (y [B, T, D], router logits float32 [N, E])."""
+    B, T, D = x_BTD.shape
+    x_ND = x_BTD.reshape(B * T, D)
+    router_ED, bias_E = _router_rows(experts)
+    logits_NE = router.router_logits(x_ND, router_ED, bias_E)
+    E = logits_NE.shape[-1]
+    routing = router.route_uniform(logits_NE) if uniform else router.route(logits_NE, min(top_k or E, E))
+    return DISPATCH[dispatch](x_ND, routing, experts).reshape(B, T, D), logits_NE
+
+
+class FlexMoE(nn.Module):
+    """The decoder as a Flax module, used purely: `init(key, tokens)["params"]` is the tree, `apply` is `forward`.
+
+    Initial values are folded from each leaf's owner and name: adding an expert leaves every other leaf as it was.
+    """
+
+    config: ModelConfig
+    experts: tuple[str, ...] = (PUBLIC,)
+
+    @nn.compact
+    def __call__(self, tokens_BT, **kwargs) -> Output:
+        trunk = _Owner(owner_spec(self.config, TRUNK), name="trunk")()
+        experts = _Experts(self.config, self.experts, name="experts")()
+        return forward(self.config, {"trunk": trunk, "experts": experts}, tokens_BT, **kwargs)
+
+
+def init_params(config: ModelConfig, key, experts: tuple[str, ...] = (PUBLIC,)) -> Params:
+    """Fresh float32 parameters (named form) of a model with these experts."""
+    return FlexMoE(config, experts).init(key, jnp.zeros((1, 1), jnp.int32))["params"]
+
+
+class _Experts(nn.Module):
+    config: ModelConfig
+    names: tuple[str, ...]
+
+    @nn.compact
+    def __call__(self) -> Params:
+        return {name: _Owner(owner_spec(self.config, name), name=name)() for name in canonical_order(self.names)}
+
+
+class _Owner(nn.Module):
+    """Declares the leaves of one owner, nested as their paths say."""
+
+    spec: dict[str, LeafSpec]
+
+    @nn.compact
+    def __call__(self) -> Params:
+        groups: dict[str, dict[str, LeafSpec]] = {}
+        leaves: Params = {}
+        for path, leaf in self.spec.items():
+            group, _, name = path.rpartition("/")
+            if group:
+                groups.setdefault(group, {})[name] = leaf
+            else:
+                leaves[name] = self.param(name, _initializer(leaf), leaf.shape, jnp.float32)
+        return leaves | {group: _Owner(spec, name=group)() for group, spec in groups.items()}
+
+
+def _initializer(leaf: LeafSpec):
+    return nn.initializers.normal(leaf.std) if leaf.std else nn.initializers.constant(leaf.value)
+
+
+def _router_rows(experts):
+    """Router [E, D] and bias [E] of one layer. Named experts' rows are gathered here: E*D numbers, no FFN weights."""
+    if is_stacked(experts):
+        return experts["router"], experts["bias"]
+    order = canonical_order(experts)
+    return jnp.stack([experts[n]["router"] for n in order]), jnp.stack([experts[n]["bias"] for n in order])
+
+
+def _before(config: ModelConfig, x_BTD, weight):
+    return rms_norm(x_BTD, weight, config.norm_eps) if config.pre_norm else x_BTD
+
+
+def _after(config: ModelConfig, y_BTD, weight):
+    return y_BTD if config.pre_norm else rms_norm(y_BTD, weight, config.norm_eps)

@@ -1,0 +1,1 @@
+"""Training: a pure step and a thin loop. Floor 3."""

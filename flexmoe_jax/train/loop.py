@@ -1,0 +1,210 @@
+"""The thin loop around the step: data, checkpoints, metrics, and the package at the end."""
+
+import json
+import pathlib
+import signal
+import time
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+
+from flexmoe_jax.artifacts.digest import write_json
+from flexmoe_jax.artifacts.model_dir import create_public_model
+from flexmoe_jax.artifacts.package import write_package
+from flexmoe_jax.artifacts.run import RunCheckpoints
+from flexmoe_jax.config import RunConfig, differences, digest, to_mapping
+from flexmoe_jax.data.pipeline import make_batches, make_iterator
+from flexmoe_jax.data.sources import read_documents
+from flexmoe_jax.data.store import TokenStore, write_store
+from flexmoe_jax.errors import ArtifactError, DataError, FlexMoEError
+from flexmoe_jax.progress import track
+from flexmoe_jax.train.metrics import MetricsFile
+from flexmoe_jax.train.optimizer import make_optimizer
+from flexmoe_jax.train.stage import Stage, prepare
+from flexmoe_jax.train.state import TrainState, create_state, freezing_mask, freezing_table
+from flexmoe_jax.train.step import make_train_step
+from flexmoe_jax.tree import PUBLIC, TRUNK, canonical_order, combine, partition
+
+# Keys that may differ between a run and its resumption: they change neither the data nor the mathematics.
+RESUMABLE = (
+    "out",
+    "log_every",
+    "save_every",
+    "save_minutes",
+    "keep_checkpoints",
+    "max_bad_steps",
+    "licence",
+    "contact",
+)
+
+
+class Stopped(FlexMoEError):
+    """SIGTERM was received; the state was saved at this step."""
+
+    exit_code = 75  # EX_TEMPFAIL of sysexits.h: try again
+
+
+def train(run: RunConfig, report=lambda line: None) -> pathlib.Path:
+    """Runs or resumes `run` and returns what it made: a public model directory, or the owner's package.
+
+    `report` is given lines for people. The run directory `run.out` holds `run.json` (identity), `tokens/` (unless the
+    data already is a token store), `checkpoints/`, `metrics.jsonl`, and at the end `model/` or `package/`.
+    """
+    out = pathlib.Path(run.out)
+    product = out / ("model" if run.is_public else "package")
+    stage = prepare(run)
+    with RunCheckpoints(out, keep=run.keep_checkpoints) as checkpoints:
+        store = _open_tokens(run, stage, out / "tokens")
+        identity = _identity(run, stage, store)
+        _check_identity(out / "run.json", identity)
+        if product.exists():
+            report(f"{product} is already there: nothing to do")
+            return product
+        for pattern, trainable, leaves, count in freezing_table(stage.params, run.owner):
+            report(f"{'trained' if trainable else 'frozen ':8} {pattern:34} {leaves:3} leaves {count:14,} parameters")
+        state = _fit(run, stage, store, checkpoints, out, report)
+        _write_product(product, run, stage, state, identity)
+    return product
+
+
+def _fit(run: RunConfig, stage: Stage, store: TokenStore, checkpoints: RunCheckpoints, out, report) -> TrainState:
+    optimizer = make_optimizer(run.optimizer, run.steps)
+    state, frozen = create_state(stage.params, run.owner, optimizer, jnp.dtype(run.compute_dtype))
+    iterator = make_iterator(make_batches(store, seq_len=run.seq_len, batch_size=run.batch_size, seed=run.seed))
+    state = _restore(checkpoints, state, iterator, report)
+    begin = int(state.step)
+    metrics_file = MetricsFile(out / "metrics.jsonl", begin)
+    step = make_train_step(stage.model, run)
+    names = canonical_order(stage.params["experts"])
+    stop = _StopSignal()
+    saved_at, pending = time.monotonic(), None
+    with stop, track(f"train {run.owner}", run.steps, "steps", start=begin) as advance:
+        for n in range(begin, run.steps):
+            state, metrics = step(state, frozen, next(iterator))
+            if pending is not None:
+                _record(pending, run, names, metrics_file, advance)
+            pending = (n, metrics, time.monotonic())
+            minutes = (time.monotonic() - saved_at) / 60
+            last = n + 1 == run.steps
+            if stop.received or last or (n + 1) % run.save_every == 0 or minutes >= run.save_minutes:
+                _record(pending, run, names, metrics_file, advance)
+                pending, saved_at = None, time.monotonic()
+                _save(checkpoints, state, iterator)
+            if stop.received and not last:
+                checkpoints.wait()
+                raise Stopped(
+                    f"stopped by SIGTERM after step {n + 1} of {run.steps}; the state is saved in {out}",
+                    "run the same command again to go on",
+                )
+    checkpoints.wait()
+    metrics_file.close()
+    return state
+
+
+def _record(pending, run: RunConfig, names, metrics_file: MetricsFile, advance) -> None:
+    """Reads the metrics of an earlier step (by now computed), writes them, and stops a run that has gone bad."""
+    n, metrics, dispatched = pending
+    values = {key: np.asarray(value).tolist() for key, value in metrics.items()}
+    share = dict(zip(names, values.pop("share"), strict=True))
+    advance(1, f"loss {values['loss']:.3f}")
+    if n % run.log_every == 0 or n + 1 == run.steps or values["bad_steps"]:
+        finite = {key: value if np.isfinite(value) else None for key, value in values.items()}
+        metrics_file.write({"step": n, **finite, "share": share, "time": round(dispatched, 3)})
+    if values["bad_steps"] >= run.max_bad_steps:
+        raise FlexMoEError(
+            f"the loss or its gradient was not finite for {values['bad_steps']} steps in a row, the last one step {n} "
+            f"(windows {n * run.batch_size} to {(n + 1) * run.batch_size - 1} of the order of seed {run.seed})",
+            "lower config.optimizer.lr or look at these documents; parameters are those before the first bad step",
+        )
+
+
+def _save(checkpoints: RunCheckpoints, state: TrainState, iterator) -> None:
+    counters = {name: int(getattr(state, name)) for name in ("step", "bad_steps", "skipped")}
+    checkpoints.save(counters["step"], state.trainable, state.opt_state, iterator.get_state(), counters)
+
+
+def _restore(checkpoints: RunCheckpoints, state: TrainState, iterator, report) -> TrainState:
+    restored = checkpoints.restore(state.trainable, state.opt_state)
+    if restored is None:
+        return state
+    for step, reason in restored.skipped:
+        report(f"checkpoint {step} is damaged and was not used: {reason}")
+    report(f"resumed at step {restored.step}")
+    iterator.set_state(restored.data_state)
+    counters = {name: jnp.asarray(restored.meta[name], jnp.int32) for name in ("step", "bad_steps", "skipped")}
+    own = lambda tree: jax.tree.map(jnp.array, tree)  # noqa: E731 - a copy: the state is donated
+    return TrainState(trainable=own(restored.trainable), opt_state=own(restored.opt_state), **counters)
+
+
+def _open_tokens(run: RunConfig, stage: Stage, tokens: pathlib.Path) -> TokenStore:
+    """The run's tokens: `run.data` itself when it is a token store, else the store made of its documents, once."""
+    data = pathlib.Path(run.data)
+    if not data.exists():
+        raise DataError(f"config.data {run.data!r} does not exist", "give a folder of documents or a token store")
+    if (data / "index.json").exists():
+        tokens = data
+    elif not tokens.exists():
+        write_store((document.text for document in read_documents(data)), stage.tokenizer, tokens)
+    return TokenStore.open(tokens, stage.tokenizer.digest)
+
+
+def _identity(run: RunConfig, stage: Stage, store: TokenStore) -> dict:
+    """What must not change between a run and its resumption."""
+    config = {key: value for key, value in to_mapping(run).items() if key not in RESUMABLE}
+    return {"config": config, "tokens": store.digest, "tokenizer": stage.tokenizer.digest, "base": stage.base}
+
+
+def _check_identity(path: pathlib.Path, identity: dict) -> None:
+    identity = json.loads(json.dumps(identity))
+    if not path.exists():
+        write_json(path, identity)
+        return
+    lines = differences(json.loads(path.read_text()), identity)
+    if lines:
+        raise ArtifactError(
+            f"the run directory {path.parent} belongs to another run (there != now):\n    " + "\n    ".join(lines),
+            "give another config.out, or the configuration and data this run was started with",
+        )
+
+
+def _write_product(product: pathlib.Path, run: RunConfig, stage: Stage, state: TrainState, identity: dict):
+    # Frozen leaves are taken from where the run began, not from their copies in the compute dtype.
+    _, frozen = partition(stage.params, freezing_mask(stage.params, run.owner))
+    params = jax.tree.map(np.asarray, combine(state.trainable, frozen))
+    record = {
+        "training": {
+            "steps": run.steps,
+            "tokens": run.steps * run.batch_size * run.seq_len,
+            "skipped_steps": int(state.skipped),
+            "config_digest": digest(identity["config"]),
+            "privacy_budget": None,
+        },
+        "router": stage.router,
+        "licence": run.licence,
+        "contact": run.contact,
+    }
+    if run.is_public:
+        tokenizer = product.with_name("tokenizer.json")
+        stage.tokenizer.save(tokenizer)
+        create_public_model(product, params[TRUNK], params["experts"][PUBLIC], stage.model, tokenizer, record)
+        tokenizer.unlink()
+    else:
+        expert = params["experts"][run.owner]
+        write_package(product, owner=run.owner, params=expert, config=stage.model, base=stage.base, record=record)
+
+
+class _StopSignal:
+    """While active, SIGTERM only sets `received`, so that the loop can save at a step boundary."""
+
+    received = False
+
+    def __enter__(self):
+        self._previous = signal.signal(signal.SIGTERM, self._note)
+        return self
+
+    def __exit__(self, *_):
+        signal.signal(signal.SIGTERM, self._previous)
+
+    def _note(self, *_):
+        self.received = True

@@ -1,0 +1,97 @@
+"""What a run starts from: the model's shape, its initial parameters, its tokenizer, and what its product belongs to."""
+
+import dataclasses
+import pathlib
+
+import jax
+import numpy as np
+
+from flexmoe_jax.artifacts.model_dir import load_params, open_model
+from flexmoe_jax.artifacts.package import read_manifest
+from flexmoe_jax.config import ModelConfig, RunConfig
+from flexmoe_jax.data.domains import DomainVector, projection_record, router_row
+from flexmoe_jax.data.tokenizer import Tokenizer, load_tokenizer
+from flexmoe_jax.errors import ArtifactError, ConfigError
+from flexmoe_jax.model.transformer import init_params
+from flexmoe_jax.tree import PUBLIC, TRUNK, Params, check_owner_name
+
+PROJECTION_SEED = 0
+
+
+@dataclasses.dataclass(frozen=True)
+class Stage:
+    """`params` is the whole initial tree in float32; `base` are the content digests the product is bound to."""
+
+    model: ModelConfig
+    params: Params
+    tokenizer: Tokenizer
+    base: dict[str, str]
+    router: dict
+
+
+def prepare(run: RunConfig) -> Stage:
+    """The stage of `run`: a fresh public model, or an owner's hybrid {public, owner} that begins as the public one."""
+    if run.domain_vector == "":
+        raise ConfigError(
+            f"config.domain_vector is empty in the run of {run.owner!r}",
+            "a router row begins as a domain embedding: make one with `flexmoe embed DATA --out FILE`",
+        )
+    vector = DomainVector.load(pathlib.Path(run.domain_vector))
+    return _public_stage(run, vector) if run.is_public else _expert_stage(run, vector)
+
+
+def _public_stage(run: RunConfig, vector: DomainVector) -> Stage:
+    assert run.model is not None  # RunConfig refuses a public run without one
+    tokenizer = load_tokenizer(run.tokenizer)
+    if tokenizer.vocab_size > run.model.vocab_size:
+        raise ConfigError(
+            f"the tokenizer {run.tokenizer!r} has {tokenizer.vocab_size} ids, config.model.vocab_size is "
+            f"{run.model.vocab_size}",
+            f"set config.model.vocab_size to at least {tokenizer.vocab_size}",
+        )
+    _check_length(run, run.model)
+    params = init_params(run.model, jax.random.key(run.seed))
+    router = projection_record(vector, run.model.d_model, run.router_scale, PROJECTION_SEED)
+    public = {**params["experts"][PUBLIC], "router": _rows(vector, run.model, router)}
+    return Stage(run.model, {**params, "experts": {PUBLIC: public}}, tokenizer, {}, router)
+
+
+def _expert_stage(run: RunConfig, vector: DomainVector) -> Stage:
+    owner = check_owner_name(run.owner)
+    public = open_model(pathlib.Path(run.public))
+    _check_length(run, public.config)
+    params = load_params(public, (PUBLIC,))
+    manifests = {name: read_manifest(public.path / name, owner=name) for name in (TRUNK, PUBLIC)}
+    theirs = manifests[PUBLIC].record["router"]
+    if vector.encoder_digest != theirs["encoder_digest"]:
+        raise ArtifactError(
+            f"the domain vector {run.domain_vector} was made by the encoder {vector.encoder} "
+            f"({vector.encoder_digest[:12]}), the public model's by {theirs['encoder']} "
+            f"({theirs['encoder_digest'][:12]})",
+            "router rows compare embeddings of one encoder: run `flexmoe embed` again with the public model's",
+        )
+    # Scale and map are the public model's: every owner's row must live in the same space.
+    router = projection_record(vector, public.config.d_model, theirs["scale"], theirs["projection_seed"])
+    expert = {
+        **params["experts"][PUBLIC],
+        "router": _rows(vector, public.config, router),
+        "bias": np.zeros(public.config.num_layers, np.float32),
+    }
+    params = {**params, "experts": {PUBLIC: params["experts"][PUBLIC], owner: expert}}
+    tokenizer = load_tokenizer(str(public.tokenizer_path))
+    base = {name: manifest.content for name, manifest in manifests.items()} | {"tokenizer": tokenizer.digest}
+    return Stage(public.config, params, tokenizer, base, router)
+
+
+def _rows(vector: DomainVector, model: ModelConfig, router: dict) -> np.ndarray:
+    """The same router row for every layer, float32 [L, D]."""
+    row = router_row(vector.vector, model.d_model, scale=router["scale"], seed=router["projection_seed"])
+    return np.tile(row, (model.num_layers, 1))
+
+
+def _check_length(run: RunConfig, model: ModelConfig) -> None:
+    if run.seq_len > model.max_seq_len:
+        raise ConfigError(
+            f"config.seq_len is {run.seq_len}, the model's max_seq_len is {model.max_seq_len}",
+            f"set config.seq_len to at most {model.max_seq_len}",
+        )

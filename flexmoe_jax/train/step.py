@@ -1,0 +1,90 @@
+"""The training step: pure, jitted, differentiating the trainable leaves only."""
+
+import functools
+from collections.abc import Callable
+
+import jax
+import jax.numpy as jnp
+import optax
+
+from flexmoe_jax.config import ModelConfig, RunConfig
+from flexmoe_jax.model.router import route
+from flexmoe_jax.model.transformer import forward
+from flexmoe_jax.train.optimizer import learning_rate, make_optimizer
+from flexmoe_jax.train.state import TrainState
+from flexmoe_jax.tree import Params, combine
+
+
+def make_train_step(model: ModelConfig, run: RunConfig) -> Callable:
+    """Returns jitted `step(state, frozen, batch) -> (state, metrics)`; `state` is donated.
+
+    `batch` holds `tokens`, `targets`, `segments` int32 and `weights` float32, each [batch_size, seq_len]. Losses are
+    sums over weighted tokens divided by the weights of the whole batch, so accumulation does not change them. A step
+    whose loss or gradient is not finite leaves parameters and moments as they were and is counted. Metrics are
+    scalars, and `share` [E], the mean routed weight of each expert in canonical order.
+    """
+    optimizer, schedule = make_optimizer(run.optimizer, run.steps), learning_rate(run.optimizer, run.steps)
+    grads_of = jax.grad(functools.partial(_losses, model, run), has_aux=True)
+
+    def step(state: TrainState, frozen: Params, batch):
+        tokens = jnp.maximum(batch["weights"].sum(), 1.0)
+        micro = jax.tree.map(lambda x: x.reshape(run.accumulation, -1, *x.shape[1:]), batch)
+
+        def accumulate(total, microbatch):
+            return jax.tree.map(jnp.add, total, grads_of(state.trainable, frozen, microbatch, tokens)), None
+
+        first = grads_of(state.trainable, frozen, jax.tree.map(lambda x: x[0], micro), tokens)
+        rest = jax.tree.map(lambda x: x[1:], micro)
+        (grads, metrics), _ = jax.lax.scan(accumulate, first, rest) if run.accumulation > 1 else (first, None)
+
+        grad_norm = optax.tree.norm(grads)
+        good = jnp.isfinite(grad_norm) & jnp.isfinite(metrics["loss"])
+        updates, opt_state = optimizer.update(grads, state.opt_state, state.trainable)
+        keep = functools.partial(jax.tree.map, lambda new, old: jnp.where(good, new, old))
+        updates_made = state.step - state.skipped
+        metrics |= {"grad_norm": grad_norm, "lr": schedule(updates_made), "tokens": batch["weights"].sum()}
+        bad = 1 - good.astype(jnp.int32)
+        state = TrainState(
+            step=state.step + 1,
+            trainable=keep(optax.apply_updates(state.trainable, updates), state.trainable),
+            opt_state=keep(opt_state, state.opt_state),
+            bad_steps=(state.bad_steps + bad) * bad,
+            skipped=state.skipped + bad,
+        )
+        return state, metrics | {"bad_steps": state.bad_steps, "skipped": state.skipped}
+
+    return jax.jit(step, donate_argnums=0)
+
+
+def _losses(model: ModelConfig, run: RunConfig, trainable: Params, frozen: Params, batch, tokens):
+    """Total loss of one microbatch as its part of the whole batch's mean, and the metrics' parts.
+
+    Cross-entropy + `z_loss` * logsumexp(logits)^2 + `router_z_loss` * logsumexp(router logits)^2 (mean over layers).
+    """
+    dtype = jnp.dtype(run.compute_dtype)
+    out = forward(
+        model,
+        combine(trainable, frozen),
+        batch["tokens"],
+        segments_BT=batch["segments"],
+        dtype=dtype,
+        remat=run.remat,
+    )
+    weights_BT = batch["weights"] / tokens
+    log_z_BT = jax.nn.logsumexp(out.logits_BTV, axis=-1)
+    target_BT = jnp.take_along_axis(out.logits_BTV, batch["targets"][..., None], axis=-1)[..., 0]
+    cross_entropy = (weights_BT * (log_z_BT - target_BT)).sum()
+    z = (weights_BT * log_z_BT**2).sum()
+    weights_N = weights_BT.reshape(-1)
+    router_z = (weights_N * jax.nn.logsumexp(out.router_logits_LNE, axis=-1) ** 2).sum(-1).mean()
+    probs_LNE = route(out.router_logits_LNE, out.router_logits_LNE.shape[-1]).weights_NE
+    entropy = -(weights_N * jax.scipy.special.xlogy(probs_LNE, probs_LNE).sum(-1)).sum(-1).mean()
+    total = cross_entropy + run.z_loss * z + run.router_z_loss * router_z
+    metrics = {
+        "loss": cross_entropy,
+        "z_loss": z,
+        "router_z_loss": router_z,
+        "router_entropy": entropy,
+        "share": (weights_N[:, None] * probs_LNE).sum(1).mean(0),
+    }
+    return total, metrics

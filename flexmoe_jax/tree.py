@@ -1,0 +1,153 @@
+"""The owner algebra: a FlexMoE parameter tree is `trunk + public + owner_1 + ... + owner_n`, disjoint and named.
+
+    params = {"trunk": {...}, "experts": {"public": {...}, "news": {...}}}
+
+Every leaf belongs to exactly one owner. Owners are names, never positions; their one canonical order is `public` first,
+then alphabetical. Functions here move references: no leaf is copied or changed (`stack` and `unstack` excepted).
+"""
+
+import re
+from collections.abc import Iterable, Mapping, Sequence
+from typing import Any
+
+from flexmoe_jax.errors import ArtifactError, FlexMoEError, did_you_mean
+
+TRUNK, PUBLIC = "trunk", "public"
+_NAME = re.compile(r"[a-z][a-z0-9_-]{0,62}")
+_RESERVED = {TRUNK, PUBLIC, "experts", "model", "all", "none", "uniform", "router", "journal", "tokenizer", "overlay"}
+
+Params = dict[str, Any]
+
+
+def check_owner_name(name: str) -> str:
+    """Returns `name` if a data owner may use it, else raises."""
+    if name in _RESERVED:
+        raise FlexMoEError(
+            f"the expert name {name!r} is reserved", f"choose a name not in: {', '.join(sorted(_RESERVED))}"
+        )
+    if not _NAME.fullmatch(name):
+        raise FlexMoEError(
+            f"the expert name {name!r} is not usable",
+            "use lower-case letters, digits, '-' and '_', starting with a letter, 63 characters at most",
+        )
+    return name
+
+
+def canonical_order(names: Iterable[str]) -> tuple[str, ...]:
+    """`public` first, then alphabetical: the only order experts ever have. Doubled names are refused."""
+    names = list(names)
+    doubled = sorted({n for n in names if names.count(n) > 1})
+    if doubled:
+        raise FlexMoEError(f"the expert name {doubled[0]!r} is given twice", "every expert needs a name of its own")
+    return tuple(sorted(names, key=lambda n: (n != PUBLIC, n)))
+
+
+def flatten(tree: Mapping, prefix: str = "") -> dict[str, Any]:
+    """Nested mapping -> {"trunk/blocks/w_q": leaf}, in sorted path order."""
+    flat: dict[str, Any] = {}
+    for key in sorted(tree):
+        value, path = tree[key], f"{prefix}{key}"
+        flat |= flatten(value, f"{path}/") if isinstance(value, Mapping) else {path: value}
+    return flat
+
+
+def unflatten(flat: Mapping[str, Any]) -> Params:
+    """The inverse of `flatten`."""
+    tree: Params = {}
+    for path, leaf in flat.items():
+        *parents, last = path.split("/")
+        node = tree
+        for key in parents:
+            node = node.setdefault(key, {})
+        node[last] = leaf
+    return tree
+
+
+def split(params: Params) -> dict[str, Params]:
+    """Whole tree -> {"trunk": subtree, "public": subtree, "news": subtree}, experts in canonical order."""
+    experts = params["experts"]
+    return {TRUNK: params["trunk"], **{name: experts[name] for name in canonical_order(experts)}}
+
+
+def union(*parts: Mapping[str, Params]) -> Params:
+    """{owner: subtree} mappings -> whole tree; raises when two parts hold the same owner."""
+    names = [name for part in parts for name in part]
+    order = canonical_order(n for n in names if n != TRUNK)
+    if names.count(TRUNK) != 1:
+        raise FlexMoEError(f"{names.count(TRUNK)} trunks were given", "a model has exactly one trunk")
+    owned = {name: subtree for part in parts for name, subtree in part.items()}
+    return {"trunk": owned[TRUNK], "experts": {name: owned[name] for name in order}}
+
+
+def select(params: Params, names: Iterable[str]) -> Params:
+    """The model that never had the other experts: only `names` are kept (canonical order)."""
+    experts = params["experts"]
+    return {**params, "experts": {name: experts[name] for name in check_known(names, experts)}}
+
+
+def without(params: Params, *names: str) -> Params:
+    """The model that never had `names`."""
+    experts = params["experts"]
+    check_known(names, experts)
+    return select(params, [n for n in experts if n not in names])
+
+
+def check_known(names: Iterable[str], known: Iterable[str]) -> tuple[str, ...]:
+    """`names` in canonical order; an unknown, a doubled or no name at all raises."""
+    known, order = list(known), canonical_order(names)
+    for name in order:
+        if name not in known:
+            raise FlexMoEError(f"there is no expert {name!r} in this model", did_you_mean(name, known))
+    if not order:
+        raise FlexMoEError("no expert is left", f"keep at least one of: {', '.join(canonical_order(known))}")
+    return order
+
+
+def stack(experts: Mapping[str, Params]) -> Params:
+    """Named experts {name: {w_gate [L,D,F], ...}} -> one set of leaves [L,E,...], experts in canonical order."""
+    import jax.numpy as jnp
+
+    order = canonical_order(experts)
+    return {leaf: jnp.stack([experts[name][leaf] for name in order], axis=1) for leaf in experts[order[0]]}
+
+
+def unstack(stacked: Params, names: Sequence[str]) -> dict[str, Params]:
+    """The inverse of `stack`; `names` in canonical order, as many as the stacked axis holds."""
+    size = next(iter(stacked.values())).shape[1]
+    if tuple(names) != canonical_order(names) or len(names) != size:
+        raise FlexMoEError(f"names {tuple(names)} do not fit {size} stacked experts", "give them in canonical order")
+    return {name: {leaf: value[:, i] for leaf, value in stacked.items()} for i, name in enumerate(names)}
+
+
+def is_stacked(experts: Mapping) -> bool:
+    """Whether `experts` is the stacked form (leaves at the first level) rather than the named one."""
+    return not isinstance(next(iter(experts.values())), Mapping)
+
+
+def match_rules(paths: Iterable[str], rules: Sequence[tuple[str, Any]]) -> dict[str, Any]:
+    """{path: value of the first rule whose pattern matches the whole path}; an uncovered path raises."""
+    compiled = [(re.compile(pattern), value) for pattern, value in rules]
+    matched = {}
+    for path in paths:
+        values = [value for pattern, value in compiled if pattern.fullmatch(path)]
+        if not values:
+            raise FlexMoEError(f"no rule covers the parameter {path!r}", "rules must cover every leaf: add one")
+        matched[path] = values[0]
+    return matched
+
+
+def partition(params: Params, mask: Mapping[str, bool]) -> tuple[Params, Params]:
+    """(leaves whose mask is True, the others), both as nested trees; `combine` is the inverse."""
+    flat = flatten(params)
+    return tuple(unflatten({p: leaf for p, leaf in flat.items() if mask[p] is want}) for want in (True, False))  # type: ignore[return-value]
+
+
+def combine(*parts: Params) -> Params:
+    """Joins disjoint trees into one; a path in two of them raises."""
+    flat: dict[str, Any] = {}
+    for part in parts:
+        for path, leaf in flatten(part).items():
+            if path in flat:
+                raise ArtifactError(f"the parameter {path!r} is in two parts", "parts of one tree must be disjoint")
+            flat[path] = leaf
+    return unflatten(flat)

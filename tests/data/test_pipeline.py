@@ -1,0 +1,184 @@
+"""Training batches are a pure function of (seed, step); evaluation scores every token of every document once."""
+
+import collections
+import functools
+
+import numpy as np
+import pytest
+from hypothesis import given, settings
+from hypothesis import strategies as st
+
+from flexmoe_jax.data.pipeline import make_batches, make_iterator, scoring_batches
+from flexmoe_jax.data.store import TokenStore
+from flexmoe_jax.data.tokenizer import load_tokenizer
+from flexmoe_jax.errors import DataError
+
+EOS, LENGTH, WINDOWS = 5, 8, 45
+DTYPES = {"tokens": np.int32, "targets": np.int32, "segments": np.int32, "weights": np.float32}
+
+
+@functools.cache
+def tokenizer():
+    return load_tokenizer("cl100k:512")
+
+
+@functools.cache
+def store():
+    """45 windows of 8 tokens, each known by its first token; document ends sprinkled over the rest."""
+    tokens = np.random.default_rng(0).integers(0, 12, WINDOWS * LENGTH + 1)
+    tokens[::LENGTH] = 100 + np.arange(WINDOWS + 1)
+    part = tokens.astype("<u2")
+    return TokenStore((part[:100], part[100:]), np.array([0, 100, len(part)]), EOS)
+
+
+def batches(seed=3, batch_size=4, repeat=True):
+    return make_batches(store(), seq_len=LENGTH, batch_size=batch_size, seed=seed, repeat=repeat)
+
+
+def windows_of(batch):
+    return (batch["tokens"][:, 0] - 100).tolist()
+
+
+def assert_same(a, b):
+    assert a.keys() == b.keys()
+    for name in a:
+        np.testing.assert_array_equal(a[name], b[name])
+
+
+def test_shapes_and_types():
+    batch = batches()[0]
+    assert {name: array.dtype for name, array in batch.items()} == DTYPES
+    assert {array.shape for array in batch.values()} == {(4, LENGTH)}
+
+
+@pytest.mark.parametrize("seed", [0, 1, 2**32 - 1])
+def test_each_epoch_is_another_permutation_of_all_windows(seed):
+    dataset = batches(seed, batch_size=9)  # 5 batches an epoch
+    epochs = [[w for n in range(5 * e, 5 * e + 5) for w in windows_of(dataset[n])] for e in range(3)]
+    assert all(sorted(epoch) == list(range(WINDOWS)) for epoch in epochs)
+    assert len({tuple(epoch) for epoch in epochs}) == 3
+
+
+def test_no_window_is_left_out_when_batches_straddle_epochs():
+    dataset = batches(batch_size=4)  # 45 windows: 11 batches and a quarter
+    seen = collections.Counter(w for n in range(WINDOWS) for w in windows_of(dataset[n]))  # exactly 4 epochs
+    assert seen == dict.fromkeys(range(WINDOWS), 4)
+
+
+def test_neighbouring_seeds_share_no_epoch():
+    def epochs(seed):
+        dataset = batches(seed, batch_size=9)
+        return {tuple(w for n in range(5 * e, 5 * e + 5) for w in windows_of(dataset[n])) for e in range(4)}
+
+    assert not epochs(0) & epochs(1)
+
+
+def test_random_access_equals_iteration_and_a_second_build():
+    iterator, again = make_iterator(batches()), batches()
+    for n in range(30):
+        batch = next(iterator)
+        assert_same(batch, batches()[n])
+        assert_same(batch, again[n])
+
+
+def test_without_repeat_one_epoch_of_whole_batches():
+    dataset = batches(repeat=False)
+    rows = [windows_of(batch) for batch in make_iterator(dataset)]
+    assert len(rows) == len(dataset) == 11
+    assert len({w for row in rows for w in row}) == 44
+
+
+@settings(max_examples=20, deadline=None)
+@given(st.integers(0, 40), st.integers(0, 10))
+def test_restored_iterator_goes_on_bit_identically(start, steps):
+    first = make_iterator(batches(), start_step=start)
+    for _ in range(steps):
+        next(first)
+    state = first.get_state()
+    rest = [next(first) for _ in range(3)]
+    second = make_iterator(batches())
+    next(second)  # whatever it did before
+    second.set_state(state)
+    for n, batch in enumerate(rest):
+        assert_same(batch, next(second))
+        assert_same(batch, batches()[start + steps + n])
+
+
+def test_processes_take_turns_by_slicing():
+    whole, parts = batches(), [batches()[rank::2] for rank in range(2)]
+    for n in range(20):
+        assert_same(whole[n], parts[n % 2][n // 2])
+
+
+def test_targets_segments_and_weights_against_a_loop():
+    for n in range(12):
+        batch = batches(batch_size=4)[n]
+        for row, window in enumerate(windows_of(batch)):
+            tokens = store().window(window, LENGTH)
+            segment, segments, weights = 0, [], []
+            for token in tokens[:-1]:
+                segments.append(segment)
+                weights.append(0.0 if token == EOS else 1.0)
+                segment += token == EOS
+            np.testing.assert_array_equal(batch["tokens"][row], tokens[:-1])
+            np.testing.assert_array_equal(batch["targets"][row], tokens[1:])
+            np.testing.assert_array_equal(batch["segments"][row], segments)
+            np.testing.assert_array_equal(batch["weights"][row], weights)
+    assert any((batches()[n]["segments"] > 1).any() for n in range(12))  # the case is in the data
+
+
+def test_predicting_the_end_counts_and_predicting_across_it_does_not():
+    batch = batches(batch_size=40)[0]
+    tokens, targets, segments, weights = (batch[name] for name in DTYPES)
+    inside = tokens != EOS
+    assert (weights[(targets == EOS) & inside] == 1).all()
+    assert (weights[~inside] == 0).all()
+    same_document = segments[:, :-1] == segments[:, 1:]  # the target of t is the token at t + 1
+    np.testing.assert_array_equal(weights[:, :-1] == 1, same_document)
+
+
+def test_too_few_windows_are_refused():
+    with pytest.raises(DataError, match="361 tokens are too few for one window of 400"):
+        make_batches(store(), seq_len=400, batch_size=1, seed=0)
+    with pytest.raises(DataError, match="45 windows of 8 tokens do not fill one batch of 46"):
+        batches(batch_size=46, repeat=False)
+
+
+DOCUMENTS = st.lists(st.text("ab é日\n", max_size=30), max_size=8)
+
+
+@settings(max_examples=80, deadline=None)
+@given(DOCUMENTS, st.integers(1, 12), st.data())
+def test_every_token_of_every_document_is_scored_once_with_its_context(texts, seq_len, data):
+    stride = data.draw(st.integers(1, seq_len))
+    batch_size = data.draw(st.integers(1, 5))
+    scored = collections.defaultdict(list)
+    text_bytes = collections.Counter()
+    for batch in scoring_batches(iter(texts), tokenizer(), seq_len, stride, batch_size):
+        assert {name: batch[name].dtype for name in DTYPES} == DTYPES
+        assert {batch[name].shape for name in DTYPES} == {(batch_size, seq_len)}
+        assert (batch["doc"].dtype, batch["doc"].shape) == (np.int32, (batch_size,))
+        for row, doc in enumerate(batch["doc"].tolist()):
+            if doc >= 0 and len(tokenizer().encode(texts[doc])) + 1 >= seq_len:
+                assert not batch["segments"][row].any()  # a long document's rows are full: no context is wasted
+            text_bytes[doc] += int(batch["text_bytes"][row])
+            for t in np.flatnonzero(batch["weights"][row]):
+                mine = batch["segments"][row, : t + 1] == batch["segments"][row, t]
+                scored[doc].append((batch["targets"][row, t], batch["tokens"][row, : t + 1][mine].tolist()))
+    assert not scored[-1]
+    for doc, text in enumerate(texts):
+        tokens = [tokenizer().eos_id, *tokenizer().encode(text), tokenizer().eos_id]
+        assert [target for target, _ in scored[doc]] == tokens[1:]  # each once, in order, with its own end
+        for place, (_, context) in enumerate(scored[doc]):
+            assert context == tokens[place + 1 - len(context) : place + 1]  # what really stands before it
+            # All there is, else everything but the stride (the predicting token itself is part of the context).
+            assert len(context) >= min(place + 1, seq_len - stride + 1)
+        assert text_bytes[doc] == len(text.encode())
+    assert text_bytes[-1] == 0
+    assert set(scored) - {-1} == set(range(len(texts)))
+
+
+def test_a_stride_longer_than_the_window_is_refused():
+    for stride in (0, 9):
+        with pytest.raises(DataError, match=f"stride of {stride}"):
+            next(scoring_batches(["a"], tokenizer(), 8, stride, 1))

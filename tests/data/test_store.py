@@ -1,0 +1,200 @@
+"""A store gives back exactly the documents' tokens at any offset, and notices anything altered or not matching."""
+
+import functools
+import json
+import os
+
+import numpy as np
+import pytest
+from hypothesis import given, settings
+from hypothesis import strategies as st
+
+from flexmoe_jax.data import store as store_module
+from flexmoe_jax.data.store import TokenStore, write_store
+from flexmoe_jax.data.tokenizer import load_tokenizer
+from flexmoe_jax.errors import DataError
+
+TEXTS = ["The first document.\n", "Le deuxième, 日本語", "", "third <|endoftext|> not an end", "x = 1\n" * 50]
+
+
+@functools.cache
+def tokenizer():
+    return load_tokenizer("cl100k:1024")
+
+
+def expected_tokens(texts):
+    return [i for text in texts for i in (*tokenizer().encode(text), tokenizer().eos_id)]
+
+
+@pytest.fixture
+def path(tmp_path):
+    write_store(TEXTS, tokenizer(), tmp_path / "store")
+    return tmp_path / "store"
+
+
+def test_files_are_raw_little_endian_tokens_with_an_end_after_each_document(path):
+    raw = np.fromfile(path / "part-00000.npy", "<u2")
+    assert raw.tolist() == expected_tokens(TEXTS)
+    assert (raw == tokenizer().eos_id).sum() == len(TEXTS)
+    assert sorted(p.name for p in path.iterdir()) == ["index.json", "part-00000.npy"]
+
+
+def test_opened_store_knows_what_it_holds(path):
+    store = TokenStore.open(path, tokenizer().digest)
+    assert store.num_tokens == len(expected_tokens(TEXTS))
+    assert (store.documents, store.text_bytes) == (len(TEXTS), sum(len(t.encode()) for t in TEXTS))
+    assert (store.eos_id, store.vocab_size, store.tokenizer_digest) == (1022, 1024, tokenizer().digest)
+
+
+def test_large_vocabularies_are_stored_in_four_bytes(tmp_path):
+    big = load_tokenizer("dolma2")
+    store = write_store(TEXTS, big, tmp_path / "store")
+    raw = np.fromfile(tmp_path / "store" / "part-00000.npy", "<u4")
+    assert raw.tolist() == [i for t in TEXTS for i in (*big.encode(t), big.eos_id)]
+    assert store.window(0, 8).tolist() == raw[:9].tolist()
+
+
+@settings(max_examples=60, deadline=None)
+@given(st.lists(st.lists(st.integers(1, 999), min_size=1, max_size=30), min_size=1, max_size=6), st.integers(1, 12))
+def test_any_window_over_any_files_is_the_slice_of_their_concatenation(tmp_path_factory, files, length):
+    folder = tmp_path_factory.mktemp("olmo")
+    files[0].append(7)  # an end of document in the first file, as OLMo writes
+    for number, tokens in enumerate(files):
+        np.array(tokens, "<u2").tofile(folder / f"part-{number:05d}.npy")
+    whole = np.concatenate(files)
+    store = TokenStore.from_olmo(folder, "uint16", 7)
+    assert store.num_tokens == len(whole)
+    if len(whole) <= length:
+        with pytest.raises(DataError, match=f"{len(whole)} tokens are too few for one window of {length}"):
+            store.num_windows(length)
+        return
+    assert store.num_windows(length) == (len(whole) - 1) // length
+    for i in reversed(range(store.num_windows(length))):
+        window = store.window(i, length)
+        assert window.dtype == np.int32
+        np.testing.assert_array_equal(window, whole[i * length : (i + 1) * length + 1])
+    with pytest.raises(IndexError):
+        store.window(store.num_windows(length), length)
+
+
+def test_many_files_and_batches_hold_the_same_tokens_as_one(tmp_path, monkeypatch):
+    texts = TEXTS * 20
+    monkeypatch.setattr(store_module, "BATCH_DOCUMENTS", 3)
+    monkeypatch.setattr(store_module, "TOKENS_PER_FILE", 100)
+    store = write_store(iter(texts), tokenizer(), tmp_path / "store", total=len(texts))
+    assert len(store.parts) > 5
+    assert np.concatenate(store.parts).tolist() == expected_tokens(texts)
+    assert TokenStore.open(tmp_path / "store").documents == len(texts)
+
+
+def test_olmo_files_may_be_listed_in_the_callers_order(tmp_path):
+    for name, tokens in {"a": [1, 2, 9], "b": [3, 9]}.items():
+        np.array(tokens, "<u4").tofile(tmp_path / name)
+    store = TokenStore.from_olmo([tmp_path / "b", tmp_path / "a"], "uint32", 9)
+    assert store.window(0, 4).tolist() == [3, 9, 1, 2, 9]
+
+
+@pytest.mark.parametrize(("dtype", "eos_id"), [("uint16", 70_000), ("uint32", 5), ("int64", 70_000)])
+def test_wrong_dtype_or_end_id_of_olmo_files_is_noticed(tmp_path, dtype, eos_id):
+    np.array([1, 2, 70_000, 3, 70_000], "<u4").tofile(tmp_path / "part-0.npy")
+    with pytest.raises(DataError, match="remedy"):
+        TokenStore.from_olmo(tmp_path, dtype, eos_id)
+
+
+def test_numpy_headers_are_refused(tmp_path):
+    np.save(tmp_path / "part-0.npy", np.array([1, 2, 3], "<u2"))
+    with pytest.raises(DataError, match="NumPy header"):
+        TokenStore.from_olmo(tmp_path, "uint16", 2)
+
+
+@pytest.mark.parametrize("documents", [[], ["fine", "broken \ud800"]])
+def test_a_failed_write_leaves_nothing(tmp_path, documents):
+    with pytest.raises(DataError):
+        write_store(documents, tokenizer(), tmp_path / "store")
+    assert list(tmp_path.iterdir()) == []
+
+
+def test_an_interrupted_write_leaves_nothing(tmp_path, monkeypatch):
+    monkeypatch.setattr(store_module, "BATCH_DOCUMENTS", 1)
+
+    def documents():
+        yield "one"
+        raise KeyboardInterrupt
+
+    with pytest.raises(KeyboardInterrupt):
+        write_store(documents(), tokenizer(), tmp_path / "store")
+    assert list(tmp_path.iterdir()) == []
+
+
+def test_an_existing_store_is_never_overwritten(path):
+    before = (path / "part-00000.npy").read_bytes()
+    with pytest.raises(DataError, match="exists"):
+        write_store(["other"], tokenizer(), path)
+    assert (path / "part-00000.npy").read_bytes() == before
+
+
+def test_another_tokenizer_is_refused_with_both_digests(path):
+    other = load_tokenizer("cl100k:1025").digest
+    with pytest.raises(DataError, match=f"{tokenizer().digest}.*{other}"):
+        TokenStore.open(path, other)
+
+
+def test_every_flipped_bit_and_every_changed_size_is_noticed(path):
+    file = path / "part-00000.npy"
+    good = file.read_bytes()
+    for at in range(0, len(good), 17):
+        file.write_bytes(good[:at] + bytes([good[at] ^ 1]) + good[at + 1 :])
+        with pytest.raises(DataError, match="altered"):
+            TokenStore.open(path)
+    for bad in (good[:-1], good[:-2], good + b"\0\0", b""):
+        file.write_bytes(bad)
+        with pytest.raises(DataError):
+            TokenStore.open(path, verify=False)
+    file.unlink()
+    with pytest.raises(DataError, match="not a file"):
+        TokenStore.open(path)
+
+
+def _set(**changes):
+    return lambda index: json.dumps(index | changes)
+
+
+@pytest.mark.parametrize(
+    "damage",
+    [
+        lambda index: "{",
+        lambda index: "[]",
+        lambda index: json.dumps({k: v for k, v in index.items() if k != "eos_id"}),
+        _set(format="flexmoe-tokens-9"),
+        _set(dtype="object"),
+        _set(files=[]),
+    ],
+)
+def test_a_damaged_index_is_refused(path, damage):
+    index = json.loads((path / "index.json").read_text())
+    (path / "index.json").write_text(damage(index))
+    with pytest.raises(DataError, match="remedy"):
+        TokenStore.open(path)
+
+
+def test_an_index_cannot_point_outside_its_folder(path):
+    index = json.loads((path / "index.json").read_text())
+    os.rename(path / "part-00000.npy", path.parent / "elsewhere.npy")
+    index["files"][0]["name"] = "../elsewhere.npy"  # intact, but not the store's
+    (path / "index.json").write_text(json.dumps(index))
+    with pytest.raises(DataError, match=r"named '\.\./elsewhere\.npy'"):
+        TokenStore.open(path)
+
+
+def test_a_folder_without_index_is_refused(tmp_path):
+    with pytest.raises(DataError, match=r"index\.json"):
+        TokenStore.open(tmp_path)
+    with pytest.raises(DataError, match=r"no \.npy file"):
+        TokenStore.from_olmo(tmp_path, "uint16", 0)
+
+
+def test_same_documents_give_the_same_bytes(tmp_path):
+    for name in ("a", "b"):
+        write_store(TEXTS, tokenizer(), tmp_path / name)
+    for file in os.listdir(tmp_path / "a"):
+        assert (tmp_path / "a" / file).read_bytes() == (tmp_path / "b" / file).read_bytes()

