@@ -3,7 +3,7 @@ PYTHON ?= python3
 VENV ?= .venv
 BIN := $(VENV)/bin
 
-.PHONY: quickstart test check test-latest-jax clean
+.PHONY: quickstart test check test-latest-jax lock clean
 
 quickstart: $(VENV)/.installed
 	$(BIN)/flexmoe quickstart --out runs/quickstart
@@ -33,6 +33,13 @@ $(VENV)/.installed: pyproject.toml requirements.lock
 	$(LATEST_PYTHON) -m venv .venv-latest
 	.venv-latest/bin/python -m pip install --quiet --disable-pip-version-check -e . pytest pytest-xdist hypothesis tiktoken
 	touch $@
+
+# Renews requirements.lock: what a fresh environment of the development extra resolves to, without build tags.
+lock:
+	$(PYTHON) -m venv .venv-lock
+	.venv-lock/bin/python -m pip install --quiet --disable-pip-version-check -e ".[dev]"
+	.venv-lock/bin/python -m pip freeze --exclude-editable | sed 's/+cpu$$//' > requirements.lock
+	rm -rf .venv-lock
 
 clean:
 	rm -rf $(VENV) .venv-latest

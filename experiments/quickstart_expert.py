@@ -2,7 +2,9 @@
 
     flexmoe train --config=experiments/quickstart_expert.py:news
 
-run in the owner's folder, which holds `data/` (train.jsonl), `public/` (the public release) and `domain.json`.
+run in the owner's folder, which holds `data/` (train.jsonl), `release/` (the public model and documents) and
+`domain.json`. A quarter of every batch is public text: the router row then learns what is *not* the owner's, which no
+amount of the owner's own text can teach it (README, "What the router learns").
 """
 
 from flexmoe_jax.cli.configs import run_config
@@ -13,12 +15,15 @@ def get_config(arg: str = ""):
     return run_config(
         owner=arg,
         data="data",
-        public="public",
+        public="release/model",
+        public_data="release/documents",
+        public_fraction=0.25,
         domain_vector="domain.json",
         out="run",
-        steps=150,
+        steps=130,
         batch_size=8,
         seq_len=256,
-        optimizer={"lr": 3e-3, "warmup_steps": 10, "weight_decay": 0.1},
+        router_contrast=0.1,
+        optimizer={"lr": 1.5e-3, "warmup_steps": 10, "weight_decay": 0.1},
         save_every=100,
     )

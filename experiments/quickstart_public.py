@@ -1,4 +1,4 @@
-"""The quickstart's public model: 3.3 M parameters, on the public split of the mini-FlexMix.
+"""The quickstart's public model: 4.9 M parameters, on the public split of the mini-FlexMix.
 
     flexmoe pretrain --config=experiments/quickstart_public.py
 
@@ -29,7 +29,7 @@ def get_config(arg: str = ""):
         out="run",
         tokenizer="cl100k:8192",
         model=MODEL,
-        steps=400,
+        steps=360,
         batch_size=8,
         seq_len=256,
         optimizer={"lr": 3e-3, "warmup_steps": 20, "weight_decay": 0.1},

@@ -66,7 +66,9 @@ class OptimizerConfig:
 class RunConfig:
     """One training run: the public model (`owner="public"`) or one owner's expert (any other name).
 
-    Paths are strings. `batch_size` is sequences per optimizer step, split into `accumulation` equal microbatches.
+    Paths are strings. `batch_size` is sequences per optimizer step, split into `accumulation` equal microbatches. An
+    owner may mix in public documents: `public_fraction` of each batch's sequences come from `public_data`, and
+    `router_contrast` weighs a loss by which the router tells the two apart.
     """
 
     owner: str
@@ -77,13 +79,16 @@ class RunConfig:
     seq_len: int
     model: ModelConfig | None = None
     public: str = ""
+    public_data: str = ""
+    public_fraction: float = 0.0
     domain_vector: str = ""
     tokenizer: str = "cl100k:8192"
     optimizer: OptimizerConfig = OptimizerConfig()
     accumulation: int = 1
     z_loss: float = 1e-5
     router_z_loss: float = 1e-3
-    router_scale: float = 1.0
+    router_contrast: float = 0.0
+    router_scale: float = 0.1
     compute_dtype: str = "float32"
     remat: bool = False
     seed: int = 0
@@ -99,6 +104,11 @@ class RunConfig:
     def is_public(self) -> bool:
         return self.owner == "public"
 
+    @property
+    def public_sequences(self) -> int:
+        """Sequences of each batch that come from `public_data`."""
+        return round(self.public_fraction * self.batch_size)
+
     def __post_init__(self):
         for name in ("steps", "batch_size", "seq_len", "accumulation", "log_every", "save_every", "max_bad_steps"):
             if getattr(self, name) < 1:
@@ -112,6 +122,17 @@ class RunConfig:
             raise ConfigError(f"config.compute_dtype is {self.compute_dtype!r}", "use 'float32' or 'bfloat16'")
         if self.is_public and self.model is None:
             raise ConfigError("config.model is missing", "a public run defines the model's shape")
+        if not 0 <= self.public_fraction < 1 or (self.public_sequences > 0) != bool(self.public_data):
+            raise ConfigError(
+                f"config.public_fraction is {self.public_fraction} of {self.batch_size} sequences, public_data is "
+                f"{self.public_data!r}",
+                "give both, a fraction below 1 that makes at least one sequence, or neither",
+            )
+        if self.router_contrast and not self.public_sequences:
+            raise ConfigError(
+                f"config.router_contrast is {self.router_contrast} and config.public_fraction {self.public_fraction}",
+                "the router can be told apart from public text only where there is some: set both, or neither",
+            )
         if not self.is_public and not self.public:
             raise ConfigError(
                 f"config.public is empty in the run of owner {self.owner!r}",

@@ -9,7 +9,7 @@ PLAIN_INTERVAL_S = 10.0
 
 @contextlib.contextmanager
 def track(what: str, total: int | None, unit: str = "", start: int = 0):
-    """Yields `advance(n=1, note="")`; call it as units are done. `total` units in all (None: unknown), `start` already done."""
+    """Yields `advance(n=1, note="")`, to call as units are done; `total` None is unknown, `start` are done already."""
     reporter = _bar if sys.stderr.isatty() else _lines
     with reporter(what, total, unit, start) as advance:
         yield advance
@@ -32,7 +32,9 @@ def _bar(what, total, unit, start):
         task = bars.add_task(what, total=total, completed=start, note="")
 
         def advance(n: int = 1, note: str | None = None):
-            bars.update(task, advance=n, **({} if note is None else {"note": note}))
+            bars.update(task, advance=n)
+            if note is not None:
+                bars.update(task, note=note)
 
         yield advance
 

@@ -1,7 +1,7 @@
 """Digests of files and arrays, and the JSON files that carry them.
 
-A *sealed* JSON file is an object with a `digest` field: the sha256 of the canonical JSON of all its other fields. Its bytes are
-a function of its value alone, and no other bytes are accepted, so that any altered byte is noticed.
+A *sealed* JSON file is an object with a `digest` field: the sha256 of the canonical JSON of all its other fields. Its
+bytes are a function of its value alone, and no other bytes are accepted, so that any altered byte is noticed.
 """
 
 import hashlib
@@ -13,7 +13,7 @@ from typing import Any
 
 import numpy as np
 
-from flexmoe_jax.config import digest
+from flexmoe_jax.config import canonical_json, digest
 from flexmoe_jax.errors import ArtifactError
 
 MAX_JSON_BYTES = 64 << 20
@@ -28,7 +28,8 @@ def sha256_file(path: pathlib.Path) -> str:
 def sha256_array(array: np.ndarray) -> str:
     """sha256 (hex) of an array's little-endian C-order bytes; its dtype and shape are recorded beside the digest."""
     flat = np.ascontiguousarray(array).reshape(-1)
-    return hashlib.sha256(flat.astype(flat.dtype.newbyteorder("<"), copy=False).view(np.uint8)).hexdigest()
+    little = flat.astype(flat.dtype.newbyteorder("<"), copy=False)
+    return hashlib.sha256(little.view(np.uint8).data).hexdigest()
 
 
 def list_files(folder: pathlib.Path) -> tuple[dict[str, int], list[str]]:
@@ -96,6 +97,7 @@ def parse_json(raw: bytes, where) -> dict[str, Any]:
         raise ArtifactError(f"{where} has over {MAX_JSON_BYTES} bytes", "this is not a file this library wrote")
     try:
         value = json.loads(raw.decode(), object_pairs_hook=_no_doubled_keys, parse_constant=_no_constant)
+        canonical_json(value)  # refuses what has no canonical form: infinite numbers, lone surrogates
     except (ValueError, RecursionError) as error:
         raise ArtifactError(f"{where} is not valid JSON: {error}", "restore the file from its source") from error
     if not isinstance(value, dict):

@@ -68,10 +68,13 @@ def lock_directory(path: pathlib.Path, file_name: str | None = None) -> Iterator
 
     The lock is on the directory itself, or on `file_name` inside it, where the holder's process id is written.
     """
-    if file_name is None:
-        descriptor = os.open(path, os.O_RDONLY | os.O_DIRECTORY)
-    else:
-        descriptor = os.open(path / file_name, os.O_RDWR | os.O_CREAT, 0o644)
+    try:
+        if file_name is None:
+            descriptor = os.open(path, os.O_RDONLY | os.O_DIRECTORY)
+        else:
+            descriptor = os.open(path / file_name, os.O_RDWR | os.O_CREAT, 0o644)
+    except OSError as error:
+        raise ArtifactError(f"{path} cannot be used: {error.strerror}", "give a directory you may write to") from error
     try:
         try:
             fcntl.flock(descriptor, fcntl.LOCK_EX | fcntl.LOCK_NB)

@@ -17,7 +17,7 @@ def run_config(*, model: ModelConfig | None = None, **values) -> ConfigDict:
     for field in dataclasses.fields(RunConfig):
         if field.default is dataclasses.MISSING:
             config[field.name] = config_dict.placeholder(int if field.type is int else str)
-        elif dataclasses.is_dataclass(field.default):
+        elif dataclasses.is_dataclass(field.default) and not isinstance(field.default, type):
             config[field.name] = ConfigDict(dataclasses.asdict(field.default))
         else:
             config[field.name] = field.default

@@ -68,14 +68,13 @@ def _build(args: argparse.Namespace) -> int:
 def _info(args: argparse.Namespace) -> int:
     """Exit code 1 when a check fails."""
     from flexmoe_jax.data.acceptance import check
+    from flexmoe_jax.data.domains import embed_documents
     from flexmoe_jax.data.flexmix import read_mix
     from flexmoe_jax.data.tokenizer import load_tokenizer
 
     mix = read_mix(args.mix)
-    encode = None
-    if not args.no_encoder:
-        from flexmoe_jax.data.domains import embed_documents as encode
-    checks = check(args.mix, load_tokenizer(args.tokenizer).encode, encode)
+    encoder = None if args.no_encoder else embed_documents
+    checks = check(args.mix, load_tokenizer(args.tokenizer).encode, encoder)
     lines = [*_mix_lines(mix), ""]
     lines += [f"{'pass' if c.passed else 'FAIL'}  {c.name}: {c.measured} (required: {c.required})" for c in checks]
     emit({"mix": mix, "checks": [c._asdict() for c in checks]}, lines, args.json)

@@ -27,21 +27,32 @@ def eval(argv: list[str]) -> int:
     chosen = names(args.experts)
     if chosen is not None:
         model = model.select(chosen)
+    seq_len = args.seq_len or model.config.max_seq_len
+    stride = args.stride or max(seq_len // 2, 1)
     results = {}
     for folder in args.data:
         texts = heldout_texts(pathlib.Path(folder), args.max_bytes, args.split)
-        score = model.score(texts, seq_len=args.seq_len, stride=args.stride, uniform=args.uniform)
-        results[pathlib.Path(folder).name] = describe(model.experts, score)
+        score = model.score(texts, seq_len=seq_len, stride=stride, uniform=args.uniform)
+        name = pathlib.Path(folder).name
+        results[name if [pathlib.Path(f).name for f in args.data].count(name) == 1 else folder] = describe(
+            model.experts, score
+        )
     rows = [[d, r["bits_per_byte"], r["documents"], r["bytes"], *r["share"].values()] for d, r in results.items()]
     lines = table(["domain", "bits/byte", "docs", "bytes", *(f"share {e}" for e in model.experts)], rows)
     if args.layers:
         rows = [[f"{d} layer {i}", *share.values()] for d, r in results.items() for i, share in enumerate(r["layers"])]
         lines += ["", *table(["share", *model.experts], rows)]
-    emit(
-        {"model": args.model, "experts": list(model.experts), "top_k": model.top_k, "domains": results},
-        lines,
-        args.json,
-    )
+    mixing = "uniform weights" if args.uniform else f"top-{model.top_k} of {len(model.experts)} experts"
+    lines += ["", f"split {args.split}, windows of {seq_len} tokens with stride {stride}, {mixing}"]
+    settings = {
+        "split": args.split,
+        "seq_len": seq_len,
+        "stride": stride,
+        "uniform": args.uniform,
+        "top_k": model.top_k,
+    }
+    result = {"model": args.model, "experts": list(model.experts), **settings, "domains": results}
+    emit(result, lines, args.json)
     return 0
 
 
@@ -49,7 +60,8 @@ def heldout_texts(folder: pathlib.Path, max_bytes: int, split: str = "heldout") 
     """The first documents of a folder's split, at most `max_bytes` of text but at least one document."""
     from flexmoe_jax.data.sources import read_documents
 
-    texts, size = [], 0
+    texts: list[str] = []
+    size = 0
     for document in read_documents(folder, split):
         size += len(document.text.encode())
         if texts and size > max_bytes:

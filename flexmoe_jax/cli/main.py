@@ -1,6 +1,7 @@
 """`flexmoe VERB ...`: finds the verb's module, imports only that, and turns mendable errors into exit code 1."""
 
 import importlib
+import os
 import sys
 
 from flexmoe_jax.errors import FlexMoEError, did_you_mean
@@ -52,6 +53,18 @@ def main(argv: list[str] | None = None) -> int:
         return EXIT_REFUSED
 
 
+def entry() -> int:
+    """The console script: `main` in a process whose large arrays lie on huge pages.
+
+    glibc reads that setting only as a process begins, so the process begins again with it. Fresh pages are a large
+    part of a training step's time on a CPU (BUILD.md). Whoever sets GLIBC_TUNABLES decides instead.
+    """
+    if sys.platform == "linux" and "GLIBC_TUNABLES" not in os.environ and sys.argv[1:2] != ["--help"]:
+        environment = {**os.environ, "GLIBC_TUNABLES": "glibc.malloc.hugetlb=1"}
+        os.execve(sys.executable, [sys.executable, *sys.orig_argv[1:]], environment)
+    return main()
+
+
 def _help() -> str:
     width = max(map(len, VERBS))
     verbs = "\n".join(f"  {verb:{width}}  {text}" for verb, (_, text) in VERBS.items())
@@ -65,4 +78,4 @@ def _help() -> str:
 
 
 if __name__ == "__main__":
-    sys.exit(main())
+    sys.exit(entry())

@@ -1,1 +1,127 @@
-"""`flexmoe merge|optout|replace|inspect|verify`: what a coordinator and an auditor do. Loads no JAX."""
+"""`flexmoe merge|optout|replace|inspect|verify`: what a coordinator and an auditor do with directories."""
+
+import pathlib
+
+from flexmoe_jax.cli.common import add_json, emit, parser, table
+from flexmoe_jax.errors import ArtifactError
+
+
+def merge(argv: list[str]) -> int:
+    """Joins a public release and experts; the order in which they are given does not matter."""
+    example = "flexmoe merge --public release/model --expert news/package --expert math/package --out model"
+    p = parser("merge", "Joins a public model and experts into one model, without training.", example)
+    p.add_argument("--public", required=True, help="the public release every expert was trained beside")
+    p.add_argument("--expert", action="append", required=True, help="an owner's package; may be given several times")
+    p.add_argument("--out", required=True, help="new directory")
+    p.add_argument("--top-k", type=int, help="experts active per token; all by default")
+    p.add_argument("--link", action="store_true", help="hard-link instead of copying (same disk; see BUILD.md)")
+    add_json(p)
+    args = p.parse_args(argv)
+    from flexmoe_jax.compose.merge import merge as join
+
+    model = join(args.public, args.expert, args.out, top_k=args.top_k, link=args.link)
+    emit(_describe(model), [f"{args.out}: {', '.join(model.experts)}; top-{model.top_k}"], args.json)
+    return 0
+
+
+def optout(argv: list[str]) -> int:
+    """Removes an expert: the rest is what a merge without it makes, byte for byte outside the journal."""
+    p = parser("optout", "Removes an expert from a model, exactly.", "flexmoe optout model --expert news")
+    p.add_argument("model", help="a model directory; changed in place unless --out is given")
+    p.add_argument("--expert", required=True, help="the expert that leaves")
+    p.add_argument("--out", help="new directory for the model without it; the given one stays as it is")
+    add_json(p)
+    args = p.parse_args(argv)
+    from flexmoe_jax.compose.optout import opt_out
+
+    model = opt_out(args.model, args.expert, args.out)
+    emit(_describe(model), [f"{model.path}: {args.expert} removed; left: {', '.join(model.experts)}"], args.json)
+    return 0
+
+
+def replace(argv: list[str]) -> int:
+    """Puts a new package of an expert in the place of the old one."""
+    p = parser("replace", "Replaces an expert by a new version.", "flexmoe replace model --expert news/package")
+    p.add_argument("model", help="a model directory, changed in place")
+    p.add_argument("--expert", required=True, help="the owner's new package")
+    add_json(p)
+    args = p.parse_args(argv)
+    from flexmoe_jax.compose.optout import replace as put
+
+    model = put(args.model, args.expert)
+    emit(_describe(model), [f"{args.model}: replaced from {args.expert}"], args.json)
+    return 0
+
+
+def inspect(argv: list[str]) -> int:
+    """Shows a package's manifest, or a model's experts and journal. Arrays are not read."""
+    p = parser("inspect", "Shows what a package or a model holds.", "flexmoe inspect runs/quickstart/model")
+    p.add_argument("path", help="a package or a model directory")
+    add_json(p)
+    args = p.parse_args(argv)
+    path = pathlib.Path(args.path)
+    if _is_model(path):
+        from flexmoe_jax.artifacts.journal import read_journal
+        from flexmoe_jax.artifacts.model_dir import open_model
+
+        model = open_model(path)
+        rows = [[n, _parameters(m), m.content[:12], m.digest[:12]] for n, m in model.manifests.items()]
+        lines = [f"model {model.digest}", f"top-{model.top_k} of {len(model.experts)} experts", ""]
+        lines += table(["owner", "parameters", "content", "manifest"], rows)
+        entries = read_journal(path)
+        lines += ["", *(f"{entry.seq}  {entry.time}  {entry.event}: {', '.join(entry.experts)}" for entry in entries)]
+        emit(_describe(model), lines, args.json)
+        return 0
+    from flexmoe_jax.artifacts.manifest import read_manifest
+
+    manifest = read_manifest(path)
+    rows = [[name, "x".join(map(str, t.shape)), t.dtype, t.sha256[:12]] for name, t in manifest.tensors.items()]
+    lines = [f"package of {manifest.owner!r}, manifest {manifest.digest}", f"content {manifest.content}"]
+    lines += [f"trained beside {name} {digest}" for name, digest in manifest.base.items()]
+    lines += [f"{key}: {value}" for key, value in manifest.record.items()]
+    lines += ["", *table(["tensor", "shape", "dtype", "sha256"], rows)]
+    result = {"owner": manifest.owner, "digest": manifest.digest, "content": manifest.content, "base": manifest.base}
+    emit(result | {"record": manifest.record, "parameters": _parameters(manifest)}, lines, args.json)
+    return 0
+
+
+def verify(argv: list[str]) -> int:
+    """Checks every file and tensor against the manifests; exit code 1 when anything is wrong."""
+    p = parser("verify", "Checks every digest of a package or a model.", "flexmoe verify runs/quickstart/model")
+    p.add_argument("path", help="a package or a model directory")
+    add_json(p)
+    args = p.parse_args(argv)
+    from flexmoe_jax.artifacts.model_dir import verify_model
+    from flexmoe_jax.artifacts.package import verify_package
+
+    path = pathlib.Path(args.path)
+    findings = verify_model(path) if _is_model(path) else verify_package(path)
+    bad = [finding for finding in findings if not finding.ok]
+    lines = [f"{'ok ' if f.ok else 'BAD'}  {f.subject}  {f.detail}" for f in findings]
+    rows = [{"subject": f.subject, "ok": f.ok, "detail": f.detail} for f in findings]
+    emit({"path": args.path, "ok": not bad, "findings": rows}, lines, args.json)
+    if bad:
+        named = "; ".join(f"{f.subject}: {f.detail}" for f in bad[:3])
+        raise ArtifactError(
+            f"{len(bad)} of {len(findings)} checks of {path} failed: {named}", "restore it from its source"
+        )
+    return 0
+
+
+def _is_model(path: pathlib.Path) -> bool:
+    if not path.is_dir():
+        raise ArtifactError(f"{path} is not a directory", "give a package or a model directory")
+    return (path / "model.json").exists()
+
+
+def _describe(model) -> dict:
+    manifests = {n: {"manifest": m.digest, "content": m.content} for n, m in model.manifests.items()}
+    return {"path": str(model.path), "digest": model.digest, "experts": list(model.experts), "top_k": model.top_k} | {
+        "packages": manifests
+    }
+
+
+def _parameters(manifest) -> int:
+    import math
+
+    return sum(math.prod(tensor.shape) for tensor in manifest.tensors.values())

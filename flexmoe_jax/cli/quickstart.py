@@ -1,7 +1,8 @@
 """`flexmoe quickstart`: the whole life of a FlexMoE model on one machine, on real text.
 
-Every party's work is done by the command a person would type, printed as it runs. Each owner's commands run in processes
-of their own, in a folder that holds the owner's data and a copy of the public release, and nothing else.
+Every party's work is done by the command a person would type, printed as it runs. Each owner's commands run in
+processes of their own, in a folder that holds the owner's data and a copy of the public release (the public model and
+public documents), and nothing else.
 """
 
 import pathlib
@@ -17,7 +18,7 @@ from flexmoe_jax.errors import ArtifactError, FlexMoEError
 
 OWNERS = ("code", "math", "news")
 LEAVER = "news"
-EMBED_COUNT = "256"
+TOP_K = "2"
 
 
 def quickstart(argv: list[str]) -> int:
@@ -29,14 +30,17 @@ def quickstart(argv: list[str]) -> int:
     p.add_argument("--seed", type=int, default=0, help="of initial weights and data order")
     p.add_argument("--override", action="append", default=[], metavar="KEY=VALUE",
                    help="a configuration key for all trainings, for example steps=20")  # fmt: skip
-    p.add_argument("--eval-bytes", type=int, default=120_000, help="held-out text per domain")
+    p.add_argument("--embed-count", type=int, default=128, help="documents in each party's domain embedding")
+    p.add_argument("--eval-bytes", type=int, default=50_000, help="held-out text per domain")
     args = p.parse_args(argv)
     began = time.monotonic()
     root = pathlib.Path(args.out)
     overrides = [f"--config.{o}" for o in (f"seed={args.seed}", *args.override)]
     _prepare_data(root)
-    release = _train_public(root / "public", overrides)
-    packages = {owner: _train_owner(root / "owners" / owner, owner, release, overrides) for owner in OWNERS}
+    release = _train_public(root / "public", args.embed_count, overrides)
+    packages = {
+        owner: _train_owner(root / "owners" / owner, owner, release, args.embed_count, overrides) for owner in OWNERS
+    }
     models = _compose(root, release, packages)
     results = _evaluate(root, models, args.eval_bytes)
     results |= {"seed": args.seed, "overrides": args.override, "seconds": round(time.monotonic() - began)}
@@ -51,31 +55,38 @@ def _prepare_data(root: pathlib.Path) -> None:
         _here("data", "build", "--out", str(root / "mix"), "--domains", "public," + ",".join(OWNERS))
     parties = {"public": root / "public", **{owner: root / "owners" / owner for owner in OWNERS}}
     for domain, home in parties.items():
-        if not (home / "data").exists():
-            home.mkdir(parents=True, exist_ok=True)
-            shutil.copytree(root / "mix" / domain, home / "data.partial", dirs_exist_ok=True)
-            (home / "data.partial").rename(home / "data")
+        _copy(root / "mix" / domain, home / "data")
 
 
-def _train_public(home: pathlib.Path, overrides: list[str]) -> pathlib.Path:
-    _embed(home)
+def _train_public(home: pathlib.Path, embed_count: int, overrides: list[str]) -> pathlib.Path:
+    """The public release: the model, and the documents it was trained on."""
+    _embed(home, embed_count)
     _party(home, "pretrain", f"--config={_experiment('quickstart_public.py')}", *overrides)
-    return home / "run" / "model"
+    release = home / "release"
+    _copy(home / "run" / "model", release / "model")
+    _copy(home / "data", release / "documents")
+    return release
 
 
-def _train_owner(home: pathlib.Path, owner: str, release: pathlib.Path, overrides: list[str]) -> pathlib.Path:
+def _train_owner(home: pathlib.Path, owner: str, release: pathlib.Path, embed_count: int, overrides) -> pathlib.Path:
     """The hand-over of the public release is a copy: the owner's processes never look outside `home`."""
-    if not (home / "public").exists():
-        shutil.copytree(release, home / "public.partial", dirs_exist_ok=True)
-        (home / "public.partial").rename(home / "public")
-    _embed(home)
+    _copy(release, home / "release")
+    _embed(home, embed_count)
     _party(home, "train", f"--config={_experiment('quickstart_expert.py')}:{owner}", *overrides)
     return home / "run" / "package"
 
 
-def _embed(home: pathlib.Path) -> None:
+def _copy(source: pathlib.Path, target: pathlib.Path) -> None:
+    """Copies a folder, whole or not at all; one that is already there stays."""
+    if not target.exists():
+        partial = target.with_name(f"{target.name}.partial")
+        shutil.copytree(source, partial, dirs_exist_ok=True)
+        partial.rename(target)
+
+
+def _embed(home: pathlib.Path, count: int) -> None:
     if not (home / "domain.json").exists():
-        _party(home, "embed", "data", "--out", "domain.json", "--count", EMBED_COUNT)
+        _party(home, "embed", "data", "--out", "domain.json", "--count", str(count))
 
 
 def _compose(root: pathlib.Path, release: pathlib.Path, packages: dict[str, pathlib.Path]) -> dict[str, pathlib.Path]:
@@ -87,7 +98,7 @@ def _compose(root: pathlib.Path, release: pathlib.Path, packages: dict[str, path
 
     def merge(out: str, owners):
         experts = [part for owner in owners for part in ("--expert", str(packages[owner]))]
-        _here("merge", "--public", str(release), *experts, "--out", out)
+        _here("merge", "--public", str(release / "model"), *experts, "--top-k", TOP_K, "--out", out)
 
     merge(full, OWNERS)
     merge(never, [owner for owner in OWNERS if owner != LEAVER])
@@ -96,7 +107,7 @@ def _compose(root: pathlib.Path, release: pathlib.Path, packages: dict[str, path
 
 
 def _evaluate(root: pathlib.Path, paths: dict[str, pathlib.Path], max_bytes: int) -> dict:
-    """Bits per byte of every row on every domain's held-out documents, routed shares, samples, and the opt-out proof."""
+    """Bits per byte of every row on every domain's held-out text, routed shares, samples, and the opt-out proof."""
     import numpy as np
 
     from flexmoe_jax import load
@@ -127,6 +138,7 @@ def _evaluate(root: pathlib.Path, paths: dict[str, pathlib.Path], max_bytes: int
         "samples": samples,
         "opt_out": {"expert": LEAVER, "logits_bit_identical_to_never_merged": True, "tokens_compared": len(tokens)},
         "artefacts": {name: str(path) for name, path in paths.items()},
+        "scoring": {"seq_len": model.config.max_seq_len, "stride": model.config.max_seq_len // 2, "top_k": model.top_k},
         "scored_bytes": {domain: sum(len(text.encode()) for text in t) for domain, t in texts.items()},
     }
 
@@ -139,7 +151,8 @@ def _sample(model, text: str) -> dict:
 def _show(results: dict, root: pathlib.Path) -> None:
     bits, shares = results["bits_per_byte"], results["routed_share"]
     columns = list(bits["merged"])
-    print("\nHeld-out bits per byte (lower is better)\n")
+    scoring = "windows of {seq_len} tokens with stride {stride}, top-{top_k}".format(**results["scoring"])
+    print(f"\nHeld-out bits per byte (lower is better); {scoring}\n")
     print("\n".join(table(["", *columns], [[row, *values.values()] for row, values in bits.items()])))
     print("\nRouted share of each expert in the merged model, by domain\n")
     experts = list(shares["public"]["share"])
@@ -150,10 +163,10 @@ def _show(results: dict, root: pathlib.Path) -> None:
     print("\nSample continuations of held-out text (temperature 0.7, top-p 0.9)\n")
     for domain, sample in results["samples"].items():
         print(f"[{domain}] {sample['prompt']!r} -> {sample['continuation']!r}")
-    print(f"\nWithout {LEAVER}: logits bit-identical to a model that never had it, on {results['opt_out']['tokens_compared']}"
-          " tokens.")  # fmt: skip
-    print(f"Artefacts: {', '.join(results['artefacts'].values())}; table: {root / 'results.json'}; each party's folder: "
-          f"{root / 'public'}, {root / 'owners'}/NAME. The commands above, run in those folders, do each step by hand.")  # fmt: skip
+    compared, places = results["opt_out"]["tokens_compared"], ", ".join(results["artefacts"].values())
+    print(f"\nWithout {LEAVER}: logits bit-identical to a model that never had it, on {compared} tokens.")
+    print(f"Artefacts: {places}; the table as {root / 'results.json'}.")
+    print(f"Each party's folder: {root / 'public'}, {root / 'owners'}/NAME. The commands above do each step by hand.")
     print(f"Took {results['seconds']} s.")
 
 

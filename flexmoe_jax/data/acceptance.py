@@ -1,6 +1,6 @@
 """Whether a mix is fit for experiments: sizes, splits that do not leak, and domains that really differ."""
 
-from collections import defaultdict
+from collections import Counter, defaultdict
 from collections.abc import Callable
 from pathlib import Path
 from typing import NamedTuple
@@ -56,7 +56,8 @@ def _sizes(mix_dir, domains):
 
 def _leaks(mix_dir, domains):
     """Groups in more than one place (an owner's training, a held-out part, the public training), and equal texts."""
-    places, copies = defaultdict(set), defaultdict(int)
+    places: defaultdict[str, set] = defaultdict(set)
+    copies: Counter[str] = Counter()
     for name in domains:
         for split in SPLITS:
             for document in read_documents(mix_dir / name, split):
@@ -79,7 +80,7 @@ def _bigrams(mix_dir, domains, tokenize):
         bits = {other: model.bits(tokens) / size for other, model in models.items()}
         own = bits.pop(name)
         margins[name] = min(bits.values()) - own if bits else np.inf
-    worst = min(margins, key=margins.get)
+    worst = min(margins, key=margins.__getitem__)
     return Check(
         "own bigram model is best",
         margins[worst] > MIN_BITS_MARGIN,

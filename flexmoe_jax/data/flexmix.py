@@ -21,7 +21,7 @@ import zipfile
 from collections.abc import Iterable
 from pathlib import Path
 
-from flexmoe_jax.data.mixing import make_part
+from flexmoe_jax.data.mixing import Part, make_part
 from flexmoe_jax.data.recipes import RECIPE_VERSION, RECIPES
 from flexmoe_jax.data.sources import Document
 from flexmoe_jax.data.wheels import default_cache, fetch
@@ -147,7 +147,8 @@ def _new_folder(path):
 
 
 def _write_mix(folder, wheels, recipe):
-    parts, seen = {}, set()
+    parts: dict[str, Part] = {}
+    seen: set[str] = set()
     with contextlib.ExitStack() as stack, track("building", len(recipe["domains"]), "domains") as advance:
         archives = {name: stack.enter_context(zipfile.ZipFile(path)) for name, path in wheels.items()}
         for name in recipe["domains"]:

@@ -74,7 +74,8 @@ def _capped(pieces, max_bytes) -> list[Piece]:
 
 def _choose_groups(pieces, rule, public_share, heldout_share) -> tuple[set[str], set[str]]:
     """The groups held out and the groups given to the public split; see `Recipe` for the rules."""
-    sizes, marked = collections.Counter(), collections.Counter()
+    sizes: collections.Counter[str] = collections.Counter()  # bytes by group
+    marked: collections.Counter[str] = collections.Counter()
     for piece in pieces:
         (marked if piece.marked else sizes)[piece.group] += _bytes(piece)
     total = sizes.total()

@@ -46,6 +46,14 @@ def make_batches(
     return batches.map(lambda windows_BT: _training_batch(windows_BT, store.eos_id))
 
 
+def mix_batches(own: grain.MapDataset, public: grain.MapDataset) -> grain.MapDataset:
+    """Batch n is the rows of `own[n]`, then those of `public[n]`, with `own` float32 [B, T] telling them apart (1, 0).
+
+    Still a pure function of seed and n.
+    """
+    return grain.MapDataset.source(_Pairs(own, public))
+
+
 def make_iterator(dataset: grain.MapDataset, start_step: int = 0) -> grain.DatasetIterator:
     """Iterates over `dataset` from batch `start_step`, reading ahead in threads.
 
@@ -55,6 +63,23 @@ def make_iterator(dataset: grain.MapDataset, start_step: int = 0) -> grain.Datas
     iterator = iter(dataset.to_iter_dataset(options))
     iterator.set_state(iterator.get_state() | {"next_index": start_step})
     return iterator
+
+
+class _Pairs:
+    """The batches of two datasets, joined, as a grain source."""
+
+    def __init__(self, own, public):
+        self.own, self.public = own, public
+
+    def __len__(self):
+        return min(len(self.own), len(self.public))
+
+    def __getitem__(self, n):
+        pair = self.own[n], self.public[n]
+        own = [np.full_like(batch["weights"], value) for batch, value in zip(pair, (1, 0), strict=True)]
+        return {name: np.concatenate([batch[name] for batch in pair]) for name in pair[0]} | {
+            "own": np.concatenate(own)
+        }
 
 
 class _Windows:

@@ -6,6 +6,7 @@ uint16 where the vocabulary allows it and uint32 otherwise, every document follo
 """
 
 import dataclasses
+import functools
 import hashlib
 import json
 import os
@@ -29,7 +30,7 @@ EOS_SEARCH_TOKENS = 1 << 22
 class TokenStore:
     """Tokens of many documents, end to end, over one or more memory-mapped files.
 
-    `documents`, `text_bytes`, `vocab_size` and `tokenizer_digest` are None for OLMo files, which do not record them.
+    The fields from `documents` on are None for OLMo files, which do not record them.
     """
 
     parts: tuple[np.ndarray, ...]
@@ -39,6 +40,7 @@ class TokenStore:
     text_bytes: int | None = None
     vocab_size: int | None = None
     tokenizer_digest: str | None = None
+    sha256: tuple[str, ...] | None = None
 
     @classmethod
     def open(cls, path: str | Path, tokenizer_digest: str | None = None, verify: bool = True) -> "TokenStore":
@@ -58,7 +60,7 @@ class TokenStore:
         for file, part in zip(index["files"], parts, strict=True):
             _check_file(path / file["name"], file, part, verify)
         fields = {name: index[name] for name in ("eos_id", "documents", "text_bytes", "vocab_size", "tokenizer_digest")}
-        return cls(parts, _starts(parts), **fields)
+        return cls(parts, _starts(parts), sha256=tuple(file["sha256"] for file in index["files"]), **fields)
 
     @classmethod
     def from_olmo(cls, paths: str | Path | Sequence[str | Path], dtype: str, eos_id: int) -> "TokenStore":
@@ -82,6 +84,12 @@ class TokenStore:
                 "give the dtype and the end-of-document id the files were written with",
             )
         return cls(parts, _starts(parts), eos_id)
+
+    @functools.cached_property
+    def digest(self) -> str:
+        """sha256 (hex) over the files' own: which tokens these are, wherever they lie. Reads files without an index."""
+        parts = self.sha256 or [hashlib.sha256(np.ascontiguousarray(part).data).hexdigest() for part in self.parts]
+        return hashlib.sha256("\n".join(parts).encode()).hexdigest()
 
     @property
     def num_tokens(self) -> int:

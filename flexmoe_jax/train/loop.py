@@ -9,12 +9,12 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 
-from flexmoe_jax.artifacts.digest import write_json
+from flexmoe_jax.artifacts.digest import sha256_array, write_json
 from flexmoe_jax.artifacts.model_dir import create_public_model
 from flexmoe_jax.artifacts.package import write_package
 from flexmoe_jax.artifacts.run import RunCheckpoints
 from flexmoe_jax.config import RunConfig, differences, digest, to_mapping
-from flexmoe_jax.data.pipeline import make_batches, make_iterator
+from flexmoe_jax.data.pipeline import make_batches, make_iterator, mix_batches
 from flexmoe_jax.data.sources import read_documents
 from flexmoe_jax.data.store import TokenStore, write_store
 from flexmoe_jax.errors import ArtifactError, DataError, FlexMoEError
@@ -29,6 +29,10 @@ from flexmoe_jax.tree import PUBLIC, TRUNK, canonical_order, combine, partition
 # Keys that may differ between a run and its resumption: they change neither the data nor the mathematics.
 RESUMABLE = (
     "out",
+    "data",
+    "public",
+    "public_data",
+    "domain_vector",
     "log_every",
     "save_every",
     "save_minutes",
@@ -55,23 +59,27 @@ def train(run: RunConfig, report=lambda line: None) -> pathlib.Path:
     product = out / ("model" if run.is_public else "package")
     stage = prepare(run)
     with RunCheckpoints(out, keep=run.keep_checkpoints) as checkpoints:
-        store = _open_tokens(run, stage, out / "tokens")
-        identity = _identity(run, stage, store)
+        stores = [_open_tokens(run.data, "data", stage, out / "tokens")]
+        if run.public_sequences:
+            stores.append(_open_tokens(run.public_data, "public_data", stage, out / "public_tokens"))
+        identity = _identity(run, stage, stores)
         _check_identity(out / "run.json", identity)
         if product.exists():
             report(f"{product} is already there: nothing to do")
             return product
         for pattern, trainable, leaves, count in freezing_table(stage.params, run.owner):
             report(f"{'trained' if trainable else 'frozen ':8} {pattern:34} {leaves:3} leaves {count:14,} parameters")
-        state = _fit(run, stage, store, checkpoints, out, report)
+        state = _fit(run, stage, stores, checkpoints, out, report)
         _write_product(product, run, stage, state, identity)
     return product
 
 
-def _fit(run: RunConfig, stage: Stage, store: TokenStore, checkpoints: RunCheckpoints, out, report) -> TrainState:
+def _fit(
+    run: RunConfig, stage: Stage, stores: list[TokenStore], checkpoints: RunCheckpoints, out, report
+) -> TrainState:
     optimizer = make_optimizer(run.optimizer, run.steps)
     state, frozen = create_state(stage.params, run.owner, optimizer, jnp.dtype(run.compute_dtype))
-    iterator = make_iterator(make_batches(store, seq_len=run.seq_len, batch_size=run.batch_size, seed=run.seed))
+    iterator = make_iterator(_batches(run, stores))
     state = _restore(checkpoints, state, iterator, report)
     begin = int(state.step)
     metrics_file = MetricsFile(out / "metrics.jsonl", begin)
@@ -137,22 +145,38 @@ def _restore(checkpoints: RunCheckpoints, state: TrainState, iterator, report) -
     return TrainState(trainable=own(restored.trainable), opt_state=own(restored.opt_state), **counters)
 
 
-def _open_tokens(run: RunConfig, stage: Stage, tokens: pathlib.Path) -> TokenStore:
-    """The run's tokens: `run.data` itself when it is a token store, else the store made of its documents, once."""
-    data = pathlib.Path(run.data)
-    if not data.exists():
-        raise DataError(f"config.data {run.data!r} does not exist", "give a folder of documents or a token store")
-    if (data / "index.json").exists():
-        tokens = data
-    elif not tokens.exists():
-        write_store((document.text for document in read_documents(data)), stage.tokenizer, tokens)
+def _batches(run: RunConfig, stores: list[TokenStore]):
+    """The run's batches: of its own data, with `public_sequences` rows of public data where it asks for them."""
+    sizes = (run.batch_size - run.public_sequences, run.public_sequences)
+    parts = [
+        make_batches(store, seq_len=run.seq_len, batch_size=size, seed=run.seed)
+        for store, size in zip(stores, sizes, strict=False)
+    ]
+    return mix_batches(*parts) if len(parts) == 2 else parts[0]
+
+
+def _open_tokens(data: str, key: str, stage: Stage, tokens: pathlib.Path) -> TokenStore:
+    """The tokens at `data`: a token store, OLMo token files, or the store made of documents at `tokens`, once."""
+    folder = pathlib.Path(data)
+    if not folder.exists():
+        raise DataError(f"config.{key} {data!r} does not exist", "give a folder of documents or a token store")
+    if (folder / "index.json").exists():
+        return TokenStore.open(folder, stage.tokenizer.digest)
+    if any(folder.glob("*.npy")):
+        dtype = "uint16" if stage.tokenizer.vocab_size <= 1 << 16 else "uint32"
+        return TokenStore.from_olmo(folder, dtype, stage.tokenizer.eos_id)
+    if not tokens.exists():
+        write_store((document.text for document in read_documents(folder)), stage.tokenizer, tokens)
     return TokenStore.open(tokens, stage.tokenizer.digest)
 
 
-def _identity(run: RunConfig, stage: Stage, store: TokenStore) -> dict:
-    """What must not change between a run and its resumption."""
+def _identity(run: RunConfig, stage: Stage, stores: list[TokenStore]) -> dict:
+    """What must not change between a run and its resumption. Paths may: what they lead to is known by digest."""
     config = {key: value for key, value in to_mapping(run).items() if key not in RESUMABLE}
-    return {"config": config, "tokens": store.digest, "tokenizer": stage.tokenizer.digest, "base": stage.base}
+    tokens = [store.digest for store in stores]
+    router = stage.router | {"rows": sha256_array(stage.params["experts"][run.owner]["router"])}
+    digests = {"tokens": tokens, "tokenizer": stage.tokenizer.digest, "base": stage.base}
+    return {"config": config, "router": router, **digests}
 
 
 def _check_identity(path: pathlib.Path, identity: dict) -> None:

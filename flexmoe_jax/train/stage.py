@@ -7,7 +7,6 @@ import jax
 import numpy as np
 
 from flexmoe_jax.artifacts.model_dir import load_params, open_model
-from flexmoe_jax.artifacts.package import read_manifest
 from flexmoe_jax.config import ModelConfig, RunConfig
 from flexmoe_jax.data.domains import DomainVector, projection_record, router_row
 from flexmoe_jax.data.tokenizer import Tokenizer, load_tokenizer
@@ -61,8 +60,7 @@ def _expert_stage(run: RunConfig, vector: DomainVector) -> Stage:
     public = open_model(pathlib.Path(run.public))
     _check_length(run, public.config)
     params = load_params(public, (PUBLIC,))
-    manifests = {name: read_manifest(public.path / name, owner=name) for name in (TRUNK, PUBLIC)}
-    theirs = manifests[PUBLIC].record["router"]
+    theirs = public.manifests[PUBLIC].record["router"]
     if vector.encoder_digest != theirs["encoder_digest"]:
         raise ArtifactError(
             f"the domain vector {run.domain_vector} was made by the encoder {vector.encoder} "
@@ -79,7 +77,7 @@ def _expert_stage(run: RunConfig, vector: DomainVector) -> Stage:
     }
     params = {**params, "experts": {PUBLIC: params["experts"][PUBLIC], owner: expert}}
     tokenizer = load_tokenizer(str(public.tokenizer_path))
-    base = {name: manifest.content for name, manifest in manifests.items()} | {"tokenizer": tokenizer.digest}
+    base = {name: public.manifests[name].content for name in (TRUNK, PUBLIC)} | {"tokenizer": public.tokenizer_digest}
     return Stage(public.config, params, tokenizer, base, router)
 
 

@@ -21,19 +21,23 @@ def make_train_step(model: ModelConfig, run: RunConfig) -> Callable:
     `batch` holds `tokens`, `targets`, `segments` int32 and `weights` float32, each [batch_size, seq_len]. Losses are
     sums over weighted tokens divided by the weights of the whole batch, so accumulation does not change them. A step
     whose loss or gradient is not finite leaves parameters and moments as they were and is counted. Metrics are
-    scalars, and `share` [E], the mean routed weight of each expert in canonical order.
+    scalars, and `share` [E], the mean routed weight of each expert in canonical order. Batches that mix an owner's
+    sequences with public ones also hold `own` float32 [batch_size, seq_len].
     """
     optimizer, schedule = make_optimizer(run.optimizer, run.steps), learning_rate(run.optimizer, run.steps)
     grads_of = jax.grad(functools.partial(_losses, model, run), has_aux=True)
 
     def step(state: TrainState, frozen: Params, batch):
-        tokens = jnp.maximum(batch["weights"].sum(), 1.0)
+        totals = {"all": batch["weights"].sum()}
+        if "own" in batch:
+            totals |= {"own": (batch["weights"] * batch["own"]).sum()}
+        totals = jax.tree.map(lambda total: jnp.maximum(total, 1.0), totals)
         micro = jax.tree.map(lambda x: x.reshape(run.accumulation, -1, *x.shape[1:]), batch)
 
         def accumulate(total, microbatch):
-            return jax.tree.map(jnp.add, total, grads_of(state.trainable, frozen, microbatch, tokens)), None
+            return jax.tree.map(jnp.add, total, grads_of(state.trainable, frozen, microbatch, totals)), None
 
-        first = grads_of(state.trainable, frozen, jax.tree.map(lambda x: x[0], micro), tokens)
+        first = grads_of(state.trainable, frozen, jax.tree.map(lambda x: x[0], micro), totals)
         rest = jax.tree.map(lambda x: x[1:], micro)
         (grads, metrics), _ = jax.lax.scan(accumulate, first, rest) if run.accumulation > 1 else (first, None)
 
@@ -56,7 +60,7 @@ def make_train_step(model: ModelConfig, run: RunConfig) -> Callable:
     return jax.jit(step, donate_argnums=0)
 
 
-def _losses(model: ModelConfig, run: RunConfig, trainable: Params, frozen: Params, batch, tokens):
+def _losses(model: ModelConfig, run: RunConfig, trainable: Params, frozen: Params, batch, totals):
     """Total loss of one microbatch as its part of the whole batch's mean, and the metrics' parts.
 
     Cross-entropy + `z_loss` * logsumexp(logits)^2 + `router_z_loss` * logsumexp(router logits)^2 (mean over layers).
@@ -70,7 +74,7 @@ def _losses(model: ModelConfig, run: RunConfig, trainable: Params, frozen: Param
         dtype=dtype,
         remat=run.remat,
     )
-    weights_BT = batch["weights"] / tokens
+    weights_BT = batch["weights"] / totals["all"]
     log_z_BT = jax.nn.logsumexp(out.logits_BTV, axis=-1)
     target_BT = jnp.take_along_axis(out.logits_BTV, batch["targets"][..., None], axis=-1)[..., 0]
     cross_entropy = (weights_BT * (log_z_BT - target_BT)).sum()
@@ -87,4 +91,20 @@ def _losses(model: ModelConfig, run: RunConfig, trainable: Params, frozen: Param
         "router_entropy": entropy,
         "share": (weights_N[:, None] * probs_LNE).sum(1).mean(0),
     }
+    if run.router_contrast:
+        contrast = _contrast(out.router_logits_LNE, batch["weights"], batch["own"], totals)
+        total, metrics = total + run.router_contrast * contrast, metrics | {"router_contrast": contrast}
     return total, metrics
+
+
+def _contrast(router_logits_LNE, weights_BT, own_BT, totals):
+    """Cross-entropy of every layer's router as a classifier "the owner's text or public text?", mean over layers.
+
+    Own and public tokens weigh one half each, whatever their numbers. The odds of {public, owner} are the difference of
+    their two logits, and merging keeps pairwise odds.
+    """
+    odds_LN = router_logits_LNE[..., 1] - router_logits_LNE[..., 0]
+    public_total = jnp.maximum(totals["all"] - totals["own"], 1.0)
+    share_BT = weights_BT * jnp.where(own_BT > 0, 0.5 / totals["own"], 0.5 / public_total)
+    sign_N = jnp.where(own_BT > 0, 1.0, -1.0).reshape(-1)
+    return (share_BT.reshape(-1) * jax.nn.softplus(-sign_N * odds_LN)).sum(-1).mean()

@@ -9,7 +9,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from flexmoe_jax.data.pipeline import make_batches, make_iterator, scoring_batches
-from flexmoe_jax.data.store import TokenStore
+from flexmoe_jax.data.store import TokenStore, write_store
 from flexmoe_jax.data.tokenizer import load_tokenizer
 from flexmoe_jax.errors import DataError
 
@@ -115,26 +115,29 @@ def test_targets_segments_and_weights_against_a_loop():
         batch = batches(batch_size=4)[n]
         for row, window in enumerate(windows_of(batch)):
             tokens = store().window(window, LENGTH)
-            segment, segments, weights = 0, [], []
+            segment, segments = 0, []
             for token in tokens[:-1]:
-                segments.append(segment)
-                weights.append(0.0 if token == EOS else 1.0)
                 segment += token == EOS
+                segments.append(segment)
             np.testing.assert_array_equal(batch["tokens"][row], tokens[:-1])
             np.testing.assert_array_equal(batch["targets"][row], tokens[1:])
             np.testing.assert_array_equal(batch["segments"][row], segments)
-            np.testing.assert_array_equal(batch["weights"][row], weights)
+            assert (batch["weights"][row] == 1).all()
     assert any((batches()[n]["segments"] > 1).any() for n in range(12))  # the case is in the data
 
 
-def test_predicting_the_end_counts_and_predicting_across_it_does_not():
-    batch = batches(batch_size=40)[0]
-    tokens, targets, segments, weights = (batch[name] for name in DTYPES)
-    inside = tokens != EOS
-    assert (weights[(targets == EOS) & inside] == 1).all()
-    assert (weights[~inside] == 0).all()
-    same_document = segments[:, :-1] == segments[:, 1:]  # the target of t is the token at t + 1
-    np.testing.assert_array_equal(weights[:, :-1] == 1, same_document)
+def test_training_and_scoring_read_a_document_alike(tmp_path):
+    """Packed for training, a document is the segment from the end token before it to its last token: the same tokens,
+    the same targets, as when it is scored alone."""
+    texts = ["one two three", "four", "five six"]
+    packed = write_store(iter(texts), tokenizer(), tmp_path / "store")
+    batch = make_batches(packed, seq_len=packed.num_tokens - 1, batch_size=1, seed=0)[0]
+    scored = next(scoring_batches(texts, tokenizer(), 16, 8, len(texts)))
+    for document in (1, 2):  # the first document's end token before it is not in the store
+        inside = batch["segments"][0] == document
+        counted = scored["weights"][document] == 1
+        for name in ("tokens", "targets"):
+            np.testing.assert_array_equal(batch[name][0][inside], scored[name][document][counted])
 
 
 def test_too_few_windows_are_refused():

@@ -9,7 +9,7 @@ import numpy as np
 import pytest
 
 from flexmoe_jax.config import OptimizerConfig, RunConfig
-from flexmoe_jax.model.transformer import init_params
+from flexmoe_jax.model.transformer import forward, init_params
 from flexmoe_jax.train.optimizer import learning_rate, make_optimizer
 from flexmoe_jax.train.state import create_state, freezing_mask, freezing_table
 from flexmoe_jax.train.step import make_train_step
@@ -88,8 +88,6 @@ def test_moments_exist_for_trainable_leaves_only():
 
 def test_hybrid_starts_exactly_as_the_public_model():
     """Both feed-forward networks are equal at the start, so the gate cannot matter (sums of equal terms: 1e-6)."""
-    from flexmoe_jax.model.transformer import forward
-
     params = hybrid()
     alone = {**params, "experts": {PUBLIC: params["experts"][PUBLIC]}}
     tokens = batch()["tokens"]
@@ -176,3 +174,54 @@ def test_the_freezing_table_covers_every_parameter_once():
     trainable, frozen = partition(params, freezing_mask(params, "news"))
     assert sum(row[2] for row in table if row[1]) == len(flatten(trainable)) == 5
     assert sum(row[2] for row in table if not row[1]) == len(flatten(frozen))
+
+
+def test_contrast_teaches_the_router_what_is_not_the_owners():
+    """Two kinds of text by token id: with the contrast loss the odds part them, on tokens of either kind."""
+    params = hybrid()
+    run = dataclasses.replace(
+        RUN,
+        steps=40,
+        router_contrast=1.0,
+        public_data="x",
+        public_fraction=0.5,
+        optimizer=OptimizerConfig(lr=3e-2, warmup_steps=1),
+    )
+    rng = np.random.default_rng(0)
+
+    def mixed():
+        own, public = rng.integers(0, 3, (2, 17)), rng.integers(256, 259, (2, 17))
+        data = batch()
+        tokens = np.concatenate([own, public]).astype(np.int32)
+        flags = np.repeat([[1.0], [1.0], [0.0], [0.0]], 16, axis=1).astype(np.float32)
+        return data | {"tokens": tokens[:, :-1], "targets": tokens[:, 1:], "own": flags}
+
+    def share_of_own(run, data):
+        state, frozen = start(run, params)
+        step = make_train_step(MODEL, run)
+        for _ in range(run.steps):
+            state, _ = step(state, frozen, mixed())
+        trained = combine(state.trainable, frozen)
+        logits = forward(MODEL, trained, data["tokens"]).router_logits_LNE
+        probs = np.asarray(jax.nn.softmax(logits, axis=-1))[..., 1].mean(0).reshape(4, 16)
+        return probs[:2].mean(), probs[2:].mean()
+
+    own, public = share_of_own(run, mixed())
+    assert own > 0.7 > 0.3 > public
+    own, public = share_of_own(dataclasses.replace(run, router_contrast=0.0), mixed())
+    assert own - public < 0.2
+
+
+def test_contrast_weighs_both_kinds_equally_whatever_their_numbers():
+    """Equal logits: the loss is log 2 for any mix, and its accumulated form is the same."""
+    data = batch() | {"own": np.repeat([[1.0], [1.0], [1.0], [0.0]], 16, axis=1).astype(np.float32)}
+    values = []
+    for accumulation in (1, 2):
+        run = dataclasses.replace(
+            RUN, accumulation=accumulation, router_contrast=1.0, public_data="x", public_fraction=0.25
+        )
+        params = hybrid()
+        same = {**params["experts"]["news"], "router": params["experts"][PUBLIC]["router"]}
+        state, frozen = start(run, {**params, "experts": {**params["experts"], "news": same}})
+        values.append(float(make_train_step(MODEL, run)(state, frozen, data)[1]["router_contrast"]))
+    np.testing.assert_allclose(values, np.log(2), rtol=1e-6)

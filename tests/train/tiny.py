@@ -13,23 +13,9 @@ MODEL = ModelConfig(
     vocab_size=512, num_layers=2, d_model=16, num_heads=2, num_kv_heads=1, head_dim=8, d_ff=24, max_seq_len=32
 )
 WORDS = {
-    "public": [
-        "the",
-        "a",
-        "of",
-        "and",
-        "river",
-        "mountain",
-        "king",
-        "city",
-        "year",
-        "people",
-        "water",
-        "stone",
-        "light",
-    ],
-    "news": ["minister", "said", "police", "election", "vote", "market", "shares", "rose", "fell", "today", "court"],
-    "code": ["def", "return", "self", "import", "class", "for", "in", "range", "if", "else", "lambda", "print"],
+    "public": ("the", "a", "of", "and", "river", "mountain", "king", "city", "year", "people", "water", "stone"),
+    "news": ("minister", "said", "police", "election", "vote", "market", "shares", "rose", "fell", "today", "court"),
+    "code": ("def", "return", "self", "import", "class", "for", "in", "range", "if", "else", "lambda", "print"),
 }
 
 
@@ -86,3 +72,16 @@ def expert_run(root: pathlib.Path, owner: str, public: pathlib.Path, **changes) 
         save_every=2,
     )
     return dataclasses.replace(run, **changes)
+
+
+def build_world(root: pathlib.Path) -> pathlib.Path:
+    """Trains a public model and two owners' experts under `root`, merges them as `root/model`; returns `root`."""
+    from flexmoe_jax.compose.merge import merge
+    from flexmoe_jax.train.loop import train
+
+    release = train(public_run(root))
+    packages = [train(expert_run(root, owner, release)) for owner in ("news", "code")]
+    merge(release, packages, root / "model")
+    for domain in WORDS:
+        write_documents(root / domain / "data", domain, count=6, split="heldout")
+    return root

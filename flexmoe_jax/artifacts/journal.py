@@ -1,0 +1,88 @@
+"""The journal of a model directory: what was done to it, one sealed JSON object per line, each naming the one before.
+
+`journal.jsonl` is only ever extended. It is the one file of a model that holds time and history, and the names of
+experts that were opted out.
+"""
+
+import dataclasses
+import datetime
+import hashlib
+import json
+import pathlib
+from typing import Any
+
+from flexmoe_jax.artifacts.digest import check_fields, check_seal, parse_json, read_bytes, seal, write_bytes
+from flexmoe_jax.errors import ArtifactError
+
+FILE = "journal.jsonl"
+FIRST = "0" * 64
+_FIELDS = {
+    "seq": int,
+    "prev": str,
+    "event": str,
+    "experts": list,
+    "details": dict,
+    "model": str,
+    "time": str,
+    "digest": str,
+}
+
+
+@dataclasses.dataclass(frozen=True)
+class Entry:
+    """One event; `experts` are the model's after it, `model` is the digest of its model.json after it."""
+
+    seq: int
+    event: str
+    experts: tuple[str, ...]
+    details: dict[str, Any]
+    model: str
+    time: str
+
+
+def append_entry(folder: pathlib.Path, event: str, experts: tuple[str, ...], model: str, **details) -> None:
+    """Adds one line to the journal of the model directory `folder`, atomically; the first one begins the journal."""
+    path = folder / FILE
+    raw = read_bytes(path) if path.exists() else b""
+    lines = raw.splitlines(keepends=True)
+    fields = {
+        "seq": len(_parse(raw, path)),
+        "prev": hashlib.sha256(lines[-1]).hexdigest() if lines else FIRST,
+        "event": event,
+        "experts": list(experts),
+        "details": details,
+        "model": model,
+        "time": datetime.datetime.now(datetime.UTC).isoformat(timespec="seconds"),
+    }
+    line = json.dumps(seal(fields), sort_keys=True, ensure_ascii=False, allow_nan=False).encode() + b"\n"
+    write_bytes(path, raw + line)
+
+
+def read_journal(folder: pathlib.Path) -> list[Entry]:
+    """The journal of the model directory `folder`; ArtifactError if a line was altered, dropped or moved."""
+    entries = _parse(read_bytes(folder / FILE), folder / FILE)
+    if not entries:
+        raise ArtifactError(f"{folder / FILE} is empty", "restore the journal from its source")
+    return entries
+
+
+def _parse(raw: bytes, path: pathlib.Path) -> list[Entry]:
+    entries, prev = [], FIRST
+    for number, line in enumerate(raw.splitlines(keepends=True)):
+        where = f"{path} line {number + 1}"
+        fields = check_seal(parse_json(line, where), where)
+        check_fields(fields, _FIELDS, where)
+        if (fields["seq"], fields["prev"]) != (number, prev) or not line.endswith(b"\n"):
+            raise ArtifactError(f"{where} does not follow the line before it", "restore the journal from its source")
+        prev = hashlib.sha256(line).hexdigest()
+        entries.append(
+            Entry(
+                number,
+                fields["event"],
+                tuple(fields["experts"]),
+                fields["details"],
+                fields["model"],
+                fields["time"],
+            )
+        )
+    return entries

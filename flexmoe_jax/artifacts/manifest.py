@@ -1,0 +1,144 @@
+"""The manifest of a package: what it says about itself, read strictly."""
+
+import dataclasses
+import math
+import pathlib
+import posixpath
+from collections.abc import Mapping
+from typing import Any
+
+from flexmoe_jax import config as configs
+from flexmoe_jax.artifacts.arrays import ITEM_BYTES, header_file, tensor_file
+from flexmoe_jax.artifacts.digest import check_fields, check_format, is_sha256, read_sealed
+from flexmoe_jax.config import ModelConfig
+from flexmoe_jax.errors import ArtifactError
+from flexmoe_jax.model.spec import owner_spec
+from flexmoe_jax.tree import PUBLIC, TRUNK, check_owner_name
+
+FORMAT = "flexmoe-package-1"
+FETCH_AGAIN = "fetch the package again from its owner"
+
+
+@dataclasses.dataclass(frozen=True)
+class TensorRecord:
+    """One tensor; `sha256` is over its little-endian C-order bytes."""
+
+    shape: tuple[int, ...]
+    dtype: str
+    sha256: str
+
+
+@dataclasses.dataclass(frozen=True)
+class FileRecord:
+    """One file of the package."""
+
+    size: int
+    sha256: str
+
+
+@dataclasses.dataclass(frozen=True)
+class Manifest:
+    """What a package says about itself, checked against itself.
+
+    `content` is the digest of the tensor table: the identity of the owner's parameters, which other packages refer to
+    in `base`. `digest` is the manifest's own: it covers everything, and models refer to packages by it.
+    """
+
+    owner: str
+    config: ModelConfig
+    tensors: dict[str, TensorRecord]
+    files: dict[str, FileRecord]
+    content: str
+    base: dict[str, str]
+    record: dict[str, Any]
+    digest: str
+
+
+def read_manifest(path: pathlib.Path | str, owner: str | None = None) -> Manifest:
+    """The manifest of the package at `path`, which must be that of `owner` if given; arrays are not touched.
+
+    Raises ArtifactError for anything altered, unknown or contradictory.
+    """
+    where = pathlib.Path(path) / "manifest.json"
+    fields = read_sealed(where)
+    check_format(fields, FORMAT, where)
+    names = ("config", "tensors", "files", "base", "record")
+    texts = ("format", "owner", "config_digest", "content", "digest")
+    check_fields(fields, dict.fromkeys(names, dict) | dict.fromkeys(texts, str), where)
+    if owner is not None and fields["owner"] != owner:
+        raise ArtifactError(
+            f"{path} is the package of {fields['owner']!r}, not of {owner!r}", "give the right directory"
+        )
+    check_owner(fields["owner"])
+    check_base(fields["owner"], fields["base"])
+    config = configs.from_mapping(ModelConfig, fields["config"], f"{where}: config")
+    tensors = {name: _read_tensor(name, value, where) for name, value in fields["tensors"].items()}
+    files = {name: _read_file(name, value, where) for name, value in fields["files"].items()}
+    for name, value in (("config_digest", configs.digest(config)), ("content", configs.digest(fields["tensors"]))):
+        if fields[name] != value:
+            raise ArtifactError(f"{where}: {name} is {fields[name]}, what it states has {value}", FETCH_AGAIN)
+    check_shapes(fields["owner"], {name: t.shape for name, t in tensors.items()}, config)
+    for name, tensor in tensors.items():
+        file = FileRecord(math.prod(tensor.shape) * ITEM_BYTES[tensor.dtype], tensor.sha256)
+        if files.get(tensor_file(name, tensor.shape)) != file or header_file(name) not in files:
+            raise ArtifactError(f"{where}: the tensor {name!r} and its files disagree", FETCH_AGAIN)
+    return Manifest(
+        fields["owner"],
+        config,
+        tensors,
+        files,
+        **{name: fields[name] for name in ("content", "base", "record", "digest")},
+    )
+
+
+def check_owner(owner: str) -> None:
+    if owner not in (TRUNK, PUBLIC):
+        check_owner_name(owner)
+
+
+def check_base(owner: str, base: Mapping[str, str]) -> None:
+    expected = {"tokenizer"} if owner in (TRUNK, PUBLIC) else {TRUNK, PUBLIC, "tokenizer"}
+    if set(base) != expected or not all(is_sha256(value) for value in base.values()):
+        raise ArtifactError(
+            f"the base of {owner!r} is {dict(base)}", f"give the sha256 of: {', '.join(sorted(expected))}"
+        )
+
+
+def check_shapes(owner: str, shapes: Mapping[str, tuple[int, ...]], config: ModelConfig) -> None:
+    spec = owner_spec(config, owner)
+    for path in sorted({*spec, *shapes}):
+        if path not in shapes or path not in spec:
+            problem = "is missing" if path in spec else "does not belong there"
+            raise ArtifactError(f"{owner!r}: the parameter {path!r} {problem}", f"give exactly: {', '.join(spec)}")
+        if tuple(shapes[path]) != spec[path].shape:
+            raise ArtifactError(
+                f"{owner!r}: the parameter {path!r} has shape {tuple(shapes[path])}, the configuration wants "
+                f"{spec[path].shape}",
+                "give the parameters and the configuration of the same model",
+            )
+
+
+def _read_tensor(name: str, value, where) -> TensorRecord:
+    where = f"{where}: tensor {name!r}"
+    check_fields(_object(value, where), {"shape": list, "dtype": str, "sha256": str}, where)
+    shape_ok = all(type(size) is int and size > 0 for size in value["shape"])
+    if not shape_ok or value["dtype"] not in ITEM_BYTES or not is_sha256(value["sha256"]):
+        raise ArtifactError(f"{where} is {value}", FETCH_AGAIN)
+    return TensorRecord(tuple(value["shape"]), value["dtype"], value["sha256"])
+
+
+def _read_file(name: str, value, where) -> FileRecord:
+    where = f"{where}: file {name!r}"
+    check_fields(_object(value, where), {"size": int, "sha256": str}, where)
+    outside = posixpath.isabs(name) or ".." in name.split("/") or posixpath.normpath(name) != name or "\\" in name
+    if outside or not (name == "card.md" or name.startswith("arrays/")) or "\0" in name:
+        raise ArtifactError(f"{where} is no path a package may hold", "do not use this package")
+    if value["size"] < 0 or not is_sha256(value["sha256"]):
+        raise ArtifactError(f"{where} is {value}", FETCH_AGAIN)
+    return FileRecord(value["size"], value["sha256"])
+
+
+def _object(value, where) -> dict:
+    if not isinstance(value, dict):
+        raise ArtifactError(f"{where} is {value!r}, not an object", FETCH_AGAIN)
+    return value

@@ -1,0 +1,304 @@
+"""Model directories: packages, a tokenizer, `model.json` that names them by digest, and a journal.
+
+    model/
+      model.json      sealed; a function of the packages and the wanted top-k alone: no time, no history
+      journal.jsonl   what was done, by hash-chained lines (journal.py)
+      tokenizer.json  and tokenizer_config.json if the tokenizer has one
+      trunk/ public/ news/ ...   packages
+
+`top_k` in `model.json` is the wanted number of active experts, or null: every expert is active. An expert that is
+being replaced may lie in `.news-<first 12 digits of its manifest digest>` for a moment (compose/optout.py); readers
+look there first, so they see the model before the change or after it.
+"""
+
+import dataclasses
+import json
+import pathlib
+from collections.abc import Iterable, Mapping
+from typing import Any
+
+from flexmoe_jax import config as configs
+from flexmoe_jax.artifacts.digest import (
+    check_fields,
+    check_format,
+    is_sha256,
+    list_files,
+    parse_json,
+    read_bytes,
+    read_sealed,
+    sha256_file,
+    write_bytes,
+    write_sealed,
+)
+from flexmoe_jax.artifacts.files import new_directory
+from flexmoe_jax.artifacts.journal import FILE as JOURNAL
+from flexmoe_jax.artifacts.journal import append_entry, read_journal
+from flexmoe_jax.artifacts.package import (
+    Finding,
+    Manifest,
+    copy_package,
+    load_package,
+    read_manifest,
+    verify_package,
+    write_package,
+)
+from flexmoe_jax.config import ModelConfig, canonical_json
+from flexmoe_jax.errors import ArtifactError, FlexMoEError
+from flexmoe_jax.tree import PUBLIC, TRUNK, Params, canonical_order, check_known, check_owner_name, union
+
+FORMAT = "flexmoe-model-1"
+TOKENIZER, TOKENIZER_CONFIG = "tokenizer.json", "tokenizer_config.json"
+NOT_ALTERED = "restore the model from its source, or merge it again"
+
+
+@dataclasses.dataclass(frozen=True)
+class ModelDir:
+    """An opened model directory: `manifests` of trunk and experts in canonical order, sha256 of its tokenizer files."""
+
+    path: pathlib.Path
+    config: ModelConfig
+    manifests: dict[str, Manifest]
+    tokenizer: dict[str, str]
+    wanted_top_k: int | None
+    digest: str
+
+    @property
+    def experts(self) -> tuple[str, ...]:
+        """Names in canonical order: `public` first, then alphabetical."""
+        return tuple(name for name in self.manifests if name != TRUNK)
+
+    @property
+    def top_k(self) -> int:
+        """Experts active per token: the wanted number, else all."""
+        return self.wanted_top_k or len(self.experts)
+
+    @property
+    def tokenizer_path(self) -> pathlib.Path:
+        return self.path / TOKENIZER
+
+    @property
+    def tokenizer_digest(self) -> str:
+        return self.tokenizer[TOKENIZER]
+
+    def package(self, name: str) -> pathlib.Path:
+        """The directory that holds the package of `trunk` or of an expert now."""
+        return locate_package(self.path, name, self.manifests[name].digest)
+
+
+def create_public_model(
+    path: pathlib.Path | str,
+    trunk: Params,
+    public: Params,
+    config: ModelConfig,
+    tokenizer: pathlib.Path | str | bytes,
+    record: Mapping[str, Any],
+) -> ModelDir:
+    """Writes the public release, a model whose only expert is `public`, at the new directory `path`.
+
+    `tokenizer` is a tokenizer.json, the folder that holds it (and maybe tokenizer_config.json), or its bytes; it is
+    stored in canonical form. `record` goes into both packages. Raises ArtifactError as `write_package` does.
+    """
+    files = _read_tokenizer(tokenizer)
+    with new_directory(pathlib.Path(path)) as folder:
+        for name, content in files.items():
+            write_bytes(folder / name, content)
+        base = {"tokenizer": sha256_file(folder / TOKENIZER)}
+        for owner, params in ((TRUNK, trunk), (PUBLIC, public)):
+            write_package(folder / owner, owner=owner, params=params, config=config, base=base, record=record)
+        digest = write_model_json(folder, (PUBLIC,), None)
+        append_entry(folder, "created", (PUBLIC,), digest)
+        model = open_model(folder)
+    return dataclasses.replace(model, path=pathlib.Path(path))
+
+
+def assemble(
+    out: pathlib.Path | str,
+    release: ModelDir,
+    packages: Mapping[str, tuple[pathlib.Path, Manifest]],
+    top_k: int | None,
+    event: str,
+    details: Mapping[str, Any],
+    link: bool = False,
+) -> ModelDir:
+    """Makes the model directory `out` of the trunk, tokenizer and journal of `release` and the given expert packages.
+
+    Everything is copied (or hard-linked) into a sibling of `out`, checked on the way, and appears by one rename.
+    """
+    with new_directory(pathlib.Path(out)) as folder:
+        for name in (*release.tokenizer, JOURNAL):
+            write_bytes(folder / name, read_bytes(release.path / name))
+        sources = {TRUNK: (release.package(TRUNK), release.manifests[TRUNK]), **packages}
+        for name, (source, manifest) in sources.items():
+            copy_package(source, folder / name, manifest, link)
+        experts = canonical_order(packages)
+        append_entry(folder, event, experts, write_model_json(folder, experts, top_k), **details)
+        model = open_model(folder)
+    return dataclasses.replace(model, path=pathlib.Path(out))
+
+
+def write_model_json(
+    path: pathlib.Path, experts: Iterable[str], top_k: int | None, manifests: Mapping[str, Manifest] | None = None
+) -> str:
+    """Replaces `path`/model.json, atomically; returns its digest.
+
+    It names the packages that lie in `path`, or those of `manifests`, where an expert has not yet its place.
+    """
+    order = canonical_order(experts)
+    manifests = manifests or {name: read_manifest(path / name, name) for name in (TRUNK, *order)}
+    fields = {
+        "format": FORMAT,
+        "config": configs.to_mapping(manifests[TRUNK].config),
+        "tokenizer": {n: sha256_file(path / n) for n in (TOKENIZER, TOKENIZER_CONFIG) if (path / n).is_file()},
+        "trunk": manifests[TRUNK].digest,
+        "experts": [{"name": name, "manifest": manifests[name].digest} for name in order],
+        "top_k": top_k,
+        "router": {"overlay": None},
+    }
+    return write_sealed(path / "model.json", fields)
+
+
+def open_model(path: pathlib.Path | str) -> ModelDir:
+    """Opens a model directory; `model.json`, manifests and tokenizer are checked, and that they belong together.
+
+    Arrays are not read (`load_params` and `verify_model` do). Raises ArtifactError naming what does not agree.
+    """
+    path = pathlib.Path(path)
+    try:
+        return _open(path)
+    except ArtifactError:
+        return _open(path)  # an expert may have been replaced between two of the reads
+
+
+def load_params(model: ModelDir, experts: Iterable[str] | None = None) -> Params:
+    """The whole tree, experts named, as numpy arrays: of all experts or only of `experts`. Every digest is checked."""
+    names = model.experts if experts is None else check_known(experts, model.experts)
+    return union({name: load_package(model.package(name)) for name in (TRUNK, *names)})
+
+
+def verify_model(path: pathlib.Path | str) -> list[Finding]:
+    """Findings on every part of a model directory: digests, what is left over, the journal. Damage is never raised."""
+    path = pathlib.Path(path)
+    try:
+        model = open_model(path)
+    except FlexMoEError as error:
+        return [Finding("model", False, error.what)]
+    findings = [Finding("model.json", True, model.digest)]
+    findings += [Finding(name, True, digest) for name, digest in model.tokenizer.items()]
+    for name in model.manifests:
+        rows = verify_package(model.package(name), name)
+        findings += [dataclasses.replace(row, subject=f"{name}/{row.subject}") for row in rows]
+    findings.append(_check_journal(model))
+    return findings + _leftovers(model)
+
+
+def locate_package(path: pathlib.Path, name: str, digest: str) -> pathlib.Path:
+    """Where the package with this manifest digest lies in the model directory `path`: staged, or in its place."""
+    staged = staging_place(path, name, digest)
+    return staged if staged.is_dir() else path / name
+
+
+def staging_place(path: pathlib.Path, name: str, digest: str) -> pathlib.Path:
+    """The hidden directory in which a package waits while it is replaced or replaces another."""
+    return path / f".{name}-{digest[:12]}"
+
+
+def _open(path: pathlib.Path) -> ModelDir:
+    where = path / "model.json"
+    fields = read_sealed(where)
+    check_format(fields, FORMAT, where)
+    top_k = fields["top_k"] if type(fields.get("top_k")) is int else None
+    types = {"config": dict, "tokenizer": dict, "experts": list, "router": dict, "trunk": str, "digest": str}
+    check_fields(fields, {**types, "format": str, "top_k": int if top_k is not None else type(None)}, where)
+    if fields["router"] != {"overlay": None}:
+        raise ArtifactError(f"{where}: router is {fields['router']}", "this version knows no router overlay")
+    config = configs.from_mapping(ModelConfig, fields["config"], f"{where}: config")
+    digests = {TRUNK: fields["trunk"], **_read_experts(fields["experts"], where)}
+    if top_k is not None and not 1 <= top_k < len(digests):
+        raise ArtifactError(f"{where}: top_k is {top_k} with {len(digests) - 1} experts", NOT_ALTERED)
+    manifests = {}
+    for name, digest in digests.items():
+        manifests[name] = read_manifest(locate_package(path, name, digest), name)
+        found = manifests[name].digest
+        if found != digest:
+            what = f"{path}: the package {name!r} has the manifest digest {found}, model.json names {digest}"
+            raise ArtifactError(what, NOT_ALTERED)
+    _check_tokenizer(path, fields["tokenizer"])
+    model = ModelDir(path, config, manifests, fields["tokenizer"], top_k, fields["digest"])
+    for name, manifest in manifests.items():
+        check_belongs(manifest, model, path / name)
+    return model
+
+
+def check_belongs(manifest: Manifest, model: ModelDir, where) -> None:
+    """Raises unless a package was made for this model's trunk, public expert, tokenizer and configuration."""
+    ours = {**{name: model.manifests[name].content for name in (TRUNK, PUBLIC)}, "tokenizer": model.tokenizer_digest}
+    for name in ours:
+        theirs = manifest.base.get(name, ours[name])  # trunk and public refer to the tokenizer alone
+        if theirs != ours[name]:
+            part = {TRUNK: "trunk", PUBLIC: "public expert"}.get(name, name)
+            raise ArtifactError(
+                f"{manifest.owner!r} ({where}) was trained with the {part} {theirs}, this model's is {ours[name]}",
+                f"train {manifest.owner!r} beside this public model, or use the public model it was trained beside",
+            )
+    lines = configs.differences(configs.to_mapping(manifest.config), configs.to_mapping(model.config))
+    if lines:
+        raise ArtifactError(
+            f"{manifest.owner!r} ({where}) has another configuration than this model: {'; '.join(lines)}",
+            "use parts of one public model",
+        )
+
+
+def _read_experts(rows: list, where) -> dict[str, str]:
+    for row in rows:
+        if not isinstance(row, dict):
+            raise ArtifactError(f"{where}: the expert {row!r} is not an object", NOT_ALTERED)
+        check_fields(row, {"name": str, "manifest": str}, where)
+        if row["name"] != PUBLIC:
+            check_owner_name(row["name"])
+    names = [row["name"] for row in rows]
+    if not names or names[0] != PUBLIC or tuple(names) != canonical_order(names):
+        raise ArtifactError(f"{where}: the experts {names} are not in canonical order, public first", NOT_ALTERED)
+    return {row["name"]: row["manifest"] for row in rows}
+
+
+def _check_tokenizer(path: pathlib.Path, digests: dict) -> None:
+    if TOKENIZER not in digests or not set(digests) <= {TOKENIZER, TOKENIZER_CONFIG}:
+        raise ArtifactError(f"{path}/model.json: the tokenizer files are {sorted(digests)}", NOT_ALTERED)
+    for name, digest in digests.items():
+        read_bytes(path / name)
+        found = sha256_file(path / name)
+        if found != digest or not is_sha256(digest):
+            raise ArtifactError(f"{path / name} has sha256 {found}, model.json says {digest}", NOT_ALTERED)
+
+
+def _read_tokenizer(tokenizer: pathlib.Path | str | bytes) -> dict[str, bytes]:
+    """{file name: canonical bytes}: the sha256 of tokenizer.json is then the digest that `load_tokenizer` gives."""
+    if isinstance(tokenizer, bytes):
+        return {TOKENIZER: canonical_json(parse_json(tokenizer, TOKENIZER))}
+    path = pathlib.Path(tokenizer)
+    path = path / TOKENIZER if path.is_dir() else path
+    files = {TOKENIZER: canonical_json(parse_json(read_bytes(path), path))}
+    if (neighbour := path.with_name(TOKENIZER_CONFIG)).is_file():
+        files[TOKENIZER_CONFIG] = json.dumps(parse_json(read_bytes(neighbour), neighbour), indent=2).encode()
+    return files
+
+
+def _check_journal(model: ModelDir) -> Finding:
+    try:
+        entries = read_journal(model.path)
+    except ArtifactError as error:
+        return Finding(JOURNAL, False, error.what)
+    if entries[-1].model != model.digest:
+        detail = f"records {entries[-1].model}, model.json has {model.digest}: run the interrupted command again"
+        return Finding(JOURNAL, False, detail)
+    return Finding(JOURNAL, True, f"{len(entries)} entries")
+
+
+def _leftovers(model: ModelDir) -> list[Finding]:
+    known = {"model.json", JOURNAL, *model.tokenizer, *(model.package(name).name for name in model.manifests)}
+    files, others = list_files(model.path)
+    left = sorted({name.split("/")[0] for name in (*files, *others)} - known)
+    return [
+        Finding(name, False, "model.json does not name it: run the interrupted command again, or remove it")
+        for name in left
+    ]

@@ -1,0 +1,206 @@
+"""Run checkpoints: the private state of one training run, resumable bit for bit.
+
+    run/
+      .lock                 held while a process uses the run
+      checkpoints/<step>/   Orbax CheckpointManager: trainable, optimizer, data, meta
+      digests/<step>.json   sealed sha256 of every file of that step, written when Orbax has committed it
+      damaged/<step>/       steps that were found damaged and passed over
+
+Orbax restores flipped bits without a word, so a step counts as saved when its digests are written, and is checked
+against them before it is used. Frozen leaves are not here: they are those of the public model, which the caller names
+by digest in `meta` or in its `run.json`.
+"""
+
+import concurrent.futures
+import contextlib
+import dataclasses
+import os
+import pathlib
+import shutil
+from typing import Any
+
+import jax
+
+from flexmoe_jax.artifacts import arrays  # noqa: F401 - quietens Orbax
+from flexmoe_jax.artifacts.digest import digest_files, list_files, read_sealed, write_sealed
+from flexmoe_jax.artifacts.files import lock_directory
+from flexmoe_jax.errors import ArtifactError
+
+
+@dataclasses.dataclass(frozen=True)
+class Restored:
+    """A restored step; `skipped` are newer steps that were passed over, newest first, as (step, reason)."""
+
+    step: int
+    trainable: Any
+    opt_state: Any
+    data_state: dict
+    meta: dict
+    skipped: tuple[tuple[int, str], ...]
+
+
+class RunCheckpoints:
+    """The checkpoints of the run directory `path`, held exclusively; use it in a `with` block.
+
+    `keep` newest steps stay on disk; with fewer than 2 there is nothing to fall back to.
+    """
+
+    def __init__(self, path: pathlib.Path | str, keep: int = 2):
+        import orbax.checkpoint as ocp
+
+        self._ocp = ocp
+        self.path = pathlib.Path(path).absolute()
+        self._steps, self._digests = self.path / "checkpoints", self.path / "digests"
+        self._digests.mkdir(parents=True, exist_ok=True)
+        with contextlib.ExitStack() as stack:
+            stack.enter_context(lock_directory(self.path, ".lock"))
+            self._manager = ocp.CheckpointManager(
+                self._steps,
+                item_names=("trainable", "optimizer", "data", "meta"),
+                options=ocp.CheckpointManagerOptions(max_to_keep=keep, cleanup_tmp_directories=True),
+            )
+            self._worker = stack.enter_context(concurrent.futures.ThreadPoolExecutor(1, "digests"))
+            self._held = stack.pop_all()
+        self._pending: concurrent.futures.Future | None = None
+
+    def __enter__(self) -> "RunCheckpoints":
+        return self
+
+    def __exit__(self, kind, *_) -> None:
+        with self._held:
+            try:
+                self.wait()
+            except ArtifactError:
+                if kind is None:  # else the first error is the one to show
+                    raise
+            finally:
+                with contextlib.suppress(Exception):  # what it reports was reported by `wait`
+                    self._manager.close()
+
+    def save(self, step: int, trainable, opt_state, data_state: dict, meta: dict) -> None:
+        """Begins to save `step`; the arrays may be donated or changed when this returns.
+
+        A failure is raised by the next call, or by `wait`; only when `wait` returns is the step saved. After a failure
+        this object saves nothing more: leave the `with` block.
+        """
+        self.wait()
+        args = self._ocp.args
+        items = args.Composite(
+            trainable=args.StandardSave(trainable),
+            optimizer=args.StandardSave(opt_state),
+            data=args.JsonSave(data_state),
+            meta=args.JsonSave(meta),
+        )
+        with self._named_errors(step):
+            if not self._manager.save(step, args=items, force=True):
+                raise OSError(f"Orbax declined step {step}")
+        self._pending = self._worker.submit(self._commit, step)
+
+    def wait(self) -> None:
+        """Returns when the last `save` is on disk with its digests; raises ArtifactError if it failed."""
+        pending, self._pending = self._pending, None
+        if pending is not None:
+            pending.result()
+
+    def latest(self) -> int | None:
+        """The newest saved step, or None; whether it is damaged is not looked at."""
+        self.wait()
+        saved = [step for step in self._manager.all_steps() if self._digest_file(step).exists()]
+        return max(saved, default=None)
+
+    def restore(self, like_trainable, like_opt, step: int | None = None) -> Restored | None:
+        """The newest undamaged step (or `step`), bit for bit; None if nothing was ever saved.
+
+        `like_*` are trees of the same structure with the shape, dtype and sharding of each leaf: arrays or
+        `jax.ShapeDtypeStruct`. Damaged steps are moved to `damaged/` and named in `skipped`. ArtifactError if every
+        step is damaged, or the structure is another.
+        """
+        self.wait()
+        skipped: list[tuple[int, str]] = []
+        steps = sorted(self._manager.all_steps(), reverse=True) if step is None else [step]
+        for candidate in steps:
+            problem = self._problem(candidate)
+            if problem is None:
+                self._set_aside(skipped)
+                return self._read(candidate, like_trainable, like_opt, tuple(skipped))
+            skipped.append((candidate, problem))
+        if skipped:
+            reasons = "".join(f"\n    step {number}: {reason}" for number, reason in skipped)
+            raise ArtifactError(
+                f"no checkpoint of {self.path} can be used:{reasons}", "restore the directory, or start a new run"
+            )
+        return None
+
+    def _read(self, step, like_trainable, like_opt, skipped) -> Restored:
+        args = self._ocp.args
+        items = args.Composite(
+            trainable=args.StandardRestore(_abstract(like_trainable)),
+            optimizer=args.StandardRestore(_abstract(like_opt)),
+            data=args.JsonRestore(),
+            meta=args.JsonRestore(),
+        )
+        try:
+            found = self._manager.restore(step, args=items)
+        except (ValueError, KeyError, TypeError, OSError) as error:
+            raise ArtifactError(
+                f"step {step} of {self.path} does not fit this model and optimizer: {error}",
+                "resume with the configuration the run was started with",
+            ) from error
+        return Restored(step, found.trainable, found.optimizer, found.data, found.meta, skipped)
+
+    def _commit(self, step: int) -> None:
+        with self._named_errors(step):
+            self._manager.wait_until_finished()
+            write_sealed(self._digest_file(step), {"step": step, "files": digest_files(self._steps / str(step))})
+            kept = {f"{number}.json" for number in self._manager.all_steps()}
+            for file in self._digests.glob("*.json"):
+                if file.name not in kept:
+                    file.unlink()
+
+    def _problem(self, step: int) -> str | None:
+        folder = self._steps / str(step)
+        if not self._digest_file(step).exists():
+            return "it has no digests: the save was interrupted"
+        try:
+            expected = read_sealed(self._digest_file(step))
+        except ArtifactError as error:
+            return error.what
+        files, found, others = expected["files"], digest_files(folder), list_files(folder)[1]
+        bad = [name for name in sorted({*files, *found}) if files.get(name) != found.get(name)] + others
+        if expected["step"] != step:
+            return f"its digests are those of step {expected['step']}"
+        return f"altered, missing or foreign files: {', '.join(bad)}" if bad else None
+
+    def _set_aside(self, skipped: list[tuple[int, str]]) -> None:
+        for step, _ in skipped:
+            target = self.path / "damaged" / str(step)
+            shutil.rmtree(target, ignore_errors=True)
+            target.parent.mkdir(exist_ok=True)
+            os.rename(self._steps / str(step), target)
+            self._digest_file(step).unlink(missing_ok=True)
+        if skipped:
+            self._manager.reload()
+
+    def _digest_file(self, step: int) -> pathlib.Path:
+        return self._digests / f"{step}.json"
+
+    @contextlib.contextmanager
+    def _named_errors(self, step: int):
+        try:
+            yield
+        except Exception as error:
+            raise ArtifactError(
+                f"saving step {step} to {self.path} failed: {error}",
+                "check free space and permissions, then run the same command: it goes on from the last good step",
+            ) from error
+
+
+def _abstract(tree):
+    """Leaves as shape, dtype and sharding; those without a sharding are put on the first device."""
+    here = jax.sharding.SingleDeviceSharding(jax.local_devices()[0])
+
+    def describe(leaf):
+        sharding = getattr(leaf, "sharding", None) or here
+        return jax.ShapeDtypeStruct(leaf.shape, leaf.dtype, sharding=sharding)
+
+    return jax.tree.map(describe, tree)

@@ -1,0 +1,127 @@
+"""Opting out and replacing: one expert's directory and `model.json` change, nothing else does (method: section 2.3).
+
+In place, `model.json` is the switch: it is replaced atomically, so whoever opens the model sees it before or after. A
+crash leaves a model that opens, and `verify_model` names what is left over; the same call made again finishes.
+"""
+
+import os
+import pathlib
+import re
+
+from flexmoe_jax.artifacts.digest import sync_directory
+from flexmoe_jax.artifacts.files import lock_directory, new_directory, remove_directory
+from flexmoe_jax.artifacts.journal import append_entry, read_journal
+from flexmoe_jax.artifacts.model_dir import ModelDir, assemble, open_model, staging_place, write_model_json
+from flexmoe_jax.artifacts.package import copy_package
+from flexmoe_jax.compose.merge import read_expert
+from flexmoe_jax.errors import ArtifactError
+from flexmoe_jax.tree import PUBLIC, TRUNK, check_known
+
+
+def opt_out(model: pathlib.Path | str, name: str, out: pathlib.Path | str | None = None) -> ModelDir:
+    """Removes the expert `name`, in place or into the new directory `out` (which leaves `model` as it is).
+
+    The result is, byte for byte outside the journal, what `merge` makes of the other experts with the same top-k, or
+    with as many as are left where top-k was more. In place, the expert's bytes leave the directory. Raises for
+    `public`, `trunk` and unknown names.
+    """
+    path = pathlib.Path(model)
+    if name in (PUBLIC, TRUNK):
+        raise ArtifactError(
+            f"{name!r} cannot opt out: every expert was trained beside it", "name a data owner's expert"
+        )
+    if out is not None:
+        opened = open_model(path)
+        check_known([name], opened.experts)
+        rest = {n: (opened.package(n), opened.manifests[n]) for n in opened.experts if n != name}
+        details = _details(opened, name)
+        return assemble(out, opened, rest, details["top_k"], "opted_out", details)
+    with lock_directory(path):
+        finished = _finish_opt_outs(path)
+        opened = open_model(path)
+        if name in finished and name not in opened.experts:
+            return opened
+        check_known([name], opened.experts)
+        details, rest_names = _details(opened, name), tuple(n for n in opened.experts if n != name)
+        digest = write_model_json(path, rest_names, details["top_k"], opened.manifests)
+        _erase(path, name)
+        append_entry(path, "opted_out", rest_names, digest, **details)
+        return open_model(path)
+
+
+def replace(model: pathlib.Path | str, package: pathlib.Path | str) -> ModelDir:
+    """Puts `package` in the place of the expert of the same name, in place, after the checks that `merge` makes.
+
+    The result is, byte for byte outside the journal, what `merge` makes of the new package and the other experts.
+    """
+    path, package = pathlib.Path(model), pathlib.Path(package)
+    with lock_directory(path):
+        _finish_opt_outs(path)
+        opened = open_model(path)
+        new = read_expert(package, opened)
+        name = new.owner
+        check_known([name], opened.experts)
+        old = opened.manifests[name]
+        place, parked, staged = (
+            path / name,
+            staging_place(path, name, old.digest),
+            staging_place(path, name, new.digest),
+        )
+        _settle(opened, name)
+        if new.digest != old.digest:
+            with new_directory(staged) as folder:
+                copy_package(package, folder, new)
+            # Readers look for the digest they want in its staging place first, so that every state between opens.
+            os.rename(place, parked)
+            sync_directory(path)
+            manifests = {**opened.manifests, name: new}
+            write_model_json(path, opened.experts, opened.wanted_top_k, manifests)
+            _settle(open_model(path), name)
+        digest = open_model(path).digest
+        if read_journal(path)[-1].model != digest:
+            append_entry(path, "replaced", opened.experts, digest, expert=name, content=new.content)
+        return open_model(path)
+
+
+def _finish_opt_outs(path: pathlib.Path) -> list[str]:
+    """Ends opt-outs that were interrupted after model.json was written: erases, records; returns their names."""
+    model = open_model(path)
+    names = [n for n in read_journal(path)[-1].experts if n not in model.experts]
+    for name in names:
+        _erase(path, name)
+    if names:
+        append_entry(path, "opted_out", model.experts, model.digest, finished=names)
+    return names
+
+
+def _erase(path: pathlib.Path, name: str) -> None:
+    remove_directory(path / name)
+    _remove_hidden(path, name)
+
+
+def _details(model: ModelDir, name: str) -> dict:
+    """What the journal tells about the removal of `name`; `top_k` is the wanted one, clamped to the experts left."""
+    left = len(model.experts) - 1
+    top_k = None if model.wanted_top_k is None else min(model.wanted_top_k, left)
+    return {
+        "expert": name,
+        "content": model.manifests[name].content,
+        "top_k": top_k,
+        "top_k_before": model.wanted_top_k,
+    }
+
+
+def _settle(model: ModelDir, name: str) -> None:
+    """Moves the package of `name` to its place if it is staged, and removes what else is staged for it."""
+    located = model.package(name)
+    if located != model.path / name:
+        os.rename(located, model.path / name)
+        sync_directory(model.path)
+    _remove_hidden(model.path, name)
+
+
+def _remove_hidden(path: pathlib.Path, name: str) -> None:
+    staging = re.compile(rf"\.{name}-[0-9a-f]{{12}}|\.\.{name}-[0-9a-f]{{12}}\.partial-[0-9a-f]{{8}}")
+    for entry in sorted(path.iterdir()):
+        if staging.fullmatch(entry.name):
+            remove_directory(entry)

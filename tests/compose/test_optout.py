@@ -1,0 +1,237 @@
+"""Opting out leaves what a merge without the expert makes, byte for byte, and no byte of the expert."""
+
+import itertools
+import shutil
+
+import pytest
+
+from flexmoe_jax.artifacts.journal import read_journal
+from flexmoe_jax.artifacts.model_dir import load_params, open_model, verify_model
+from flexmoe_jax.artifacts.package import read_manifest
+from flexmoe_jax.compose.merge import merge
+from flexmoe_jax.compose.optout import opt_out, replace
+from flexmoe_jax.errors import ArtifactError, FlexMoEError
+from flexmoe_jax.tree import flatten
+from tests.artifacts.tiny import Crash, contents, crash_at, make_expert, make_release, random_params, same_tree
+
+NAMES = ("code", "math", "zebrafish")
+WINDOW = 64
+
+
+@pytest.fixture(scope="module")
+def home(tmp_path_factory):
+    root = tmp_path_factory.mktemp("home")
+    release = make_release(root / "public")
+    for name in NAMES:
+        make_expert(root / name, name, release)
+    make_expert(root / "code2", "code", release, seed=2)
+    merged(root, NAMES, root / "model")
+    return root
+
+
+@pytest.fixture
+def model(home, tmp_path):
+    return shutil.copytree(home / "model", tmp_path / "model")
+
+
+def merged(home, names, out, top_k=None):
+    return merge(home / "public", [home / name for name in names], out, top_k=top_k).path
+
+
+def problems(path):
+    return {f.subject for f in verify_model(path) if not f.ok}
+
+
+SUBSETS = [c for n in range(1, 4) for c in itertools.combinations(NAMES, n)]
+
+
+@pytest.mark.parametrize(
+    ("removed", "top_k"), [*((s, None) for s in SUBSETS), (NAMES[1:], 1), (NAMES[:1], 3), (NAMES[:2], 3), (NAMES, 4)]
+)
+def test_opting_out_equals_never_having_merged(home, tmp_path, removed, top_k):
+    left = [name for name in NAMES if name not in removed]
+    clamped = None if top_k is None else min(top_k, len(left) + 1)
+    never = contents(merged(home, left, tmp_path / "never", clamped))
+    model = merged(home, NAMES, tmp_path / "model", top_k)
+    for name in reversed(removed[1:]):
+        opt_out(model, name)
+    before = contents(model, leave_out=())
+    copy = opt_out(model, removed[0], tmp_path / "copy")
+    assert contents(model, leave_out=()) == before
+    opt_out(model, removed[0])
+    assert contents(copy.path) == never
+    assert contents(model) == never
+    assert problems(model) == set()
+    assert open_model(model).top_k == (clamped or len(left) + 1)
+
+
+def windows(raw):
+    return {raw[i : i + WINDOW] for i in range(max(len(raw) - WINDOW, 0) + 1)}
+
+
+def test_no_byte_window_and_no_name_of_the_expert_remains(home, model):
+    gone = flatten(random_params("zebrafish", 1))
+    removed = {path: windows(leaf.tobytes()) for path, leaf in gone.items()}
+
+    def hits(folder):
+        """Names of the expert's tensors of which any window, and whether the expert's name, is in any file."""
+        found = set()
+        for name, raw in contents(folder).items():
+            present = windows(raw)
+            found |= {path for path, w in removed.items() if present & w or (len(min(w)) < WINDOW and min(w) in raw)}
+            found |= {"name"} if "zebrafish" in name or b"zebrafish" in raw else set()
+        return found
+
+    assert hits(model) == {*gone, "name"}
+    opt_out(model, "zebrafish")
+    assert hits(model) == set()
+    assert not [p for p in model.rglob("*") if "zebrafish" in p.name]
+    assert b"zebrafish" in (model / "journal.jsonl").read_bytes()
+
+
+def test_the_other_packages_keep_their_very_files(model):
+    inodes = {p: p.stat().st_ino for name in ("trunk", "public", "code") for p in (model / name).rglob("*")}
+    opt_out(model, "math")
+    assert inodes == {p: p.stat().st_ino for p in inodes}
+
+
+def test_the_journal_tells_what_happened(model):
+    opt_out(model, "math")
+    entry = read_journal(model)[-1]
+    assert (entry.event, entry.experts, entry.model) == (
+        "opted_out",
+        ("public", "code", "zebrafish"),
+        open_model(model).digest,
+    )
+    assert entry.details["expert"] == "math"
+
+
+def test_who_cannot_opt_out_is_told(home, model, tmp_path):
+    for name in ("public", "trunk"):
+        with pytest.raises(ArtifactError, match=f"'{name}' cannot opt out"):
+            opt_out(model, name)
+    with pytest.raises(ArtifactError, match="cannot be used: No such file"):
+        opt_out(tmp_path / "nowhere", "math")
+    with pytest.raises(FlexMoEError, match=r"no expert '\.\./model'"):
+        opt_out(model, "../model")
+    with pytest.raises(FlexMoEError, match="did you mean 'zebrafish'"):
+        opt_out(model, "zebrafsh")
+    with pytest.raises(FlexMoEError, match="no expert 'news'"):
+        opt_out(model, "news", tmp_path / "out")
+    opt_out(model, "math")
+    with pytest.raises(FlexMoEError, match="no expert 'math'"):
+        opt_out(model, "math")
+    with pytest.raises(ArtifactError, match="already exists"):
+        opt_out(model, "code", home / "model")
+
+
+def crashes(tmp_path, home, call, finish):
+    """Runs `call` on copies of the model, ended at its first, second, ... change; each time `finish` must mend it."""
+    states = []
+    for number in itertools.count():
+        model = shutil.copytree(home / "model", tmp_path / f"model{number}")
+        with pytest.MonkeyPatch.context() as patch:
+            crash_at(patch, number)
+            try:
+                call(model)
+            except Crash:
+                pass
+            else:
+                return states, model
+        opened = open_model(model)  # whatever happened, there is a model, the old or the new
+        load_params(opened)
+        states.append((opened, problems(model)))
+        finish(model, opened)
+
+
+def test_an_opt_out_that_crashes_anywhere_is_finished_by_running_it_again(home, tmp_path):
+    never = contents(merged(home, ("code", "zebrafish"), tmp_path / "never"))
+
+    def finish(model, _):
+        if problems(model) or "math" in open_model(model).experts:
+            opt_out(model, "math")
+        assert contents(model) == never
+        assert problems(model) == set()
+
+    states, model = crashes(tmp_path, home, lambda model: opt_out(model, "math"), finish)
+    assert contents(model) == never
+    assert len(states) >= 4
+    assert any("math" in opened.experts for opened, _ in states)
+    assert any("math" in left for _, left in states)
+    assert all("journal.jsonl" in left for opened, left in states if "math" not in opened.experts)
+
+
+def test_a_half_deleted_directory_is_named_and_finished(home, model, monkeypatch):
+    with monkeypatch.context() as patch:
+        patch.setattr("flexmoe_jax.compose.optout._erase", lambda *_: (_ for _ in ()).throw(Crash))
+        with pytest.raises(Crash):
+            opt_out(model, "math")
+    shutil.rmtree(model / "math/arrays/w_up")
+    assert problems(model) == {"math", "journal.jsonl"}
+    opt_out(model, "math")
+    assert problems(model) == set()
+    assert not (model / "math").exists()
+
+
+def test_an_interrupted_opt_out_is_finished_by_the_next_change_too(home, tmp_path):
+    for change, left in (
+        (lambda model: opt_out(model, "code"), ("zebrafish",)),
+        (lambda model: replace(model, home / "code2"), ("code2", "zebrafish")),
+    ):
+        model = shutil.copytree(home / "model", tmp_path / "-".join(left))
+        with pytest.MonkeyPatch.context() as patch:
+            patch.setattr("flexmoe_jax.compose.optout._erase", lambda *_: (_ for _ in ()).throw(Crash))
+            with pytest.raises(Crash):
+                opt_out(model, "math")
+        change(model)
+        assert contents(model) == contents(merged(home, left, tmp_path / f"expected-{left[0]}"))
+        assert [e.details.get("finished") for e in read_journal(model)[2:]] == [["math"], None]
+        assert problems(model) == set()
+
+
+def test_replacing_equals_merging_the_new_package(home, model, tmp_path):
+    expected = contents(merged(home, ("code2", "math", "zebrafish"), tmp_path / "expected"))
+    before = contents(home / "code2")
+    replaced = replace(model, home / "code2")
+    assert contents(model) == expected
+    assert contents(home / "code2") == before
+    assert same_tree(load_params(replaced)["experts"]["code"], random_params("code", 2))
+    assert problems(model) == set()
+    assert [e.event for e in read_journal(model)] == ["created", "merged", "replaced"]
+    journal = (model / "journal.jsonl").read_bytes()
+    replace(model, home / "code2")
+    assert (model / "journal.jsonl").read_bytes() == journal
+    assert contents(replace(model, home / "code").path) == contents(home / "model")
+
+
+def test_a_replacement_is_checked_as_a_merge_is(home, model, tmp_path):
+    other = make_release(tmp_path / "other", seed=5)
+    make_expert(tmp_path / "code", "code", other)
+    make_expert(tmp_path / "news", "news", open_model(home / "public"))
+    with pytest.raises(ArtifactError, match=r"'code' .* was trained with the trunk"):
+        replace(model, tmp_path / "code")
+    with pytest.raises(FlexMoEError, match="no expert 'news'"):
+        replace(model, tmp_path / "news")
+    for part in ("public", "trunk"):
+        with pytest.raises(FlexMoEError, match="reserved"):
+            replace(model, home / "public" / part)
+    assert contents(model, leave_out=()) == contents(home / "model", leave_out=())
+
+
+def test_a_replacement_that_crashes_anywhere_leaves_the_old_or_the_new_and_is_finished_by_running_it_again(
+    home, tmp_path
+):
+    expected = contents(merged(home, ("code2", "math", "zebrafish"), tmp_path / "expected"))
+
+    def finish(model, _):
+        replace(model, home / "code2")
+        assert contents(model) == expected
+        assert problems(model) == set()
+
+    states, model = crashes(tmp_path, home, lambda model: replace(model, home / "code2"), finish)
+    assert contents(model) == expected
+    versions = [opened.manifests["code"].digest for opened, _ in states]
+    old, new = (read_manifest(home / name).digest for name in ("code", "code2"))
+    assert versions == [old] * versions.count(old) + [new] * versions.count(new)
+    assert 0 < versions.count(old) < len(versions)
+    assert any(name.startswith(".code-") for _, left in states for name in left)

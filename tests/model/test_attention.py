@@ -1,0 +1,127 @@
+"""Attention: causality and the separation of packed documents by gradient, grouped heads, the cache."""
+
+import dataclasses
+import functools
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import pytest
+
+from flexmoe_jax.config import ModelConfig
+from flexmoe_jax.model.cache import init_cache
+from flexmoe_jax.model.transformer import forward
+from flexmoe_jax.tree import stack
+from tests.conftest import TINY, jit_forward, max_difference, random_params, random_tokens
+
+LLAMA = dataclasses.replace(TINY, pre_norm=True, qk_norm=False)
+EXPERTS = ("public", "code", "news")
+LENGTH = 12
+
+
+def influence(config: ModelConfig, segments=None, **how):
+    """[T, T]: the largest |d logits[t] / d embedding of the token at t'|, for a random mix of the logits."""
+    params = random_params(config, EXPERTS)
+    if how.get("dispatch") == "sparse":
+        params = {**params, "experts": stack(params["experts"])}
+    tokens = jnp.arange(LENGTH)[None]  # all different: row t' of the embedding is the input at t' and nothing else
+    mix = jnp.asarray(np.random.default_rng(0).standard_normal(config.vocab_size), jnp.float32)
+
+    @jax.jit
+    @jax.jacrev
+    def jacobian(embed):
+        tree = {**params, "trunk": {**params["trunk"], "embed": embed}}
+        return forward(config, tree, tokens, segments_BT=segments, **how).logits_BTV[0] @ mix
+
+    return np.abs(np.asarray(jacobian(params["trunk"]["embed"])))[:, :LENGTH].max(-1)
+
+
+@pytest.mark.parametrize(
+    ("config", "how"),
+    [(TINY, {"top_k": 2}), (TINY, {"top_k": 2, "dispatch": "sparse"}), (LLAMA, {"uniform": True, "remat": True})],
+    ids=["dense", "sparse", "llama-uniform-remat"],
+)
+def test_causality_by_gradient(config, how):
+    reach = influence(config, **how)
+    sees = np.tril(np.ones((LENGTH, LENGTH), bool))
+    assert np.array_equal(reach > 0, sees)  # exactly 0 after t, and every token up to t matters
+
+
+def test_packed_documents_cannot_see_each_other():
+    """Documents of 5, 1 and 6 tokens in one row; their numbers are only names (here not ascending)."""
+    segments = jnp.asarray([[3] * 5 + [9] + [1] * 6], jnp.int32)
+    reach = influence(TINY, segments, top_k=2)
+    sees = np.tril(np.asarray(segments[0])[:, None] == np.asarray(segments[0])[None])
+    assert np.array_equal(reach > 0, sees)
+
+
+def test_each_packed_document_as_if_alone():
+    params, tokens = random_params(TINY, EXPERTS), random_tokens(TINY, 2, LENGTH)
+    segments = jnp.asarray([[0] * 6 + [1] * 6, [0] * 12], jnp.int32)
+    packed = jit_forward(TINY, params, tokens, segments_BT=segments, top_k=2).logits_BTV
+    alone = jit_forward(TINY, params, tokens[:1, 6:], top_k=2).logits_BTV
+    # Positions run on through the row and RoPE is relative, so only rounding differs: angles up to 12 in float32 are
+    # off by 1e-6, and attention scores of order 1 with them (measured 1e-6).
+    assert max_difference(packed[:1, 6:], alone) < 1e-5
+    first = jit_forward(TINY, params, tokens[:1, :6], top_k=2).logits_BTV
+    assert max_difference(packed[:1, :6], first) < 1e-5
+    # Without the mask the second document's logits are others: the comparison above can fail.
+    assert max_difference(jit_forward(TINY, params, tokens, top_k=2).logits_BTV[:1, 6:], alone) > 0.1
+
+
+def test_positions_are_relative():
+    """All positions moved by a constant: the same logits (angles up to 40 now round by 4e-6)."""
+    params, tokens = random_params(TINY), random_tokens(TINY, 2, LENGTH)
+    positions = jnp.broadcast_to(jnp.arange(LENGTH), tokens.shape)
+    run = functools.partial(jit_forward, TINY, params, tokens)
+    assert max_difference(run(positions_BT=positions + 29).logits_BTV, run(positions_BT=positions).logits_BTV) < 5e-5
+    # and spacing matters: stretched positions give others
+    assert max_difference(run(positions_BT=positions * 2).logits_BTV, run(positions_BT=positions).logits_BTV) > 0.01
+
+
+def test_grouped_heads_equal_repeated_ones():
+    params, tokens = random_params(TINY, EXPERTS), random_tokens(TINY, 2, LENGTH)
+    times = TINY.num_heads // TINY.num_kv_heads
+    blocks = params["trunk"]["blocks"]
+    norm_LGK = blocks["k_norm"].reshape(TINY.num_layers, TINY.num_kv_heads, TINY.head_dim)
+    repeated = {name: jnp.repeat(blocks[name], times, axis=2) for name in ("w_k", "w_v")}
+    repeated["k_norm"] = jnp.repeat(norm_LGK, times, axis=1).reshape(TINY.num_layers, -1)
+    full = {**params, "trunk": {**params["trunk"], "blocks": {**blocks, **repeated}}}
+    config = dataclasses.replace(TINY, num_kv_heads=TINY.num_heads)
+    ours = jit_forward(TINY, params, tokens, top_k=2).logits_BTV
+    # The same sums in another order: float32 rounding of logits of order 1.
+    assert max_difference(ours, jit_forward(config, full, tokens, top_k=2).logits_BTV) < 1e-5
+
+
+@pytest.mark.parametrize("config", [TINY, LLAMA], ids=["olmo", "llama"])
+def test_decoding_with_a_cache_equals_the_whole(config):
+    """Rows of unlike lengths: the shorter row's padding is written, then overwritten before anything may see it."""
+    params, tokens = random_params(config, EXPERTS), random_tokens(config, 2, LENGTH)
+    whole = jit_forward(config, params, tokens, top_k=2).logits_BTV
+    lengths = np.array([7, 4])
+    cache = init_cache(config, 2, LENGTH)
+    positions = jnp.broadcast_to(jnp.arange(7), (2, 7))
+    padded = tokens[:, :7].at[1, 4:].set(0)
+    out = jit_forward(config, params, padded, positions_BT=positions, kv_cache=cache, top_k=2)
+    # One new query against cached keys is the same sum over more slots (masked ones add exact zeros): rounding only.
+    assert max_difference(out.logits_BTV[0], whole[0, :7]) < 1e-5
+    assert max_difference(out.logits_BTV[1, :4], whole[1, :4]) < 1e-5
+    for step in range(5):
+        at = jnp.asarray(lengths + step)[:, None]
+        token = jnp.take_along_axis(tokens, at, axis=1)
+        out = jit_forward(config, params, token, positions_BT=at, kv_cache=out.cache, top_k=2)
+        expected = jnp.take_along_axis(whole, at[:, :, None], axis=1)
+        assert max_difference(out.logits_BTV, expected) < 1e-5, step
+
+
+def test_a_position_past_the_cache_writes_nothing():
+    params, tokens = random_params(TINY), random_tokens(TINY, 1, 1)
+    cache = jax.tree.map(lambda leaf: leaf + 1, init_cache(TINY, 1, 4))
+    out = jit_forward(TINY, params, tokens, positions_BT=jnp.full((1, 1), 4), kv_cache=cache)
+    assert jax.tree.all(jax.tree.map(lambda a, b: bool((a == b).all()), cache, out.cache))
+
+
+def test_remat_changes_no_value():
+    params, tokens = random_params(TINY, EXPERTS), random_tokens(TINY, 2, LENGTH)
+    ours = [jit_forward(TINY, params, tokens, top_k=2, remat=remat).logits_BTV for remat in (False, True)]
+    assert np.array_equal(*ours)

@@ -1,0 +1,201 @@
+"""Dispatch: `dense` is the definition; `sparse` must equal it in values and in every gradient, and cost no [E, N]."""
+
+import functools
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import pytest
+from hypothesis import example, given, settings
+from hypothesis import strategies as st
+
+from flexmoe_jax.errors import FlexMoEError
+from flexmoe_jax.model import experts as experts_module
+from flexmoe_jax.model.experts import dense, sparse
+from flexmoe_jax.model.router import Routing, route
+from flexmoe_jax.model.transformer import moe
+from flexmoe_jax.tree import unstack
+from tests.conftest import max_difference
+
+D, F = 4, 6
+
+
+def make_experts(E: int, seed: int = 0, router_scale: float = 1.0):
+    """One layer's stacked experts; biases below 0 by more than any test's step."""
+    rng = np.random.default_rng(seed)
+    shapes = {"w_gate": (E, D, F), "w_up": (E, D, F), "w_down": (E, F, D), "router": (E, D)}
+    stacked = {name: rng.standard_normal(shape).astype(np.float32) / 2 for name, shape in shapes.items()}
+    stacked["router"] *= router_scale
+    stacked["bias"] = (-0.2 - np.abs(rng.standard_normal(E))).astype(np.float32)
+    return jax.tree.map(jnp.asarray, stacked)
+
+
+def make_x(N: int, seed: int = 1):
+    return jnp.asarray(np.random.default_rng(seed).standard_normal((1, N, D)), jnp.float32)
+
+
+@functools.partial(jax.jit, static_argnames=("k", "dispatch", "tile"))
+def value_and_gradients(x, experts, mix, *, k: int, dispatch: str, tile: int):
+    """MoE output, and gradients of a random mix of it (and of the router logits) in x and every leaf of the experts."""
+    before, experts_module.TILE_ROWS = experts_module.TILE_ROWS, tile  # read while tracing; `tile` is in the jit key
+    try:
+
+        def loss(x, experts):
+            y, logits_NE = moe(x, experts, top_k=k, dispatch=dispatch)
+            return (y * mix).sum() + 0.1 * (logits_NE**2).sum(), y
+
+        gradients, y = jax.grad(loss, argnums=(0, 1), has_aux=True)(x, experts)
+    finally:
+        experts_module.TILE_ROWS = before
+    return y, {"x": gradients[0], **gradients[1]}
+
+
+ROUTINGS = ("random", "ties", "one takes all", "underflow")
+
+
+def case_inputs(N: int, E: int, routing: str, seed: int):
+    """`ties`: equal logits for all; `one takes all`: others far behind; `underflow`: others' weight is exactly 0."""
+    experts = make_experts(E, seed, router_scale=1.0 if routing == "random" else 0.0)
+    favourite = seed % E
+    bias = {"random": experts["bias"], "ties": jnp.zeros(E)}.get(routing)
+    if bias is None:
+        bias = jnp.full(E, -9.0 if routing == "one takes all" else -300.0).at[favourite].set(-0.5)
+    mix = np.random.default_rng(seed + 7).standard_normal((1, N, D)).astype(np.float32)
+    return make_x(N, seed + 3), {**experts, "bias": bias}, jnp.asarray(mix)
+
+
+@settings(max_examples=6)  # beside the examples; each one compiles twice
+@given(
+    shape=st.tuples(st.sampled_from([1, 5, 37, 130]), st.integers(1, 12)).flatmap(
+        lambda NE: st.tuples(st.just(NE[0]), st.just(NE[1]), st.integers(1, NE[1]))
+    ),
+    tile=st.sampled_from([8, 128]),
+    seed=st.integers(0, 9),
+)
+@example(shape=(130, 12, 2), tile=128, seed=0)  # tokens more than a tile and no multiple of it
+@example(shape=(37, 5, 5), tile=8, seed=0)  # k = E
+@example(shape=(130, 2, 1), tile=8, seed=1)  # many tiles of one expert
+@example(shape=(3, 12, 2), tile=128, seed=2)  # more experts than slots: most are empty
+@example(shape=(1, 1, 1), tile=128, seed=0)
+def test_sparse_equals_dense_in_values_and_gradients(shape, tile, seed):
+    N, E, k = shape
+    for routing in ROUTINGS:  # one compilation serves all four
+        inputs = case_inputs(N, E, routing, seed)
+        y, gradients = value_and_gradients(*inputs, k=k, dispatch="sparse", tile=tile)
+        y_dense, gradients_dense = value_and_gradients(*inputs, k=k, dispatch="dense", tile=128)
+        # The same float32 sums in another order: relative to the largest entry, a few dozen roundings of 6e-8.
+        assert max_difference(y, y_dense) < 3e-6 * max(1.0, float(jnp.abs(y_dense).max())), routing
+        assert set(gradients) == {"x", "w_gate", "w_up", "w_down", "router", "bias"}
+        for name, ours in gradients.items():
+            size = max(1.0, float(jnp.abs(gradients_dense[name]).max()))
+            assert max_difference(ours, gradients_dense[name]) < 5e-6 * size, (routing, name)
+
+
+def test_gradients_by_finite_differences():
+    """`dense` itself: its automatic derivative is that of the formula (float64-free: a central difference of 1e-2)."""
+    x, experts, mix = case_inputs(5, 3, "random", 4)
+    _, gradients = value_and_gradients(x, experts, mix, k=3, dispatch="dense", tile=128)
+
+    @jax.jit
+    def loss(x, experts):
+        y, logits_NE = moe(x, experts, top_k=3)
+        return (y * mix).sum() + 0.1 * (logits_NE**2).sum()
+
+    rng = np.random.default_rng(0)
+    for name in ("x", "w_gate", "w_up", "w_down", "router", "bias"):
+        value = x if name == "x" else experts[name]
+        step = 1e-2 * jnp.asarray(rng.standard_normal(value.shape), jnp.float32)
+        at = [
+            loss(value + s * step, experts) if name == "x" else loss(x, {**experts, name: value + s * step})
+            for s in (1.0, -1.0)
+        ]
+        slope = float((gradients[name] * step).sum())
+        # third-order remainder of the difference (1e-6 relative to 1e-2 steps) and float32 rounding of a loss near 10
+        assert abs(float(at[0] - at[1]) / 2 - slope) < 1e-2 * abs(slope) + 3e-5, name
+
+
+def test_dense_is_the_weighted_sum():
+    """Against numpy in float64."""
+    x, experts, _ = case_inputs(9, 4, "random", 0)
+    ours, logits_NE = moe(x, experts, top_k=2)
+    weights = np.asarray(route(logits_NE, 2).weights_NE, np.float64)
+    x64, w = np.asarray(x[0], np.float64), {name: np.asarray(value, np.float64) for name, value in experts.items()}
+    expected = np.zeros((9, D))
+    for e in range(4):
+        gate, up = x64 @ w["w_gate"][e], x64 @ w["w_up"][e]
+        expected += weights[:, [e]] * ((gate / (1 + np.exp(-gate)) * up) @ w["w_down"][e])
+    assert max_difference(ours[0], expected) < 2e-6  # float32 against float64, values of order 1
+
+
+def test_named_equals_stacked():
+    """The position of an expert is its name's in canonical order, in whatever order the mapping holds them."""
+    stacked, x = make_experts(4), make_x(21)
+    names = ("public", "code", "law", "news")
+    named = unstack({leaf: value[None] for leaf, value in stacked.items()}, names)
+    named = {name: {leaf: value[0] for leaf, value in named[name].items()} for name in reversed(names)}
+    for k in (2, 4):
+        y_named, logits_named = jax.jit(functools.partial(moe, top_k=k))(x, named)
+        y_stacked, logits_stacked = jax.jit(functools.partial(moe, top_k=k))(x, stacked)
+        assert np.array_equal(logits_named, logits_stacked)
+        # unrolled against scanned: XLA may fuse the same sums otherwise, one rounding of values of order 1
+        assert max_difference(y_named, y_stacked) < 1e-6
+
+
+@pytest.mark.parametrize("dispatch", [dense, sparse], ids=["dense", "sparse"])
+@pytest.mark.parametrize("chosen", ["top-2 of 3", "weight underflowed to 0"])
+def test_nan_in_an_expert_of_weight_zero_cannot_reach_the_output(dispatch, chosen):
+    poisoned = {name: value.at[1].set(jnp.nan) for name, value in make_experts(3).items()}
+    healthy = {name: value.at[1].set(0) for name, value in poisoned.items()}
+    x = make_x(11)[0]
+    logits_NE = jnp.asarray(np.random.default_rng(0).standard_normal((11, 3)), jnp.float32).at[:, 1].set(-300.0)
+    routing = route(logits_NE, 2 if chosen == "top-2 of 3" else 3)
+    assert (np.asarray(routing.weights_NE)[:, 1] == 0).all()
+    y = jax.jit(dispatch)(x, routing, poisoned)
+    assert np.isfinite(y).all()
+    assert np.array_equal(y, jax.jit(dispatch)(x, routing, healthy))
+
+
+def test_sparse_keeps_nan_out_of_the_other_experts_gradients():
+    poisoned = {name: value.at[1].set(jnp.nan) for name, value in make_experts(3).items()}
+    logits_NE = jnp.asarray(np.random.default_rng(0).standard_normal((11, 3)), jnp.float32).at[:, 1].set(-300.0)
+    routing = route(logits_NE, 2)
+    dx = jax.jit(jax.grad(lambda x: sparse(x, routing, poisoned).sum()))(make_x(11)[0])
+    assert np.isfinite(dx).all()
+
+
+def test_sparse_refuses_named_experts():
+    stacked = make_experts(2)
+    named = {"public": {n: v[0] for n, v in stacked.items()}, "news": {n: v[1] for n, v in stacked.items()}}
+    with pytest.raises(FlexMoEError, match=r"sparse dispatch was given named experts(.|\n)*stack them once"):
+        moe(make_x(3), named, top_k=1, dispatch="sparse")
+
+
+def test_sparse_backward_holds_nothing_of_tokens_times_experts():
+    """No array in the whole derivative of `sparse` is as large as [E, N, min(D, F)]; that of `dense` holds one."""
+    N, E, k = 256, 12, 2
+    shapes = {"w_gate": (E, D, F), "w_up": (E, D, F), "w_down": (E, F, D)}
+    experts = {name: jax.ShapeDtypeStruct(shape, jnp.float32) for name, shape in shapes.items()}
+    x, weights, index = (
+        jax.ShapeDtypeStruct(shape, kind)
+        for shape, kind in (((N, D), jnp.float32), ((N, E), jnp.float32), ((N, k), jnp.int32))
+    )
+
+    def largest(dispatch):
+        def loss(x, weights_NE, index_Nk, experts):
+            return dispatch(x, Routing(weights_NE, index_Nk), experts).sum()
+
+        gradient = jax.grad(loss, argnums=(0, 1, 3), allow_int=True)
+        return max(v.size for v in _arrays(jax.make_jaxpr(gradient)(x, weights, index, experts).jaxpr))
+
+    bound = N * E * min(D, F)
+    assert largest(sparse) < bound <= largest(dense)
+
+
+def _arrays(jaxpr):
+    """Every intermediate of a jaxpr and of the jaxprs inside its equations (loop bodies, jitted calls)."""
+    for equation in jaxpr.eqns:
+        yield from (v.aval for v in equation.outvars)
+        for parameter in jax.tree.leaves(list(equation.params.values())):
+            inner = getattr(parameter, "jaxpr", parameter)
+            if hasattr(inner, "eqns"):
+                yield from _arrays(inner)

@@ -1,0 +1,147 @@
+"""The library: experts by name, exact selection, generation and scores that agree with the logits."""
+
+import math
+
+import jax
+import numpy as np
+import pytest
+
+import flexmoe_jax as fm
+from flexmoe_jax import tree
+from flexmoe_jax.compose.merge import merge
+from flexmoe_jax.errors import FlexMoEError
+from flexmoe_jax.infer.generate import generate
+from flexmoe_jax.infer.sampling import GREEDY, Sampling, sample
+from tests.train.tiny import WORDS
+
+TOKENS = np.arange(40).reshape(2, 20) + 97
+
+
+@pytest.fixture(scope="module")
+def model(world) -> fm.Model:
+    return fm.load(world / "model")
+
+
+@pytest.mark.parametrize("kept", [("public",), ("public", "code"), ("public", "news"), ("code", "news"), ("news",)])
+def test_a_selection_is_bit_identical_to_a_model_that_never_had_the_others(world, model, tmp_path, kept):
+    never = fm.load(world / "model").select(kept)
+    gone = [name for name in model.experts if name not in kept]
+    assert np.array_equal(model.without(*gone).logits(TOKENS), never.logits(TOKENS))
+    if "public" in kept:
+        owners = [world / name / "run" / "package" for name in kept if name != "public"]
+        merge(world / "public" / "run" / "model", owners, tmp_path / "never")
+        assert np.array_equal(model.select(kept).logits(TOKENS), fm.load(tmp_path / "never").logits(TOKENS))
+
+
+def test_an_expert_that_is_not_selected_cannot_reach_the_output(model):
+    """Even one full of NaN."""
+    broken = jax.tree.map(lambda leaf: np.full_like(leaf, np.nan), model.params["experts"]["news"])
+    params = {**model.params, "experts": {**model.params["experts"], "news": broken}}
+    poisoned = fm.Model(model.config, params, model.tokenizer)
+    assert np.isnan(poisoned.logits(TOKENS)).any()
+    assert np.array_equal(poisoned.without("news").logits(TOKENS), model.without("news").logits(TOKENS))
+
+
+def test_top_k_is_clamped_to_the_experts_left(model):
+    two = fm.Model(model.config, model.params, model.tokenizer, wanted_top_k=2)
+    assert (two.top_k, two.without("news").top_k, two.select(["public"]).top_k) == (2, 2, 1)
+    assert not np.array_equal(two.logits(TOKENS), model.logits(TOKENS))
+
+
+def test_one_sequence_and_a_batch_of_it_agree(model):
+    assert np.array_equal(model.logits(TOKENS[0]), model.logits(TOKENS[:1])[0])
+
+
+@pytest.mark.parametrize(
+    ("tokens", "message"),
+    [
+        ([], "shape"),
+        ([[0.5]], "float"),
+        ([[[1]]], "shape"),
+        (list(range(33)), r"33 tokens exceed the model's 32"),
+        ([512], r"512.*512"),
+        ([-1], "-1"),
+    ],
+)
+def test_bad_tokens_are_refused(model, tokens, message):
+    with pytest.raises(FlexMoEError, match=message):
+        model.logits(tokens)
+
+
+def test_unknown_experts_are_refused_with_a_hint(model):
+    with pytest.raises(FlexMoEError, match="did you mean 'news'"):
+        model.without("new")
+    with pytest.raises(FlexMoEError, match="no expert is left"):
+        model.without(*model.experts)
+
+
+def test_greedy_generation_is_the_argmax_of_the_logits(model):
+    """The cached path against one full forward per token; ragged prompts in one batch, each as if it were alone."""
+    prompts = [model.tokenizer.encode(text) for text in ("the king of", "a", "police said election vote")]
+    params = {**model.params, "experts": tree.stack(model.params["experts"])}
+    common = {"max_new_tokens": 6, "eos_id": model.tokenizer.eos_id}
+    together = generate(model.config, params, prompts, **common)
+    for prompt, continued in zip(prompts, together, strict=True):
+        assert generate(model.config, params, [prompt], **common) == [continued]
+        row = list(prompt)
+        for token in continued:
+            assert token == int(np.argmax(model.logits(row)[-1]))
+            row.append(token)
+        assert len(continued) == 6 or int(np.argmax(model.logits(row)[-1])) == model.tokenizer.eos_id
+
+
+def test_sampling_is_decided_by_its_seed(model):
+    draws = [model.generate("the", max_new_tokens=12, temperature=1.0, seed=seed) for seed in (0, 0, 1)]
+    assert draws[0] == draws[1] != draws[2]
+
+
+def test_top_k_and_top_p_keep_the_right_tokens():
+    logits = np.log(np.array([[0.5, 0.3, 0.15, 0.05]], np.float32))
+
+    def drawn(sampling):
+        keys = jax.random.split(jax.random.key(0), 400)
+        return set(np.asarray(jax.vmap(lambda key: sample(key, logits, sampling))(keys)).ravel().tolist())
+
+    assert drawn(GREEDY) == {0}
+    assert drawn(Sampling(1.0)) == {0, 1, 2, 3}
+    assert drawn(Sampling(1.0, top_k=2)) == {0, 1}
+    assert drawn(Sampling(1.0, top_p=0.7)) == {0, 1}  # 0.5 alone is less than 0.7
+    assert drawn(Sampling(1.0, top_p=0.4)) == {0}
+    assert drawn(Sampling(1.0, top_k=3, top_p=0.99)) == {0, 1, 2}
+
+
+@pytest.mark.parametrize("bad", [{"temperature": -1.0}, {"top_k": 0}, {"top_p": 0.0}, {"top_p": 1.5}])
+def test_impossible_sampling_is_refused(bad):
+    with pytest.raises(FlexMoEError):
+        Sampling(**bad)
+
+
+def test_a_generation_longer_than_the_model_is_refused(model):
+    with pytest.raises(FlexMoEError, match="exceed the model's 32"):
+        model.generate("the", max_new_tokens=32)
+
+
+def test_score_is_the_log_likelihood_of_the_documents(model):
+    """Against logits of each document read alone after an end token; one short enough for one window."""
+    texts = [" ".join(WORDS["news"][:3]), " ".join(WORDS["public"][:4])]
+    score = model.score(texts, seq_len=32, stride=16)
+    nats = []
+    for text in texts:
+        ids = [model.tokenizer.eos_id, *model.tokenizer.encode(text), model.tokenizer.eos_id]
+        log_p = jax.nn.log_softmax(model.logits(ids[:-1]), axis=-1)
+        nats.append(-sum(float(log_p[t, ids[t + 1]]) for t in range(len(ids) - 1)))
+    # float32 sums of about ten terms of order 5, in another batch shape
+    np.testing.assert_allclose(score.nats_D, nats, rtol=1e-5)
+    assert score.bits_per_byte == pytest.approx(sum(nats) / math.log(2) / sum(len(t.encode()) for t in texts), rel=1e-5)
+    np.testing.assert_allclose(score.share_LE.sum(axis=1), 1, rtol=1e-5)
+
+
+def test_uniform_mixing_ignores_the_router(model):
+    score = model.score(["the king of the river"], uniform=True)
+    np.testing.assert_allclose(score.share_LE, 1 / 3, rtol=1e-6)
+    moved = jax.tree.map(lambda leaf: leaf, model.params)
+    news = {**moved["experts"]["news"], "router": moved["experts"]["news"]["router"] + 5}
+    other = fm.Model(model.config, {**moved, "experts": {**moved["experts"], "news": news}}, model.tokenizer)
+    texts = ["the king of the river"]
+    assert other.score(texts, uniform=True).nats_D == score.nats_D
+    assert other.score(texts).nats_D != model.score(texts).nats_D

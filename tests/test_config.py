@@ -1,0 +1,179 @@
+"""Configurations: what is refused and with which words, the round trip, differences, and digests."""
+
+import dataclasses
+import json
+
+import pytest
+from hypothesis import given
+from hypothesis import strategies as st
+
+from flexmoe_jax.config import (
+    ModelConfig,
+    OptimizerConfig,
+    RunConfig,
+    canonical_json,
+    differences,
+    digest,
+    from_mapping,
+    to_mapping,
+)
+from flexmoe_jax.errors import ConfigError
+from tests.conftest import TINY
+
+MODEL = to_mapping(TINY)
+RUN = {"owner": "public", "data": "d", "out": "o", "steps": 3, "batch_size": 4, "seq_len": 8, "model": MODEL}
+
+
+def refused(values: dict, what: str, remedy: str, cls=RunConfig):
+    with pytest.raises(ConfigError) as caught:
+        from_mapping(cls, values)
+    assert what in caught.value.what
+    assert remedy in caught.value.remedy
+
+
+def test_unknown_keys_name_the_nearest_known_one():
+    refused({**RUN, "stesp": 4}, "unknown key config.stesp", "did you mean 'steps'?")
+    refused({**RUN, "optimizer": {"learning": 1}}, "unknown key config.optimizer.learning", "warmup_steps")
+    refused({**RUN, "model": {**MODEL, "d_modle": 4}}, "unknown key config.model.d_modle", "'d_model'")
+
+
+def test_missing_keys_name_their_type():
+    refused({k: v for k, v in RUN.items() if k != "steps"}, "config.steps is not set", "add config.steps (int)")
+    model = {k: v for k, v in MODEL.items() if k != "d_ff"}
+    refused({**RUN, "model": model}, "config.model.d_ff is not set", "add config.model.d_ff (int)")
+
+
+@pytest.mark.parametrize(
+    ("key", "value", "kind"),
+    [
+        ("steps", "3", "int"),
+        ("steps", 3.0, "int"),
+        ("steps", True, "int"),
+        ("steps", None, "int"),
+        ("z_loss", "0.1", "float"),
+        ("z_loss", True, "float"),
+        ("remat", 1, "bool"),
+        ("data", 5, "str"),
+    ],
+)
+def test_mistyped_values_are_refused(key, value, kind):
+    refused({**RUN, key: value}, f"config.{key} is {value!r} ({type(value).__name__})", f"a value of type {kind}")
+
+
+def test_a_section_must_be_a_mapping():
+    refused({**RUN, "optimizer": 3}, "config.optimizer is 3", "nested section")
+
+
+def test_a_whole_number_is_a_float_where_a_float_is_wanted():
+    run = from_mapping(RunConfig, {**RUN, "z_loss": 1, "optimizer": {"lr": 2}})
+    assert (run.z_loss, run.optimizer.lr) == (1.0, 2.0)
+    assert type(run.z_loss) is type(run.optimizer.lr) is float
+
+
+def test_defaults_and_none_of_optional_sections():
+    run = from_mapping(RunConfig, {**RUN, "owner": "news", "public": "p", "model": None})
+    assert run.model is None
+    assert run.optimizer == OptimizerConfig()
+    assert not run.is_public
+
+
+@given(
+    lr=st.floats(1e-6, 1),
+    theta=st.floats(1, 1e7),
+    layers=st.integers(1, 99),
+    groups=st.integers(1, 4),
+    flags=st.tuples(st.booleans(), st.booleans(), st.booleans()),
+    seed=st.integers(0, 2**40),
+)
+def test_round_trip_through_json_text(lr, theta, layers, groups, flags, seed):
+    names = ("pre_norm", "qk_norm", "tie_embeddings")
+    model = ModelConfig(
+        **{**MODEL, "num_layers": layers, "num_kv_heads": groups, "num_heads": 2 * groups, "rope_theta": theta},
+    )
+    model = dataclasses.replace(model, **dict(zip(names, flags, strict=True)))
+    run = RunConfig(**{**RUN, "model": model, "optimizer": OptimizerConfig(lr=lr), "seed": seed})
+    text = json.dumps(to_mapping(run))
+    assert from_mapping(RunConfig, json.loads(text)) == run
+    assert digest(run) == digest(json.loads(text))
+
+
+@pytest.mark.parametrize(
+    ("change", "what"),
+    [
+        ({"num_layers": 0}, "model.num_layers is 0"),
+        ({"num_heads": 5}, "num_heads 5 is not a multiple of model.num_kv_heads 2"),
+        ({"head_dim": 5}, "head_dim is 5"),
+        ({"vocab_size": -1}, "vocab_size is -1"),
+    ],
+)
+def test_impossible_shapes_are_refused(change, what):
+    with pytest.raises(ConfigError, match=what):
+        ModelConfig(**{**MODEL, **change})
+
+
+@pytest.mark.parametrize(
+    ("change", "what"),
+    [
+        ({"steps": 0}, "config.steps is 0"),
+        ({"batch_size": 5, "accumulation": 2}, "batch_size 5 is not a multiple of config.accumulation 2"),
+        ({"compute_dtype": "float16"}, "compute_dtype is 'float16'"),
+        ({"model": None}, "config.model is missing"),
+        ({"owner": "news"}, "config.public is empty in the run of owner 'news'"),
+    ],
+)
+def test_impossible_runs_are_refused(change, what):
+    with pytest.raises(ConfigError, match=what):
+        from_mapping(RunConfig, {**RUN, **change})
+
+
+def test_configurations_are_frozen():
+    with pytest.raises(dataclasses.FrozenInstanceError):
+        TINY.d_model = 3
+
+
+def test_differences_list_each_leaf_that_differs():
+    theirs = {**RUN, "steps": 4, "model": {**MODEL, "d_ff": 99}, "extra": 1}
+    expected = ["extra: None != 1", f"model.d_ff: {MODEL['d_ff']} != 99", "steps: 3 != 4"]
+    assert differences(RUN, theirs) == expected
+    assert differences(RUN, dict(reversed(RUN.items()))) == []
+
+
+json_values = st.recursive(
+    st.none()
+    | st.booleans()
+    | st.integers(-(2**53), 2**53)
+    | st.floats(allow_nan=False, allow_infinity=False)
+    | st.text(),
+    lambda inner: st.lists(inner, max_size=3) | st.dictionaries(st.text(), inner, max_size=3),
+    max_leaves=8,
+)
+
+
+def turned(value):
+    """The same JSON value, every mapping written in the opposite order."""
+    if isinstance(value, dict):
+        return {key: turned(inner) for key, inner in reversed(value.items())}
+    return [turned(inner) for inner in value] if isinstance(value, list) else value
+
+
+@given(value=st.dictionaries(st.text(), json_values, max_size=4))
+def test_digest_ignores_the_order_of_keys_and_survives_json(value):
+    assert digest(value) == digest(turned(value))
+    assert digest(value) == digest(json.loads(canonical_json(value)))
+
+
+def test_digest_is_the_stored_one_and_sees_every_value():
+    # Computed with sha256sum on the text: a changed canonical form would orphan every manifest ever signed.
+    assert canonical_json({"b": [1, 2.5, None], "a": "\u00e9"}) == '{"a":"\u00e9","b":[1,2.5,null]}'.encode()
+    assert (
+        digest({"b": [1, 2.5, None], "a": "\u00e9"})
+        == "d764fee2563da33e3d57334755404e635da33c995824b0adfabc4b6e1af4f608"
+    )
+    assert digest([1, 2]) != digest([2, 1])
+    changed = {digest(dataclasses.replace(TINY, **{name: not getattr(TINY, name)})) for name in ("pre_norm", "qk_norm")}
+    assert len(changed | {digest(TINY)}) == 3
+
+
+def test_digest_refuses_what_json_cannot_say():
+    with pytest.raises(ValueError, match="not JSON compliant"):
+        digest({"x": float("nan")})

@@ -1,0 +1,73 @@
+"""Every experiment file gives a valid run; the 7B ones have the paper's size, and their training steps lower."""
+
+import pathlib
+
+import jax
+import jax.numpy as jnp
+import pytest
+
+from flexmoe_jax.cli.configs import parse_run
+from flexmoe_jax.config import ModelConfig, RunConfig
+from flexmoe_jax.model.spec import count_parameters
+from flexmoe_jax.model.transformer import init_params
+from flexmoe_jax.train.optimizer import make_optimizer
+from flexmoe_jax.train.state import create_state
+from flexmoe_jax.train.step import make_train_step
+from flexmoe_jax.tree import PUBLIC, TRUNK, canonical_order
+
+EXPERIMENTS = pathlib.Path(__file__).parents[1] / "experiments"
+LEFT_OPEN = ["--config.data=data", "--config.domain_vector=domain.json"]
+
+
+def load(name: str, *overrides: str) -> RunConfig:
+    return parse_run([f"--config={EXPERIMENTS / name}", *LEFT_OPEN, *overrides], "train")
+
+
+def model_7b() -> ModelConfig:
+    model = load("olmo2_7b_public.py").model
+    assert model is not None
+    return model
+
+
+@pytest.mark.parametrize("path", sorted(EXPERIMENTS.glob("*.py")), ids=lambda path: path.name)
+def test_every_experiment_is_a_valid_run_and_says_how_to_run_it(path):
+    needs_public = ["--config.public=public"] if path.name.endswith("expert.py") else []
+    arg = ":news" if needs_public else ""
+    run = load(f"{path.name}{arg}", *needs_public)
+    assert run.owner == ("news" if needs_public else PUBLIC)
+    assert f"--config=experiments/{path.name}" in path.read_text()
+
+
+def test_the_7b_model_has_the_papers_size():
+    """Method notes: 7.30 B with one expert, 4.33 B more for each; 33.27 B with seven."""
+    model = model_7b()
+    trunk, expert = count_parameters(model, TRUNK), count_parameters(model, "news")
+    assert round((trunk + expert) / 1e9, 2) == 7.30
+    assert round(expert / 1e9, 2) == 4.33
+    assert round((trunk + 7 * expert) / 1e9, 2) == 33.27
+
+
+@pytest.mark.parametrize("name", ["olmo2_7b_public.py", "olmo2_7b_expert.py:news"])
+def test_the_7b_training_steps_lower(name):
+    """Traced and lowered from shapes alone: no array of the model is ever made."""
+    run, model = load(name, "--config.public=public"), model_7b()
+    experts = canonical_order({PUBLIC, run.owner})
+    params = jax.eval_shape(lambda: init_params(model, jax.random.key(0), experts))
+    optimizer = make_optimizer(run.optimizer, run.steps)
+    state, frozen = jax.eval_shape(
+        lambda p: create_state(p, run.owner, optimizer, jnp.dtype(run.compute_dtype)), params
+    )
+    shape = (run.batch_size, run.seq_len)
+    batch = {key: jax.ShapeDtypeStruct(shape, jnp.int32) for key in ("tokens", "targets", "segments")}
+    batch["weights"] = jax.ShapeDtypeStruct(shape, jnp.float32)
+    lowered = make_train_step(model, run).lower(state, frozen, batch)
+    new_state, metrics = lowered.out_info
+    assert jax.tree.map(lambda leaf: (leaf.shape, leaf.dtype), new_state) == jax.tree.map(
+        lambda leaf: (leaf.shape, leaf.dtype), state
+    )
+    assert metrics["share"].shape == (len(experts),)
+    trained = sum(leaf.size for leaf in jax.tree.leaves(new_state.trainable))
+    every = sum(leaf.size for leaf in jax.tree.leaves(params))
+    expert = count_parameters(model, run.owner)
+    held = model.num_layers * (model.d_model + 1)  # the public router row and bias
+    assert trained == (every - held if run.is_public else expert)

@@ -1,0 +1,165 @@
+"""A whole run: what it leaves on disk, exact resumption, and what it refuses."""
+
+import dataclasses
+import json
+import os
+import pathlib
+import shutil
+import signal
+
+import numpy as np
+import pytest
+
+from flexmoe_jax.artifacts.manifest import read_manifest
+from flexmoe_jax.artifacts.model_dir import open_model
+from flexmoe_jax.artifacts.package import load_package
+from flexmoe_jax.compose.merge import merge
+from flexmoe_jax.config import OptimizerConfig
+from flexmoe_jax.data.sources import read_documents
+from flexmoe_jax.data.store import write_store
+from flexmoe_jax.data.tokenizer import load_tokenizer
+from flexmoe_jax.errors import FlexMoEError
+from flexmoe_jax.train import loop
+from flexmoe_jax.tree import PUBLIC, TRUNK
+from tests.train.tiny import expert_run, public_run, write_documents, write_vector
+
+
+@pytest.fixture(scope="module")
+def release(tmp_path_factory) -> pathlib.Path:
+    """A trained public release, shared by the module: nothing here may change it."""
+    return loop.train(public_run(tmp_path_factory.mktemp("world")))
+
+
+def metrics_of(run) -> list[dict]:
+    lines = [json.loads(line) for line in (pathlib.Path(run.out) / "metrics.jsonl").read_text().splitlines()]
+    return [{key: value for key, value in line.items() if key != "time"} for line in lines]
+
+
+def test_public_run_leaves_a_release_whose_router_row_is_the_domain_embedding(release):
+    model = open_model(release)
+    assert model.experts == (PUBLIC,)
+    public = load_package(release / PUBLIC)
+    np.testing.assert_allclose(np.linalg.norm(public["router"], axis=1), 0.1, rtol=1e-6)  # config.router_scale
+    assert (public["bias"] == 0).all()
+
+
+def test_expert_run_leaves_a_package_bound_to_the_release_and_the_release_untouched(release, tmp_path):
+    before = {path: path.read_bytes() for path in release.rglob("*") if path.is_file()}
+    run = expert_run(tmp_path, "news", release)
+    package = loop.train(run)
+    manifest, public = read_manifest(package, "news"), open_model(release)
+    assert manifest.base == {
+        TRUNK: public.manifests[TRUNK].content,
+        PUBLIC: public.manifests[PUBLIC].content,
+        "tokenizer": public.tokenizer_digest,
+    }
+    assert before == {path: path.read_bytes() for path in release.rglob("*") if path.is_file()}
+    expert, begun = load_package(package), load_package(release / PUBLIC)
+    assert all((expert[leaf] != begun[leaf]).any() for leaf in expert)
+    assert manifest.record["training"]["tokens"] == 6 * 4 * 32
+    assert merge(release, [package], tmp_path / "model").experts == (PUBLIC, "news")
+    lines = metrics_of(run)
+    assert [line["step"] for line in lines] == list(range(6))
+    for line in lines:
+        assert set(line["share"]) == {PUBLIC, "news"}
+        assert sum(line["share"].values()) == pytest.approx(1, abs=1e-5)
+
+
+@pytest.mark.parametrize("public_fraction", [0.0, 0.5])
+def test_stopped_and_resumed_equals_uninterrupted(release, tmp_path, monkeypatch, public_fraction):
+    """SIGTERM after step 3: saved, resumed, and every bit and metric as if it had never happened."""
+    mixed = {"public_fraction": public_fraction}
+    if public_fraction:
+        mixed["public_data"] = str(write_documents(tmp_path / "sample", "public"))
+    whole = expert_run(tmp_path / "a", "news", release, **mixed)
+    halved = expert_run(tmp_path / "b", "news", release, **mixed)
+    expected = read_manifest(loop.train(whole)).content
+
+    make = loop.make_train_step
+
+    def stopping(*args):
+        step, calls = make(*args), iter(range(100))
+
+        def counted(*inputs):
+            if next(calls) == 2:
+                os.kill(os.getpid(), signal.SIGTERM)
+            return step(*inputs)
+
+        return counted
+
+    with monkeypatch.context() as patch:
+        patch.setattr(loop, "make_train_step", stopping)
+        with pytest.raises(loop.Stopped, match="after step 3 of 6"):
+            loop.train(halved)
+    assert not (pathlib.Path(halved.out) / "package").exists()
+    lines: list[str] = []
+    assert read_manifest(loop.train(halved, lines.append)).content == expected
+    assert "resumed at step 3" in lines
+    assert metrics_of(halved) == metrics_of(whole)
+
+
+def test_a_finished_run_is_left_alone(release, tmp_path):
+    run = expert_run(tmp_path, "news", release)
+    loop.train(run)
+    before = {p: p.stat().st_mtime_ns for p in pathlib.Path(run.out, "package").rglob("*")}
+    lines: list[str] = []
+    loop.train(run, lines.append)
+    assert any("nothing to do" in line for line in lines)
+    assert before == {p: p.stat().st_mtime_ns for p in pathlib.Path(run.out, "package").rglob("*")}
+
+
+def test_another_configuration_or_other_data_is_refused_with_the_difference(release, tmp_path):
+    run = expert_run(tmp_path, "news", release)
+    loop.train(run)
+    with pytest.raises(FlexMoEError, match=r"config\.seed: 0 != 1"):
+        loop.train(dataclasses.replace(run, seed=1))
+    shutil.rmtree(pathlib.Path(run.out) / "tokens")
+    write_documents(pathlib.Path(run.data), "code")
+    with pytest.raises(FlexMoEError, match="tokens"):
+        loop.train(run)
+
+
+def test_a_run_that_diverges_stops_and_says_where(release, tmp_path):
+    hot = OptimizerConfig(lr=1e30, warmup_steps=0, clip_norm=1e30)
+    run = expert_run(tmp_path, "news", release, optimizer=hot, max_bad_steps=2, steps=50)
+    with pytest.raises(FlexMoEError, match="not finite for 2 steps in a row"):
+        loop.train(run)
+    assert not (pathlib.Path(run.out) / "package").exists()
+
+
+@pytest.mark.parametrize(
+    ("change", "message"),
+    [
+        ({"domain_vector": ""}, "domain_vector is empty"),
+        ({"domain_vector": "nowhere.json"}, "nowhere.json does not exist"),
+        ({"seq_len": 64}, "64.*32"),
+        ({"data": "nowhere"}, "config.data 'nowhere' does not exist"),
+        ({"owner": "trunk"}, "reserved"),
+        ({"owner": "No Name"}, "not usable"),
+        ({"public": "nowhere"}, "nowhere"),
+    ],
+)
+def test_bad_input_is_refused_with_a_remedy(release, tmp_path, change, message):
+    with pytest.raises(FlexMoEError, match=message) as error:
+        loop.train(dataclasses.replace(expert_run(tmp_path, "news", release), **change))
+    assert error.value.remedy
+
+
+def test_a_vector_of_another_encoder_is_refused(release, tmp_path):
+    run = expert_run(tmp_path, "news", release)
+    write_vector(pathlib.Path(run.domain_vector), 3, encoder_digest="f" * 64)
+    with pytest.raises(FlexMoEError, match=r"ffffffffffff.*eeeeeeeeeeee"):
+        loop.train(run)
+
+
+def test_tokens_of_another_tokenizer_are_refused(release, tmp_path):
+    run = expert_run(tmp_path, "news", release)
+    texts = [document.text for document in read_documents(run.data)]
+    write_store(iter(texts), load_tokenizer("cl100k:400"), tmp_path / "other")
+    with pytest.raises(FlexMoEError, match="tokenizer"):
+        loop.train(dataclasses.replace(run, data=str(tmp_path / "other")))
+
+
+def test_a_tokenizer_larger_than_the_model_is_refused(tmp_path):
+    with pytest.raises(FlexMoEError, match=r"600.*512"):
+        loop.train(public_run(tmp_path, tokenizer="cl100k:600"))
