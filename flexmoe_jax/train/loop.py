@@ -15,7 +15,7 @@ from flexmoe_jax.artifacts.package import write_package
 from flexmoe_jax.artifacts.run import RunCheckpoints
 from flexmoe_jax.config import RunConfig, differences, digest, to_mapping
 from flexmoe_jax.data.pipeline import make_batches, make_iterator, mix_batches
-from flexmoe_jax.data.sources import read_documents
+from flexmoe_jax.data.sources import content_digest, read_documents
 from flexmoe_jax.data.store import TokenStore, write_store
 from flexmoe_jax.errors import ArtifactError, DataError, FlexMoEError
 from flexmoe_jax.progress import track
@@ -173,10 +173,18 @@ def _open_tokens(data: str, key: str, stage: Stage, tokens: pathlib.Path) -> Tok
 def _identity(run: RunConfig, stage: Stage, stores: list[TokenStore]) -> dict:
     """What must not change between a run and its resumption. Paths may: what they lead to is known by digest."""
     config = {key: value for key, value in to_mapping(run).items() if key not in RESUMABLE}
-    tokens = [store.digest for store in stores]
+    data = {
+        name: {"tokens": store.digest, "documents": _documents_digest(pathlib.Path(path))}
+        for name, path, store in zip(("own", "public"), (run.data, run.public_data), stores, strict=False)
+    }
     router = stage.router | {"rows": sha256_array(stage.params["experts"][run.owner]["router"])}
-    digests = {"tokens": tokens, "tokenizer": stage.tokenizer.digest, "base": stage.base}
+    digests = {"data": data, "tokenizer": stage.tokenizer.digest, "base": stage.base}
     return {"config": config, "router": router, **digests}
+
+
+def _documents_digest(folder: pathlib.Path) -> str | None:
+    """Of the documents as they are now: the run's tokens were made of what they were at its start."""
+    return None if (folder / "index.json").exists() or any(folder.glob("*.npy")) else content_digest(folder)
 
 
 def _check_identity(path: pathlib.Path, identity: dict) -> None:
@@ -201,6 +209,7 @@ def _write_product(product: pathlib.Path, run: RunConfig, stage: Stage, state: T
             "steps": run.steps,
             "tokens": run.steps * run.batch_size * run.seq_len,
             "skipped_steps": int(state.skipped),
+            "config": identity["config"],
             "config_digest": digest(identity["config"]),
             "privacy_budget": None,
         },
