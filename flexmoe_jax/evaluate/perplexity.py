@@ -5,15 +5,15 @@ import functools
 import math
 
 import jax
-import jax.numpy as jnp
 import numpy as np
 
 from flexmoe_jax.config import ModelConfig
 from flexmoe_jax.data.pipeline import scoring_batches
 from flexmoe_jax.data.tokenizer import Tokenizer
 from flexmoe_jax.errors import DataError
+from flexmoe_jax.model.loss import next_token_loss
 from flexmoe_jax.model.router import route, route_uniform
-from flexmoe_jax.model.transformer import forward
+from flexmoe_jax.model.transformer import head, hidden_states
 from flexmoe_jax.tree import Params
 
 
@@ -68,11 +68,12 @@ def score(
 
 @functools.partial(jax.jit, static_argnums=(0, 1, 2, 3))
 def _score_batch(config, top_k, dispatch, uniform, params, tokens_BT, targets_BT, segments_BT, weights_BT):
-    out = forward(config, params, tokens_BT, segments_BT=segments_BT, top_k=top_k, dispatch=dispatch, uniform=uniform)
-    log_p_BTV = jax.nn.log_softmax(out.logits_BTV, axis=-1)
-    nats_BT = -jnp.take_along_axis(log_p_BTV, targets_BT[..., None], axis=-1)[..., 0]
-    E = out.router_logits_LNE.shape[-1]
+    x_BTD, router_logits_LNE, _ = hidden_states(
+        config, params, tokens_BT, segments_BT=segments_BT, top_k=top_k, dispatch=dispatch, uniform=uniform
+    )
+    _, nats_BT, _ = next_token_loss(x_BTD, head(config, params), targets_BT, weights_BT)
+    E = router_logits_LNE.shape[-1]
     chosen = route_uniform if uniform else functools.partial(route, k=min(top_k or E, E))
-    weights_LNE = jax.vmap(lambda logits_NE: chosen(logits_NE).weights_NE)(out.router_logits_LNE)
+    weights_LNE = jax.vmap(lambda logits_NE: chosen(logits_NE).weights_NE)(router_logits_LNE)
     share_LNE = weights_LNE / weights_LNE.sum(-1, keepdims=True)
     return (nats_BT * weights_BT).sum(-1), (share_LNE * weights_BT.reshape(-1)[:, None]).sum(1)

@@ -7,12 +7,8 @@ from flexmoe_jax.config import ModelConfig
 from flexmoe_jax.model.norm import rms_norm
 from flexmoe_jax.model.rope import apply_rope
 
-
-def document_mask(segments_BT):
-    """int32 document numbers [B, T] -> bool [B, T, T]: a token sees itself and the earlier tokens of its document."""
-    T = segments_BT.shape[1]
-    same_BTS = segments_BT[:, :, None] == segments_BT[:, None, :]
-    return same_BTS & jnp.tril(jnp.ones((T, T), bool))
+BLOCKS = 8  # at most 1/16 of the products is above the diagonal
+MIN_BLOCK = 128  # shorter blocks save less time than they take to compile
 
 
 def cache_mask(positions_BT, length: int):
@@ -31,9 +27,90 @@ def project_qkv(config: ModelConfig, block, x_BTD, rope):
     return apply_rope(q_BTHK, *rope), apply_rope(k_BTGK, *rope), v_BTGK
 
 
-def attend(block, q_BTHK, k_BSGK, v_BSGK, mask_BTS):
-    """Softmax attention (float32 inside) and the output projection -> [B, T, D]."""
-    y_BTHK = jax.nn.dot_product_attention(q_BTHK, k_BSGK, v_BSGK, mask=mask_BTS[:, None])
+def attend_documents(q_BTHK, k_BTGK, v_BTGK, segments_BT):
+    """Attention of every token to itself and the earlier tokens of its own document -> [B, T, H, K].
+
+    Taken in blocks, so that the masked triangle is not computed, with a derivative of its own that recomputes the
+    softmax: nothing of size T * T is kept (Dao et al., FlashAttention, arXiv 2205.14135, section 3.1).
+    """
+    B, T, H, K = q_BTHK.shape
+    G = k_BTGK.shape[2]
+    q_BGRTK = (q_BTHK * K**-0.5).reshape(B, T, G, H // G, K).transpose(0, 2, 3, 1, 4)
+    k_BGTK, v_BGTK = k_BTGK.transpose(0, 2, 1, 3), v_BTGK.transpose(0, 2, 1, 3)
+    y_BGRTK = _blocks(q_BGRTK, k_BGTK, v_BGTK, segments_BT)
+    return y_BGRTK.transpose(0, 3, 1, 2, 4).reshape(B, T, H, K)
+
+
+def attend(q_BTHK, k_BSGK, v_BSGK, mask_BTS):
+    """Softmax attention where `mask_BTS` is true (somewhere in every row), float32 inside -> [B, T, H, K]."""
+    B, T, H, K = q_BTHK.shape
+    G = k_BSGK.shape[2]
+    q_BTGRK = q_BTHK.reshape(B, T, G, H // G, K)
+    scores_BGRTS = jnp.einsum("BTGRK,BSGK->BGRTS", q_BTGRK, k_BSGK, preferred_element_type=jnp.float32) * K**-0.5
+    scores_BGRTS = jnp.where(mask_BTS[:, None, None], scores_BGRTS, -jnp.inf)
+    weights_BGRTS = jax.nn.softmax(scores_BGRTS, axis=-1).astype(v_BSGK.dtype)
+    return jnp.einsum("BGRTS,BSGK->BTGRK", weights_BGRTS, v_BSGK).reshape(B, T, H, K)
+
+
+def _spans(T: int):
+    block = max(-(-T // BLOCKS), MIN_BLOCK)
+    return [(begin, min(begin + block, T)) for begin in range(0, T, block)]
+
+
+def _scores(q_BGRtK, k_BGsK, segments_Bt, segments_Bs, offset: int):
+    """float32 scores of queries that begin `offset` tokens after the keys do, -inf where masked."""
+    scores_BGRts = jnp.einsum("BGRtK,BGsK->BGRts", q_BGRtK, k_BGsK, preferred_element_type=jnp.float32)
+    t, s = scores_BGRts.shape[-2:]
+    seen_Bts = segments_Bt[:, :, None] == segments_Bs[:, None, :]
+    seen_Bts &= offset + jnp.arange(t)[:, None] >= jnp.arange(s)
+    return jnp.where(seen_Bts[:, None, None], scores_BGRts, -jnp.inf)
+
+
+@jax.custom_vjp
+def _blocks(q_BGRTK, k_BGTK, v_BGTK, segments_BT):
+    return _blocks_fwd(q_BGRTK, k_BGTK, v_BGTK, segments_BT)[0]
+
+
+def _blocks_fwd(q_BGRTK, k_BGTK, v_BGTK, segments_BT):
+    """A block of queries with all keys up to its end; the residuals are the inputs, the output and log-sum-exp."""
+    outputs, log_sums = [], []
+    for begin, end in _spans(q_BGRTK.shape[3]):
+        k, v = k_BGTK[:, :, :end], v_BGTK[:, :, :end]
+        scores = _scores(q_BGRTK[:, :, :, begin:end], k, segments_BT[:, begin:end], segments_BT[:, :end], begin)
+        most = scores.max(-1, keepdims=True)
+        weights = jnp.exp(scores - most)
+        total = weights.sum(-1, keepdims=True)
+        y = jnp.einsum("BGRts,BGsK->BGRtK", weights.astype(v.dtype), v, preferred_element_type=jnp.float32) / total
+        outputs.append(y.astype(v.dtype))
+        log_sums.append(most + jnp.log(total))
+    y_BGRTK, log_sum_BGRT1 = jnp.concatenate(outputs, axis=3), jnp.concatenate(log_sums, axis=3)
+    return y_BGRTK, (q_BGRTK, k_BGTK, v_BGTK, segments_BT, y_BGRTK, log_sum_BGRT1)
+
+
+def _blocks_bwd(residuals, dy_BGRTK):
+    """A block of keys with all queries from its beginning."""
+    q_BGRTK, k_BGTK, v_BGTK, segments_BT, y_BGRTK, log_sum_BGRT1 = residuals
+    product_BGRT1 = (dy_BGRTK.astype(jnp.float32) * y_BGRTK).sum(-1, keepdims=True)
+    dq_BGRTK, dks, dvs = jnp.zeros(q_BGRTK.shape, jnp.float32), [], []
+    for begin, end in _spans(q_BGRTK.shape[3]):
+        q, dy = q_BGRTK[:, :, :, begin:], dy_BGRTK[:, :, :, begin:]
+        k, v = k_BGTK[:, :, begin:end], v_BGTK[:, :, begin:end]
+        scores = _scores(q, k, segments_BT[:, begin:], segments_BT[:, begin:end], 0)
+        weights = jnp.exp(scores - log_sum_BGRT1[:, :, :, begin:])
+        dvs.append(jnp.einsum("BGRts,BGRtK->BGsK", weights.astype(dy.dtype), dy))
+        dweights = jnp.einsum("BGRtK,BGsK->BGRts", dy, v, preferred_element_type=jnp.float32)
+        dscores = (weights * (dweights - product_BGRT1[:, :, :, begin:])).astype(q.dtype)
+        dks.append(jnp.einsum("BGRts,BGRtK->BGsK", dscores, q))
+        dq = jnp.einsum("BGRts,BGsK->BGRtK", dscores, k, preferred_element_type=jnp.float32)
+        dq_BGRTK = dq_BGRTK.at[:, :, :, begin:].add(dq)
+    return dq_BGRTK.astype(q_BGRTK.dtype), jnp.concatenate(dks, axis=2), jnp.concatenate(dvs, axis=2), None
+
+
+_blocks.defvjp(_blocks_fwd, _blocks_bwd)
+
+
+def project_out(block, y_BTHK):
+    """Heads [B, T, H, K] -> [B, T, D]."""
     return jnp.einsum("BTHK,HKD->BTD", y_BTHK, block["w_o"].astype(y_BTHK.dtype))
 
 

@@ -1,5 +1,6 @@
 """Rotary position embedding, non-interleaved ("rotate half"), cos and sin in float32."""
 
+import jax
 import jax.numpy as jnp
 
 
@@ -11,9 +12,20 @@ def rope_table(positions_BT, head_dim: int, theta: float):
     return jnp.cos(angles), jnp.sin(angles)
 
 
+@jax.custom_vjp
 def apply_rope(x_BTHK, cos, sin):
-    """Rotates the heads of x [B, T, H, K] by the table of their positions; computed in float32, in x's dtype."""
+    """Rotates the heads of x [B, T, H, K] by the table of their positions; computed in float32, in x's dtype.
+
+    The table is a constant: it has no derivative.
+    """
     x = x_BTHK.astype(jnp.float32)
     first, second = jnp.split(x, 2, axis=-1)
     rotated = jnp.concatenate([-second, first], axis=-1)
     return (x * cos + rotated * sin).astype(x_BTHK.dtype)
+
+
+# The derivative of a rotation is the rotation back; left to automatic differentiation it is padding and sums.
+apply_rope.defvjp(
+    lambda x_BTHK, cos, sin: (apply_rope(x_BTHK, cos, sin), (cos, sin)),
+    lambda table, dy_BTHK: (apply_rope(dy_BTHK, table[0], -table[1]), None, None),
+)

@@ -32,7 +32,20 @@ class Output:
     cache: Any
 
 
-def forward(
+def forward(config: ModelConfig, params: Params, tokens_BT, **kwargs) -> Output:
+    """Runs the decoder and its head on int32 tokens [B, T]; `kwargs` are those of `hidden_states`."""
+    x_BTD, router_logits_LNE, kv_cache = hidden_states(config, params, tokens_BT, **kwargs)
+    head_DV = head(config, params).astype(x_BTD.dtype)
+    logits_BTV = jnp.einsum("BTD,DV->BTV", x_BTD, head_DV, preferred_element_type=jnp.float32)
+    return Output(logits_BTV, router_logits_LNE, kv_cache)
+
+
+def head(config: ModelConfig, params: Params):
+    """The output matrix [D, V]."""
+    return params["trunk"]["embed"].T if config.tie_embeddings else params["trunk"]["head"]
+
+
+def hidden_states(
     config: ModelConfig,
     params: Params,
     tokens_BT,
@@ -45,32 +58,33 @@ def forward(
     uniform: bool = False,
     dtype=jnp.float32,
     remat: bool = False,
-) -> Output:
-    """Runs the decoder on int32 tokens [B, T].
+):
+    """Runs the decoder on int32 tokens [B, T] -> (x [B, T, D] after the last norm, router logits [L, N, E], cache).
 
     `params` is the whole tree with experts named or stacked. `segments_BT` int32 numbers the packed documents of a
     row: a token attends only within its own. With `kv_cache` the tokens are written at `positions_BT` and attend to
     the cache up to their own position instead. `top_k` None runs every expert; `uniform` ignores the router and weighs
-    all experts equally. Activations are in `dtype`; norms, softmax and router in float32.
+    all experts equally. Activations are in `dtype`; norms, softmax and router in float32. `remat` recomputes each
+    layer in the backward pass: memory for activations shrinks to a layer's inputs, for a third more computation.
     """
     B, T = tokens_BT.shape
     trunk = params["trunk"]
     if positions_BT is None:
         positions_BT = jnp.broadcast_to(jnp.arange(T), (B, T))
+    if segments_BT is None:
+        segments_BT = jnp.zeros_like(tokens_BT)
     rope = rope_table(positions_BT, config.head_dim, config.rope_theta)
-    if kv_cache is not None:
-        mask_BTS = attention.cache_mask(positions_BT, kv_cache["k"].shape[2])
-    else:
-        mask_BTS = attention.document_mask(jnp.zeros_like(tokens_BT) if segments_BT is None else segments_BT)
 
     def layer(x_BTD, block_experts_cache):
         block, experts, layer_cache = block_experts_cache
         q, k, v = attention.project_qkv(config, block, _before(config, x_BTD, block["attn_norm"]), rope)
-        if layer_cache is not None:
+        if layer_cache is None:
+            y_BTHK = attention.attend_documents(q, k, v, segments_BT)
+        else:
             layer_cache = cache.write(layer_cache, k, v, positions_BT)
             k, v = layer_cache["k"].astype(q.dtype), layer_cache["v"].astype(q.dtype)
-        y_BTD = attention.attend(block, q, k, v, mask_BTS)
-        x_BTD = x_BTD + _after(config, y_BTD, block["attn_norm"])
+            y_BTHK = attention.attend(q, k, v, attention.cache_mask(positions_BT, k.shape[1]))
+        x_BTD = x_BTD + _after(config, attention.project_out(block, y_BTHK), block["attn_norm"])
         y_BTD, logits_NE = moe(
             _before(config, x_BTD, block["ffn_norm"]), experts, top_k=top_k, dispatch=dispatch, uniform=uniform
         )
@@ -79,11 +93,7 @@ def forward(
     x_BTD = trunk["embed"][tokens_BT].astype(dtype)
     body = jax.checkpoint(layer, prevent_cse=False) if remat else layer
     x_BTD, (router_logits_LNE, kv_cache) = jax.lax.scan(body, x_BTD, (trunk["blocks"], params["experts"], kv_cache))
-    x_BTD = rms_norm(x_BTD, trunk["final_norm"], config.norm_eps)
-    head_DV = trunk["embed"].T if config.tie_embeddings else trunk["head"]
-    logits_BTV = jnp.einsum("BTD,DV->BTV", x_BTD, head_DV.astype(dtype), preferred_element_type=jnp.float32)
-    return Output(logits_BTV, router_logits_LNE, kv_cache)
-
+    return rms_norm(x_BTD, trunk["final_norm"], config.norm_eps), router_logits_LNE, kv_cache
 
 def moe(x_BTD, experts, *, top_k: int | None, dispatch: str = "dense", uniform: bool = False):
     """One layer's mixture of experts: x [B, T, D] -> (y [B, T, D], router logits float32 [N, E])."""

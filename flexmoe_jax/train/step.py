@@ -8,8 +8,9 @@ import jax.numpy as jnp
 import optax
 
 from flexmoe_jax.config import ModelConfig, RunConfig
+from flexmoe_jax.model.loss import next_token_loss
 from flexmoe_jax.model.router import route
-from flexmoe_jax.model.transformer import forward
+from flexmoe_jax.model.transformer import head, hidden_states
 from flexmoe_jax.train.optimizer import learning_rate, make_optimizer
 from flexmoe_jax.train.state import TrainState
 from flexmoe_jax.tree import Params, combine
@@ -66,33 +67,26 @@ def _losses(model: ModelConfig, run: RunConfig, trainable: Params, frozen: Param
     Cross-entropy + `z_loss` * logsumexp(logits)^2 + `router_z_loss` * logsumexp(router logits)^2 (mean over layers).
     """
     dtype = jnp.dtype(run.compute_dtype)
-    out = forward(
-        model,
-        combine(trainable, frozen),
-        batch["tokens"],
-        segments_BT=batch["segments"],
-        dtype=dtype,
-        remat=run.remat,
+    params = combine(trainable, frozen)
+    x_BTD, router_logits_LNE, _ = hidden_states(
+        model, params, batch["tokens"], segments_BT=batch["segments"], dtype=dtype, remat=run.remat
     )
     weights_BT = batch["weights"] / totals["all"]
-    log_z_BT = jax.nn.logsumexp(out.logits_BTV, axis=-1)
-    target_BT = jnp.take_along_axis(out.logits_BTV, batch["targets"][..., None], axis=-1)[..., 0]
-    cross_entropy = (weights_BT * (log_z_BT - target_BT)).sum()
-    z = (weights_BT * log_z_BT**2).sum()
+    total, nll_BT, log_z_BT = next_token_loss(x_BTD, head(model, params), batch["targets"], weights_BT, run.z_loss)
     weights_N = weights_BT.reshape(-1)
-    router_z = (weights_N * jax.nn.logsumexp(out.router_logits_LNE, axis=-1) ** 2).sum(-1).mean()
-    probs_LNE = route(out.router_logits_LNE, out.router_logits_LNE.shape[-1]).weights_NE
+    router_z = (weights_N * jax.nn.logsumexp(router_logits_LNE, axis=-1) ** 2).sum(-1).mean()
+    probs_LNE = route(router_logits_LNE, router_logits_LNE.shape[-1]).weights_NE
     entropy = -(weights_N * jax.scipy.special.xlogy(probs_LNE, probs_LNE).sum(-1)).sum(-1).mean()
-    total = cross_entropy + run.z_loss * z + run.router_z_loss * router_z
+    total = total + run.router_z_loss * router_z
     metrics = {
-        "loss": cross_entropy,
-        "z_loss": z,
+        "loss": (weights_BT * nll_BT).sum(),
+        "z_loss": (weights_BT * log_z_BT**2).sum(),
         "router_z_loss": router_z,
         "router_entropy": entropy,
         "share": (weights_N[:, None] * probs_LNE).sum(1).mean(0),
     }
     if run.router_contrast:
-        contrast = _contrast(out.router_logits_LNE, batch["weights"], batch["own"], totals)
+        contrast = _contrast(router_logits_LNE, batch["weights"], batch["own"], totals)
         total, metrics = total + run.router_contrast * contrast, metrics | {"router_contrast": contrast}
     return total, metrics
 

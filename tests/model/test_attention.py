@@ -5,11 +5,14 @@ import functools
 
 import jax
 import jax.numpy as jnp
+import jax.test_util
 import numpy as np
 import pytest
 
 from flexmoe_jax.config import ModelConfig
+from flexmoe_jax.model import attention
 from flexmoe_jax.model.cache import init_cache
+from flexmoe_jax.model.rope import apply_rope, rope_table
 from flexmoe_jax.model.transformer import forward
 from flexmoe_jax.tree import stack
 from tests.conftest import TINY, jit_forward, max_difference, random_params, random_tokens
@@ -119,6 +122,30 @@ def test_a_position_past_the_cache_writes_nothing():
     cache = jax.tree.map(lambda leaf: leaf + 1, init_cache(TINY, 1, 4))
     out = jit_forward(TINY, params, tokens, positions_BT=jnp.full((1, 1), 4), kv_cache=cache)
     assert jax.tree.all(jax.tree.map(lambda a, b: bool((a == b).all()), cache, out.cache))
+
+
+@pytest.mark.parametrize(("length", "block"), [(37, 8), (64, 16), (9, 128)])
+def test_blocks_equal_the_whole_in_values_and_gradients(monkeypatch, length, block):
+    """Attention in blocks, whose derivative is written by hand, against the plain masked softmax."""
+    monkeypatch.setattr(attention, "MIN_BLOCK", block)
+    rng = np.random.default_rng(0)
+    shapes = ((2, length, 4, 6), (2, length, 2, 6), (2, length, 2, 6), (2, length, 4, 6))
+    q, k, v, mix = (jnp.asarray(rng.standard_normal(shape), jnp.float32) for shape in shapes)
+    segments = jnp.asarray(np.cumsum(rng.random((2, length)) < 0.1, axis=1), jnp.int32)
+    mask = (segments[:, :, None] == segments[:, None]) & np.tril(np.ones((length, length), bool))
+    whole = jax.value_and_grad(lambda q, k, v: (attention.attend(q, k, v, mask) * mix).sum(), (0, 1, 2))(q, k, v)
+    blocks = jax.jit(jax.value_and_grad(
+        lambda q, k, v: (attention.attend_documents(q, k, v, segments) * mix).sum(), (0, 1, 2)
+    ))(q, k, v)  # fmt: skip
+    for ours, theirs in zip(jax.tree.leaves(blocks), jax.tree.leaves(whole), strict=True):
+        # Values of order 1 to 10, sums of at most `length` terms in another order.
+        assert max_difference(ours, theirs) < 1e-5 * max(1.0, float(jnp.abs(theirs).max()))
+
+
+def test_the_rotation_back_is_the_derivative_of_the_rotation():
+    x = jnp.asarray(np.random.default_rng(0).standard_normal((1, 5, 2, 6)), jnp.float32)
+    table = rope_table(jnp.arange(5)[None], 6, 5e5)
+    jax.test_util.check_grads(lambda x: apply_rope(x, *table), (x,), order=1, modes=["rev"])
 
 
 def test_remat_changes_no_value():

@@ -138,8 +138,13 @@ def test_attention(case):
     model, params = case.oracle
     x, x_torch = stream(case.config)
     rope = rope_table(jnp.arange(x.shape[1])[None], case.config.head_dim, case.config.rope_theta)
-    mask = attention.document_mask(jnp.zeros(x.shape[:2], jnp.int32))
-    run = jax.jit(lambda block, x: attention.attend(block, *attention.project_qkv(case.config, block, x, rope), mask))
+    segments = jnp.zeros(x.shape[:2], jnp.int32)
+
+    @jax.jit
+    def run(block, x):
+        heads = attention.attend_documents(*attention.project_qkv(case.config, block, x, rope), segments)
+        return attention.project_out(block, heads)
+
     for layer, hf_layer in enumerate(model.model.layers):
         block, _ = layer_of(params, layer)
         ours = run(block, x)

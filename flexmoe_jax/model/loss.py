@@ -1,0 +1,93 @@
+"""The next-token loss straight from hidden states: whole logits [B, T, V] never exist.
+
+The head and its softmax are the largest arrays of a small model's training step. Here they are made for a few tokens at
+a time, and where a derivative is wanted it is taken on the spot, while they are at hand, and only scaled on the way back.
+"""
+
+import functools
+
+import jax
+import jax.numpy as jnp
+
+CHUNK_LOGITS = 1 << 21  # logits in one chunk on a CPU: 8 MB in float32 stay in cache
+ACCELERATOR_CHUNKS = 8  # elsewhere: a few large products, an eighth of the memory
+
+
+def next_token_loss(x_BTD, head_DV, targets_BT, weights_BT, z_loss: float = 0.0):
+    """Returns (total, nll [B, T], log_z [B, T]), all float32.
+
+    total = sum(weights * (nll + z_loss * log_z^2)), nll = log_z - logits[target], log_z = logsumexp(logits),
+    logits = x head. Only `total` has a derivative, and only in x and the head; `nll` and `log_z` are constants to it.
+    """
+    total, nll_BT, log_z_BT = _loss(x_BTD, head_DV.astype(x_BTD.dtype), targets_BT, weights_BT, z_loss)
+    return total, jax.lax.stop_gradient(nll_BT), jax.lax.stop_gradient(log_z_BT)
+
+
+@functools.partial(jax.custom_vjp, nondiff_argnums=(4,))
+def _loss(x_BTD, head_DV, targets_BT, weights_BT, z_loss):
+    losses, _, _ = _scan(x_BTD, head_DV, targets_BT, weights_BT, z_loss, want_x=False, want_head=False)
+    return losses
+
+
+def _loss_fwd(x_BTD, head_DV, targets_BT, weights_BT, z_loss):
+    losses, dx_BTD, dhead_DV = _scan(
+        x_BTD.value, head_DV.value, targets_BT.value, weights_BT.value, z_loss, x_BTD.perturbed, head_DV.perturbed
+    )
+    return losses, (dx_BTD, dhead_DV)
+
+
+def _loss_bwd(z_loss, residuals, cotangents):
+    scaled = [None if d is None else (d * cotangents[0]).astype(d.dtype) for d in residuals]
+    return (*scaled, None, None)
+
+
+_loss.defvjp(_loss_fwd, _loss_bwd, symbolic_zeros=True)
+
+
+def _scan(x_BTD, head_DV, targets_BT, weights_BT, z_loss, want_x: bool, want_head: bool):
+    """((total, nll, log_z), dtotal/dx or None, dtotal/dhead or None), a chunk of tokens of every row at a time."""
+    B, T, D = x_BTD.shape
+    V = head_DV.shape[1]
+    chunks = -(-B * T * V // CHUNK_LOGITS) if jax.default_backend() == "cpu" else ACCELERATOR_CHUNKS
+    t = -(-T // min(chunks, T))
+    count = -(-T // t)
+
+    def cut(a):
+        padded = jnp.pad(a, ((0, 0), (0, count * t - T), *((0, 0) for _ in a.shape[2:])))
+        return jnp.moveaxis(padded.reshape(B, count, t, *a.shape[2:]), 1, 0)
+
+    def one(dhead_DV, chunk):
+        x_BtD, targets_Bt, weights_Bt = chunk
+        logits_BtV = jnp.einsum("BtD,DV->BtV", x_BtD, head_DV, preferred_element_type=jnp.float32)
+        most_Bt1 = logits_BtV.max(-1, keepdims=True)
+        exp_BtV = jnp.exp(logits_BtV - most_Bt1)
+        sum_Bt1 = exp_BtV.sum(-1, keepdims=True)
+        log_z_Bt = (jnp.log(sum_Bt1) + most_Bt1)[..., 0]
+        nll_Bt = log_z_Bt - jnp.take_along_axis(logits_BtV, targets_Bt[..., None], axis=-1)[..., 0]
+        dx_BtD = None
+        if want_x or want_head:
+            scale_Bt1 = (weights_Bt * (1 + 2 * z_loss * log_z_Bt))[..., None] / sum_Bt1
+            target_BtV = jnp.arange(V) == targets_Bt[..., None]
+            # The barrier keeps XLA from computing this once for each of the two products.
+            dlogits_BtV = jax.lax.optimization_barrier(
+                (exp_BtV * scale_Bt1 - jnp.where(target_BtV, weights_Bt[..., None], 0)).astype(x_BtD.dtype)
+            )
+            if want_x:
+                dx_BtD = jnp.einsum("BtV,DV->BtD", dlogits_BtV, head_DV)
+            if want_head:
+                # Transposed first: on a CPU a product that contracts both leading axes runs at half speed.
+                x_DN = jax.lax.optimization_barrier(x_BtD.reshape(-1, D).T)
+                dhead_DV = dhead_DV + jnp.matmul(
+                    x_DN, dlogits_BtV.reshape(-1, V), preferred_element_type=jnp.float32
+                )
+        return dhead_DV, (nll_Bt, log_z_Bt, dx_BtD)
+
+    def join(a):
+        return None if a is None else jnp.moveaxis(a, 0, 1).reshape(B, count * t, *a.shape[3:])[:, :T]
+
+    dhead_DV = jnp.zeros((D, V), jnp.float32) if want_head else None
+    dhead_DV, parts = jax.lax.scan(one, dhead_DV, (cut(x_BTD), cut(targets_BT), cut(weights_BT)))
+    nll_BT, log_z_BT, dx_BTD = map(join, parts)
+    total = (weights_BT * (nll_BT + z_loss * log_z_BT**2)).sum()
+    dhead_DV = dhead_DV.astype(head_DV.dtype) if want_head else None
+    return (total, nll_BT, log_z_BT), dx_BTD, dhead_DV
