@@ -2,7 +2,14 @@
 
 import functools
 import math
+import os
 import zlib
+
+from flexmoe_jax.cli.main import use_compilation_cache
+
+# Compiled programs are shared by the test processes: the same small training step is compiled once, not thirty times.
+os.environ.setdefault("JAX_PERSISTENT_CACHE_MIN_COMPILE_TIME_SECS", "0.1")
+use_compilation_cache()
 
 import jax
 import jax.numpy as jnp

@@ -1,7 +1,11 @@
 """`flexmoe VERB ...`: finds the verb's module, imports only that, and turns mendable errors into exit code 1."""
 
+import contextlib
+import hashlib
 import importlib
 import os
+import pathlib
+import platform
 import sys
 
 from flexmoe_jax.errors import FlexMoEError, did_you_mean
@@ -35,6 +39,7 @@ def main(argv: list[str] | None = None) -> int:
 
         print(f"flexmoe {__version__}")
         return 0
+    use_compilation_cache()
     verb, *rest = argv
     if verb not in VERBS:
         print(f"flexmoe: unknown verb {verb!r}: {did_you_mean(verb, VERBS)}", file=sys.stderr)
@@ -51,6 +56,28 @@ def main(argv: list[str] | None = None) -> int:
     except BrokenPipeError:
         sys.stderr.close()
         return EXIT_REFUSED
+
+
+def use_compilation_cache() -> None:
+    """Keeps compiled programs between processes in $FLEXMOE_CACHE/compiled; JAX_ENABLE_COMPILATION_CACHE=0 does not.
+
+    A folder for each kind of processor: a program compiled for one may not run on another that shares the disk. Only
+    programs are kept, never data. Takes effect on the import of JAX; whoever sets JAX's own variables decides instead.
+    """
+    from flexmoe_jax.data.wheels import default_cache
+
+    folder = default_cache() / "compiled" / _processor()
+    os.environ.setdefault("JAX_COMPILATION_CACHE_DIR", str(folder))
+    os.environ.setdefault("JAX_PERSISTENT_CACHE_MIN_COMPILE_TIME_SECS", "0.5")
+
+
+def _processor() -> str:
+    """A short name of what programs compiled here may use: architecture and instruction sets."""
+    flags = platform.machine()
+    with contextlib.suppress(OSError):
+        lines = pathlib.Path("/proc/cpuinfo").read_text().splitlines()
+        flags += "".join(sorted({line for line in lines if line.startswith(("flags", "Features", "model name"))}))
+    return hashlib.sha256(flags.encode()).hexdigest()[:12]
 
 
 def entry() -> int:
