@@ -37,7 +37,7 @@ def save_arrays(folder: pathlib.Path, arrays: Mapping[str, np.ndarray]) -> None:
 
     folder.mkdir()
     handler = _handler()
-    handler.save(epath.Path(folder), args=_orbax().args.PyTreeSave(unflatten(arrays)))
+    handler.save(epath.Path(folder.resolve()), args=_orbax().args.PyTreeSave(unflatten(arrays)))
     handler.close()
 
 
@@ -47,7 +47,7 @@ def load_arrays(folder: pathlib.Path) -> dict[str, np.ndarray]:
 
     handler = _handler()
     try:
-        return {path: np.asarray(leaf) for path, leaf in flatten(handler.restore(epath.Path(folder))).items()}
+        return {path: np.asarray(leaf) for path, leaf in flatten(handler.restore(epath.Path(folder.resolve()))).items()}
     except (OSError, ValueError, KeyError, TypeError) as error:
         raise ArtifactError(f"{folder} is no checkpoint that Orbax can read: {error}", "fetch it again") from error
     finally:

@@ -1,10 +1,8 @@
 """Expert feed-forward networks and the two ways to run them: `dense` (the definition) and `sparse` (top-k only).
 
-Both take `(x_ND, routing, experts)` and return sum_i weights_i(x) * FFN_i(x), shape [N, D]. `experts` are one layer's
+Both take `(x_ND, routing, experts, layer=None)` and return sum_i weights_i(x) * FFN_i(x), shape [N, D]. `experts` are one layer's
 weights: named {name: {w_gate [D, F], w_up [D, F], w_down [F, D]}} or stacked {w_gate [E, D, F], ...}.
 """
-
-import functools
 
 import jax
 import jax.numpy as jnp
@@ -13,8 +11,8 @@ from flexmoe_jax.errors import FlexMoEError
 from flexmoe_jax.model.router import Routing
 from flexmoe_jax.tree import canonical_order, is_stacked
 
-TILE_ROWS = 128
-_WEIGHTS = ("w_gate", "w_up", "w_down")
+MIN_TILE_ROWS, MAX_TILE_ROWS = 32, 256
+FFN_WEIGHTS = ("w_gate", "w_up", "w_down")
 
 
 def ffn(x_ND, w_gate, w_up, w_down):
@@ -24,106 +22,194 @@ def ffn(x_ND, w_gate, w_up, w_down):
     return (jax.nn.silu(gate_NF) * up_NF) @ w_down.astype(x_ND.dtype)
 
 
-def dense(x_ND, routing: Routing, experts):
+def dense(x_ND, routing: Routing, experts, layer=None):
     """Every expert runs on every token. An expert of weight zero cannot reach the output, whatever its values."""
+    if layer is not None:
+        experts = {**experts, **{name: experts[name][layer] for name in FFN_WEIGHTS}}
     weights_EN = routing.weights_NE.T.astype(x_ND.dtype)
 
     def add(total_ND, weight_and_expert):
         weight_N, expert = weight_and_expert
-        y_ND = ffn(x_ND, *(expert[name] for name in _WEIGHTS))
+        y_ND = ffn(x_ND, *(expert[name] for name in FFN_WEIGHTS))
         return total_ND + weight_N[:, None] * jnp.where(weight_N[:, None] > 0, y_ND, 0), None
 
     total_ND = jnp.zeros_like(x_ND)
     if is_stacked(experts):
-        return jax.lax.scan(add, total_ND, (weights_EN, {name: experts[name] for name in _WEIGHTS}))[0]
+        return jax.lax.scan(add, total_ND, (weights_EN, {name: experts[name] for name in FFN_WEIGHTS}))[0]
     for i, name in enumerate(canonical_order(experts)):
         total_ND, _ = add(total_ND, (weights_EN[i], experts[name]))
     return total_ND
 
 
-def sparse(x_ND, routing: Routing, experts):
+def sparse(x_ND, routing: Routing, experts, layer=None):
     """Only the chosen experts run, none drops a token. Needs the stacked form: no forward pass re-stacks.
 
-    Tokens are sorted by expert and padded to tiles of `TILE_ROWS` rows, each tile of one expert; a loop runs over the
-    tiles in use. The derivative is written by hand: it recomputes each tile, so no residual grows with the experts.
+    Slots (a token's choice of an expert) are sorted by expert and go through a grouped feed-forward network. With
+    `layer` the leaves of `experts` are whole, [L, E, ...], and that layer of the chosen experts is all that is read:
+    for decoding, where reading weights is the cost. No derivative is taken through that form.
     """
     if not is_stacked(experts):
         raise FlexMoEError("sparse dispatch was given named experts", "stack them once, outside the forward pass")
-    weights_Nk = jnp.take_along_axis(routing.weights_NE, routing.index_Nk, axis=-1).astype(x_ND.dtype)
-    weights = tuple(experts[name].astype(x_ND.dtype) for name in _WEIGHTS)
-    return _sparse(x_ND, weights_Nk, routing.index_Nk, weights)
+    N, k = routing.index_Nk.shape
+    order_S, inverse_S, counts_E = _sort(routing.index_Nk, routing.weights_NE.shape[1])
+    weights = tuple(experts[name] for name in FFN_WEIGHTS)
+    x_SD = _spread(x_ND, order_S, inverse_S)
+    y_SD = GROUPED.get(jax.default_backend(), _ragged)(x_SD, counts_E, weights, layer)
+    y_NkD = _collect(y_SD, order_S, inverse_S).reshape(N, k, -1)
+    weights_Nk1 = jnp.take_along_axis(routing.weights_NE, routing.index_Nk, axis=-1)[..., None].astype(x_ND.dtype)
+    # An expert of weight zero cannot reach the output nor, by the product's derivative, the router.
+    return (weights_Nk1 * jnp.where(weights_Nk1 > 0, y_NkD, 0)).sum(1)
 
 
-def _tiles(index_Nk, E: int):
-    """Sorts the slots (token, choice) by expert into tiles of one expert each.
-
-    Returns (number of tiles in use, expert of each tile [tiles], slot of each row [tiles, M]); a row that only pads has
-    slot N*k, one past the last. Static bound: every expert can leave one tile partly empty.
-    """
-    slots = index_Nk.size
-    M = min(TILE_ROWS, slots)
-    most = slots // M + E
+def _sort(index_Nk, E: int):
+    """(slot at each place of the order by expert [S], place of each slot [S], slots of each expert [E]); S = N*k."""
     expert_S = index_Nk.reshape(-1)
     order_S = jnp.argsort(expert_S, stable=True)
-    counts_E = jnp.bincount(expert_S, length=E)
-    tiles_E = -(-counts_E // M)
-    first_slot_E = jnp.cumsum(counts_E) - counts_E
-    last_tile_E = jnp.cumsum(tiles_E)
-    tile = jnp.arange(most)
-    expert_of_tile = jnp.minimum(jnp.searchsorted(last_tile_E, tile, side="right"), E - 1)
-    tile_in_expert = tile - (last_tile_E - tiles_E)[expert_of_tile]
-    row = tile_in_expert[:, None] * M + jnp.arange(M)
-    used = (row < counts_E[expert_of_tile][:, None]) & (tile < last_tile_E[-1])[:, None]
-    slot = order_S[jnp.where(used, first_slot_E[expert_of_tile][:, None] + row, 0)]
-    return last_tile_E[-1], expert_of_tile, jnp.where(used, slot, slots)
-
-
-def _tile_inputs(t, tiles, x_ND, weights_Nk, weights):
-    """One tile: its expert, its tokens [M] (N where padding), x [M, D], weights [M], and its expert's matrices."""
-    _, expert_of_tile, slot_TM = tiles
-    e, slot_M, k = expert_of_tile[t], slot_TM[t], weights_Nk.shape[1]
-    token_M = slot_M // k
-    x_MD = x_ND.at[token_M].get(mode="fill", fill_value=0)
-    weight_M = weights_Nk.reshape(-1).at[slot_M].get(mode="fill", fill_value=0)
-    return e, slot_M, token_M, x_MD, weight_M, tuple(w[e] for w in weights)
+    inverse_S = jnp.zeros_like(order_S).at[order_S].set(jnp.arange(order_S.size), unique_indices=True)
+    return order_S, inverse_S, jnp.bincount(expert_S, length=E)
 
 
 @jax.custom_vjp
-def _sparse(x_ND, weights_Nk, index_Nk, weights):
-    tiles = _tiles(index_Nk, weights[0].shape[0])
-
-    def body(t, y_ND):
-        _, _, token_M, x_MD, weight_M, expert = _tile_inputs(t, tiles, x_ND, weights_Nk, weights)
-        y_MD = jnp.where(weight_M[:, None] > 0, ffn(x_MD, *expert), 0)
-        return y_ND.at[token_M].add(weight_M[:, None] * y_MD, mode="drop")
-
-    return jax.lax.fori_loop(0, tiles[0], body, jnp.zeros_like(x_ND))
+def _spread(x_ND, order_S, inverse_S):
+    """The tokens [S, D] of slots in order. Its derivative is a gather too: slots of a token are summed."""
+    return x_ND[order_S // (order_S.size // x_ND.shape[0])]
 
 
-def _sparse_fwd(x_ND, weights_Nk, index_Nk, weights):
-    return _sparse(x_ND, weights_Nk, index_Nk, weights), (x_ND, weights_Nk, index_Nk, weights)
+def _spread_bwd(residuals, dy_SD):
+    inverse_S, N = residuals
+    return dy_SD[inverse_S].reshape(N, -1, dy_SD.shape[-1]).sum(1), None, None
 
 
-def _sparse_bwd(residuals, dy_ND):
-    x_ND, weights_Nk, index_Nk, weights = residuals
-    tiles = _tiles(index_Nk, weights[0].shape[0])
-
-    def body(t, carry):
-        dx_ND, dweights_S, dexperts = carry
-        e, slot_M, token_M, x_MD, weight_M, expert = _tile_inputs(t, tiles, x_ND, weights_Nk, weights)
-        dy_MD = dy_ND.at[token_M].get(mode="fill", fill_value=0)
-        y_MD, pull = jax.vjp(ffn, x_MD, *expert)
-        dx_MD, *dexpert = pull(weight_M[:, None] * dy_MD)
-        dx_ND = dx_ND.at[token_M].add(dx_MD, mode="drop")
-        dweights_S = dweights_S.at[slot_M].set(jnp.where(weight_M > 0, (y_MD * dy_MD).sum(-1), 0), mode="drop")
-        return dx_ND, dweights_S, tuple(d.at[e].add(g) for d, g in zip(dexperts, dexpert, strict=True))
-
-    zeros = functools.partial(jax.tree.map, jnp.zeros_like)
-    carry = (zeros(x_ND), jnp.zeros(weights_Nk.size, weights_Nk.dtype), zeros(weights))
-    dx_ND, dweights_S, dexperts = jax.lax.fori_loop(0, tiles[0], body, carry)
-    return dx_ND, dweights_S.reshape(weights_Nk.shape), None, dexperts
+_spread.defvjp(lambda x_ND, order_S, inverse_S: (_spread(x_ND, order_S, inverse_S), (inverse_S, len(x_ND))), _spread_bwd)
 
 
-_sparse.defvjp(_sparse_fwd, _sparse_bwd)
+@jax.custom_vjp
+def _collect(y_SD, order_S, inverse_S):
+    """The inverse permutation: slots in the order of tokens."""
+    return y_SD[inverse_S]
 
+
+_collect.defvjp(
+    lambda y_SD, order_S, inverse_S: (y_SD[inverse_S], order_S), lambda order_S, dy_SD: (dy_SD[order_S], None, None)
+)
+
+
+def _ragged(x_SD, counts_E, weights, layer=None):
+    """Grouped feed-forward network by `jax.lax.ragged_dot`."""
+    gate, up, down = (w.astype(x_SD.dtype) if layer is None else w[layer].astype(x_SD.dtype) for w in weights)
+    hidden_SF = jax.nn.silu(jax.lax.ragged_dot(x_SD, gate, counts_E)) * jax.lax.ragged_dot(x_SD, up, counts_E)
+    return jax.lax.ragged_dot(hidden_SF, down, counts_E)
+
+
+def _tiled(x_SD, counts_E, weights, layer=None):
+    """Grouped feed-forward network as a loop over experts in use and, for each, over tiles of its rows.
+
+    A tile that runs past its expert's last row computes rows of the next expert, which that expert then overwrites: no
+    row is padded. The derivative is written by hand and keeps the two projections of the slots, as a dense layer would:
+    nothing grows with the number of experts but the gradient of their weights.
+    """
+    if layer is None:
+        return _tiled_vjp(x_SD, counts_E, weights)
+    return _tiled_forward(x_SD, counts_E, weights, layer, keep=False)[0]
+
+
+def _tile_rows(slots: int, E: int) -> int:
+    """Half an expert's average load, so that little of the last tile is wasted, within what products run well at."""
+    rows = MIN_TILE_ROWS
+    while rows < MAX_TILE_ROWS and 4 * rows <= slots / E:
+        rows *= 2
+    return min(rows, slots)
+
+
+def _experts_in_use(counts_E):
+    """(experts that have rows, in order, then the others [E]; how many have rows; first row of each expert [E])."""
+    return jnp.argsort(counts_E == 0, stable=True), (counts_E > 0).sum(), jnp.cumsum(counts_E) - counts_E
+
+
+def _rows(array, begin, count: int):
+    return jax.lax.dynamic_slice_in_dim(array, begin, count)
+
+
+def _put(array, rows, begin):
+    return jax.lax.dynamic_update_slice_in_dim(array, rows.astype(array.dtype), begin, 0)
+
+
+def _tiled_forward(x_SD, counts_E, weights, layer, keep: bool):
+    """(y [S, D], gate and up projections [S + M, F] if `keep`)."""
+    S, D = x_SD.shape
+    F = weights[0].shape[-1]
+    M = _tile_rows(S, counts_E.size)
+    used_E, used, first_E = _experts_in_use(counts_E)
+    padded = jnp.pad(x_SD, ((0, M), (0, 0)))
+
+    def one_expert(i, outputs):
+        e = used_E[i]
+        gate, up, down = ((w[e] if layer is None else w[layer, e]).astype(x_SD.dtype) for w in weights)
+
+        def one_tile(t, outputs):
+            at = first_E[e] + t * M
+            x_MD = _rows(padded, at, M)
+            gate_MF, up_MF = x_MD @ gate, x_MD @ up
+            tiles = ((jax.nn.silu(gate_MF) * up_MF) @ down, gate_MF, up_MF)
+            return tuple(_put(out, tile, at) for out, tile in zip(outputs, tiles, strict=False))
+
+        return jax.lax.fori_loop(0, -(-counts_E[e] // M), one_tile, outputs)
+
+    outputs = tuple(jnp.zeros((S + M, width), x_SD.dtype) for width in ((D, F, F) if keep else (D,)))
+    y, *kept = jax.lax.fori_loop(0, used, one_expert, outputs)
+    return y[:S], kept
+
+
+@jax.custom_vjp
+def _tiled_vjp(x_SD, counts_E, weights):
+    return _tiled_forward(x_SD, counts_E, weights, None, keep=False)[0]
+
+
+def _tiled_vjp_fwd(x_SD, counts_E, weights):
+    y_SD, kept = _tiled_forward(x_SD, counts_E, weights, None, keep=True)
+    return y_SD, (x_SD, counts_E, weights, kept)
+
+
+def _tiled_vjp_bwd(residuals, dy_SD):
+    x_SD, counts_E, weights, (gate_SF, up_SF) = residuals
+    S, _ = x_SD.shape
+    M = _tile_rows(S, counts_E.size)
+    used_E, used, first_E = _experts_in_use(counts_E)
+    x_padded, dy_padded = (jnp.pad(a, ((0, M), (0, 0))) for a in (x_SD, dy_SD))
+
+    def one_expert(i, carry):
+        dx, *dweights = carry
+        e = used_E[i]
+        gate, up, down = (w[e].astype(x_SD.dtype) for w in weights)
+
+        def one_tile(t, carry):
+            dx, *sums = carry
+            at = first_E[e] + t * M
+            own_M1 = (jnp.arange(M) < counts_E[e] - t * M)[:, None]
+            x_MD, gate_MF, up_MF = (_rows(a, at, M) for a in (x_padded, gate_SF, up_SF))
+            dy_MD = jnp.where(own_M1, _rows(dy_padded, at, M), 0)
+            sigmoid_MF = jax.nn.sigmoid(gate_MF)
+            silu_MF = gate_MF * sigmoid_MF
+            dhidden_MF = dy_MD @ down.T
+            dgate_MF = dhidden_MF * up_MF * (sigmoid_MF + silu_MF * (1 - sigmoid_MF))
+            dup_MF = dhidden_MF * silu_MF
+            dx = _put(dx, dgate_MF @ gate.T + dup_MF @ up.T, at)
+            # A row past the expert's last has dy = 0, and what it adds is 0 whatever its projections are.
+            hidden_MF = jnp.where(own_M1, silu_MF * up_MF, 0)
+            parts = (x_MD.T @ dgate_MF, x_MD.T @ dup_MF, hidden_MF.T @ dy_MD)
+            return dx, *(total + part for total, part in zip(sums, parts, strict=True))
+
+        zeros = tuple(jnp.zeros(w.shape[1:], x_SD.dtype) for w in weights)
+        dx, *sums = jax.lax.fori_loop(0, -(-counts_E[e] // M), one_tile, (dx, *zeros))
+        return dx, *(d.at[e].set(total.astype(d.dtype)) for d, total in zip(dweights, sums, strict=True))
+
+    begin = (jnp.zeros_like(x_padded), *(jnp.zeros_like(w) for w in weights))
+    dx, *dweights = jax.lax.fori_loop(0, used, one_expert, begin)
+    return dx[:S], None, tuple(dweights)
+
+
+_tiled_vjp.defvjp(_tiled_vjp_fwd, _tiled_vjp_bwd)
+
+# The grouped kernel of each platform. On a CPU `ragged_dot` is a masked dense product, whose cost grows with the experts.
+GROUPED = {"cpu": _tiled, "tpu": _ragged, "gpu": _ragged}
 DISPATCH = {"dense": dense, "sparse": sparse}

@@ -15,7 +15,7 @@ import jax.numpy as jnp
 
 from flexmoe_jax.config import ModelConfig
 from flexmoe_jax.model import attention, cache, router
-from flexmoe_jax.model.experts import DISPATCH
+from flexmoe_jax.model.experts import DISPATCH, FFN_WEIGHTS
 from flexmoe_jax.model.norm import rms_norm
 from flexmoe_jax.model.rope import rope_table
 from flexmoe_jax.model.spec import LeafSpec, owner_spec
@@ -74,9 +74,14 @@ def hidden_states(
     if segments_BT is None:
         segments_BT = jnp.zeros_like(tokens_BT)
     rope = rope_table(positions_BT, config.head_dim, config.rope_theta)
+    scanned, whole = params["experts"], {}
+    if kv_cache is not None and dispatch == "sparse":
+        # A scan copies each layer's slice of what it scans: of every expert, where a few of them are wanted.
+        whole = {name: scanned[name] for name in FFN_WEIGHTS}
+        scanned = {name: scanned[name] for name in ("router", "bias")}
 
-    def layer(x_BTD, block_experts_cache):
-        block, experts, layer_cache = block_experts_cache
+    def layer(x_BTD, block_experts_cache_index):
+        block, experts, layer_cache, index = block_experts_cache_index
         q, k, v = attention.project_qkv(config, block, _before(config, x_BTD, block["attn_norm"]), rope)
         if layer_cache is None:
             y_BTHK = attention.attend_documents(q, k, v, segments_BT)
@@ -86,24 +91,34 @@ def hidden_states(
             y_BTHK = attention.attend(q, k, v, attention.cache_mask(positions_BT, k.shape[1]))
         x_BTD = x_BTD + _after(config, attention.project_out(block, y_BTHK), block["attn_norm"])
         y_BTD, logits_NE = moe(
-            _before(config, x_BTD, block["ffn_norm"]), experts, top_k=top_k, dispatch=dispatch, uniform=uniform
+            _before(config, x_BTD, block["ffn_norm"]),
+            {**experts, **whole},
+            top_k=top_k,
+            dispatch=dispatch,
+            uniform=uniform,
+            layer=index if whole else None,
         )
         return x_BTD + _after(config, y_BTD, block["ffn_norm"]), (logits_NE, layer_cache)
 
     x_BTD = trunk["embed"][tokens_BT].astype(dtype)
     body = jax.checkpoint(layer, prevent_cse=False) if remat else layer
-    x_BTD, (router_logits_LNE, kv_cache) = jax.lax.scan(body, x_BTD, (trunk["blocks"], params["experts"], kv_cache))
+    x_BTD, (router_logits_LNE, kv_cache) = jax.lax.scan(
+        body, x_BTD, (trunk["blocks"], scanned, kv_cache, jnp.arange(config.num_layers))
+    )
     return rms_norm(x_BTD, trunk["final_norm"], config.norm_eps), router_logits_LNE, kv_cache
 
-def moe(x_BTD, experts, *, top_k: int | None, dispatch: str = "dense", uniform: bool = False):
-    """One layer's mixture of experts: x [B, T, D] -> (y [B, T, D], router logits float32 [N, E])."""
+def moe(x_BTD, experts, *, top_k: int | None, dispatch: str = "dense", uniform: bool = False, layer=None):
+    """One layer's mixture of experts: x [B, T, D] -> (y [B, T, D], router logits float32 [N, E]).
+
+    With `layer` the feed-forward weights in `experts` are those of all layers, stacked; its router is one layer's.
+    """
     B, T, D = x_BTD.shape
     x_ND = x_BTD.reshape(B * T, D)
     router_ED, bias_E = _router_rows(experts)
     logits_NE = router.router_logits(x_ND, router_ED, bias_E)
     E = logits_NE.shape[-1]
     routing = router.route_uniform(logits_NE) if uniform else router.route(logits_NE, min(top_k or E, E))
-    return DISPATCH[dispatch](x_ND, routing, experts).reshape(B, T, D), logits_NE
+    return DISPATCH[dispatch](x_ND, routing, experts, layer).reshape(B, T, D), logits_NE
 
 
 class FlexMoE(nn.Module):

@@ -64,6 +64,13 @@ def test_round_trip_is_bit_exact(tmp_path, owner, dtype):
     assert problems(tmp_path / "p") == []
 
 
+def test_a_relative_path_with_dots_is_written_and_read(tmp_path, monkeypatch):
+    (tmp_path / "here").mkdir()
+    monkeypatch.chdir(tmp_path / "here")
+    write("../p")
+    assert same_tree(load_package("../p"), random_params("news", 0))
+
+
 def test_jax_arrays_negative_zeros_and_subnormals_keep_their_bits(tmp_path):
     params = random_params("news", 0)
     params["w_up"].flat[:3] = [-0.0, 1e-42, np.finfo(np.float32).max]

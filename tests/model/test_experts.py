@@ -34,19 +34,18 @@ def make_x(N: int, seed: int = 1):
     return jnp.asarray(np.random.default_rng(seed).standard_normal((1, N, D)), jnp.float32)
 
 
-@functools.partial(jax.jit, static_argnames=("k", "dispatch", "tile"))
-def value_and_gradients(x, experts, mix, *, k: int, dispatch: str, tile: int):
+@functools.partial(jax.jit, static_argnames=("k", "dispatch", "kernel", "tile"))
+def value_and_gradients(x, experts, mix, *, k: int, dispatch: str, kernel: str = "_tiled", tile: int = 32):
     """MoE output, and gradients of a random mix of it (and of the router logits) in x and every leaf of the experts."""
-    before, experts_module.TILE_ROWS = experts_module.TILE_ROWS, tile  # read while tracing; `tile` is in the jit key
-    try:
 
-        def loss(x, experts):
-            y, logits_NE = moe(x, experts, top_k=k, dispatch=dispatch)
-            return (y * mix).sum() + 0.1 * (logits_NE**2).sum(), y
+    def loss(x, experts):
+        y, logits_NE = moe(x, experts, top_k=k, dispatch=dispatch)
+        return (y * mix).sum() + 0.1 * (logits_NE**2).sum(), y
 
+    with pytest.MonkeyPatch.context() as patch:  # read while tracing; both are in the jit key
+        patch.setattr(experts_module, "MIN_TILE_ROWS", tile)
+        patch.setitem(experts_module.GROUPED, jax.default_backend(), getattr(experts_module, kernel))
         gradients, y = jax.grad(loss, argnums=(0, 1), has_aux=True)(x, experts)
-    finally:
-        experts_module.TILE_ROWS = before
     return y, {"x": gradients[0], **gradients[1]}
 
 
@@ -69,20 +68,29 @@ def case_inputs(N: int, E: int, routing: str, seed: int):
     shape=st.tuples(st.sampled_from([1, 5, 37, 130]), st.integers(1, 12)).flatmap(
         lambda NE: st.tuples(st.just(NE[0]), st.just(NE[1]), st.integers(1, NE[1]))
     ),
-    tile=st.sampled_from([8, 128]),
+    tile=st.sampled_from([8, 32]),
     seed=st.integers(0, 9),
 )
-@example(shape=(130, 12, 2), tile=128, seed=0)  # tokens more than a tile and no multiple of it
+@example(shape=(130, 12, 2), tile=32, seed=0)  # slots more than a tile and no multiple of it
 @example(shape=(37, 5, 5), tile=8, seed=0)  # k = E
 @example(shape=(130, 2, 1), tile=8, seed=1)  # many tiles of one expert
-@example(shape=(3, 12, 2), tile=128, seed=2)  # more experts than slots: most are empty
-@example(shape=(1, 1, 1), tile=128, seed=0)
+@example(shape=(3, 12, 2), tile=32, seed=2)  # more experts than slots: most are empty
+@example(shape=(1, 1, 1), tile=32, seed=0)
 def test_sparse_equals_dense_in_values_and_gradients(shape, tile, seed):
+    check_against_dense(shape, "_tiled", tile, seed)
+
+
+@pytest.mark.parametrize("shape", [(37, 5, 2), (3, 12, 2), (7, 3, 3)])
+def test_the_accelerators_kernel_equals_dense_too(shape):
+    check_against_dense(shape, "_ragged", 32, 0)
+
+
+def check_against_dense(shape, kernel, tile, seed):
     N, E, k = shape
     for routing in ROUTINGS:  # one compilation serves all four
         inputs = case_inputs(N, E, routing, seed)
-        y, gradients = value_and_gradients(*inputs, k=k, dispatch="sparse", tile=tile)
-        y_dense, gradients_dense = value_and_gradients(*inputs, k=k, dispatch="dense", tile=128)
+        y, gradients = value_and_gradients(*inputs, k=k, dispatch="sparse", kernel=kernel, tile=tile)
+        y_dense, gradients_dense = value_and_gradients(*inputs, k=k, dispatch="dense")
         # The same float32 sums in another order: relative to the largest entry, a few dozen roundings of 6e-8.
         assert max_difference(y, y_dense) < 3e-6 * max(1.0, float(jnp.abs(y_dense).max())), routing
         assert set(gradients) == {"x", "w_gate", "w_up", "w_down", "router", "bias"}
@@ -94,7 +102,7 @@ def test_sparse_equals_dense_in_values_and_gradients(shape, tile, seed):
 def test_gradients_by_finite_differences():
     """`dense` itself: its automatic derivative is that of the formula (float64-free: a central difference of 1e-2)."""
     x, experts, mix = case_inputs(5, 3, "random", 4)
-    _, gradients = value_and_gradients(x, experts, mix, k=3, dispatch="dense", tile=128)
+    _, gradients = value_and_gradients(x, experts, mix, k=3, dispatch="dense")
 
     @jax.jit
     def loss(x, experts):
@@ -161,6 +169,20 @@ def test_sparse_keeps_nan_out_of_the_other_experts_gradients():
     routing = route(logits_NE, 2)
     dx = jax.jit(jax.grad(lambda x: sparse(x, routing, poisoned).sum()))(make_x(11)[0])
     assert np.isfinite(dx).all()
+
+
+@pytest.mark.parametrize("kernel", ["_tiled", "_ragged"])
+@pytest.mark.parametrize("dispatch", ["dense", "sparse"])
+def test_a_layer_of_whole_weights_equals_that_layer_alone(monkeypatch, dispatch, kernel):
+    """How decoding reads weights: bit for bit what the sliced form gives."""
+    monkeypatch.setitem(experts_module.GROUPED, jax.default_backend(), getattr(experts_module, kernel))
+    layers = [make_experts(5, seed) for seed in (0, 1, 2)]
+    whole = {name: jnp.stack([layer[name] for layer in layers]) for name in layers[0]}
+    x = make_x(7)
+    alone, _ = jax.jit(functools.partial(moe, top_k=2, dispatch=dispatch))(x, layers[1])
+    mixed = {**whole, "router": layers[1]["router"], "bias": layers[1]["bias"]}
+    y, _ = jax.jit(functools.partial(moe, top_k=2, dispatch=dispatch))(x, mixed, layer=jnp.int32(1))
+    assert np.array_equal(y, alone)
 
 
 def test_sparse_refuses_named_experts():
