@@ -3,7 +3,7 @@ PYTHON ?= python3
 VENV ?= .venv
 BIN := $(VENV)/bin
 
-.PHONY: quickstart test check test-latest-jax lock clean
+.PHONY: quickstart test check test-latest-jax bench lock clean
 
 quickstart: $(VENV)/.installed
 	$(BIN)/flexmoe quickstart --out runs/quickstart
@@ -17,6 +17,10 @@ check: $(VENV)/.installed
 	$(BIN)/ruff check .
 	$(BIN)/mypy
 	$(MAKE) test
+
+# Side by side with torch and the machine's limits; use a machine that does nothing else. `make bench ONLY="moe infer"`.
+bench: $(VENV)/.installed
+	GLIBC_TUNABLES=glibc.malloc.hugetlb=1 $(BIN)/python -m benchmarks $(ONLY)
 
 # The tests that need no torch, on the newest Python here that has a newer jax, with the newest releases it resolves to.
 LATEST_PYTHON ?= python3.12

@@ -3,7 +3,7 @@
 import dataclasses
 import functools
 import pathlib
-from collections.abc import Iterable
+from collections.abc import Iterable, Iterator
 
 import jax
 import jax.numpy as jnp
@@ -14,7 +14,7 @@ from flexmoe_jax.config import ModelConfig
 from flexmoe_jax.data.tokenizer import Tokenizer, load_tokenizer
 from flexmoe_jax.errors import DataError
 from flexmoe_jax.evaluate.perplexity import Score, score
-from flexmoe_jax.infer.generate import generate
+from flexmoe_jax.infer.generate import stream
 from flexmoe_jax.infer.sampling import Sampling
 from flexmoe_jax.model.transformer import forward
 
@@ -71,7 +71,11 @@ class Model:
             *tokens.shape, -1
         )
 
-    def generate(
+    def generate(self, prompt: str, **kwargs) -> str:
+        """Continues `prompt`: what `stream` yields, joined."""
+        return "".join(self.stream(prompt, **kwargs))
+
+    def stream(
         self,
         prompt: str,
         *,
@@ -80,26 +84,49 @@ class Model:
         temperature: float = 0.0,
         top_k: int | None = None,
         top_p: float | None = None,
+        stop_ids: Iterable[int] = (),
         seed: int = 0,
-    ) -> str:
-        """Continues `prompt`, with only `experts` if given; `top_k` and `top_p` restrict the sampled tokens."""
+    ) -> Iterator[str]:
+        """Yields the continuation of `prompt` piece by piece, with only `experts` if given.
+
+        `top_k` and `top_p` restrict the sampled tokens. The text ends before the end-of-text token or one of
+        `stop_ids`. A piece is one token's text, or more where a character takes several tokens.
+        """
         if experts is not None:
-            return self.select(experts).generate(
-                prompt, max_new_tokens=max_new_tokens, temperature=temperature, top_k=top_k, top_p=top_p, seed=seed
+            model = self.select(experts)
+            return model.stream(
+                prompt,
+                max_new_tokens=max_new_tokens,
+                temperature=temperature,
+                top_k=top_k,
+                top_p=top_p,
+                stop_ids=stop_ids,
+                seed=seed,
             )
-        ids = self.tokenizer.encode(prompt) or [self.tokenizer.eos_id]
-        (row,) = generate(
+        steps = stream(
             self.config,
             self._stacked,
-            [ids],
+            [self.tokenizer.encode(prompt) or [self.tokenizer.eos_id]],
             max_new_tokens=max_new_tokens,
-            eos_id=self.tokenizer.eos_id,
+            stop_ids={self.tokenizer.eos_id, *stop_ids},
             sampling=Sampling(temperature, top_k, top_p),
             seed=seed,
             top_k=self.top_k,
-            dispatch=self._dispatch,
+            dispatch="sparse",  # also where all experts are active: it alone reads weights in place
         )
-        return self.tokenizer.decode(row)
+        return self._pieces(token for tokens in steps for token in tokens.values())
+
+    def _pieces(self, tokens: Iterable[int]) -> Iterator[str]:
+        ids: list[int] = []
+        shown = ""
+        for token in tokens:
+            ids.append(token)
+            text = self.tokenizer.decode(ids)
+            if not text.endswith("\ufffd"):  # the beginning of a character whose other bytes are still to come
+                yield text[len(shown) :]
+                shown = text
+        if ids:
+            yield self.tokenizer.decode(ids)[len(shown) :]
 
     def score(self, texts: list[str], *, seq_len: int | None = None, stride: int | None = None, **kwargs) -> Score:
         """Bits per byte and routed shares of `texts`; windows of `max_seq_len`, moved by half of it, unless told."""

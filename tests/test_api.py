@@ -75,11 +75,12 @@ def test_unknown_experts_are_refused_with_a_hint(model):
         model.without(*model.experts)
 
 
-def test_greedy_generation_is_the_argmax_of_the_logits(model):
+@pytest.mark.parametrize("dispatch", ["dense", "sparse"])
+def test_greedy_generation_is_the_argmax_of_the_logits(model, dispatch):
     """The cached path against one full forward per token; ragged prompts in one batch, each as if it were alone."""
     prompts = [model.tokenizer.encode(text) for text in ("the king of", "a", "police said election vote")]
     params = {**model.params, "experts": tree.stack(model.params["experts"])}
-    common = {"max_new_tokens": 6, "eos_id": model.tokenizer.eos_id}
+    common = {"max_new_tokens": 6, "stop_ids": [model.tokenizer.eos_id], "dispatch": dispatch}
     together = generate(model.config, params, prompts, **common)
     for prompt, continued in zip(prompts, together, strict=True):
         assert generate(model.config, params, [prompt], **common) == [continued]
@@ -88,6 +89,23 @@ def test_greedy_generation_is_the_argmax_of_the_logits(model):
             assert token == int(np.argmax(model.logits(row)[-1]))
             row.append(token)
         assert len(continued) == 6 or int(np.argmax(model.logits(row)[-1])) == model.tokenizer.eos_id
+
+
+def test_a_stop_token_ends_the_text_before_it(model):
+    prompt, how = "the king of", {"max_new_tokens": 6, "temperature": 1.0, "seed": 3}
+    ids = model.tokenizer.encode(model.generate(prompt, **how))
+    stopped = model.generate(prompt, stop_ids=[ids[2]], **how)
+    assert stopped == model.tokenizer.decode(ids[: ids.index(ids[2])])
+
+
+def test_streamed_pieces_are_whole_characters_and_join_to_the_text(model):
+    text = "naïve 日本 end"
+    pieces = list(model._pieces(iter(model.tokenizer.encode(text))))
+    assert "".join(pieces) == text
+    assert len(pieces) > 3
+    assert not any("\ufffd" in piece for piece in pieces)
+    cut = model.tokenizer.encode("日")[:-1]  # the beginning of a character is shown in the end, not lost
+    assert "".join(model._pieces(iter(cut))) == model.tokenizer.decode(cut)
 
 
 def test_sampling_is_decided_by_its_seed(model):

@@ -4,7 +4,7 @@ from flexmoe_jax.cli.common import names, parser
 
 
 def generate(argv: list[str]) -> int:
-    """Prints the prompt and its continuation."""
+    """Prints the prompt and its continuation, as it comes."""
     p = parser(
         "generate", "Continues a prompt.", 'flexmoe generate runs/quickstart/model --prompt "The" --experts public,news'
     )
@@ -19,7 +19,7 @@ def generate(argv: list[str]) -> int:
     args = p.parse_args(argv)
     from flexmoe_jax import load
 
-    text = load(args.model).generate(
+    pieces = load(args.model).stream(
         args.prompt,
         experts=names(args.experts),
         max_new_tokens=args.max_new_tokens,
@@ -28,5 +28,8 @@ def generate(argv: list[str]) -> int:
         top_p=args.top_p,
         seed=args.seed,
     )
-    print(args.prompt + text)
+    print(args.prompt, end="", flush=True)
+    for piece in pieces:
+        print(piece, end="", flush=True)
+    print()
     return 0

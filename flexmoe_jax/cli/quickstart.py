@@ -31,7 +31,7 @@ def quickstart(argv: list[str]) -> int:
     p.add_argument("--override", action="append", default=[], metavar="KEY=VALUE",
                    help="a configuration key for all trainings, for example steps=20")  # fmt: skip
     p.add_argument("--embed-count", type=int, default=64, help="documents in each party's domain embedding")
-    p.add_argument("--eval-bytes", type=int, default=40_000, help="held-out text per domain")
+    p.add_argument("--eval-bytes", type=int, default=24_000, help="held-out text per domain")
     args = p.parse_args(argv)
     began = time.monotonic()
     root = pathlib.Path(args.out)

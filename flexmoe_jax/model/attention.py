@@ -41,15 +41,15 @@ def attend_documents(q_BTHK, k_BTGK, v_BTGK, segments_BT):
     return y_BGRTK.transpose(0, 3, 1, 2, 4).reshape(B, T, H, K)
 
 
-def attend(q_BTHK, k_BSGK, v_BSGK, mask_BTS):
-    """Softmax attention where `mask_BTS` is true (somewhere in every row), float32 inside -> [B, T, H, K]."""
+def attend(q_BTHK, k_BGSK, v_BGSK, mask_BTS):
+    """Attention to keys and values of a cache, where `mask_BTS` is true (somewhere in every row) -> [B, T, H, K]."""
     B, T, H, K = q_BTHK.shape
-    G = k_BSGK.shape[2]
+    G = k_BGSK.shape[1]
     q_BTGRK = q_BTHK.reshape(B, T, G, H // G, K)
-    scores_BGRTS = jnp.einsum("BTGRK,BSGK->BGRTS", q_BTGRK, k_BSGK, preferred_element_type=jnp.float32) * K**-0.5
+    scores_BGRTS = jnp.einsum("BTGRK,BGSK->BGRTS", q_BTGRK, k_BGSK, preferred_element_type=jnp.float32) * K**-0.5
     scores_BGRTS = jnp.where(mask_BTS[:, None, None], scores_BGRTS, -jnp.inf)
-    weights_BGRTS = jax.nn.softmax(scores_BGRTS, axis=-1).astype(v_BSGK.dtype)
-    return jnp.einsum("BGRTS,BSGK->BTGRK", weights_BGRTS, v_BSGK).reshape(B, T, H, K)
+    weights_BGRTS = jax.nn.softmax(scores_BGRTS, axis=-1).astype(v_BGSK.dtype)
+    return jnp.einsum("BGRTS,BGSK->BTGRK", weights_BGRTS, v_BGSK).reshape(B, T, H, K)
 
 
 def _spans(T: int):

@@ -1,4 +1,4 @@
-"""The key/value cache of incremental decoding."""
+"""The key/value cache of incremental decoding: {"k", "v"}, each [L, B, G, S, K]; slot s holds its row's position s."""
 
 import jax
 import jax.numpy as jnp
@@ -7,16 +7,25 @@ from flexmoe_jax.config import ModelConfig
 
 
 def init_cache(config: ModelConfig, batch: int, length: int, dtype=jnp.float32):
-    """Zeros {"k", "v"}, each [L, B, S=length, G, K]; slot s holds the token at position s of its row."""
-    shape = (config.num_layers, batch, length, config.num_kv_heads, config.head_dim)
+    """Zeros for `length` positions."""
+    shape = (config.num_layers, batch, config.num_kv_heads, length, config.head_dim)
     return {"k": jnp.zeros(shape, dtype), "v": jnp.zeros(shape, dtype)}
 
 
-def write(layer_cache, k_BTGK, v_BTGK, positions_BT):
-    """One layer's cache {"k", "v"} [B, S, G, K] with the new keys and values put at `positions_BT`."""
+def layer_of(k_BTGK, v_BTGK, length: int):
+    """One layer's {"k", "v"} [B, G, S=length, K] that begins with these positions 0 to T-1."""
+
+    def put(new_BTGK):
+        return jnp.pad(new_BTGK.swapaxes(1, 2), ((0, 0), (0, 0), (0, length - new_BTGK.shape[1]), (0, 0)))
+
+    return {"k": put(k_BTGK), "v": put(v_BTGK)}
+
+
+def write(cache, layer, k_BTGK, v_BTGK, positions_BT):
+    """The cache with the keys and values of one layer put at `positions_BT`; a position past the end is dropped."""
     row = jnp.arange(k_BTGK.shape[0])[:, None]
 
     def put(old, new: jax.Array):
-        return old.at[row, positions_BT].set(new.astype(old.dtype), mode="drop")
+        return old.at[layer, row, :, positions_BT].set(new.astype(old.dtype), mode="drop")
 
-    return {"k": put(layer_cache["k"], k_BTGK), "v": put(layer_cache["v"], v_BTGK)}
+    return {"k": put(cache["k"], k_BTGK), "v": put(cache["v"], v_BTGK)}

@@ -1,7 +1,8 @@
 """Expert feed-forward networks and the two ways to run them: `dense` (the definition) and `sparse` (top-k only).
 
-Both take `(x_ND, routing, experts, layer=None)` and return sum_i weights_i(x) * FFN_i(x), shape [N, D]. `experts` are one layer's
-weights: named {name: {w_gate [D, F], w_up [D, F], w_down [F, D]}} or stacked {w_gate [E, D, F], ...}.
+Both take `(x_ND, routing, experts, layer=None)` and return sum_i weights_i(x) * FFN_i(x), shape [N, D]. `experts` are
+one layer's weights, named {name: {w_gate [D, F], w_up [D, F], w_down [F, D]}} or stacked {w_gate [E, D, F], ...}; with
+`layer` all layers', stacked [L, E, D, F].
 """
 
 import jax
@@ -80,7 +81,9 @@ def _spread_bwd(residuals, dy_SD):
     return dy_SD[inverse_S].reshape(N, -1, dy_SD.shape[-1]).sum(1), None, None
 
 
-_spread.defvjp(lambda x_ND, order_S, inverse_S: (_spread(x_ND, order_S, inverse_S), (inverse_S, len(x_ND))), _spread_bwd)
+_spread.defvjp(
+    lambda x_ND, order_S, inverse_S: (_spread(x_ND, order_S, inverse_S), (inverse_S, len(x_ND))), _spread_bwd
+)
 
 
 @jax.custom_vjp
@@ -210,6 +213,6 @@ def _tiled_vjp_bwd(residuals, dy_SD):
 
 _tiled_vjp.defvjp(_tiled_vjp_fwd, _tiled_vjp_bwd)
 
-# The grouped kernel of each platform. On a CPU `ragged_dot` is a masked dense product, whose cost grows with the experts.
+# The grouped kernel of each platform. On a CPU `ragged_dot` is a masked dense product: its cost grows with the experts.
 GROUPED = {"cpu": _tiled, "tpu": _ragged, "gpu": _ragged}
 DISPATCH = {"dense": dense, "sparse": sparse}

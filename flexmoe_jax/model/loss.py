@@ -1,7 +1,7 @@
 """The next-token loss straight from hidden states: whole logits [B, T, V] never exist.
 
-The head and its softmax are the largest arrays of a small model's training step. Here they are made for a few tokens at
-a time, and where a derivative is wanted it is taken on the spot, while they are at hand, and only scaled on the way back.
+Logits and their softmax are the largest arrays of a small model's training step. Here they are made for a few tokens
+at a time; where a derivative is wanted it is taken while they are at hand, and only scaled on the way back.
 """
 
 import functools
@@ -77,17 +77,14 @@ def _scan(x_BTD, head_DV, targets_BT, weights_BT, z_loss, want_x: bool, want_hea
             if want_head:
                 # Transposed first: on a CPU a product that contracts both leading axes runs at half speed.
                 x_DN = jax.lax.optimization_barrier(x_BtD.reshape(-1, D).T)
-                dhead_DV = dhead_DV + jnp.matmul(
-                    x_DN, dlogits_BtV.reshape(-1, V), preferred_element_type=jnp.float32
-                )
+                dhead_DV = dhead_DV + jnp.matmul(x_DN, dlogits_BtV.reshape(-1, V), preferred_element_type=jnp.float32)
         return dhead_DV, (nll_Bt, log_z_Bt, dx_BtD)
 
     def join(a):
         return None if a is None else jnp.moveaxis(a, 0, 1).reshape(B, count * t, *a.shape[3:])[:, :T]
 
-    dhead_DV = jnp.zeros((D, V), jnp.float32) if want_head else None
-    dhead_DV, parts = jax.lax.scan(one, dhead_DV, (cut(x_BTD), cut(targets_BT), cut(weights_BT)))
+    begin = jnp.zeros((D, V), jnp.float32) if want_head else None
+    dhead_DV, parts = jax.lax.scan(one, begin, (cut(x_BTD), cut(targets_BT), cut(weights_BT)))
     nll_BT, log_z_BT, dx_BTD = map(join, parts)
     total = (weights_BT * (nll_BT + z_loss * log_z_BT**2)).sum()
-    dhead_DV = dhead_DV.astype(head_DV.dtype) if want_head else None
-    return (total, nll_BT, log_z_BT), dx_BTD, dhead_DV
+    return (total, nll_BT, log_z_BT), dx_BTD, None if dhead_DV is None else dhead_DV.astype(head_DV.dtype)

@@ -53,6 +53,7 @@ def hidden_states(
     segments_BT=None,
     positions_BT=None,
     kv_cache=None,
+    cache_length: int | None = None,
     top_k: int | None = None,
     dispatch: str = "dense",
     uniform: bool = False,
@@ -63,9 +64,10 @@ def hidden_states(
 
     `params` is the whole tree with experts named or stacked. `segments_BT` int32 numbers the packed documents of a
     row: a token attends only within its own. With `kv_cache` the tokens are written at `positions_BT` and attend to
-    the cache up to their own position instead. `top_k` None runs every expert; `uniform` ignores the router and weighs
-    all experts equally. Activations are in `dtype`; norms, softmax and router in float32. `remat` recomputes each
-    layer in the backward pass: memory for activations shrinks to a layer's inputs, for a third more computation.
+    the cache up to their own position instead; with `cache_length` a new cache of that many positions is begun with
+    these tokens. `top_k` None runs every expert; `uniform` ignores the router and weighs all experts equally.
+    Activations are in `dtype`; norms, softmax and router in float32. `remat` recomputes each layer in the backward
+    pass: memory for activations shrinks to a layer's inputs, for a third more computation.
     """
     B, T = tokens_BT.shape
     trunk = params["trunk"]
@@ -75,20 +77,23 @@ def hidden_states(
         segments_BT = jnp.zeros_like(tokens_BT)
     rope = rope_table(positions_BT, config.head_dim, config.rope_theta)
     scanned, whole = params["experts"], {}
-    if kv_cache is not None and dispatch == "sparse":
+    if dispatch == "sparse" and not (kv_cache is None and cache_length is None):
         # A scan copies each layer's slice of what it scans: of every expert, where a few of them are wanted.
         whole = {name: scanned[name] for name in FFN_WEIGHTS}
         scanned = {name: scanned[name] for name in ("router", "bias")}
 
-    def layer(x_BTD, block_experts_cache_index):
-        block, experts, layer_cache, index = block_experts_cache_index
+    def layer(x_BTD_and_cache, block_experts_index):
+        (x_BTD, kv_cache), (block, experts, index) = x_BTD_and_cache, block_experts_index
         q, k, v = attention.project_qkv(config, block, _before(config, x_BTD, block["attn_norm"]), rope)
-        if layer_cache is None:
+        begun = None
+        if kv_cache is None:
             y_BTHK = attention.attend_documents(q, k, v, segments_BT)
+            if cache_length is not None:
+                begun = cache.layer_of(k, v, cache_length)
         else:
-            layer_cache = cache.write(layer_cache, k, v, positions_BT)
-            k, v = layer_cache["k"].astype(q.dtype), layer_cache["v"].astype(q.dtype)
-            y_BTHK = attention.attend(q, k, v, attention.cache_mask(positions_BT, k.shape[1]))
+            kv_cache = cache.write(kv_cache, index, k, v, positions_BT)
+            keys, values = (kv_cache[name][index].astype(q.dtype) for name in ("k", "v"))
+            y_BTHK = attention.attend(q, keys, values, attention.cache_mask(positions_BT, keys.shape[2]))
         x_BTD = x_BTD + _after(config, attention.project_out(block, y_BTHK), block["attn_norm"])
         y_BTD, logits_NE = moe(
             _before(config, x_BTD, block["ffn_norm"]),
@@ -98,14 +103,14 @@ def hidden_states(
             uniform=uniform,
             layer=index if whole else None,
         )
-        return x_BTD + _after(config, y_BTD, block["ffn_norm"]), (logits_NE, layer_cache)
+        return (x_BTD + _after(config, y_BTD, block["ffn_norm"]), kv_cache), (logits_NE, begun)
 
     x_BTD = trunk["embed"][tokens_BT].astype(dtype)
     body = jax.checkpoint(layer, prevent_cse=False) if remat else layer
-    x_BTD, (router_logits_LNE, kv_cache) = jax.lax.scan(
-        body, x_BTD, (trunk["blocks"], scanned, kv_cache, jnp.arange(config.num_layers))
-    )
-    return rms_norm(x_BTD, trunk["final_norm"], config.norm_eps), router_logits_LNE, kv_cache
+    layers = (trunk["blocks"], scanned, jnp.arange(config.num_layers))
+    (x_BTD, kv_cache), (router_logits_LNE, begun) = jax.lax.scan(body, (x_BTD, kv_cache), layers)
+    return rms_norm(x_BTD, trunk["final_norm"], config.norm_eps), router_logits_LNE, begun or kv_cache
+
 
 def moe(x_BTD, experts, *, top_k: int | None, dispatch: str = "dense", uniform: bool = False, layer=None):
     """One layer's mixture of experts: x [B, T, D] -> (y [B, T, D], router logits float32 [N, E]).

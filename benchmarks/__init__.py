@@ -1,0 +1,1 @@
+"""Side by side with torch and transformers, and with the machine's own limits: `make bench`."""

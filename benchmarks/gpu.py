@@ -1,0 +1,101 @@
+"""An owner's hybrid step at the shape of a 7B layer, bf16, on one accelerator: `python -m benchmarks.gpu [--layers N]`.
+
+Prints what it will run, then measures the GEMM and copy ceilings, the step, its share of the GEMM ceiling on needed
+FLOPs, and peak memory. With --tiny the same code runs at toy size anywhere: a check of the script, not a figure.
+"""
+
+import argparse
+import dataclasses
+import json
+import sys
+import time
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+
+from benchmarks.harness import needed_flops
+from flexmoe_jax.config import ModelConfig, OptimizerConfig, RunConfig
+from flexmoe_jax.model.transformer import init_params
+from flexmoe_jax.train.optimizer import make_optimizer
+from flexmoe_jax.train.state import create_state
+from flexmoe_jax.train.step import make_train_step
+from flexmoe_jax.tree import PUBLIC
+
+LAYER = ModelConfig(100_352, 2, 4096, 32, 32, 128, 11_008, 4096)
+TINY = ModelConfig(512, 2, 64, 2, 2, 32, 96, 64)
+MFU_GOAL = 0.6
+
+
+def main(argv: list[str]) -> int:
+    p = argparse.ArgumentParser(prog="python -m benchmarks.gpu", description=__doc__.split("\n\n")[0])
+    p.add_argument("--layers", type=int, default=2, help="as many as fit: about 4 on 80 GB with float32 moments")
+    p.add_argument("--batch", type=int, default=2, help="sequences of 4096 tokens")
+    p.add_argument("--tiny", action="store_true")
+    args = p.parse_args(argv)
+    model = dataclasses.replace(TINY if args.tiny else LAYER, num_layers=args.layers)
+    T = model.max_seq_len
+    device = jax.devices()[0]
+    print(
+        f"hybrid step: {args.layers} layers, width {model.d_model}, {args.batch} x {T} tokens, on {device.device_kind}"
+    )
+    if device.platform == "cpu" and not args.tiny:
+        print("no accelerator here: nothing is measured (--tiny checks the script)")
+        return 0
+    wide = 256 if args.tiny else 8192
+    rate = 2 * wide**3 / _seconds(jax.jit(jnp.matmul), *[jnp.ones((wide, wide), jnp.bfloat16)] * 2)
+    big = jnp.ones(1 << (20 if args.tiny else 30), jnp.bfloat16)
+    bandwidth = 2 * big.nbytes / _seconds(jax.jit(lambda x: x + 1), big)
+    del big
+    seconds, memory = _step(model, args.batch)
+    result = {
+        "command": "python -m benchmarks.gpu " + " ".join(argv),
+        "device": device.device_kind,
+        "jax": jax.__version__,
+        "gemm_tflops": rate / 1e12,
+        "copy_gb_per_s": bandwidth / 1e9,
+        "tokens_per_s": args.batch * T / seconds,
+        "share_of_gemm": needed_flops(model, "hybrid", args.batch, T) / seconds / rate,
+        "goal": MFU_GOAL,
+        "peak_bytes": memory,
+    }
+    print(json.dumps(result, indent=1))
+    return 0
+
+
+def _step(model: ModelConfig, B: int):
+    """(seconds of a step, peak bytes where the device tells)."""
+    T = model.max_seq_len
+    run = RunConfig(
+        owner="news", data="", out="", public="-", model=model, steps=100, batch_size=B, seq_len=T, remat=True,
+        compute_dtype="bfloat16", optimizer=OptimizerConfig(lr=1e-4, warmup_steps=1)
+    )  # fmt: skip
+    params = init_params(model, jax.random.key(0), (PUBLIC, "news"))
+    state, frozen = create_state(params, "news", make_optimizer(run.optimizer, run.steps), jnp.bfloat16)
+    del params
+    tokens = np.random.default_rng(0).integers(0, model.vocab_size, (B, T + 1)).astype(np.int32)
+    zeros, ones = np.zeros((B, T), np.int32), np.ones((B, T), np.float32)
+    batch = jax.device_put({"tokens": tokens[:, :-1], "targets": tokens[:, 1:], "segments": zeros, "weights": ones})
+    step, seconds = make_train_step(model, run), []
+    for _ in range(8):
+        begin = time.perf_counter()
+        state, metrics = step(state, frozen, batch)
+        jax.block_until_ready(state)
+        seconds.append(time.perf_counter() - begin)
+    if not np.isfinite(float(metrics["loss"])):
+        raise SystemExit("the loss is not finite: no figure is printed")
+    return float(np.median(seconds[2:])), (jax.devices()[0].memory_stats() or {}).get("peak_bytes_in_use")
+
+
+def _seconds(call, *args) -> float:
+    jax.block_until_ready(call(*args))
+    seconds = []
+    for _ in range(10):
+        begin = time.perf_counter()
+        jax.block_until_ready(call(*args))
+        seconds.append(time.perf_counter() - begin)
+    return float(np.median(seconds))
+
+
+if __name__ == "__main__":
+    sys.exit(main(sys.argv[1:]))

@@ -1,0 +1,92 @@
+"""Training steps against transformers in torch: (a) an owner's hybrid step, (b) the dense public step.
+
+The peer is `FlexOlmoForCausalLM` / `Olmo2ForCausalLM` with the same weights, float32, SDPA attention, its grouped
+experts, fused AdamW, clipping, and the cross-entropy as its users write it. Its trunk is out of autograd; its experts
+are one fused parameter, so the public half gets a gradient, which is zeroed as the published training does.
+"""
+
+import jax
+import numpy as np
+import torch
+
+from benchmarks.harness import Row, gemm, interleaved, needed_flops, require_close
+from flexmoe_jax.config import ModelConfig, OptimizerConfig, RunConfig
+from flexmoe_jax.train.optimizer import make_optimizer
+from flexmoe_jax.train.state import create_state
+from flexmoe_jax.train.step import make_train_step
+from flexmoe_jax.tree import PUBLIC
+from tests.model import hf_oracle
+
+SIZES = {  # name: (model, batch, sequence length, timed rounds)
+    "5 M": (ModelConfig(8192, 4, 192, 3, 3, 64, 512, 256), 8, 256, 7),
+    "30 M": (ModelConfig(8192, 8, 448, 7, 7, 64, 1216, 512), 4, 512, 5),
+    "120 M": (ModelConfig(16384, 12, 768, 12, 12, 64, 2048, 512), 2, 512, 3),
+}
+GOALS = {"hybrid": 1.3, "dense": 1.15}
+
+
+def run() -> list[Row]:
+    return [_measure(kind, size) for size in SIZES for kind in GOALS]
+
+
+def _measure(kind: str, size: str) -> Row:
+    model, B, T, repeats = SIZES[size]
+    experts = 2 if kind == "hybrid" else 1
+    architecture = "flex_olmo" if kind == "hybrid" else "olmo2"
+    peer = hf_oracle.make_model(architecture, model, experts, experts)
+    peer.set_attn_implementation("sdpa")
+    if kind == "hybrid":
+        peer.set_experts_implementation("grouped_mm")
+    tokens = np.random.default_rng(0).integers(0, model.vocab_size, (B, T + 1)).astype(np.int32)
+    ours = Step(model, kind, hf_oracle.to_tree(architecture, peer, model), tokens)
+    theirs = _Peer(peer, kind, tokens)
+    product, product_flops = gemm(B * T, model.d_model, 2048)
+    seconds = interleaved({"ours": ours, "peer": theirs, "gemm": product}, repeats)
+    # The first losses are of the same weights; later ones follow two optimizers' rounding.
+    require_close(f"{kind} step, {size}", ours.losses[0], theirs.losses[0], 1e-4)
+    ceiling = needed_flops(model, kind, B, T) / seconds["ours"] / (product_flops / seconds["gemm"])
+    ratio, goal = seconds["peer"] / seconds["ours"], GOALS[kind]
+    return Row(f"{kind} step, {size}", B * T / seconds["ours"], "tokens/s", B * T / seconds["peer"], ratio, ceiling,
+               f">= {goal}x, 85%", bool(ratio >= goal and ceiling >= 0.85))  # fmt: skip
+
+
+class Step:
+    """Our training step on one batch, again and again; `losses` grows by one with each call."""
+
+    def __init__(self, model: ModelConfig, kind: str, params, tokens):
+        owner, (B, T) = "owner-1" if kind == "hybrid" else PUBLIC, (len(tokens), tokens.shape[1] - 1)
+        run = RunConfig(
+            owner=owner, data="", out="", public="-", model=model, steps=1000, batch_size=B, seq_len=T, z_loss=0.0,
+            router_z_loss=0.0, optimizer=OptimizerConfig(lr=1e-4, warmup_steps=1)
+        )  # fmt: skip
+        self.state, self.frozen = create_state(params, owner, make_optimizer(run.optimizer, run.steps))
+        self.step, self.losses = make_train_step(model, run), []
+        zeros, ones = np.zeros((B, T), np.int32), np.ones((B, T), np.float32)
+        self.batch = {"tokens": tokens[:, :-1], "targets": tokens[:, 1:], "segments": zeros, "weights": ones}
+
+    def __call__(self):
+        self.state, metrics = self.step(self.state, self.frozen, self.batch)
+        jax.block_until_ready(self.state)
+        self.losses.append(float(metrics["loss"]))
+
+
+class _Peer:
+    def __init__(self, model, kind: str, tokens):
+        self.model, self.hybrid, self.losses = model.train(), kind == "hybrid", []
+        self.tokens = torch.from_numpy(tokens.astype(np.int64))
+        for name, parameter in model.named_parameters():
+            parameter.requires_grad_(not self.hybrid or ".mlp." in name)
+        self.trained = [p for p in model.parameters() if p.requires_grad]
+        self.optimizer = torch.optim.AdamW(self.trained, lr=1e-4, betas=(0.9, 0.95), weight_decay=0.0, fused=True)
+
+    def __call__(self):
+        self.optimizer.zero_grad(set_to_none=True)
+        logits = self.model(self.tokens[:, :-1], use_cache=False).logits
+        loss = torch.nn.functional.cross_entropy(logits.flatten(0, 1), self.tokens[:, 1:].flatten())
+        loss.backward()
+        if self.hybrid:
+            for parameter in self.trained:  # the published way of freezing: its first half is the public expert's
+                parameter.grad[: len(parameter) // 2] = 0
+        torch.nn.utils.clip_grad_norm_(self.trained, 1.0)
+        self.optimizer.step()
+        self.losses.append(loss.item())
