@@ -11,7 +11,7 @@ from flexmoe_jax.tree import TRUNK, stack
 from tests.model import hf_oracle
 
 MODEL = ModelConfig(8192, 6, 512, 8, 8, 64, 1408, 1024)
-EXPERTS, ACTIVE, PROMPT, NEW, REPEATS = 8, 4, 256, 33, 5
+EXPERTS, ACTIVE, PROMPT, NEW, REPEATS = 8, 4, 256, 17, 3
 GOALS = {1: 2.0, 8: 1.5}
 PREFILL_GOAL, CEILING_GOAL = 1.2, 0.6
 

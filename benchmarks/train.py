@@ -18,9 +18,9 @@ from flexmoe_jax.tree import PUBLIC
 from tests.model import hf_oracle
 
 SIZES = {  # name: (model, batch, sequence length, timed rounds)
-    "5 M": (ModelConfig(8192, 4, 192, 3, 3, 64, 512, 256), 8, 256, 7),
-    "30 M": (ModelConfig(8192, 8, 448, 7, 7, 64, 1216, 512), 4, 512, 5),
-    "120 M": (ModelConfig(16384, 12, 768, 12, 12, 64, 2048, 512), 2, 512, 3),
+    "5 M": (ModelConfig(8192, 4, 192, 3, 3, 64, 512, 256), 8, 256, 5),
+    "30 M": (ModelConfig(8192, 8, 448, 7, 7, 64, 1216, 512), 4, 512, 3),
+    "120 M": (ModelConfig(16384, 12, 768, 12, 12, 64, 2048, 512), 2, 512, 2),
 }
 GOALS = {"hybrid": 1.3, "dense": 1.15}
 

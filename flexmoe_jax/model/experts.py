@@ -181,12 +181,11 @@ def _tiled_vjp_bwd(residuals, dy_SD):
     x_padded, dy_padded = (jnp.pad(a, ((0, M), (0, 0))) for a in (x_SD, dy_SD))
 
     def one_expert(i, carry):
-        dx, *dweights = carry
         e = used_E[i]
         gate, up, down = (w[e].astype(x_SD.dtype) for w in weights)
 
         def one_tile(t, carry):
-            dx, *sums = carry
+            dx, *dweights = carry
             at = first_E[e] + t * M
             own_M1 = (jnp.arange(M) < counts_E[e] - t * M)[:, None]
             x_MD, gate_MF, up_MF = (_rows(a, at, M) for a in (x_padded, gate_SF, up_SF))
@@ -200,11 +199,10 @@ def _tiled_vjp_bwd(residuals, dy_SD):
             # A row past the expert's last has dy = 0, and what it adds is 0 whatever its projections are.
             hidden_MF = jnp.where(own_M1, silu_MF * up_MF, 0)
             parts = (x_MD.T @ dgate_MF, x_MD.T @ dup_MF, hidden_MF.T @ dy_MD)
-            return dx, *(total + part for total, part in zip(sums, parts, strict=True))
+            # Added where they belong: sums of their own would be written and read once more.
+            return dx, *(d.at[e].set(d[e] + part.astype(d.dtype)) for d, part in zip(dweights, parts, strict=True))
 
-        zeros = tuple(jnp.zeros(w.shape[1:], x_SD.dtype) for w in weights)
-        dx, *sums = jax.lax.fori_loop(0, -(-counts_E[e] // M), one_tile, (dx, *zeros))
-        return dx, *(d.at[e].set(total.astype(d.dtype)) for d, total in zip(dweights, sums, strict=True))
+        return jax.lax.fori_loop(0, -(-counts_E[e] // M), one_tile, carry)
 
     begin = (jnp.zeros_like(x_padded), *(jnp.zeros_like(w) for w in weights))
     dx, *dweights = jax.lax.fori_loop(0, used, one_expert, begin)
