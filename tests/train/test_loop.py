@@ -5,6 +5,9 @@ import json
 import os
 import pathlib
 import signal
+import subprocess
+import sys
+import time
 
 import numpy as np
 import pytest
@@ -95,6 +98,42 @@ def test_stopped_and_resumed_equals_uninterrupted(release, tmp_path, monkeypatch
     assert read_manifest(loop.train(halved, lines.append)).content == expected
     assert "resumed at step 3" in lines
     assert metrics_of(halved) == metrics_of(whole)
+
+
+_RUN_IN_A_PROCESS = """
+import json, sys
+from flexmoe_jax.cli.main import use_compilation_cache
+use_compilation_cache()
+from flexmoe_jax.config import RunConfig, from_mapping
+from flexmoe_jax.train.loop import train
+train(from_mapping(RunConfig, json.loads(sys.argv[1])))
+"""
+
+
+@pytest.mark.parametrize("delay_s", [0.0, 0.03])
+def test_killed_without_warning_and_resumed_equals_uninterrupted(release, tmp_path, delay_s):
+    """SIGKILL some time after step 6 was saved: nothing saved is lost, and at most the interval since, and the one
+    whose save was under way, is done again."""
+    steps, every = 60, 3
+    killed = expert_run(tmp_path / "a", "news", release, steps=steps, save_every=every)
+    whole = expert_run(tmp_path / "b", "news", release, steps=steps, save_every=steps)
+    out = pathlib.Path(killed.out)
+    process = subprocess.Popen([sys.executable, "-c", _RUN_IN_A_PROCESS, json.dumps(dataclasses.asdict(killed))])
+    while not (out / "digests" / "6.json").exists():
+        assert process.poll() is None
+        time.sleep(0.001)
+    time.sleep(delay_s)
+    saved = max(int(path.stem) for path in (out / "digests").glob("*.json"))
+    process.kill()
+    process.wait()
+    assert not (out / "package").exists()  # it was killed in the middle, not after its end
+    recorded = (out / "metrics.jsonl").read_text().count("\n")
+    lines: list[str] = []
+    package = loop.train(killed, lines.append)
+    resumed = next(int(line.split()[-1]) for line in lines if line.startswith("resumed at step "))
+    assert resumed >= saved
+    assert recorded - resumed <= 2 * every
+    assert read_manifest(package).content == read_manifest(loop.train(whole)).content
 
 
 def test_a_finished_run_is_left_alone(release, tmp_path):
