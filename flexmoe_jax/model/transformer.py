@@ -77,7 +77,8 @@ def hidden_states(
         segments_BT = jnp.zeros_like(tokens_BT)
     rope = rope_table(positions_BT, config.head_dim, config.rope_theta)
     scanned, whole = params["experts"], {}
-    if dispatch == "sparse" and not (kv_cache is None and cache_length is None):
+    decoding = kv_cache is not None or cache_length is not None
+    if decoding and dispatch == "sparse" and is_stacked(scanned):
         # A scan copies each layer's slice of what it scans: of every expert, where a few of them are wanted.
         whole = {name: scanned[name] for name in FFN_WEIGHTS}
         scanned = {name: scanned[name] for name in ("router", "bias")}
