@@ -14,8 +14,8 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 
-from benchmarks.harness import needed_flops
 from flexmoe_jax.config import ModelConfig, OptimizerConfig, RunConfig
+from flexmoe_jax.model.flops import training_flops
 from flexmoe_jax.model.transformer import init_params
 from flexmoe_jax.train.optimizer import make_optimizer
 from flexmoe_jax.train.state import create_state
@@ -55,7 +55,7 @@ def main(argv: list[str]) -> int:
         "gemm_tflops": rate / 1e12,
         "copy_gb_per_s": bandwidth / 1e9,
         "tokens_per_s": args.batch * T / seconds,
-        "share_of_gemm": needed_flops(model, "hybrid", args.batch, T) / seconds / rate,
+        "share_of_gemm": args.batch * T * training_flops(model, T, "expert") / seconds / rate,
         "goal": MFU_GOAL,
         "peak_bytes": memory,
     }

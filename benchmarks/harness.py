@@ -13,10 +13,6 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 
-from flexmoe_jax.config import ModelConfig
-from flexmoe_jax.model.spec import count_parameters
-from flexmoe_jax.tree import TRUNK
-
 RECORDS = pathlib.Path(__file__).parent / "records"
 PAUSE_S = 0.02  # lets the worker threads of one library fall asleep before the other begins
 
@@ -73,19 +69,6 @@ def require_close(what: str, ours, theirs, tolerance: float) -> None:
     difference = np.abs(ours - theirs).max() / np.abs(theirs).max()
     if not difference <= tolerance:
         raise SystemExit(f"{what}: outputs differ by {difference:.1e} (allowed {tolerance:.0e}); no figure is printed")
-
-
-def needed_flops(model: ModelConfig, kind: str, B: int, T: int) -> float:
-    """Forward products of all that runs; backward to activations; gradients of trained weights only. Causal half."""
-    N = B * T
-    head = 2.0 * N * model.d_model * model.vocab_size
-    expert = 2.0 * N * (count_parameters(model, "x") - model.num_layers * (model.d_model + 1))
-    lookup = model.vocab_size * model.d_model
-    attention_weights = 2.0 * N * (count_parameters(model, TRUNK) - 2 * lookup)
-    scores = 2.0 * N * T * model.num_heads * model.head_dim * model.num_layers  # two products over half the square
-    if kind == "dense":
-        return 3 * (head + attention_weights + expert + scores)
-    return 2 * (head + attention_weights + 2 * expert) + 3 * scores + expert
 
 
 def table(rows: list[Row]) -> str:

@@ -1,0 +1,22 @@
+"""Operations of a model small enough to count by hand."""
+
+from flexmoe_jax.config import ModelConfig
+from flexmoe_jax.model.flops import forward_flops, training_flops
+
+T, HEAD, FFN, PROJECTIONS = 4, 2 * 2 * 7, 2 * 3 * 2 * 3, 2 * 4 * 2 * 2
+NORMS = 2 * (4 * 2 + 2)  # counted as weights: far below a percent at any real size
+SCORES = 2 * T * 2
+MODEL = ModelConfig(
+    vocab_size=7, num_layers=1, d_model=2, num_heads=1, num_kv_heads=1, head_dim=2, d_ff=3, max_seq_len=4
+)
+
+
+def test_forward():
+    assert forward_flops(MODEL, T, 3) == HEAD + PROJECTIONS + NORMS + SCORES + 3 * FFN
+
+
+def test_training_counts_a_weight_gradient_where_a_weight_trains():
+    frozen = HEAD + PROJECTIONS + NORMS
+    assert training_flops(MODEL, T, "joint", 2) == 3 * (frozen + SCORES + 2 * FFN)
+    assert training_flops(MODEL, T, "expert") == 2 * (frozen + 2 * FFN) + 3 * SCORES + FFN
+    assert training_flops(MODEL, T, "alone") == 2 * (frozen + FFN) + 3 * SCORES + FFN
