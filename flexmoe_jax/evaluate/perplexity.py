@@ -19,16 +19,24 @@ from flexmoe_jax.tree import Params
 
 @dataclasses.dataclass(frozen=True)
 class Score:
-    """Of one set of documents. `nats_D` float64 and `bytes_D` int64 are per document.
+    """Of one set of documents: each one's bytes, and its tokens' negative log-likelihoods, float32 [its tokens].
 
     `share_LE` float64 is each layer's mean routed weight per expert (canonical order), normalised over the active
     experts, so that every layer sums to one.
     """
 
-    nats_D: np.ndarray
+    token_nats: list[np.ndarray]
     bytes_D: np.ndarray
-    tokens: int
     share_LE: np.ndarray
+
+    @property
+    def nats_D(self) -> np.ndarray:
+        """float64, per document."""
+        return np.array([nats.sum(dtype=np.float64) for nats in self.token_nats])
+
+    @property
+    def tokens(self) -> int:
+        return sum(map(len, self.token_nats))
 
     @property
     def bits_per_byte(self) -> float:
@@ -54,16 +62,18 @@ def score(
     """
     if not texts:
         raise DataError("there is no document to score", "give at least one held-out document")
-    nats_D = np.zeros(len(texts))
-    share_LE, tokens = np.zeros(()), 0.0
+    token_nats: list[list[np.ndarray]] = [[] for _ in texts]
+    share_LE = np.zeros(())
     run = functools.partial(_score_batch, config, top_k, dispatch, uniform)
     for batch in scoring_batches(texts, tokenizer, seq_len=seq_len, stride=stride, batch_size=batch_size):
-        nats_B, batch_share_LE = run(params, batch["tokens"], batch["targets"], batch["segments"], batch["weights"])
-        np.add.at(nats_D, batch["doc"], np.asarray(nats_B, np.float64))
+        nats_BT, batch_share_LE = run(params, batch["tokens"], batch["targets"], batch["segments"], batch["weights"])
+        for doc, nats_T, weights_T in zip(batch["doc"], np.asarray(nats_BT), batch["weights"], strict=True):
+            if doc >= 0:  # a document's rows follow one another
+                token_nats[doc].append(nats_T[weights_T > 0])
         share_LE = share_LE + np.asarray(batch_share_LE, np.float64)
-        tokens += float(batch["weights"].sum())
     bytes_D = np.array([len(text.encode()) for text in texts])
-    return Score(nats_D, bytes_D, int(tokens), share_LE / tokens)
+    joined = [np.concatenate(rows) for rows in token_nats]
+    return Score(joined, bytes_D, share_LE / sum(map(len, joined)))
 
 
 @functools.partial(jax.jit, static_argnums=(0, 1, 2, 3))
@@ -76,4 +86,4 @@ def _score_batch(config, top_k, dispatch, uniform, params, tokens_BT, targets_BT
     chosen = route_uniform if uniform else functools.partial(route, k=min(top_k or E, E))
     weights_LNE = jax.vmap(lambda logits_NE: chosen(logits_NE).weights_NE)(router_logits_LNE)
     share_LNE = weights_LNE / weights_LNE.sum(-1, keepdims=True)
-    return (nats_BT * weights_BT).sum(-1), (share_LNE * weights_BT.reshape(-1)[:, None]).sum(1)
+    return nats_BT, (share_LNE * weights_BT.reshape(-1)[:, None]).sum(1)
