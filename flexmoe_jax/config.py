@@ -69,6 +69,11 @@ class RunConfig:
     Paths are strings. `batch_size` is sequences per optimizer step, split into `accumulation` equal microbatches. An
     owner may mix in public documents: `public_fraction` of each batch's sequences come from `public_data`, and
     `router_contrast` weighs a loss by which the router tells the two apart.
+
+    A public run defines `model`, or goes on from the model directory `public` and trains all its experts together.
+    `freeze` is a pattern of parameter paths that stay as they began, besides those that the stage freezes; `top_k` the
+    experts active per token (0: all); `load_balance` weighs the loss that spreads tokens over experts. The control
+    `coordinate=False` trains an owner's feed-forward network without the public expert beside it.
     """
 
     owner: str
@@ -88,6 +93,10 @@ class RunConfig:
     z_loss: float = 1e-5
     router_z_loss: float = 1e-3
     router_contrast: float = 0.0
+    load_balance: float = 0.0
+    top_k: int = 0
+    freeze: str = ""
+    coordinate: bool = True
     router_scale: float = 0.1
     compute_dtype: str = "float32"
     remat: bool = False
@@ -120,8 +129,11 @@ class RunConfig:
             )
         if self.compute_dtype not in ("float32", "bfloat16"):
             raise ConfigError(f"config.compute_dtype is {self.compute_dtype!r}", "use 'float32' or 'bfloat16'")
-        if self.is_public and self.model is None:
-            raise ConfigError("config.model is missing", "a public run defines the model's shape")
+        if self.is_public and (self.model is None) == (not self.public):
+            raise ConfigError(
+                f"config.model is {'missing' if self.model is None else 'set'} and config.public {self.public!r}",
+                "a public run defines a model's shape, or goes on from the model in config.public: set one of them",
+            )
         if not 0 <= self.public_fraction < 1 or (self.public_sequences > 0) != bool(self.public_data):
             raise ConfigError(
                 f"config.public_fraction is {self.public_fraction} of {self.batch_size} sequences, public_data is "
@@ -132,6 +144,11 @@ class RunConfig:
             raise ConfigError(
                 f"config.router_contrast is {self.router_contrast} and config.public_fraction {self.public_fraction}",
                 "the router can be told apart from public text only where there is some: set both, or neither",
+            )
+        if self.router_contrast and (self.is_public or not self.coordinate):
+            raise ConfigError(
+                f"config.router_contrast is {self.router_contrast} in a run without a pair {{public, owner}}",
+                "only an owner's expert beside the public one has odds to train: set it to 0",
             )
         if not self.is_public and not self.public:
             raise ConfigError(

@@ -117,8 +117,13 @@ def test_impossible_shapes_are_refused(change, what):
         ({"steps": 0}, "config.steps is 0"),
         ({"batch_size": 5, "accumulation": 2}, "batch_size 5 is not a multiple of config.accumulation 2"),
         ({"compute_dtype": "float16"}, "compute_dtype is 'float16'"),
-        ({"model": None}, "config.model is missing"),
+        ({"model": None}, "config.model is missing and config.public"),
         ({"owner": "news"}, "config.public is empty in the run of owner 'news'"),
+        ({"public": "release"}, "config.model is set and config.public .release."),
+        (
+            {"router_contrast": 0.1, "public_data": "x", "public_fraction": 0.5, "batch_size": 4},
+            "in a run without a pair",
+        ),
     ],
 )
 def test_impossible_runs_are_refused(change, what):

@@ -92,12 +92,16 @@ def create_public_model(
     config: ModelConfig,
     tokenizer: pathlib.Path | str | bytes,
     record: Mapping[str, Any],
+    others: Mapping[str, Params] | None = None,
+    top_k: int | None = None,
 ) -> ModelDir:
     """Writes the public release, a model whose only expert is `public`, at the new directory `path`.
 
     `tokenizer` is a tokenizer.json, the folder that holds it (and maybe tokenizer_config.json), or its bytes; it is
-    stored in canonical form. `record` goes into both packages. Raises ArtifactError as `write_package` does.
+    stored in canonical form. `record` goes into every package. A model whose experts were trained together has
+    `others` beside `public`. Raises ArtifactError as `write_package` does.
     """
+    others = others or {}
     files = _read_tokenizer(tokenizer)
     with new_directory(pathlib.Path(path)) as folder:
         for name, content in files.items():
@@ -105,8 +109,11 @@ def create_public_model(
         base = {"tokenizer": sha256_file(folder / TOKENIZER)}
         for owner, params in ((TRUNK, trunk), (PUBLIC, public)):
             write_package(folder / owner, owner=owner, params=params, config=config, base=base, record=record)
-        digest = write_model_json(folder, (PUBLIC,), None)
-        append_entry(folder, "created", (PUBLIC,), digest)
+        base |= {owner: read_manifest(folder / owner, owner).content for owner in (TRUNK, PUBLIC)}
+        for owner, params in others.items():
+            write_package(folder / owner, owner=owner, params=params, config=config, base=base, record=record)
+        experts = canonical_order((PUBLIC, *others))
+        append_entry(folder, "created", experts, write_model_json(folder, experts, top_k))
         model = open_model(folder)
     return dataclasses.replace(model, path=pathlib.Path(path))
 

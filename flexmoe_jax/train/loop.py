@@ -67,7 +67,7 @@ def train(run: RunConfig, report=lambda line: None) -> pathlib.Path:
         if product.exists():
             report(f"{product} is already there: nothing to do")
             return product
-        for pattern, trainable, leaves, count in freezing_table(stage.params, run.owner):
+        for pattern, trainable, leaves, count in freezing_table(stage.params, run.owner, run.freeze):
             report(f"{'trained' if trainable else 'frozen ':8} {pattern:34} {leaves:3} leaves {count:14,} parameters")
         state = _fit(run, stage, stores, checkpoints, out, report)
         _write_product(product, run, stage, state, identity)
@@ -78,7 +78,7 @@ def _fit(
     run: RunConfig, stage: Stage, stores: list[TokenStore], checkpoints: RunCheckpoints, out, report
 ) -> TrainState:
     optimizer = make_optimizer(run.optimizer, run.steps)
-    state, frozen = create_state(stage.params, run.owner, optimizer, jnp.dtype(run.compute_dtype))
+    state, frozen = create_state(stage.params, run.owner, optimizer, jnp.dtype(run.compute_dtype), run.freeze)
     iterator = make_iterator(_batches(run, stores))
     state = _restore(checkpoints, state, iterator, report)
     begin = int(state.step)
@@ -202,7 +202,7 @@ def _check_identity(path: pathlib.Path, identity: dict) -> None:
 
 def _write_product(product: pathlib.Path, run: RunConfig, stage: Stage, state: TrainState, identity: dict):
     # Frozen leaves are taken from where the run began, not from their copies in the compute dtype.
-    _, frozen = partition(stage.params, freezing_mask(stage.params, run.owner))
+    _, frozen = partition(stage.params, freezing_mask(stage.params, run.owner, run.freeze))
     params = jax.tree.map(np.asarray, combine(state.trainable, frozen))
     record = {
         "training": {
@@ -220,7 +220,11 @@ def _write_product(product: pathlib.Path, run: RunConfig, stage: Stage, state: T
     if run.is_public:
         tokenizer = product.with_name("tokenizer.json")
         stage.tokenizer.save(tokenizer)
-        create_public_model(product, params[TRUNK], params["experts"][PUBLIC], stage.model, tokenizer, record)
+        others = {name: expert for name, expert in params["experts"].items() if name != PUBLIC}
+        top_k = run.top_k or None
+        create_public_model(
+            product, params[TRUNK], params["experts"][PUBLIC], stage.model, tokenizer, record, others, top_k
+        )
         tokenizer.unlink()
     else:
         expert = params["experts"][run.owner]

@@ -29,7 +29,9 @@ class Stage:
 
 
 def prepare(run: RunConfig) -> Stage:
-    """The stage of `run`: a fresh public model, or an owner's hybrid {public, owner} that begins as the public one."""
+    """The stage of `run`: a public model, fresh or going on, or an owner's hybrid that begins as the public one."""
+    if run.is_public and run.public:
+        return _continued_stage(run)
     if run.domain_vector == "":
         raise ConfigError(
             f"config.domain_vector is empty in the run of {run.owner!r}",
@@ -55,6 +57,20 @@ def _public_stage(run: RunConfig, vector: DomainVector) -> Stage:
     return Stage(run.model, {**params, "experts": {PUBLIC: public}}, tokenizer, {}, router)
 
 
+def _continued_stage(run: RunConfig) -> Stage:
+    """All of an existing model, to be trained on together."""
+    model = open_model(pathlib.Path(run.public))
+    _check_length(run, model.config)
+    if run.top_k > len(model.experts):
+        raise ConfigError(
+            f"config.top_k is {run.top_k}, the model has {len(model.experts)} experts", "set config.top_k lower"
+        )
+    base = {name: manifest.content for name, manifest in model.manifests.items()}
+    tokenizer = load_tokenizer(str(model.tokenizer_path))
+    router = model.manifests[PUBLIC].record["router"]
+    return Stage(model.config, load_params(model), tokenizer, base | {"tokenizer": model.tokenizer_digest}, router)
+
+
 def _expert_stage(run: RunConfig, vector: DomainVector) -> Stage:
     owner = check_owner_name(run.owner)
     public = open_model(pathlib.Path(run.public))
@@ -75,7 +91,8 @@ def _expert_stage(run: RunConfig, vector: DomainVector) -> Stage:
         "router": _rows(vector, public.config, router),
         "bias": np.zeros(public.config.num_layers, np.float32),
     }
-    params = {**params, "experts": {PUBLIC: params["experts"][PUBLIC], owner: expert}}
+    beside = {PUBLIC: params["experts"][PUBLIC]} if run.coordinate else {}
+    params = {**params, "experts": {**beside, owner: expert}}
     tokenizer = load_tokenizer(str(public.tokenizer_path))
     base = {name: public.manifests[name].content for name in (TRUNK, PUBLIC)} | {"tokenizer": public.tokenizer_digest}
     return Stage(public.config, params, tokenizer, base, router)

@@ -22,36 +22,42 @@ class TrainState:
     skipped: jax.Array
 
 
-def freezing_rules(owner: str) -> list[tuple[str, bool]]:
+def freezing_rules(params: Params, owner: str, freeze: str = "") -> list[tuple[str, bool]]:
     """Ordered (path pattern, trainable?) rules of a stage; the first match wins and every leaf must be covered.
 
-    Public stage: all but the public router row (it stays the public domain embedding: one expert has nothing to route)
-    and the public bias (0 by definition). Expert stage: the owner's expert and nothing else (paper section 3.2).
+    Public stage: everything but the public bias (0 by definition). Expert stage: the owner's expert and nothing else
+    (paper section 3.2). The router row of an expert that is alone stays its domain embedding: it has nothing to route.
     """
+    rules = [(freeze, False)] if freeze else []
+    if len(params["experts"]) == 1:
+        rules.append(("experts/.*/(router|bias)", False))
     if owner == PUBLIC:
-        return [("experts/public/(router|bias)", False), ("(trunk|experts/public)/.*", True)]
-    return [(f"experts/{owner}/.*", True), ("trunk/.*", False), ("experts/public/.*", False)]
+        return [*rules, ("experts/public/bias", False), ("(trunk|experts)/.*", True)]
+    return [*rules, (f"experts/{owner}/.*", True), ("trunk/.*", False), ("experts/public/.*", False)]
 
 
-def freezing_mask(params: Params, owner: str) -> dict[str, bool]:
+def freezing_mask(params: Params, owner: str, freeze: str = "") -> dict[str, bool]:
     """{path: trainable?} for every leaf of `params`."""
-    return match_rules(flatten(params), freezing_rules(owner))
+    return match_rules(flatten(params), freezing_rules(params, owner, freeze))
 
 
-def freezing_table(params: Params, owner: str) -> list[tuple[str, bool, int, int]]:
-    """The rules as applied: (pattern, trainable?, leaves, parameters) per rule, in order."""
+def freezing_table(params: Params, owner: str, freeze: str = "") -> list[tuple[str, bool, int, int]]:
+    """The rules as applied: (pattern, trainable?, leaves, parameters) per rule that decides a leaf, in order."""
     rows = []
-    flat = flatten(params)
-    ruled = match_rules(flat, [(pattern, i) for i, (pattern, _) in enumerate(freezing_rules(owner))])
-    for i, (pattern, trainable) in enumerate(freezing_rules(owner)):
+    flat, rules = flatten(params), freezing_rules(params, owner, freeze)
+    ruled = match_rules(flat, [(pattern, i) for i, (pattern, _) in enumerate(rules)])
+    for i, (pattern, trainable) in enumerate(rules):
         leaves = [flat[path] for path, rule in ruled.items() if rule == i]
-        rows.append((pattern, trainable, len(leaves), sum(math.prod(leaf.shape) for leaf in leaves)))
+        if leaves:
+            rows.append((pattern, trainable, len(leaves), sum(math.prod(leaf.shape) for leaf in leaves)))
     return rows
 
 
-def create_state(params: Params, owner: str, optimizer: optax.GradientTransformation, frozen_dtype=jnp.float32):
+def create_state(
+    params: Params, owner: str, optimizer: optax.GradientTransformation, frozen_dtype=jnp.float32, freeze: str = ""
+):
     """(TrainState, frozen leaves): trainable leaves are float32 and have moments, frozen ones are `frozen_dtype`."""
-    trainable, frozen = partition(params, freezing_mask(params, owner))
+    trainable, frozen = partition(params, freezing_mask(params, owner, freeze))
     # Copied: the state is donated, and an expert begins as the public one: the same buffers as frozen leaves.
     trainable = jax.tree.map(lambda leaf: jnp.array(leaf, jnp.float32, copy=True), trainable)
     frozen = jax.tree.map(lambda leaf: jnp.asarray(leaf, frozen_dtype), frozen)

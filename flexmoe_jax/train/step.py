@@ -69,7 +69,13 @@ def _losses(model: ModelConfig, run: RunConfig, trainable: Params, frozen: Param
     dtype = jnp.dtype(run.compute_dtype)
     params = combine(trainable, frozen)
     x_BTD, router_logits_LNE, _ = hidden_states(
-        model, params, batch["tokens"], segments_BT=batch["segments"], dtype=dtype, remat=run.remat
+        model,
+        params,
+        batch["tokens"],
+        segments_BT=batch["segments"],
+        top_k=run.top_k or None,
+        dtype=dtype,
+        remat=run.remat,
     )
     weights_BT = batch["weights"] / totals["all"]
     total, nll_BT, log_z_BT = next_token_loss(x_BTD, head(model, params), batch["targets"], weights_BT, run.z_loss)
@@ -85,10 +91,27 @@ def _losses(model: ModelConfig, run: RunConfig, trainable: Params, frozen: Param
         "router_entropy": entropy,
         "share": (weights_N[:, None] * probs_LNE).sum(1).mean(0),
     }
+    if run.load_balance:
+        balance = _balance(router_logits_LNE, weights_N, run.top_k)
+        total, metrics = total + run.load_balance * balance, metrics | {"load_balance": balance}
     if run.router_contrast:
         contrast = _contrast(router_logits_LNE, batch["weights"], batch["own"], totals)
         total, metrics = total + run.router_contrast * contrast, metrics | {"router_contrast": contrast}
     return total, metrics
+
+
+def _balance(router_logits_LNE, weights_N, top_k: int):
+    """E * sum over experts of (share of tokens' choices) * (mean probability), mean over layers; 1 when balanced.
+
+    Fedus et al., Switch Transformers, arXiv 2101.03961, equation 4, with choices counted over all k. It is taken over
+    a microbatch, whose part of the batch `weights_N` sum to.
+    """
+    E, part = router_logits_LNE.shape[-1], weights_N.sum()
+    weights_N1 = (weights_N / jnp.maximum(part, jnp.finfo(jnp.float32).tiny))[:, None]
+    chosen_LNE = route(router_logits_LNE, top_k or E).weights_NE > 0
+    share_LE = (weights_N1 * chosen_LNE / min(top_k or E, E)).sum(1)
+    probs_LE = (weights_N1 * jax.nn.softmax(router_logits_LNE, axis=-1)).sum(1)
+    return part * E * (share_LE * probs_LE).sum(-1).mean()
 
 
 def _contrast(router_logits_LNE, weights_BT, own_BT, totals):

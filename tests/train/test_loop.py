@@ -200,3 +200,23 @@ def test_tokens_of_another_tokenizer_are_refused(release, tmp_path):
 def test_a_tokenizer_larger_than_the_model_is_refused(tmp_path):
     with pytest.raises(FlexMoEError, match=r"600.*512"):
         loop.train(public_run(tmp_path, tokenizer="cl100k:600"))
+
+
+def test_a_public_run_goes_on_from_a_model_and_trains_all_its_experts(release, tmp_path):
+    packages = [loop.train(expert_run(tmp_path, owner, release)) for owner in ("news", "code")]
+    merged = merge(release, packages, tmp_path / "merged").path
+    run = public_run(tmp_path, model=None, public=str(merged), domain_vector="", top_k=2, steps=2)
+    before, after = open_model(merged), open_model(loop.train(run))
+    assert after.experts == before.experts == (PUBLIC, "code", "news")
+    assert after.top_k == 2
+    assert after.config == before.config
+    for name in (TRUNK, *after.experts):
+        assert after.manifests[name].content != before.manifests[name].content
+    assert after.manifests["news"].base[TRUNK] == after.manifests[TRUNK].content
+
+
+def test_an_expert_trained_alone_merges_like_any_other(release, tmp_path):
+    package = loop.train(expert_run(tmp_path, "news", release, coordinate=False, router_z_loss=0.0))
+    begun = loop.train(expert_run(tmp_path / "other", "news", release))
+    assert (load_package(package)["w_up"] != load_package(begun)["w_up"]).any()
+    assert merge(release, [package], tmp_path / "merged").experts == (PUBLIC, "news")

@@ -68,7 +68,7 @@ def test_frozen_leaves_keep_every_bit_with_weight_decay_on():
 
 def test_public_stage_trains_all_but_the_public_router_row_and_bias():
     params = init_params(MODEL, jax.random.key(0))
-    run = dataclasses.replace(RUN, owner=PUBLIC, model=MODEL)
+    run = dataclasses.replace(RUN, owner=PUBLIC, model=MODEL, public="")
     state, frozen = start(run, params)
     step = make_train_step(MODEL, run)
     for n in range(3):
@@ -236,3 +236,51 @@ def test_contrast_weighs_both_kinds_equally_whatever_their_numbers():
         state, frozen = start(run, {**params, "experts": {**params["experts"], "news": same}})
         values.append(float(make_train_step(MODEL, run)(state, frozen, data)[1]["router_contrast"]))
     np.testing.assert_allclose(values, np.log(2), rtol=1e-6)
+
+
+def test_an_expert_alone_trains_its_feed_forward_network_and_nothing_else():
+    params = hybrid()
+    alone = {**params, "experts": {"news": params["experts"]["news"]}}
+    state, frozen = start(RUN, alone)
+    step = make_train_step(MODEL, dataclasses.replace(RUN, coordinate=False, router_z_loss=0.0))
+    for n in range(3):
+        state, _ = step(state, frozen, batch(n))
+    before, after = bits(alone), bits(combine(state.trainable, frozen))
+    moved = {path for path in before if before[path] != after[path]}
+    assert moved == {f"experts/news/{leaf}" for leaf in ("w_gate", "w_up", "w_down")}
+
+
+def test_a_pattern_freezes_more():
+    params = hybrid()
+    mask = freezing_mask(params, "news", "experts/.*/bias")
+    assert {path for path, trains in mask.items() if trains} == {
+        f"experts/news/{leaf}" for leaf in ("w_gate", "w_up", "w_down", "router")
+    }
+
+
+def test_joint_training_moves_all_but_the_public_bias():
+    params = hybrid()
+    run = dataclasses.replace(RUN, owner=PUBLIC, public="public", top_k=1, load_balance=0.01)
+    state, frozen = start(run, params)
+    step = make_train_step(MODEL, run)
+    for n in range(3):
+        state, _ = step(state, frozen, batch(n))
+    before, after = bits(params), bits(combine(state.trainable, frozen))
+    # An owner's bias begins at 0 here and its derivative passes only where descent lowers it.
+    still = {path for path in before if before[path] == after[path]} - {"experts/news/bias"}
+    assert still == {"experts/public/bias"}
+
+
+@pytest.mark.parametrize("accumulation", [1, 2])
+def test_load_balance_is_one_when_even_and_the_number_of_experts_when_one_takes_all(accumulation):
+    params = hybrid()
+    for row, expected in ((0.0, 1.0), (1e4, 2.0)):
+        experts = params["experts"]
+        news = {**experts["news"], "router": jnp.zeros_like(experts["news"]["router"]), "bias": jnp.full(2, -row)}
+        public = {**experts[PUBLIC], "router": jnp.zeros_like(news["router"])}
+        run = dataclasses.replace(
+            RUN, owner=PUBLIC, top_k=0 if row == 0 else 1, load_balance=0.01, accumulation=accumulation
+        )
+        state, frozen = start(run, {**params, "experts": {PUBLIC: public, "news": news}})
+        _, metrics = make_train_step(MODEL, run)(state, frozen, batch())
+        assert float(metrics["load_balance"]) == pytest.approx(expected, rel=1e-5)
