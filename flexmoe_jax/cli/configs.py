@@ -31,6 +31,11 @@ def run_config(*, model: ModelConfig | None = None, **values) -> ConfigDict:
 
 def parse_run(argv: list[str], verb: str) -> RunConfig:
     """`--config=FILE[:ARG]` and `--config.key=value` overrides -> RunConfig."""
+    return parse_config(argv, verb, RunConfig)
+
+
+def parse_config(argv: list[str], verb: str, kind):
+    """`--config=FILE[:ARG]` and `--config.key=value` overrides -> the frozen configuration `kind`."""
     files = [a.removeprefix("--config=") for a in argv if a.startswith("--config=")]
     if len(files) != 1:
         raise ConfigError(
@@ -49,7 +54,7 @@ def parse_run(argv: list[str], verb: str) -> RunConfig:
     except (flags.Error, TypeError, ValueError) as error:
         raise ConfigError(f"in {files[0]} or its overrides: {error}", "correct the value") from error
     # A key left at None is one the experiment leaves to the command line.
-    return from_mapping(RunConfig, {key: value for key, value in config.to_dict().items() if value is not None})
+    return from_mapping(kind, {key: value for key, value in config.to_dict().items() if value is not None})
 
 
 def _load(spec: str) -> ConfigDict:

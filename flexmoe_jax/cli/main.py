@@ -23,6 +23,7 @@ VERBS = {
     "inspect": ("models", "show what a package or a model holds"),
     "verify": ("models", "check every digest of a package or a model"),
     "eval": ("evaluate", "held-out bits per byte and routed shares, for any subset of experts"),
+    "reproduce": ("reproduce", "the paper's comparison: baselines, ablations, seeds and intervals"),
     "generate": ("generate", "continue a prompt"),
 }
 EXIT_REFUSED, EXIT_USAGE, EXIT_INTERRUPTED = 1, 2, 130

@@ -1,0 +1,40 @@
+"""The paper's comparison at our scale: every merging method, ablation and baseline, on the mini-FlexMix.
+
+flexmoe reproduce --config=experiments/reproduction.py:small      # public + code, math, news; 3 seeds; two CPU cores
+flexmoe reproduce --config=experiments/reproduction.py:full       # public + all seven; for a GPU
+flexmoe reproduce --config=experiments/reproduction.py:tiny       # minutes; says nothing about the methods
+"""
+
+import dataclasses
+
+from ml_collections import ConfigDict
+
+from flexmoe_jax.config import ModelConfig
+
+SMALL = ModelConfig(
+    vocab_size=8192, num_layers=4, d_model=192, num_heads=3, num_kv_heads=3, head_dim=64, d_ff=512, max_seq_len=256
+)
+LARGE = dataclasses.replace(SMALL, num_layers=8, d_model=512, num_heads=8, num_kv_heads=8, d_ff=1408, max_seq_len=512)
+TINY = dataclasses.replace(SMALL, num_layers=2, d_model=64, num_heads=1, num_kv_heads=1, d_ff=128, max_seq_len=128)
+
+
+def get_config(arg: str = "small"):
+    """`arg` is the size."""
+    from flexmoe_jax.study.plan import StudyConfig
+
+    sizes = {
+        "small": {"model": SMALL, "domains": "code,math,news"},
+        "full": {
+            "model": LARGE, "domains": "academic,books,code,conversation,educational,math,news", "seq_len": 512,
+            "batch_size": 64, "public_steps": 4000, "owner_steps": 1000, "mix_steps": 1000, "heldout_bytes": 200_000,
+            "choice_items": 200, "embed_count": 1000, "classifier_documents": 1000,
+        },
+        "tiny": {
+            "model": TINY, "domains": "math,news", "seeds": 1, "seq_len": 128, "public_steps": 20, "owner_steps": 10,
+            "mix_steps": 5, "heldout_bytes": 4000, "choice_items": 8, "embed_count": 32, "classifier_documents": 32,
+        },
+    }  # fmt: skip
+    if arg not in sizes:
+        raise ValueError(f"no size {arg!r}: choose from {', '.join(sizes)}")
+    config = ConfigDict(dataclasses.asdict(StudyConfig(out=f"runs/reproduction-{arg}", **sizes[arg])))
+    return config

@@ -1,0 +1,46 @@
+"""`flexmoe reproduce`: the paper's comparison of merging methods, its ablations, with seeds and intervals."""
+
+import sys
+
+from flexmoe_jax.cli.common import table
+from flexmoe_jax.cli.configs import parse_config
+
+_HELP = """usage: flexmoe reproduce --config=experiments/reproduction.py:small [--config.KEY=VALUE ...]
+
+Trains the public model, the owners' experts, every ablation and every baseline, under several seeds; scores them on
+the same held-out text; prints the table and writes results.json into config.out. What is already there is not done
+again: stopped, it goes on with the same command.
+
+example:
+  flexmoe reproduce --config=experiments/reproduction.py:small --config.seeds=1"""
+
+
+def reproduce(argv: list[str]) -> int:
+    """Runs or resumes a study and prints its table."""
+    if not argv or argv[0] in ("-h", "--help"):
+        print(_HELP)
+        return 0 if argv else 2
+    from flexmoe_jax.study.plan import StudyConfig
+    from flexmoe_jax.study.results import reproduce as run
+
+    config = parse_config(argv, "reproduce", StudyConfig)
+    results = run(config, lambda line: print(line, file=sys.stderr, flush=True))
+    print("\n".join(lines(results)))
+    return 0
+
+
+def lines(results: dict) -> list[str]:
+    """The table for a terminal: bits per byte, half the width of the mean's interval, choices, costs."""
+    bits, flops = results["bits_per_byte"], results["forward_flops_per_token"]
+    domains = [name for name in next(iter(bits.values())) if name != "mean"]
+    rows = []
+    for system, row in sorted(bits.items(), key=lambda item: item[1]["mean"]["value"]):
+        mean = row["mean"]
+        cells = [row[domain]["value"] for domain in domains]
+        half = (mean["high"] - mean["low"]) / 2
+        cost = flops[system] / flops["public"]
+        right = results["choice"][system]["mean"]["value"]
+        rows.append([system, *cells, mean["value"], half, f"{right:.1%}", f"{cost:.2f}x"])
+    header = ["held-out bits per byte", *domains, "mean", "+-", "4-way", "cost/token"]
+    seeds = results["config"]["seeds"]
+    return [*table(header, rows), "", f"{seeds} seeds; +- is half the 95% interval over seeds and documents"]

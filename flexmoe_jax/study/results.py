@@ -1,0 +1,67 @@
+"""From scores to tables: bits per byte and choices with intervals, costs, and each system against the method."""
+
+import math
+import pathlib
+
+import numpy as np
+
+from flexmoe_jax.artifacts.digest import write_json
+from flexmoe_jax.config import to_mapping
+from flexmoe_jax.study.choice import correct
+from flexmoe_jax.study.intervals import Bootstrap, summary
+from flexmoe_jax.study.plan import METHOD, StudyConfig, make_shared, train_seed
+from flexmoe_jax.study.scores import SystemScore, Texts, make_texts, score_seed
+from flexmoe_jax.tree import PUBLIC
+
+
+def reproduce(config: StudyConfig, report=lambda line: None) -> dict:
+    """Runs the study, or what is missing of it, in `config.out`; writes and returns `results.json`."""
+    root = pathlib.Path(config.out)
+    make_shared(config, root)
+    texts = make_texts(config, root / "mix")
+    scores, flops = [], {}
+    for seed in range(config.seeds):
+        home = root / f"seed-{seed}"
+        artefacts = train_seed(config, root, home, seed, report)
+        flops = artefacts.flops
+        scores.append(score_seed(config, artefacts, texts, home, report))
+    results = tabulate(config, texts, scores, flops)
+    write_json(root / "results.json", results)
+    return results
+
+
+def tabulate(config: StudyConfig, texts: Texts, scores: list[dict[str, SystemScore]], flops: dict[str, float]) -> dict:
+    """The tables as JSON values: each figure with its 95% interval over seeds and documents."""
+    domains = (PUBLIC, *config.owners)
+    bytes_D = {domain: np.array([len(t.encode()) for t in some]) for domain, some in texts.heldout.items()}
+    bits = Bootstrap(len(scores), {domain: len(b) for domain, b in bytes_D.items()})
+    items = {domain: len(texts.choice[domain]) // 4 for domain in domains}
+    choices = Bootstrap(len(scores), items)
+    bpb_R: dict[str, dict] = {}
+    right_R: dict[str, dict] = {}
+    for system in scores[0]:
+        nats = {key: [_totals(seed[system].nats[key]) for seed in scores] for key in scores[0][system].nats}
+        bpb_R[system] = {d: bits.ratio(d, np.array(nats[d, "heldout"]) / math.log(2), b) for d, b in bytes_D.items()}
+        bpb_R[system]["mean"] = np.mean([bpb_R[system][domain] for domain in domains], axis=0)
+        right_R[system] = {
+            d: choices.ratio(d, [correct(n) for n in nats[d, "choice"]], np.ones(count)) for d, count in items.items()
+        }
+        right_R[system]["mean"] = np.mean([right_R[system][domain] for domain in domains], axis=0)
+    shares = {s: score.share for s, score in scores[0].items() if score.share}
+    return {
+        "config": to_mapping(config),
+        "documents": {d: {"documents": len(b), "bytes": int(b.sum())} for d, b in bytes_D.items()},
+        "choice_items": items,
+        "bits_per_byte": {s: {d: summary(v) for d, v in row.items()} for s, row in bpb_R.items()},
+        "against_method": {
+            s: {d: summary(v - bpb_R[METHOD][d]) for d, v in row.items()} for s, row in bpb_R.items() if s != METHOD
+        },
+        "choice": {s: {d: summary(v) for d, v in row.items()} for s, row in right_R.items()},
+        "forward_flops_per_token": {s: score.forward_flops for s, score in scores[0].items()},
+        "training_flops_after_public": flops,
+        "share": {s: {d: v.tolist() for d, v in share.items()} for s, share in shares.items()},
+    }
+
+
+def _totals(nats) -> np.ndarray:
+    return np.array([doc.sum(dtype=np.float64) for doc in nats])
