@@ -16,11 +16,45 @@ MIN_TILE_ROWS, MAX_TILE_ROWS = 32, 256
 FFN_WEIGHTS = ("w_gate", "w_up", "w_down")
 
 
+@jax.custom_vjp
 def ffn(x_ND, w_gate, w_up, w_down):
-    """W_down(silu(W_gate x) * (W_up x)) for x [N, D]; weights are cast to x's dtype."""
+    """W_down(silu(W_gate x) * (W_up x)) for x [N, D]; weights are cast to x's dtype.
+
+    The derivative is written by hand: it keeps the two projections, where automatic differentiation keeps four arrays
+    of their size, and takes the gradients of weights from transposed activations (`_over_rows`).
+    """
+    return _ffn_fwd(x_ND, w_gate, w_up, w_down)[0]
+
+
+def _ffn_fwd(x_ND, w_gate, w_up, w_down):
     gate_NF = x_ND @ w_gate.astype(x_ND.dtype)
     up_NF = x_ND @ w_up.astype(x_ND.dtype)
-    return (jax.nn.silu(gate_NF) * up_NF) @ w_down.astype(x_ND.dtype)
+    y_ND = (jax.nn.silu(gate_NF) * up_NF) @ w_down.astype(x_ND.dtype)
+    return y_ND, (x_ND, w_gate, w_up, w_down, gate_NF, up_NF)
+
+
+def _ffn_bwd(residuals, dy_ND):
+    x_ND, w_gate, w_up, w_down, gate_NF, up_NF = residuals
+    hidden_NF, dgate_NF, dup_NF = _gated_bwd(gate_NF, up_NF, dy_ND @ w_down.astype(dy_ND.dtype).T)
+    dx_ND = dgate_NF @ w_gate.astype(dy_ND.dtype).T + dup_NF @ w_up.astype(dy_ND.dtype).T
+    x_DN = _transposed(x_ND)
+    dweights = (x_DN @ dgate_NF, x_DN @ dup_NF, _transposed(hidden_NF) @ dy_ND)
+    return dx_ND, *(d.astype(w.dtype) for d, w in zip(dweights, (w_gate, w_up, w_down), strict=True))
+
+
+def _gated_bwd(gate, up, dhidden):
+    """(hidden, dgate, dup) of hidden = silu(gate) * up."""
+    sigmoid = jax.nn.sigmoid(gate)
+    silu = gate * sigmoid
+    return silu * up, dhidden * up * (sigmoid + silu * (1 - sigmoid)), dhidden * silu
+
+
+def _transposed(x_NF):
+    """x^T, as an array of its own: a product that contracts the leading axes is slower on a CPU than this copy."""
+    return jax.lax.optimization_barrier(x_NF.T)
+
+
+ffn.defvjp(_ffn_fwd, _ffn_bwd)
 
 
 def dense(x_ND, routing: Routing, experts, layer=None):
@@ -190,14 +224,10 @@ def _tiled_vjp_bwd(residuals, dy_SD):
             own_M1 = (jnp.arange(M) < counts_E[e] - t * M)[:, None]
             x_MD, gate_MF, up_MF = (_rows(a, at, M) for a in (x_padded, gate_SF, up_SF))
             dy_MD = jnp.where(own_M1, _rows(dy_padded, at, M), 0)
-            sigmoid_MF = jax.nn.sigmoid(gate_MF)
-            silu_MF = gate_MF * sigmoid_MF
-            dhidden_MF = dy_MD @ down.T
-            dgate_MF = dhidden_MF * up_MF * (sigmoid_MF + silu_MF * (1 - sigmoid_MF))
-            dup_MF = dhidden_MF * silu_MF
+            hidden_MF, dgate_MF, dup_MF = _gated_bwd(gate_MF, up_MF, dy_MD @ down.T)
             dx = _put(dx, dgate_MF @ gate.T + dup_MF @ up.T, at)
             # A row past the expert's last has dy = 0, and what it adds is 0 whatever its projections are.
-            hidden_MF = jnp.where(own_M1, silu_MF * up_MF, 0)
+            hidden_MF = jnp.where(own_M1, hidden_MF, 0)
             parts = (x_MD.T @ dgate_MF, x_MD.T @ dup_MF, hidden_MF.T @ dy_MD)
             # Added where they belong: sums of their own would be written and read once more.
             return dx, *(d.at[e].set(d[e] + part.astype(d.dtype)) for d, part in zip(dweights, parts, strict=True))
