@@ -10,6 +10,7 @@ import dataclasses
 from ml_collections import ConfigDict
 
 from flexmoe_jax.config import ModelConfig
+from flexmoe_jax.errors import ConfigError
 
 SMALL = ModelConfig(
     vocab_size=8192, num_layers=4, d_model=192, num_heads=3, num_kv_heads=3, head_dim=64, d_ff=512, max_seq_len=256
@@ -25,7 +26,7 @@ def get_config(arg: str = "small"):
     sizes = {
         "small": {"model": SMALL, "domains": "code,math,news"},
         "full": {
-            "model": LARGE, "domains": "academic,books,code,conversation,educational,math,news", "seq_len": 512,
+            "model": LARGE, "domains": "academic,code,creative,educational,math,news,reddit", "seq_len": 512,
             "batch_size": 64, "public_steps": 4000, "owner_steps": 1000, "mix_steps": 1000, "heldout_bytes": 200_000,
             "choice_items": 200, "embed_count": 1000, "classifier_documents": 1000,
         },
@@ -35,6 +36,5 @@ def get_config(arg: str = "small"):
         },
     }  # fmt: skip
     if arg not in sizes:
-        raise ValueError(f"no size {arg!r}: choose from {', '.join(sizes)}")
-    config = ConfigDict(dataclasses.asdict(StudyConfig(out=f"runs/reproduction-{arg}", **sizes[arg])))
-    return config
+        raise ConfigError(f"there is no reproduction of the size {arg!r}", f"choose from: {', '.join(sizes)}")
+    return ConfigDict(dataclasses.asdict(StudyConfig(out=f"runs/reproduction-{arg}", **sizes[arg])))

@@ -6,21 +6,35 @@ import jax
 import jax.numpy as jnp
 import pytest
 
-from flexmoe_jax.cli.configs import parse_run
+from flexmoe_jax.cli.configs import parse_config, parse_run
 from flexmoe_jax.config import ModelConfig, RunConfig
+from flexmoe_jax.data.flexmix import DOMAINS
 from flexmoe_jax.model.spec import count_parameters
 from flexmoe_jax.model.transformer import init_params
+from flexmoe_jax.study.plan import ABLATIONS, StudyConfig
 from flexmoe_jax.train.optimizer import make_optimizer
 from flexmoe_jax.train.state import create_state
 from flexmoe_jax.train.step import make_train_step
 from flexmoe_jax.tree import PUBLIC, TRUNK, canonical_order
 
 EXPERIMENTS = pathlib.Path(__file__).parents[1] / "experiments"
+RUNS = sorted({*EXPERIMENTS.glob("*.py")} - {EXPERIMENTS / "reproduction.py"})
 LEFT_OPEN = ["--config.data=data", "--config.domain_vector=domain.json"]
 
 
 def load(name: str, *overrides: str) -> RunConfig:
     return parse_run([f"--config={EXPERIMENTS / name}", *LEFT_OPEN, *overrides], "train")
+
+
+@pytest.mark.parametrize("size", ["tiny", "small", "full"])
+def test_the_reproduction_names_real_domains_at_every_size(size):
+    spec = f"{EXPERIMENTS / 'reproduction.py'}:{size}"
+    study = parse_config([f"--config={spec}", "--config.seeds=2"], "reproduce", StudyConfig)
+    assert study.seeds == 2
+    assert set(study.owners) < set(DOMAINS)
+    assert study.seq_len <= study.model.max_seq_len
+    assert study.chosen_ablations == tuple(ABLATIONS)
+    assert f"reproduction.py:{size}" in (EXPERIMENTS / "reproduction.py").read_text()
 
 
 def model_7b() -> ModelConfig:
@@ -29,7 +43,7 @@ def model_7b() -> ModelConfig:
     return model
 
 
-@pytest.mark.parametrize("path", sorted(EXPERIMENTS.glob("*.py")), ids=lambda path: path.name)
+@pytest.mark.parametrize("path", RUNS, ids=lambda path: path.name)
 def test_every_experiment_is_a_valid_run_and_says_how_to_run_it(path):
     needs_public = ["--config.public=public"] if path.name.endswith("expert.py") else []
     arg = ":news" if needs_public else ""

@@ -1,0 +1,47 @@
+"""A whole study, on real text and at a size that says nothing about the methods: every system is made and scored."""
+
+import dataclasses
+import math
+
+import pytest
+
+from flexmoe_jax.artifacts.model_dir import open_model
+from flexmoe_jax.config import ModelConfig
+from flexmoe_jax.study.plan import METHOD, StudyConfig
+from flexmoe_jax.study.results import reproduce
+
+MODEL = ModelConfig(
+    vocab_size=8192, num_layers=1, d_model=32, num_heads=1, num_kv_heads=1, head_dim=32, d_ff=48, max_seq_len=64
+)
+SYSTEMS = {
+    "public", METHOD, "FlexMoE, top-1", "uniform mixing", "hybrid math", "hybrid news", "without math", "without news",
+    "dense math", "dense news", "soup", "weighted soup", "BTX", "unrestricted 1x", "unrestricted 2x", "BTM",
+    "BTM, top-2", "causal BTM", "causal BTM, top-2", "prompt routing", "oracle dense expert", "no bias",
+    "the paper's training",
+}  # fmt: skip
+
+
+@pytest.mark.slow
+@pytest.mark.torch
+def test_a_study_makes_and_scores_every_system_and_goes_on_where_it_stopped(tmp_path):
+    config = StudyConfig(
+        out=str(tmp_path), domains="math,news", model=MODEL, seeds=1, public_steps=8, owner_steps=6, mix_steps=2,
+        seq_len=64, embed_count=16, classifier_documents=16, heldout_bytes=2000, choice_items=6,
+        ablations="no bias,the paper's training",
+    )  # fmt: skip
+    lines: list[str] = []
+    results = reproduce(config, lines.append)
+    bits = results["bits_per_byte"]
+    assert set(bits) == SYSTEMS
+    assert all(math.isfinite(cell["value"]) for row in bits.values() for cell in row.values())
+    assert set(bits[METHOD]) == {"public", "math", "news", "math + news", "mean"}
+    # Models of the same experts are the same model: the opt-out of one owner is the other's hybrid.
+    assert bits["without math"] == bits["hybrid news"]
+    assert bits["oracle dense expert"]["mean"]["value"] <= bits["dense math"]["mean"]["value"]
+    biases = open_model(tmp_path / "seed-0" / "made" / "merged_no_bias")
+    assert {biases.manifests[n].tensors["bias"].sha256 for n in biases.experts} == {
+        biases.manifests["public"].tensors["bias"].sha256
+    }
+    again: list[str] = []
+    assert reproduce(dataclasses.replace(config), again.append) == results
+    assert not [line for line in again if line.startswith("scored")]

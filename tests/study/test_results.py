@@ -1,0 +1,64 @@
+"""Tables from scores whose answers are known, and the texts they are made on."""
+
+import math
+
+import numpy as np
+import pytest
+
+from flexmoe_jax.cli.reproduce import lines
+from flexmoe_jax.config import ModelConfig
+from flexmoe_jax.study.plan import METHOD, StudyConfig
+from flexmoe_jax.study.results import tabulate
+from flexmoe_jax.study.scores import SystemScore, Texts, _interleave, _load, _save
+
+MODEL = ModelConfig(
+    vocab_size=512, num_layers=1, d_model=8, num_heads=1, num_kv_heads=1, head_dim=8, d_ff=8, max_seq_len=32
+)
+CONFIG = StudyConfig(out="", domains="news", model=MODEL, seeds=2)
+TEXTS = Texts({"public": ["abcd", "ab"], "news": ["abcdefgh"]}, {"public": ["x"] * 8, "news": ["x"] * 4})
+
+
+def score(bits: float, right: bool) -> SystemScore:
+    """Every text costs `bits` bits per byte; the true continuation is the likeliest or the least likely."""
+    nats = {
+        (d, "heldout"): [np.array([bits * len(text) * math.log(2)]) for text in some]
+        for d, some in TEXTS.heldout.items()
+    }
+    order = [1.0, 2.0, 3.0, 4.0] if right else [4.0, 3.0, 2.0, 1.0]
+    nats |= {(d, "choice"): [np.array([n]) for n in order * (len(some) // 4)] for d, some in TEXTS.choice.items()}
+    return SystemScore(nats, {"public": np.ones((1, 2)) / 2}, 10.0)
+
+
+def test_the_tables_hold_means_differences_and_right_answers():
+    scores = [
+        {METHOD: score(2.0, True), "public": score(3.0, False)},
+        {METHOD: score(2.5, True), "public": score(3.5, False)},
+    ]
+    results = tabulate(CONFIG, TEXTS, scores, {METHOD: 1e9})
+    assert results["bits_per_byte"][METHOD]["mean"]["value"] == pytest.approx(2.25)
+    assert results["bits_per_byte"]["public"]["news"]["value"] == pytest.approx(3.25)
+    against = results["against_method"]["public"]["mean"]
+    assert against == pytest.approx({"value": 1.0, "low": 1.0, "high": 1.0})  # paired: one worse in every resample
+    assert results["choice"][METHOD]["mean"]["value"] == 1
+    assert results["choice"]["public"]["mean"]["value"] == 0
+    assert set(results["against_method"]) == {"public"}
+    table = lines(results)
+    assert table[2].startswith(METHOD)  # the best mean is first
+    assert "2.250" in table[2]
+
+
+def test_scores_are_read_back_as_they_were_written(tmp_path):
+    """Token by token: mixtures are made of them."""
+    nats = {("code + math", "heldout"): [np.float32([1, 2]), np.float32([3])], ("news", "choice"): [np.float32([4])]}
+    _save(tmp_path / "scores" / "x.npz", SystemScore(nats, {"news": np.ones((2, 3))}, 7.0))
+    read = _load(tmp_path / "scores" / "x.npz")
+    assert read.forward_flops == 7.0
+    assert read.nats.keys() == nats.keys()
+    for key, docs in nats.items():
+        assert all(np.array_equal(a, b) for a, b in zip(read.nats[key], docs, strict=True))
+    assert np.array_equal(read.share["news"], np.ones((2, 3)))
+
+
+def test_documents_of_two_domains_take_turns():
+    text = _interleave("a" * 900, "b" * 500)
+    assert [piece[0] + str(len(piece)) for piece in text.split("\n\n")] == ["a400", "b400", "a400", "b100"]
