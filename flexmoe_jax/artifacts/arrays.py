@@ -14,8 +14,8 @@ from flexmoe_jax.artifacts.digest import parse_json, read_bytes
 from flexmoe_jax.errors import ArtifactError
 from flexmoe_jax.tree import flatten, unflatten
 
-ITEM_BYTES = {"float32": 4, "bfloat16": 2}
-_ZARR_DTYPES = {"float32": "<f4", "bfloat16": "bfloat16"}
+ITEM_BYTES = {"float32": 4, "bfloat16": 2, "float16": 2}
+_ZARR_DTYPES = {"float32": "<f4", "bfloat16": "bfloat16", "float16": "<f2"}
 _MAX_HEADER_BYTES = 1 << 16
 
 logging.getLogger("absl").setLevel(logging.WARNING)

@@ -92,14 +92,15 @@ def create_public_model(
     config: ModelConfig,
     tokenizer: pathlib.Path | str | bytes,
     record: Mapping[str, Any],
+    public_record: Mapping[str, Any] | None = None,
     others: Mapping[str, Params] | None = None,
     top_k: int | None = None,
 ) -> ModelDir:
     """Writes the public release, a model whose only expert is `public`, at the new directory `path`.
 
     `tokenizer` is a tokenizer.json, the folder that holds it (and maybe tokenizer_config.json), or its bytes; it is
-    stored in canonical form. `record` goes into every package. A model whose experts were trained together has
-    `others` beside `public`. Raises ArtifactError as `write_package` does.
+    stored in canonical form. `record` goes into every package, unless the public expert has one of its own. A model
+    whose experts were trained together has `others` beside `public`. Raises ArtifactError as `write_package` does.
     """
     others = others or {}
     files = _read_tokenizer(tokenizer)
@@ -107,8 +108,9 @@ def create_public_model(
         for name, content in files.items():
             write_bytes(folder / name, content)
         base = {"tokenizer": sha256_file(folder / TOKENIZER)}
+        records = {TRUNK: record, PUBLIC: record if public_record is None else public_record}
         for owner, params in ((TRUNK, trunk), (PUBLIC, public)):
-            write_package(folder / owner, owner=owner, params=params, config=config, base=base, record=record)
+            write_package(folder / owner, owner=owner, params=params, config=config, base=base, record=records[owner])
         base |= {owner: read_manifest(folder / owner, owner).content for owner in (TRUNK, PUBLIC)}
         for owner, params in others.items():
             write_package(folder / owner, owner=owner, params=params, config=config, base=base, record=record)

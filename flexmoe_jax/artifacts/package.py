@@ -40,6 +40,7 @@ __all__ = [
     "Finding",
     "Manifest",
     "check_files",
+    "content_digest",
     "copy_package",
     "load_package",
     "raise_problems",
@@ -69,15 +70,15 @@ def write_package(
 ) -> str:
     """Writes the package of `owner` at the new directory `path`; returns the manifest digest.
 
-    `params` is the owner's subtree (numpy or JAX arrays, float32 or bfloat16, shapes of `owner_spec`). `base` are
-    content digests of what it belongs to: `tokenizer`, and for a data owner's expert `trunk` and `public`. `record` is
-    any JSON (training, router, licence, contact). Raises ArtifactError for an existing path and for parameters that
-    are missing, too many, of another shape or dtype, or not finite.
+    `params` is the owner's subtree (numpy or JAX arrays of float32, bfloat16 or float16, shapes of `owner_spec`).
+    `base` are content digests of what it belongs to: `tokenizer`, and for a data owner's expert `trunk` and `public`.
+    `record` is any JSON (training, router, licence, contact). Raises ArtifactError for an existing path and for
+    parameters that are missing, too many, of another shape or dtype, or not finite.
     """
     arrays = _check_params(owner, params, config)
     check_base(owner, base)
     record = _plain_record(owner, record)
-    tensors = {path: TensorRecord(a.shape, a.dtype.name, sha256_array(a)) for path, a in arrays.items()}
+    tensors = _tensor_records(arrays)
     with new_directory(pathlib.Path(path)) as folder:
         save_arrays(folder / "arrays", arrays)
         table = _to_json(tensors)
@@ -96,6 +97,12 @@ def write_package(
         digest = write_sealed(folder / "manifest.json", fields)
         read_manifest(folder, owner)
     return digest
+
+
+def content_digest(params: Params) -> str:
+    """The identity of an owner's parameters: `content` of the manifest that `write_package` gives them."""
+    arrays = {path: np.ascontiguousarray(leaf) for path, leaf in flatten(params).items()}
+    return configs.digest(_to_json(_tensor_records(arrays)))
 
 
 def load_package(path: pathlib.Path | str, *, verify: bool = True) -> Params:
@@ -197,6 +204,10 @@ def _plain_record(owner: str, record: Mapping[str, Any]) -> dict:
         return json.loads(configs.canonical_json(dict(record)))
     except (TypeError, ValueError) as error:
         raise ArtifactError(f"the record of {owner!r} is not JSON: {error}", "give plain JSON values") from error
+
+
+def _tensor_records(arrays: Mapping[str, np.ndarray]) -> dict[str, TensorRecord]:
+    return {path: TensorRecord(a.shape, a.dtype.name, sha256_array(a)) for path, a in arrays.items()}
 
 
 def _to_json(tensors: Mapping[str, TensorRecord]) -> dict:

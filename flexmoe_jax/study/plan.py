@@ -245,5 +245,5 @@ def _write_joint(config: StudyConfig, public: pathlib.Path, params: Params, seed
     release = open_model(public)
     create_public_model(
         path, params[TRUNK], experts.pop(PUBLIC), config.model, release.tokenizer_path,
-        dict(release.manifests[PUBLIC].record), experts, config.top_k,
+        dict(release.manifests[PUBLIC].record), others=experts, top_k=config.top_k,
     )  # fmt: skip

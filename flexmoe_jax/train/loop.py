@@ -223,7 +223,14 @@ def _write_product(product: pathlib.Path, run: RunConfig, stage: Stage, state: T
         others = {name: expert for name, expert in params["experts"].items() if name != PUBLIC}
         top_k = run.top_k or None
         create_public_model(
-            product, params[TRUNK], params["experts"][PUBLIC], stage.model, tokenizer, record, others, top_k
+            product,
+            params[TRUNK],
+            params["experts"][PUBLIC],
+            stage.model,
+            tokenizer,
+            record,
+            others=others,
+            top_k=top_k,
         )
         tokenizer.unlink()
     else:
