@@ -76,7 +76,12 @@ def _expert_stage(run: RunConfig, vector: DomainVector) -> Stage:
     public = open_model(pathlib.Path(run.public))
     _check_length(run, public.config)
     params = load_params(public, (PUBLIC,))
-    theirs = public.manifests[PUBLIC].record["router"]
+    theirs = public.manifests[PUBLIC].record.get("router")
+    if theirs is None:
+        raise ArtifactError(
+            f"the public model {run.public} has no domain vector: its router row was not made from one",
+            "import it again with --domain, the domain vector of its public data",
+        )
     if vector.encoder_digest != theirs["encoder_digest"]:
         raise ArtifactError(
             f"the domain vector {run.domain_vector} was made by the encoder {vector.encoder} "
