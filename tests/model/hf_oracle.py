@@ -1,14 +1,19 @@
 """The oracle of the golden tests: tiny random `transformers` models, and their weights in our tree.
 
-The weights are copied by numpy alone, written out leaf by leaf and independent of the package's own importer.
+The weights go through the package's own importer: equal logits are its test as much as the model's.
 """
 
+import tempfile
+
+import jax
 import jax.numpy as jnp
 import numpy as np
 import torch
 import transformers
 
 from flexmoe_jax.config import ModelConfig
+from flexmoe_jax.hf.load import read_tree
+from flexmoe_jax.hf.source import open_folder
 from flexmoe_jax.tree import PUBLIC, Params
 
 CLASSES = {
@@ -55,55 +60,11 @@ def make_model(kind: str, config: ModelConfig, experts: int = 1, top_k: int = 1,
 
 
 def to_tree(kind: str, model, config: ModelConfig) -> Params:
-    """The model's weights as our named parameters; experts are named by `expert_names`, every bias is 0."""
-    weights = {name: value.numpy() for name, value in model.state_dict().items()}
-    L, D, F = config.num_layers, config.d_model, config.d_ff
-    H, G, K = config.num_heads, config.num_kv_heads, config.head_dim
-
-    def layers(name: str):
-        return np.stack([weights[f"model.layers.{layer}.{name}"] for layer in range(L)])
-
-    def heads(name: str, count: int):
-        return layers(f"self_attn.{name}_proj.weight").transpose(0, 2, 1).reshape(L, D, count, K)
-
-    before = kind == "llama"
-    blocks = {
-        "w_q": heads("q", H),
-        "w_k": heads("k", G),
-        "w_v": heads("v", G),
-        "w_o": layers("self_attn.o_proj.weight").transpose(0, 2, 1).reshape(L, H, K, D),
-        "attn_norm": layers(f"{'input' if before else 'post_attention'}_layernorm.weight"),
-        "ffn_norm": layers(f"post_{'attention' if before else 'feedforward'}_layernorm.weight"),
-    }
-    if config.qk_norm:
-        blocks |= {name: layers(f"self_attn.{name}.weight") for name in ("q_norm", "k_norm")}
-    trunk = {
-        "embed": weights["model.embed_tokens.weight"],
-        "blocks": blocks,
-        "final_norm": weights["model.norm.weight"],
-    }
-    if not config.tie_embeddings:
-        trunk["head"] = weights["lm_head.weight"].T
-
-    if kind == "flex_olmo":  # one fused leaf: the gate's F rows, then the up projection's
-        gate_up = layers("mlp.experts.gate_up_proj")
-        gate, up, down = gate_up[:, :, :F], gate_up[:, :, F:], layers("mlp.experts.down_proj")
-        router = layers("mlp.gate.weight")
-    else:
-        gate, up, down = (layers(f"mlp.{name}_proj.weight")[:, None] for name in ("gate", "up", "down"))
-        router = np.zeros((L, 1, D), np.float32)
-    experts = {
-        name: {
-            "w_gate": gate[:, i].transpose(0, 2, 1),
-            "w_up": up[:, i].transpose(0, 2, 1),
-            "w_down": down[:, i].transpose(0, 2, 1),
-            "router": router[:, i],
-            "bias": np.zeros(L, np.float32),
-        }
-        for i, name in enumerate(expert_names(router.shape[1]))
-    }
-    return _arrays({"trunk": trunk, "experts": experts})
-
-
-def _arrays(tree: dict) -> Params:
-    return {k: _arrays(v) if isinstance(v, dict) else jnp.asarray(np.ascontiguousarray(v)) for k, v in tree.items()}
+    """The model's weights as our named parameters, through its files; experts are named by `expert_names`."""
+    with tempfile.TemporaryDirectory() as folder:
+        model.save_pretrained(folder)
+        source = open_folder(folder)
+        read, params = read_tree(source, expert_names(source.config.experts))
+    if read != config:
+        raise AssertionError(f"the importer read {read} from the configuration of {config}")
+    return jax.tree.map(jnp.asarray, params)

@@ -1,0 +1,184 @@
+"""`flexmoe import-hf|import-gguf|export-hf`: Hugging Face checkpoints in and out."""
+
+import argparse
+import json
+import pathlib
+import shutil
+
+from flexmoe_jax.cli.common import add_json, emit, names, parser
+from flexmoe_jax.errors import ConfigError, DataError
+
+
+def import_hf(argv: list[str]) -> int:
+    """A checkpoint folder becomes a model, or one expert of it a package."""
+    example = "flexmoe import-hf FlexOlmo-7x7B-1T --names public,code,math,news,academic,creative,reddit --out model"
+    p = parser("import-hf", "Imports an Olmo2, FlexOlmo or Llama checkpoint (safetensors).", example)
+    p.add_argument("checkpoint", help="a folder with config.json and safetensors files")
+    p.add_argument("--out", required=True, help="new directory: a model, or with --public a package")
+    p.add_argument("--names", help="comma-separated names of the experts, in the checkpoint's order")
+    p.add_argument("--experts", help="comma-separated names of those to import, public always; all by default")
+    p.add_argument("--public", help="an existing model: import one expert as a package that belongs to it")
+    p.add_argument("--expert", help="with --public: the expert's name")
+    _add_common(p)
+    args = p.parse_args(argv)
+    if bool(args.public) != bool(args.expert) or (args.public and (args.experts or args.tokenizer or args.domain)):
+        raise ConfigError(
+            "--public and --expert go together, without --experts, --tokenizer and --domain",
+            "give both to import one expert, or neither to import a model",
+        )
+    from flexmoe_jax.hf.load import import_expert
+    from flexmoe_jax.hf.source import open_folder
+
+    source = open_folder(args.checkpoint)
+    if not args.public:
+        return _import(args, source, names(args.names), names(args.experts))
+    from flexmoe_jax.artifacts.model_dir import open_model
+
+    manifest = import_expert(
+        source,
+        open_model(args.public),
+        args.out,
+        expert=args.expert,
+        names=names(args.names),
+        licence=args.licence,
+        contact=args.contact,
+    )
+    result = {"path": args.out, "owner": manifest.owner, "digest": manifest.digest, "content": manifest.content}
+    emit(
+        result,
+        [f"{args.out}: the package of {manifest.owner}; trunk and public expert are those of {args.public}"],
+        args.json,
+    )
+    return 0
+
+
+def import_gguf(argv: list[str]) -> int:
+    """A Llama-architecture GGUF file becomes a public model."""
+    p = parser(
+        "import-gguf", "Imports a GGUF file of the Llama architecture.", "flexmoe import-gguf FILE.gguf --out model"
+    )
+    p.add_argument("file", help="a .gguf file; quantised tensors become float32")
+    p.add_argument("--out", required=True, help="new directory")
+    _add_common(p)
+    args = p.parse_args(argv)
+    from flexmoe_jax.hf.gguf_file import open_gguf
+
+    return _import(args, open_gguf(args.file), None, None)
+
+
+def export_hf(argv: list[str]) -> int:
+    """Writes a checkpoint that transformers loads, reads it back and compares logits."""
+    p = parser("export-hf", "Exports a model for transformers.", "flexmoe export-hf model --out FlexOlmo-mine")
+    p.add_argument("model", help="a model directory")
+    p.add_argument("--out", required=True, help="new directory")
+    p.add_argument("--experts", help="comma-separated names; all by default")
+    p.add_argument("--dense", action="store_true", help="one expert alone, as a dense model without its router row")
+    p.add_argument("--custom-code", action="store_true", help="ship a model file that adds the experts' bias")
+    p.add_argument("--zero-bias", action="store_true", help="leave the bias out; --data measures what that costs")
+    p.add_argument("--data", help="with --zero-bias: a folder of held-out documents")
+    p.add_argument("--evaluation", help="a result of `flexmoe eval --json`, for the model card")
+    p.add_argument("--max-shard-gb", type=float, default=5.0, help="largest file, in units of 2^30 bytes")
+    p.add_argument("--no-logits", action="store_true", help="compare bytes alone: for a model larger than memory")
+    add_json(p)
+    args = p.parse_args(argv)
+    if args.zero_bias != bool(args.data) or (args.zero_bias and args.custom_code) or args.max_shard_gb <= 0:
+        raise ConfigError("--zero-bias goes with --data, without --custom-code", "give both, or neither")
+    from flexmoe_jax.artifacts.model_dir import open_model
+    from flexmoe_jax.hf.check import compare_logits
+    from flexmoe_jax.hf.export import export
+
+    model = open_model(args.model)
+    chosen = names(args.experts)
+    measured = _cost_of_zero_bias(args.model, chosen, pathlib.Path(args.data)) if args.zero_bias else None
+    done = export(
+        model,
+        args.out,
+        experts=chosen,
+        dense=args.dense,
+        custom_code=args.custom_code,
+        zero_bias=measured,
+        evaluation=_read_evaluation(args.evaluation),
+        max_shard_bytes=int(args.max_shard_gb * 2**30),
+    )
+    difference = None
+    if not args.no_logits:
+        try:
+            difference = compare_logits(
+                done.path, model, done.experts, custom_code=done.architecture.bias, leave_out_bias=args.zero_bias
+            )
+        except Exception:
+            shutil.rmtree(done.path)
+            raise
+    kind = (
+        f"top-{done.top_k} of {', '.join(done.experts)}" if done.architecture.mixture else f"dense, {done.experts[0]}"
+    )
+    lines = [f"{args.out}: {done.architecture.name}, {kind}; {len(done.files)} weight file(s), read back byte by byte"]
+    if difference is not None:
+        lines.append(f"transformers' logits agree: largest difference {difference:.1e} of the largest logit")
+    if measured is not None:
+        lines.append("bias left out: " + ", ".join(f"{key} {value}" for key, value in measured.items()))
+    result = {"path": args.out, "architecture": done.architecture.name, "experts": list(done.experts)}
+    result |= {"top_k": done.top_k, "files": list(done.files), "logits_difference": difference, "bias": measured}
+    emit(result, lines, args.json)
+    return 0
+
+
+def _add_common(p: argparse.ArgumentParser) -> None:
+    p.add_argument("--tokenizer", help="a tokenizer.json, its folder or a known name, where the source has none")
+    p.add_argument("--domain", help="the public data's domain vector: owners can then train beside a dense model")
+    p.add_argument("--licence", default="", help="recorded in every part")
+    p.add_argument("--contact", default="", help="recorded in every part")
+    add_json(p)
+
+
+def _import(args, source, order, keep) -> int:
+    from flexmoe_jax.data.domains import DomainVector
+    from flexmoe_jax.hf.load import import_model
+
+    model = import_model(
+        source,
+        args.out,
+        names=order,
+        keep=keep,
+        tokenizer=args.tokenizer,
+        domain=DomainVector.load(args.domain) if args.domain else None,
+        licence=args.licence,
+        contact=args.contact,
+    )
+    result = {"path": args.out, "digest": model.digest, "experts": list(model.experts), "top_k": model.top_k}
+    emit(result, [f"{args.out}: {', '.join(model.experts)}; top-{model.top_k}"], args.json)
+    return 0
+
+
+def _cost_of_zero_bias(path: str, chosen: list[str] | None, folder: pathlib.Path) -> dict:
+    """Held-out bits per byte with the bias and without."""
+    import dataclasses
+
+    import numpy as np
+
+    from flexmoe_jax import load
+    from flexmoe_jax.cli.evaluate import heldout_texts
+
+    model = load(path)
+    model = model if chosen is None else model.select(chosen)
+    experts = {n: {**e, "bias": np.zeros_like(e["bias"])} for n, e in model.params["experts"].items()}
+    without = dataclasses.replace(model, params={**model.params, "experts": experts})
+    texts = heldout_texts(folder, 200_000)
+    before, after = (m.score(texts).bits_per_byte for m in (model, without))
+    return {
+        "data": folder.name,
+        "bits_per_byte_with_bias": round(before, 4),
+        "bits_per_byte_without": round(after, 4),
+        "difference": round(after - before, 4),
+    }
+
+
+def _read_evaluation(path: str | None) -> dict | None:
+    if path is None:
+        return None
+    try:
+        return dict(json.loads(pathlib.Path(path).read_bytes()))
+    except (OSError, ValueError, TypeError) as error:
+        raise DataError(
+            f"{path} is no evaluation result: {error}", "give what `flexmoe eval --json` printed"
+        ) from error

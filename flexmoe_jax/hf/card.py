@@ -1,0 +1,124 @@
+"""The model card of an export: who owns what, under which licence, how it was trained, and how an owner leaves."""
+
+import math
+from collections.abc import Mapping
+from typing import Any
+
+from flexmoe_jax.artifacts.manifest import Manifest
+from flexmoe_jax.artifacts.model_dir import ModelDir
+from flexmoe_jax.errors import ConfigError
+from flexmoe_jax.hf.configuration import Architecture
+from flexmoe_jax.tree import TRUNK
+
+NOT_STATED = "not stated"
+
+
+def model_card(
+    model: ModelDir,
+    names: tuple[str, ...],
+    architecture: Architecture,
+    provenance: Mapping[str, Any],
+    evaluation: Mapping[str, Any] | None = None,
+) -> str:
+    """Markdown with the metadata block of the Hugging Face hub. It depends on the packages exported alone."""
+    try:
+        from huggingface_hub import ModelCard, ModelCardData
+    except ImportError as error:
+        raise ConfigError("the model card needs huggingface_hub", "pip install 'flexmoe_jax[hf]'") from error
+    manifests = {name: model.manifests[name] for name in (TRUNK, *names)}
+    licences = sorted({m.record.get("licence") or NOT_STATED for m in manifests.values()})
+    data = ModelCardData(
+        library_name="transformers",
+        pipeline_tag="text-generation",
+        license="other",
+        license_name=", ".join(licences),
+        tags=["flexmoe", architecture.model_type, *(["mixture-of-experts"] if architecture.mixture else [])],
+    )
+    parameters = sum(_parameters(m) for m in manifests.values())
+    lines = [
+        "# FlexMoE model",
+        "",
+        f"{len(names)} expert{'s' * (len(names) > 1)} ({', '.join(names)}) over one shared trunk, "
+        f"{parameters:,} parameters, exported as `{architecture.name}`"
+        + (f" with {min(model.top_k, len(names))} experts active per token." if architecture.mixture else "."),
+        "Every part belongs to its owner; parts were trained apart and joined without training.",
+        "",
+        "## Owners",
+        "",
+        "| part | parameters | licence | contact | steps | tokens | privacy budget | content sha256 |",
+        "|---|---|---|---|---|---|---|---|",
+        *(_row(name, manifest) for name, manifest in manifests.items()),
+        "",
+        "The content digest is taken over the part's tensors as its owner's package holds them; `config.json` repeats",
+        "it, with the whole training record, under `flexmoe`.",
+        "",
+        "## Evaluation",
+        "",
+        *_evaluation(evaluation),
+        "",
+        "## Opting out",
+        "",
+        "Exact: removing an owner's expert (`flexmoe optout`, then export again) gives, byte for byte, the export of a",
+        "model that never had it. No part was tuned on another owner's data after the merge.",
+        *_bias(architecture, provenance),
+    ]
+    return str(ModelCard(f"---\n{data.to_yaml()}\n---\n\n" + "\n".join(lines) + "\n"))
+
+
+def _row(name: str, manifest: Manifest) -> str:
+    record = manifest.record
+    training = record.get("training") or {}
+    origin = (record.get("imported") or {}).get("architecture")
+    steps = training.get("steps", f"imported from {origin}" if origin else NOT_STATED)
+    budget = NOT_STATED
+    if "privacy_budget" in training:
+        budget = training["privacy_budget"] or "none: trained without differential privacy"
+    cells = [
+        f"`{name}`",
+        f"{_parameters(manifest):,}",
+        record.get("licence") or NOT_STATED,
+        record.get("contact") or NOT_STATED,
+        str(steps),
+        f"{training['tokens']:,}" if "tokens" in training else NOT_STATED,
+        str(budget),
+        f"`{manifest.content[:16]}`",
+    ]
+    return "| " + " | ".join(cell.replace("|", "\\|").replace("\n", " ") for cell in cells) + " |"
+
+
+def _parameters(manifest: Manifest) -> int:
+    return sum(math.prod(tensor.shape) for tensor in manifest.tensors.values())
+
+
+def _evaluation(evaluation: Mapping[str, Any] | None) -> list[str]:
+    if not evaluation:
+        return ["None was given to the export (`--evaluation FILE`, a result of `flexmoe eval --json`)."]
+    if "domains" in evaluation:
+        rows = [f"| {d} | {r['bits_per_byte']:.3f} | {r['documents']} |" for d, r in evaluation["domains"].items()]
+        return ["| held-out text | bits per byte | documents |", "|---|---|---|", *rows]
+    rows = [
+        f"| {task} | {result['metric']} | {result['score']:.3f} | {result['examples']} |"
+        for task, result in evaluation.get("tasks", {}).items()
+    ]
+    return ["| task | metric | score | examples |", "|---|---|---|---|", *rows]
+
+
+def _bias(architecture: Architecture, provenance: Mapping[str, Any]) -> list[str]:
+    if architecture.bias:
+        return [
+            "",
+            "## Expert bias",
+            "",
+            "Load with `trust_remote_code=True`: `modeling_flexmoe.py` adds the experts' bias to the router.",
+        ]
+    if provenance["bias_left_out"] is None:
+        return []
+    rows = [f"- {key}: {value}" for key, value in provenance["bias_left_out"].items()]
+    return [
+        "",
+        "## Expert bias",
+        "",
+        "The experts' bias was left out, which this class cannot hold. Measured:",
+        "",
+        *rows,
+    ]

@@ -1,0 +1,114 @@
+"""The table between a checkpoint's tensor names and the leaves of our tree: each name and each leaf exactly once."""
+
+import dataclasses
+import math
+from collections.abc import Mapping
+
+import numpy as np
+
+from flexmoe_jax.config import ModelConfig
+from flexmoe_jax.errors import ArtifactError
+from flexmoe_jax.hf.configuration import Architecture
+from flexmoe_jax.model.spec import owner_spec
+from flexmoe_jax.tree import TRUNK
+
+_ATTENTION = {f"self_attn.{n}_proj": f"blocks/w_{n}" for n in "qkvo"}
+_POST_NORM = {
+    "post_attention_layernorm": "blocks/attn_norm",
+    "post_feedforward_layernorm": "blocks/ffn_norm",
+    "self_attn.q_norm": "blocks/q_norm",
+    "self_attn.k_norm": "blocks/k_norm",
+}
+_PRE_NORM = {"input_layernorm": "blocks/attn_norm", "post_attention_layernorm": "blocks/ffn_norm"}
+_FFN = {f"{n}_proj": f"w_{n}" for n in ("gate", "up", "down")}
+_WHOLE = {"model.embed_tokens.weight": "embed", "model.norm.weight": "final_norm", "lm_head.weight": "head"}
+_AS_IT_IS = {"embed"}  # every other matrix of one owner lies transposed: [out, in] there, [in, out] here
+
+
+@dataclasses.dataclass(frozen=True)
+class Slot:
+    """Where one tensor of a checkpoint lives: leaf `path` of `owners`, of one `layer` or whole.
+
+    The tensor has `shape`; it belongs to one owner, or (`rows`: router, bias) has one row or number for each.
+    """
+
+    shape: tuple[int, ...]
+    owners: tuple[str, ...]
+    path: str
+    layer: int | None = None
+    rows: bool = False
+
+    @property
+    def transposed(self) -> bool:
+        return len(self.shape) == 2 and not self.rows and self.path not in _AS_IT_IS
+
+    def split(self, tensor: np.ndarray, shape: tuple[int, ...]) -> dict[str, np.ndarray]:
+        """The checkpoint's tensor -> {owner: its leaf (of one layer), of `shape`}."""
+        if self.rows:
+            return {owner: tensor[i] for i, owner in enumerate(self.owners)}
+        return {self.owners[0]: (tensor.T if self.transposed else tensor).reshape(shape)}
+
+    def join(self, leaves: Mapping[str, np.ndarray]) -> np.ndarray:
+        """The inverse of `split`."""
+        if self.rows:
+            return np.stack([leaves[owner] for owner in self.owners])
+        leaf = leaves[self.owners[0]]
+        return leaf.reshape(self.shape[::-1]).T if self.transposed else leaf.reshape(self.shape)
+
+
+def slots(model: ModelConfig, architecture: Architecture, experts: tuple[str, ...]) -> dict[str, Slot]:
+    """{tensor name: Slot} of a whole checkpoint; `experts` in the order of the checkpoint."""
+    table: dict[str, Slot] = {}
+    shapes = {path: leaf.shape for path, leaf in owner_spec(model, TRUNK).items()}
+    for name, path in _WHOLE.items():
+        if path in shapes:
+            table[name] = Slot(shapes[path][::-1] if path == "head" else shapes[path], (TRUNK,), path)
+    for layer in range(model.num_layers):
+        prefix = f"model.layers.{layer}"
+        for name, path in (_ATTENTION | (_PRE_NORM if architecture.pre_norm else _POST_NORM)).items():
+            table[f"{prefix}.{name}.weight"] = Slot(_matrix(path, shapes[path][1:]), (TRUNK,), path, layer)
+        for i, owner in enumerate(experts):
+            where = f"{prefix}.mlp.experts.{i}" if architecture.mixture else f"{prefix}.mlp"
+            leaves = owner_spec(model, owner)
+            for name, path in _FFN.items():
+                shape = _matrix(path, leaves[path].shape[1:])
+                table[f"{where}.{name}.weight"] = Slot(shape, (owner,), path, layer)
+        if architecture.mixture:
+            shape = (len(experts), model.d_model)
+            table[f"{prefix}.mlp.gate.weight"] = Slot(shape, experts, "router", layer, rows=True)
+        if architecture.bias:
+            table[f"{prefix}.mlp.gate.bias"] = Slot((len(experts),), experts, "bias", layer, rows=True)
+    return table
+
+
+def check_tensors(found: Mapping, table: Mapping[str, Slot], where) -> None:
+    """Raises unless the checkpoint's tensors are exactly those of the table, in shape, and of one dtype per leaf."""
+    unknown, missing = sorted({*found} - {*table}), sorted({*table} - {*found})
+    for names, problem in ((unknown, "is not known"), (missing, "is missing")):
+        if names:
+            more = f" (and {len(names) - 1} more)" if len(names) > 1 else ""
+            raise ArtifactError(
+                f"{where}: the tensor {names[0]!r} {problem}{more}",
+                "the weights and config.json must be of the same model: every tensor is used exactly once",
+            )
+    dtypes: dict[tuple, tuple[str, str]] = {}
+    for name, slot in table.items():
+        if found[name].shape != slot.shape:
+            raise ArtifactError(
+                f"{where}: the tensor {name!r} has shape {found[name].shape}, config.json wants {slot.shape}",
+                "the weights and config.json must be of the same model",
+            )
+        first, dtype = dtypes.setdefault((slot.owners, slot.path), (name, found[name].dtype))
+        if dtype != found[name].dtype:
+            raise ArtifactError(
+                f"{where}: {first} is {dtype}, {name} is {found[name].dtype}",
+                "store the same tensor of all layers in one dtype",
+            )
+
+
+def _matrix(path: str, shape: tuple[int, ...]) -> tuple[int, ...]:
+    """Shape in the checkpoint of one layer's leaf: [out, in] of a matrix, a vector as it is."""
+    if len(shape) == 1:
+        return shape
+    inputs = shape[:-1] if path.endswith("w_o") else shape[:1]
+    return (math.prod(shape) // math.prod(inputs), math.prod(inputs))

@@ -1,0 +1,335 @@
+"""Round trips: their bytes through our tree and back, our model through theirs and back, and the same computation."""
+
+import dataclasses
+import json
+import tracemalloc
+
+import numpy as np
+import pytest
+
+import flexmoe_jax as fm
+from flexmoe_jax import tree
+from flexmoe_jax.artifacts.model_dir import open_model, verify_model
+from flexmoe_jax.artifacts.package import content_digest, load_package
+from flexmoe_jax.compose.merge import merge
+from flexmoe_jax.compose.optout import opt_out
+from flexmoe_jax.errors import ArtifactError, FlexMoEError
+from flexmoe_jax.hf.check import TOLERANCE, compare_logits
+from flexmoe_jax.hf.configuration import FLEX_OLMO, read_config
+from flexmoe_jax.hf.export import _map_leaves, _plan, export
+from flexmoe_jax.hf.load import import_expert, import_model, read_tree
+from flexmoe_jax.hf.mapping import slots
+from flexmoe_jax.hf.source import open_folder
+from flexmoe_jax.hf.tensors import read_checkpoint, write_checkpoint
+from flexmoe_jax.infer.generate import generate
+from tests.artifacts.tiny import contents
+from tests.conftest import jit_forward
+from tests.hf.tiny import CONFIG, SHAPES, checkpoint, edit_config, our_model, tokenizer
+
+torch = pytest.importorskip("torch")
+transformers = pytest.importorskip("transformers")
+pytestmark = pytest.mark.torch
+
+
+@pytest.fixture(scope="module")
+def ours(tmp_path_factory):
+    """A model of public, code and news without bias, top-2, and its parts."""
+    folder = tmp_path_factory.mktemp("ours")
+    our_model(folder, top_k=2)
+    return folder
+
+
+@pytest.fixture(scope="module")
+def biased(tmp_path_factory):
+    folder = tmp_path_factory.mktemp("biased")
+    our_model(folder, biased=True)
+    return folder
+
+
+def load_theirs(folder, **kwargs):
+    return transformers.AutoModelForCausalLM.from_pretrained(str(folder), dtype=torch.float32, **kwargs).eval()
+
+
+@pytest.mark.parametrize("dtype", ["float32", "bfloat16", "float16"])
+@pytest.mark.parametrize("kind", ["flex_olmo", "olmo2", "llama"])
+def test_theirs_to_ours_and_back_is_the_same_file(tmp_path, kind, dtype):
+    """The whole of model.safetensors, header included; and every key of config.json and generation_config.json."""
+    checkpoint(tmp_path / "theirs", kind, dtype=dtype)
+    model = import_model(open_folder(tmp_path / "theirs"), tmp_path / "ours")
+    assert all(finding.ok for finding in verify_model(tmp_path / "ours"))
+    assert model.experts == (("public", "expert_1", "expert_2") if kind == "flex_olmo" else ("public",))
+    assert model.top_k == (2 if kind == "flex_olmo" else 1)
+    export(model, tmp_path / "back")
+    for name in ("model.safetensors", "tokenizer.json"):
+        assert (tmp_path / "back" / name).read_bytes() == (tmp_path / "theirs" / name).read_bytes(), name
+    for name in ("config.json", "generation_config.json"):
+        theirs, back = (json.loads((tmp_path / at / name).read_text()) for at in ("theirs", "back"))
+        back.pop("flexmoe", None)
+        assert back == theirs
+
+
+def test_shards_are_read_and_written(tmp_path):
+    """Ours hold the same tensors as theirs, none is over the limit, and the index counts what transformers counts."""
+    checkpoint(tmp_path / "theirs", "flex_olmo", max_shard_size="30KB")
+    model = import_model(open_folder(tmp_path / "theirs"), tmp_path / "ours")
+    done = export(model, tmp_path / "back", max_shard_bytes=30_000)
+    assert len(done.files) > 3
+    theirs, back = (read_checkpoint(tmp_path / at) for at in ("theirs", "back"))
+    assert {n: t.read().tobytes() for n, t in theirs.items()} == {n: t.read().tobytes() for n, t in back.items()}
+    indexes = [json.loads((tmp_path / at / "model.safetensors.index.json").read_text()) for at in ("theirs", "back")]
+    assert indexes[0]["metadata"] == indexes[1]["metadata"]
+    largest = max(t.nbytes for t in back.values())
+    for name in done.files[:-1]:
+        assert (tmp_path / "back" / name).stat().st_size < max(30_000, largest) + 4096  # 4096: the header
+    assert compare_logits(tmp_path / "back", model, model.experts, custom_code=False, leave_out_bias=False) < TOLERANCE
+
+
+def test_export_streams(tmp_path):
+    """What is allocated at the peak of writing 4 MB in shards of 1 MB is a few of the largest tensor (38 KB)."""
+    config = dataclasses.replace(CONFIG, num_layers=12, d_ff=256)
+    model = our_model(tmp_path, config=config)
+    leaves = {owner: _map_leaves(model, owner) for owner in ("trunk", *model.experts)}
+    tensors = {n: _plan(slot, leaves) for n, slot in slots(config, FLEX_OLMO, model.experts).items()}
+    (tmp_path / "out").mkdir()
+    tracemalloc.start()
+    try:
+        write_checkpoint(tmp_path / "out", tensors, 1 << 20)
+        _, peak = tracemalloc.get_traced_memory()
+    finally:
+        tracemalloc.stop()
+    assert sum(t.nbytes for t in tensors.values()) > 3 << 20
+    assert peak < 1 << 19
+
+
+@pytest.mark.parametrize("top_k", [None, 2])
+def test_ours_to_theirs_and_back_is_the_same_model(tmp_path, ours, top_k):
+    """The digest of model.json covers every tensor, record, tokenizer file and the wanted top-k."""
+    model = merge(ours / "release", [ours / "news", ours / "code"], tmp_path / "model", top_k=top_k)
+    export(model, tmp_path / "theirs")
+    back = import_model(open_folder(tmp_path / "theirs"), tmp_path / "back")
+    assert back.digest == model.digest
+    assert contents(tmp_path / "back") == contents(tmp_path / "model")
+
+
+def test_ours_with_a_bias_to_theirs_and_back_is_the_same_model(tmp_path, biased):
+    model = open_model(biased / "model")
+    export(model, tmp_path / "theirs", custom_code=True)
+    back = import_model(open_folder(tmp_path / "theirs"), tmp_path / "back")
+    assert back.digest == model.digest
+
+
+def test_a_record_is_not_kept_for_parameters_that_changed(tmp_path, ours):
+    """Who trains an export further must not pass the result off under the owner's training record."""
+    export(open_model(ours / "model"), tmp_path / "theirs")
+    theirs = load_theirs(tmp_path / "theirs")
+    with torch.no_grad():
+        theirs.model.layers[0].mlp.experts.down_proj[1] += 1
+    theirs.save_pretrained(tmp_path / "tuned")
+    tokenizer(tmp_path / "tuned")
+    back = import_model(open_folder(tmp_path / "tuned"), tmp_path / "back")
+    records = {name: manifest.record for name, manifest in back.manifests.items()}
+    assert records["news"] == {"licence": "news-licence", "contact": "someone@news"}  # its bytes are still news's
+    assert records["code"]["imported"] == {"architecture": "FlexOlmoForCausalLM"}
+    assert records["code"]["contact"] == ""
+
+
+def test_opting_out_then_exporting_is_exporting_the_smaller_model(tmp_path, ours):
+    """Every file, the model card included."""
+    without = opt_out(ours / "model", "news", tmp_path / "without")
+    export(without, tmp_path / "a")
+    export(merge(ours / "release", [ours / "code"], tmp_path / "never", top_k=2), tmp_path / "b")
+    export(open_model(ours / "model"), tmp_path / "c", experts=["public", "code"])
+    assert contents(tmp_path / "a") == contents(tmp_path / "b") == contents(tmp_path / "c")
+    assert not [name for name, raw in contents(tmp_path / "a").items() if b"news" in raw and name != "tokenizer.json"]
+
+
+def test_top_k_is_clamped_to_what_is_exported(tmp_path, ours):
+    export(open_model(ours / "model"), tmp_path / "one", experts=["code"])
+    config = json.loads((tmp_path / "one" / "config.json").read_text())
+    assert (config["num_experts"], config["num_experts_per_tok"]) == (1, 1)
+    load_theirs(tmp_path / "one")  # transformers raises where top-k is more than there are
+
+
+def test_greedy_tokens_agree_with_transformers(tmp_path, ours):
+    export(open_model(ours / "model"), tmp_path / "theirs")
+    model, theirs = fm.load(ours / "model"), load_theirs(tmp_path / "theirs")
+    params = {**model.params, "experts": tree.stack(model.params["experts"])}
+    prompts = [[5, 100, 7], [42], [9, 8, 7, 6, 5, 4]]
+    common = {"max_new_tokens": 12, "stop_ids": (), "top_k": model.top_k, "dispatch": "sparse"}
+    mine = generate(model.config, params, prompts, **common)
+    for prompt, continued in zip(prompts, mine, strict=True):
+        ids = torch.tensor([prompt])
+        out = theirs.generate(ids, max_new_tokens=12, do_sample=False, eos_token_id=None, pad_token_id=0)
+        assert out[0, len(prompt) :].tolist() == continued
+
+
+def test_their_tokenizer_reads_ours(tmp_path, ours):
+    export(open_model(ours / "model"), tmp_path / "theirs")
+    theirs, mine = (
+        transformers.AutoTokenizer.from_pretrained(str(tmp_path / "theirs")),
+        fm.load(ours / "model").tokenizer,
+    )
+    text = "The 3 naïve owners\n  agreed."
+    assert theirs(text)["input_ids"] == mine.encode(text)
+    assert (theirs.eos_token_id, theirs.pad_token_id) == (mine.eos_id, mine.pad_id)
+
+
+def test_a_bias_is_refused_by_name_and_layer(tmp_path, biased):
+    with pytest.raises(ArtifactError, match="code in layers 0, 1; news in layers 0, 1") as error:
+        export(open_model(biased / "model"), tmp_path / "theirs")
+    assert "--custom-code" in error.value.remedy
+    assert "--zero-bias" in error.value.remedy
+    assert not (tmp_path / "theirs").exists()
+    export(open_model(biased / "model"), tmp_path / "public", experts=["public"])  # has none
+
+
+def test_custom_code_computes_the_bias_and_loads_only_when_trusted(tmp_path, biased):
+    model = open_model(biased / "model")
+    export(model, tmp_path / "theirs", custom_code=True)
+    check = {"custom_code": True, "leave_out_bias": False}
+    assert compare_logits(tmp_path / "theirs", model, model.experts, **check) < TOLERANCE
+    with pytest.raises(ArtifactError, match="differ from ours"):  # the check sees the bias
+        compare_logits(tmp_path / "theirs", model, model.experts, **check | {"leave_out_bias": True})
+    with pytest.raises(ValueError, match="trust_remote_code"):
+        load_theirs(tmp_path / "theirs", trust_remote_code=False)
+    theirs = load_theirs(tmp_path / "theirs", trust_remote_code=True)
+    theirs.save_pretrained(tmp_path / "again")
+    saved, first = read_checkpoint(tmp_path / "again"), read_checkpoint(tmp_path / "theirs")
+    assert {n: t.read().tobytes() for n, t in saved.items()} == {n: t.read().tobytes() for n, t in first.items()}
+
+
+def test_zero_bias_is_the_model_without_it_and_says_so(tmp_path, biased):
+    model = open_model(biased / "model")
+    export(model, tmp_path / "theirs", zero_bias={"bits_per_byte_without": 1.5})
+    check = {"custom_code": False, "leave_out_bias": True}
+    assert compare_logits(tmp_path / "theirs", model, model.experts, **check) < TOLERANCE
+    card = (tmp_path / "theirs" / "README.md").read_text()
+    assert "bias was left out" in card
+    assert "bits_per_byte_without: 1.5" in card
+
+
+def test_one_expert_alone_becomes_a_dense_model(tmp_path, ours):
+    """A router row has no use there: the logits are the same."""
+    model = open_model(ours / "model")
+    done = export(model, tmp_path / "dense", experts=["code"], dense=True)
+    assert done.architecture.name == "Olmo2ForCausalLM"
+    assert compare_logits(tmp_path / "dense", model, ["code"], custom_code=False, leave_out_bias=True) < TOLERANCE
+    with pytest.raises(ArtifactError, match="a dense model of 3 experts"):
+        export(model, tmp_path / "no", dense=True)
+
+
+def test_the_card_names_owners_licences_and_records(tmp_path, ours):
+    from huggingface_hub import ModelCard
+
+    evaluation = {"domains": {"news": {"bits_per_byte": 1.2345, "documents": 7}}}
+    export(open_model(ours / "model"), tmp_path / "theirs", evaluation=evaluation)
+    text = (tmp_path / "theirs" / "README.md").read_text()
+    data = ModelCard(text).data.to_dict()
+    assert data["library_name"] == "transformers"
+    assert data["license_name"] == "Apache-2.0, code-licence, news-licence"
+    rows = {line.split("`")[1]: line for line in text.splitlines() if line.startswith("| `")}
+    assert list(rows) == ["trunk", "public", "code", "news"]
+    assert "someone@news" in rows["news"]
+    assert "| 7 | 700 | none: trained without differential privacy |" in rows["public"]
+    assert rows["news"].count("not stated") == 3  # steps, tokens and privacy budget
+    assert "| news | 1.234 | 7 |" in text or "| news | 1.235 | 7 |" in text
+
+
+def test_two_experts_become_a_package_beside_their_public_model(tmp_path, ours):
+    """Exported as public + news, imported as news's package: the package that news made, and it merges."""
+    export(open_model(ours / "model"), tmp_path / "two", experts=["public", "news"])
+    release = open_model(ours / "release")
+    manifest = import_expert(open_folder(tmp_path / "two"), release, tmp_path / "news", expert="news")
+    assert contents(tmp_path / "news") == contents(ours / "news")
+    assert manifest.content == content_digest(load_package(ours / "news"))
+    merge(ours / "release", [tmp_path / "news"], tmp_path / "merged")
+
+
+def test_a_published_pair_needs_the_public_model_it_was_trained_beside(tmp_path):
+    checkpoint(tmp_path / "pair", "flex_olmo", experts=2)
+    pair = open_folder(tmp_path / "pair")
+    public = import_model(pair, tmp_path / "public", keep=["public"])
+    assert public.experts == ("public",)
+    import_expert(pair, public, tmp_path / "math", expert="math")
+    merged = merge(tmp_path / "public", [tmp_path / "math"], tmp_path / "merged")
+    assert export(merged, tmp_path / "back").architecture.name == "FlexOlmoForCausalLM"
+    assert contents(tmp_path / "back")["model.safetensors"] == contents(tmp_path / "pair")["model.safetensors"]
+
+    model = load_theirs(tmp_path / "pair")
+    weight = model.model.layers[1].self_attn.k_proj.weight
+    with torch.no_grad():
+        weight[3, 4] = torch.nextafter(weight[3, 4], torch.tensor(9.0))  # one unit in the last place
+    model.save_pretrained(tmp_path / "other")
+    with pytest.raises(ArtifactError, match="trunk/blocks/w_k"):
+        import_expert(open_folder(tmp_path / "other"), public, tmp_path / "no", expert="math")
+    checkpoint(tmp_path / "dense", "olmo2")
+    dense = import_model(open_folder(tmp_path / "dense"), tmp_path / "dense-model")
+    with pytest.raises(ArtifactError, match="trunk/"):
+        import_expert(pair, dense, tmp_path / "no", expert="math")
+
+
+def test_a_dense_public_model_has_no_router_row_to_compare(tmp_path, ours):
+    """The remedy names the way out: the row is in the pair."""
+    release = open_model(ours / "release")
+    export(release, tmp_path / "dense", dense=True)
+    dense = import_model(open_folder(tmp_path / "dense"), tmp_path / "public")
+    export(open_model(ours / "model"), tmp_path / "two", experts=["public", "news"])
+    with pytest.raises(ArtifactError, match="public/router") as error:
+        import_expert(open_folder(tmp_path / "two"), dense, tmp_path / "no", expert="news")
+    assert "--experts public" in error.value.remedy
+
+
+def test_owners_can_train_beside_a_dense_public_model_given_a_domain_vector(tmp_path):
+    from flexmoe_jax.data.domains import DomainVector
+    from flexmoe_jax.train.stage import prepare
+    from tests.train.tiny import expert_run, write_vector
+
+    checkpoint(tmp_path / "theirs", "llama")
+    source = open_folder(tmp_path / "theirs")
+    domain = DomainVector.load(write_vector(tmp_path / "domain.json", 1))
+    public = import_model(source, tmp_path / "public", domain=domain)
+    stage = prepare(expert_run(tmp_path, "news", tmp_path / "public"))
+    rows = [stage.params["experts"][name]["router"] for name in ("public", "news")]
+    np.testing.assert_allclose([np.linalg.norm(row[0]) for row in rows], 0.1, rtol=1e-5)
+    assert stage.base["trunk"] == public.manifests["trunk"].content
+    import_model(source, tmp_path / "bare")
+    with pytest.raises(FlexMoEError, match="no domain vector"):
+        prepare(expert_run(tmp_path / "again", "news", tmp_path / "bare"))
+
+
+def test_old_spelling_of_the_configuration(tmp_path):
+    checkpoint(tmp_path / "theirs", "llama")
+    config, params = read_tree(open_folder(tmp_path / "theirs"))
+    edit_config(
+        tmp_path / "theirs", rope_parameters=None, rope_theta=1e4, head_dim=None, dtype=None, torch_dtype="float32"
+    )
+    assert read_tree(open_folder(tmp_path / "theirs"))[0] == config == SHAPES["llama"]
+    edit_config(tmp_path / "theirs", rope_theta=None)
+    assert open_folder(tmp_path / "theirs").config.model.rope_theta == 1e4  # Llama's own default
+    edit_config(tmp_path / "theirs", rope_theta=5e5)
+    other = open_folder(tmp_path / "theirs").config.model
+    tokens = np.arange(20, dtype=np.int32)[None]
+    assert not np.allclose(*(jit_forward(c, params, tokens).logits_BTV for c in (config, other)), atol=1e-3)
+
+
+def test_the_published_configuration_by_shapes():
+    """FlexOlmo-7x7B-1T: 7 experts, 4096 wide. Names and shapes of transformers' own class; nothing is allocated."""
+    hf_config = transformers.FlexOlmoConfig()
+    read = read_config(hf_config.to_dict() | {"architectures": ["FlexOlmoForCausalLM"]})
+    assert (read.experts, read.top_k, read.model.d_model, read.model.num_layers) == (7, 5, 4096, 32)
+    table = slots(read.model, read.architecture, ("public", *"abcdef"))
+    with torch.device("meta"):
+        theirs = {n: tuple(p.shape) for n, p in transformers.FlexOlmoForCausalLM(hf_config).state_dict().items()}
+    expected = {}
+    for name, shape in theirs.items():  # on disk the experts lie one by one
+        if name.endswith("experts.gate_up_proj"):
+            for i in range(shape[0]):
+                for part in ("gate", "up"):
+                    expected[name.replace("gate_up_proj", f"{i}.{part}_proj.weight")] = (shape[1] // 2, shape[2])
+        elif name.endswith("experts.down_proj"):
+            expected |= {name.replace("down_proj", f"{i}.down_proj.weight"): shape[1:] for i in range(shape[0])}
+        else:
+            expected[name] = shape
+    assert {name: slot.shape for name, slot in table.items()} == expected
+    count = sum(int(np.prod(slot.shape)) for slot in table.values())
+    assert count / 1e9 == pytest.approx(33.27, abs=0.005)  # method.md, section 1

@@ -1,0 +1,84 @@
+"""Tiny random checkpoints of `transformers` and models of ours, on disk."""
+
+import dataclasses
+import json
+import pathlib
+import struct
+
+import jax
+import numpy as np
+
+from flexmoe_jax.artifacts.model_dir import ModelDir, create_public_model
+from flexmoe_jax.artifacts.package import write_package
+from flexmoe_jax.compose.merge import merge
+from flexmoe_jax.config import ModelConfig
+from flexmoe_jax.data.tokenizer import load_tokenizer
+from flexmoe_jax.tree import PUBLIC, TRUNK
+from tests.conftest import random_params
+
+CONFIG = ModelConfig(
+    vocab_size=300, num_layers=2, d_model=32, num_heads=4, num_kv_heads=2, head_dim=8, d_ff=40, max_seq_len=64
+)
+LLAMA = dataclasses.replace(CONFIG, pre_norm=True, qk_norm=False, rope_theta=1e4, norm_eps=1e-5, tie_embeddings=True)
+SHAPES = {"flex_olmo": CONFIG, "olmo2": CONFIG, "llama": LLAMA}
+
+
+def tokenizer(folder: pathlib.Path) -> pathlib.Path:
+    """A folder with the tokenizer of 300 ids."""
+    folder.mkdir(parents=True, exist_ok=True)
+    load_tokenizer("cl100k:300").save(folder / "tokenizer.json")
+    return folder
+
+
+def checkpoint(folder: pathlib.Path, kind: str, *, dtype="float32", experts: int = 3, top_k: int = 2, **save):
+    """A random model as `save_pretrained` writes it, with a tokenizer; the model is returned."""
+    import torch
+
+    from tests.model.hf_oracle import make_model
+
+    model = make_model(kind, SHAPES[kind], experts, top_k).to(getattr(torch, dtype))
+    tokenizer(folder)
+    model.save_pretrained(folder, **save)
+    return model
+
+
+def our_model(folder: pathlib.Path, owners=("code", "news"), *, biased=False, top_k=None, config=CONFIG) -> ModelDir:
+    """`folder`/model: a public release and experts trained by nobody, merged; also the parts beside it."""
+    params = random_params(config, (PUBLIC, *owners))
+    params = jax.tree.map(np.asarray, params)
+    for expert in params["experts"].values():
+        if not biased:
+            expert["bias"] = np.zeros_like(expert["bias"])
+    release = create_public_model(
+        folder / "release",
+        params[TRUNK],
+        params["experts"][PUBLIC],
+        config,
+        tokenizer(folder / "tokenizer"),
+        {"licence": "Apache-2.0", "training": {"steps": 7, "tokens": 700, "privacy_budget": None}},
+    )
+    base = {name: release.manifests[name].content for name in (TRUNK, PUBLIC)} | {"tokenizer": release.tokenizer_digest}
+    for name in owners:
+        record = {"licence": f"{name}-licence", "contact": f"someone@{name}"}
+        part = params["experts"][name]
+        write_package(folder / name, owner=name, params=part, config=config, base=base, record=record)
+    return merge(folder / "release", [folder / name for name in owners], folder / "model", top_k=top_k)
+
+
+def split_file(path: pathlib.Path) -> tuple[dict, bytes]:
+    """(header, data) of a safetensors file."""
+    raw = path.read_bytes()
+    (length,) = struct.unpack("<Q", raw[:8])
+    return json.loads(raw[8 : 8 + length]), raw[8 + length :]
+
+
+def join_file(path: pathlib.Path, header: dict | bytes, data: bytes) -> None:
+    raw = header if isinstance(header, bytes) else json.dumps(header).encode()
+    path.write_bytes(struct.pack("<Q", len(raw)) + raw + data)
+
+
+def edit_config(folder: pathlib.Path, **changes) -> None:
+    """Changes keys of config.json; None removes one."""
+    fields = json.loads((folder / "config.json").read_text()) | changes
+    fields = {key: value for key, value in fields.items() if value is not None}
+    (folder / "config.json").write_text(json.dumps(fields))
