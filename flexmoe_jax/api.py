@@ -13,6 +13,7 @@ from flexmoe_jax.artifacts.model_dir import load_params, open_model
 from flexmoe_jax.config import ModelConfig
 from flexmoe_jax.data.tokenizer import Tokenizer, load_tokenizer
 from flexmoe_jax.errors import DataError
+from flexmoe_jax.evaluate.lm import LM
 from flexmoe_jax.evaluate.perplexity import Score, score
 from flexmoe_jax.infer.generate import stream
 from flexmoe_jax.infer.sampling import Sampling
@@ -142,6 +143,10 @@ class Model:
             dispatch=self._dispatch,
             **kwargs,
         )
+
+    def lm(self, batch_size: int = 8) -> LM:
+        """This selection of experts as what benchmarks ask: log-likelihoods and text until a stop string."""
+        return LM(self.config, self._stacked, self.tokenizer, self.top_k, self._dispatch, batch_size)
 
     @functools.cached_property
     def _stacked(self) -> tree.Params:

@@ -25,7 +25,7 @@ VERBS = {
     "import-hf": ("interchange", "take over an Olmo2, FlexOlmo or Llama checkpoint"),
     "import-gguf": ("interchange", "take over a GGUF file of the Llama architecture"),
     "export-hf": ("interchange", "write a checkpoint that transformers loads"),
-    "eval": ("evaluate", "held-out bits per byte and routed shares, for any subset of experts"),
+    "eval": ("evaluate", "held-out bits per byte, the paper's task suites, lm-evaluation-harness"),
     "reproduce": ("reproduce", "the paper's comparison: baselines, ablations, seeds and intervals"),
     "generate": ("generate", "continue a prompt"),
 }

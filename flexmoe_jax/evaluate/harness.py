@@ -1,0 +1,126 @@
+"""lm-evaluation-harness: our models as a model of the harness (extra `eval`).
+
+Imported only where it is used: the harness brings torch and datasets along.
+"""
+
+from typing import Any
+
+from lm_eval import simple_evaluate
+from lm_eval.api.model import TemplateLM
+from lm_eval.models.utils import handle_stop_sequences, normalize_gen_kwargs
+from lm_eval.tasks import TaskManager
+from lm_eval.utils import get_rolling_token_windows, make_disjoint_window
+
+from flexmoe_jax.errors import ConfigError
+from flexmoe_jax.evaluate.lm import LM
+
+MAX_NEW_TOKENS = 256  # where a task does not say, as in the harness's own models
+
+
+class HarnessLM(TemplateLM):
+    """An `LM` as the harness wants it. Results equal those of its own `hf` model on the exported checkpoint."""
+
+    def __init__(self, lm: LM):
+        super().__init__()
+        self.lm = lm
+
+    @property
+    def eot_token_id(self) -> int:
+        return self.lm.tokenizer.eos_id
+
+    @property
+    def tokenizer_name(self) -> str:
+        return self.lm.tokenizer.digest
+
+    def tok_encode(self, string: str, add_special_tokens: bool | None = None, **kwargs) -> list[int]:
+        return self.lm.tokenizer.encode(string)
+
+    def _loglikelihood_tokens(self, requests, disable_tqdm: bool = False, **kwargs) -> list[tuple[float, bool]]:
+        results = self.lm.loglikelihoods([(context, continuation) for _, context, continuation in requests])
+        for (key, _, _), result in zip(requests, results, strict=True):
+            if key is not None:
+                self.cache_hook.add_partial("loglikelihood", key, result)
+        return results
+
+    def loglikelihood_rolling(self, requests, disable_tqdm: bool = False) -> list[float]:
+        windows: list[tuple[Any, list[int], list[int]]] = []
+        owners: list[int] = []
+        for i, request in enumerate(requests):
+            rolling = get_rolling_token_windows(
+                token_list=self.tok_encode(request.args[0]),
+                prefix_token=self.prefix_token_id,
+                max_seq_len=self.lm.config.max_seq_len,
+                context_len=1,
+            )
+            some = [(None, *make_disjoint_window(window)) for window in rolling]
+            windows += some
+            owners += [i] * len(some)
+        totals = [0.0] * len(requests)
+        for i, (log_p, _) in zip(owners, self._loglikelihood_tokens(windows), strict=True):
+            totals[i] += log_p
+        for request, total in zip(requests, totals, strict=True):
+            self.cache_hook.add_partial("loglikelihood_rolling", request.args, total)
+        return totals
+
+    def generate_until(self, requests, disable_tqdm: bool = False) -> list[str]:
+        texts = [""] * len(requests)
+        groups: dict[str, list[int]] = {}
+        for i, request in enumerate(requests):
+            groups.setdefault(repr(request.args[1]), []).append(i)
+        for members in groups.values():
+            kwargs = normalize_gen_kwargs(requests[members[0]].args[1], MAX_NEW_TOKENS)
+            if kwargs.get("do_sample"):
+                raise ConfigError(f"a task asks for sampling: {kwargs}", "this model generates greedily")
+            eos = self.lm.tokenizer.decode([self.eot_token_id])
+            stops = handle_stop_sequences(kwargs.get("until"), eos=eos)
+            prompts = [requests[i].args[0] for i in members]
+            made = self.lm.continue_until(prompts, stops, int(kwargs["max_gen_toks"]))
+            for i, text in zip(members, made, strict=True):
+                texts[i] = text
+                self.cache_hook.add_partial("generate_until", requests[i].args, text)
+        return texts
+
+
+def run_tasks(
+    lm: LM,
+    tasks: list[str],
+    *,
+    include: str | None = None,
+    limit: int | None = None,
+    num_fewshot: int | None = None,
+    cache: str | None = None,
+    allow_code_execution: bool = False,
+) -> dict[str, Any]:
+    """The harness's own result of `tasks` (names of its tasks, or of those in the folder `include`).
+
+    `limit` examples per task, `cache` a file in which answers are kept between runs: name it after the model and its
+    experts. Raises ConfigError for tasks the harness does not know.
+    """
+    manager = _task_manager(tasks, include)
+    result = simple_evaluate(
+        HarnessLM(lm),
+        tasks=tasks,
+        task_manager=manager,
+        limit=limit,
+        num_fewshot=num_fewshot,
+        use_cache=cache,
+        bootstrap_iters=0,
+        confirm_run_unsafe_code=allow_code_execution,
+        log_samples=True,
+    )
+    return result if result is not None else {}
+
+
+def _task_manager(tasks: list[str], include: str | None) -> TaskManager:
+    """Knows all of `tasks`: by the folder alone where that does, for the harness has thousands of files of its own."""
+    if include is not None:
+        manager = TaskManager(include_path=include, include_defaults=False)
+        if all(manager.match_tasks([name]) for name in tasks):
+            return manager
+    manager = TaskManager(include_path=include)
+    unknown = [name for name in tasks if not manager.match_tasks([name])]
+    if unknown:
+        raise ConfigError(
+            f"the harness knows no task {unknown[0]!r}", "`lm_eval ls tasks` lists them; --include adds a folder"
+        )
+    return manager

@@ -1,0 +1,207 @@
+"""What benchmarks ask of a language model: log-likelihoods of continuations, and text until a stop string. Batched.
+
+Legend: B rows, T tokens, V vocabulary.
+"""
+
+import contextlib
+import dataclasses
+import functools
+from collections.abc import Sequence
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+
+from flexmoe_jax.config import ModelConfig
+from flexmoe_jax.data.tokenizer import Tokenizer
+from flexmoe_jax.errors import DataError
+from flexmoe_jax.infer.generate import stream
+from flexmoe_jax.model.transformer import head, hidden_states
+from flexmoe_jax.progress import track
+from flexmoe_jax.tree import Params
+
+# Lengths are rounded up to these, so that few shapes are compiled.
+_CONTEXT_STEP, _CONTINUATION_STEP = 64, 16
+
+
+@dataclasses.dataclass(frozen=True, eq=False)
+class LM:
+    """A model to be asked. `params` hold stacked experts; `top_k` and `dispatch` are those of `forward`.
+
+    Continuations of the same context are scored together: the context is read once and its keys and values are shared,
+    which makes a question with four answers almost as cheap as one with one.
+    """
+
+    config: ModelConfig
+    params: Params
+    tokenizer: Tokenizer
+    top_k: int
+    dispatch: str = "dense"
+    batch_size: int = 8
+
+    def encode_pair(self, context: str, continuation: str) -> tuple[list[int], list[int]]:
+        """Token ids of both, split where the context's own tokens end; the context's trailing spaces are moved to the
+        continuation, an empty context is the end-of-text token (as lm-evaluation-harness does)."""
+        kept = context.rstrip()
+        continuation, context = context[len(kept) :] + continuation, kept
+        if not context:
+            return [self.tokenizer.eos_id], self.tokenizer.encode(continuation)
+        whole, first = self.tokenizer.encode_batch([context + continuation, context])
+        return first, whole[len(first) :]
+
+    def loglikelihoods(self, pairs: Sequence[tuple[list[int], list[int]]]) -> list[tuple[float, bool]]:
+        """(sum of the natural log-probabilities, whether greedy decoding would give it) of each continuation after its
+        context. What is too long loses tokens on the left of the context."""
+        limit = self.config.max_seq_len + 1
+        groups: dict[tuple[int, ...], list[int]] = {}
+        for i, (context, continuation) in enumerate(pairs):
+            if not context or not continuation or len(continuation) >= limit:
+                raise DataError(
+                    f"request {i} has a context of {len(context)} tokens and a continuation of {len(continuation)}, "
+                    f"the model reads {self.config.max_seq_len}",
+                    "give both, and a continuation that fits",
+                )
+            longest = limit - len(continuation)
+            groups.setdefault(tuple(context[-longest:]), []).append(i)
+        results: list[tuple[float, bool]] = [(0.0, False)] * len(pairs)
+        order = sorted(groups, key=len, reverse=True)
+        alone = [(prefix, groups[prefix][0]) for prefix in order if len(groups[prefix]) == 1]
+        with track("scoring", len(pairs), "continuations") as advance:
+            for begin in range(0, len(alone), self.batch_size):
+                some = alone[begin : begin + self.batch_size]
+                rows = [([*prefix], pairs[i][1]) for prefix, i in some]
+                for (_, i), result in zip(some, self._score_rows(rows), strict=True):
+                    results[i] = result
+                advance(len(some))
+            for prefix in order:
+                members = groups[prefix]
+                if len(members) > 1:
+                    shared = self._score_shared([*prefix], [pairs[i][1] for i in members])
+                    for i, result in zip(members, shared, strict=True):
+                        results[i] = result
+                    advance(len(members))
+        return results
+
+    def continue_until(self, prompts: Sequence[str], stops: Sequence[str], max_new_tokens: int) -> list[str]:
+        """Greedy continuations, each cut before the first of `stops` or the end-of-text token. A prompt that leaves no
+        room for `max_new_tokens` loses tokens on the left."""
+        room = self.config.max_seq_len - max_new_tokens
+        if room < 1:
+            raise DataError(
+                f"{max_new_tokens} new tokens leave no room for a prompt in {self.config.max_seq_len}",
+                f"ask for at most {self.config.max_seq_len - 1}",
+            )
+        ids = [row[-room:] or [self.tokenizer.eos_id] for row in self.tokenizer.encode_batch(list(prompts))]
+        order = sorted(range(len(ids)), key=lambda i: len(ids[i]), reverse=True)
+        texts = [""] * len(ids)
+        with track("generating", len(ids), "prompts") as advance:
+            for begin in range(0, len(order), self.batch_size):
+                some = order[begin : begin + self.batch_size]
+                for i, text in zip(some, self._generate([ids[i] for i in some], stops, max_new_tokens), strict=True):
+                    texts[i] = text
+                advance(len(some))
+        return texts
+
+    def _generate(self, prompts: list[list[int]], stops: Sequence[str], max_new_tokens: int) -> list[str]:
+        rows: list[list[int]] = [[] for _ in prompts]
+        texts: dict[int, str] = {}
+        steps = stream(
+            self.config,
+            self.params,
+            prompts,
+            max_new_tokens=max_new_tokens,
+            stop_ids={self.tokenizer.eos_id},
+            top_k=self.top_k,
+            dispatch="sparse",
+        )
+        with contextlib.closing(steps):  # type: ignore[type-var]
+            for tokens in steps:
+                for row, token in tokens.items():
+                    if row not in texts:
+                        rows[row].append(token)
+                        text = self.tokenizer.decode(rows[row])
+                        if any(stop in text for stop in stops):
+                            texts[row] = text
+                if len(texts) == len(prompts):
+                    break
+        return [cut(texts.get(i, self.tokenizer.decode(row)), stops) for i, row in enumerate(rows)]
+
+    def _score_rows(self, rows: list[tuple[list[int], list[int]]]) -> list[tuple[float, bool]]:
+        """Rows of their own contexts, in one batch filled up to `batch_size`."""
+        width = _round_up(max(len(context) + len(c) - 1 for context, c in rows), _CONTEXT_STEP)
+        tokens_BT = np.zeros((self.batch_size, width), np.int32)
+        targets_BT = np.full((self.batch_size, width), -1, np.int32)
+        for b, (context, continuation) in enumerate(rows):
+            whole = context + continuation
+            tokens_BT[b, : len(whole) - 1] = whole[:-1]
+            targets_BT[b, len(context) - 1 : len(whole) - 1] = continuation
+        sums, greedy = _whole(self.config, self.top_k, self.dispatch, self.params, tokens_BT, targets_BT)
+        return _results(sums, greedy, len(rows))
+
+    def _score_shared(self, context: list[int], continuations: list[list[int]]) -> list[tuple[float, bool]]:
+        """One context, several continuations: its keys and values once, then the last of it with each."""
+        longest = _round_up(max(map(len, continuations)), _CONTINUATION_STEP)
+        before = _round_up(max(len(context) - 1, 1), _CONTEXT_STEP)
+        tokens_1T = np.zeros((1, before), np.int32)
+        tokens_1T[0, : len(context) - 1] = context[:-1]
+        tokens_BT = np.zeros((len(continuations), longest), np.int32)
+        targets_BT = np.full(tokens_BT.shape, -1, np.int32)
+        for b, continuation in enumerate(continuations):
+            tokens_BT[b, : len(continuation)] = [context[-1], *continuation[:-1]]
+            targets_BT[b, : len(continuation)] = continuation
+        run = (self.config, self.top_k, self.dispatch)
+        cache = _prefill(*run, before + longest, self.params, tokens_1T)
+        sums, greedy = _after(*run, self.params, cache, len(context) - 1, tokens_BT, targets_BT)
+        return _results(sums, greedy, len(continuations))
+
+
+def cut(text: str, stops: Sequence[str]) -> str:
+    """`text` before the first of `stops`."""
+    found = [at for stop in stops if stop and (at := text.find(stop)) >= 0]
+    return text[: min(found)] if found else text
+
+
+@functools.partial(jax.jit, static_argnums=(0, 1, 2))
+def _whole(config, top_k, dispatch, params, tokens_BT, targets_BT):
+    x_BTD, _, _ = hidden_states(config, params, tokens_BT, top_k=top_k, dispatch=dispatch)
+    return _sums(config, params, x_BTD, targets_BT)
+
+
+@functools.partial(jax.jit, static_argnums=(0, 1, 2, 3))
+def _prefill(config, top_k, dispatch, length, params, tokens_1T):
+    return hidden_states(config, params, tokens_1T, cache_length=length, top_k=top_k, dispatch=dispatch)[2]
+
+
+@functools.partial(jax.jit, static_argnums=(0, 1, 2))
+def _after(config, top_k, dispatch, params, cache, start, tokens_BT, targets_BT):
+    B, T = tokens_BT.shape
+    cache = jax.tree.map(lambda a: jnp.broadcast_to(a, (a.shape[0], B, *a.shape[2:])), cache)
+    positions_BT = jnp.broadcast_to(start + jnp.arange(T), (B, T))
+    x_BTD, _, _ = hidden_states(
+        config, params, tokens_BT, positions_BT=positions_BT, kv_cache=cache, top_k=top_k, dispatch=dispatch
+    )
+    return _sums(config, params, x_BTD, targets_BT)
+
+
+def _sums(config, params, x_BTD, targets_BT):
+    """(summed log-probabilities of the targets that are not -1 [B], whether each is the likeliest [B])."""
+
+    def of_row(_, row):
+        x_TD, target_T = row
+        logits_TV = jnp.matmul(x_TD, head(config, params).astype(x_TD.dtype), preferred_element_type=jnp.float32)
+        picked_T = jnp.take_along_axis(logits_TV, jnp.maximum(target_T, 0)[:, None], axis=-1)[:, 0]
+        log_p_T = picked_T - jax.nn.logsumexp(logits_TV, axis=-1)
+        counts_T = target_T >= 0
+        likeliest = ((logits_TV.argmax(-1) == target_T) | ~counts_T).all()
+        return None, (jnp.where(counts_T, log_p_T, 0.0).sum(), likeliest)
+
+    return jax.lax.scan(of_row, None, (x_BTD, targets_BT))[1]  # logits of one row at a time
+
+
+def _results(sums, greedy, count: int) -> list[tuple[float, bool]]:
+    pairs = zip(np.asarray(sums)[:count], np.asarray(greedy)[:count], strict=True)
+    return [(float(s), bool(g)) for s, g in pairs]
+
+
+def _round_up(n: int, step: int) -> int:
+    return -(-n // step) * step

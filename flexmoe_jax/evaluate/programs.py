@@ -1,0 +1,76 @@
+"""Running generated programs: in a process of their own, with limits of time, memory and file size.
+
+The limits keep an accident small. They are no wall against malice: run benchmarks that execute code where nothing can
+be lost, and only when asked to (`--allow-code-execution`).
+"""
+
+import os
+import resource
+import secrets
+import signal
+import subprocess
+import sys
+import tempfile
+from typing import Any
+
+SECONDS, MEMORY_BYTES, FILE_BYTES = 10, 1 << 30, 1 << 20
+
+
+def passes(program: str, seconds: float = SECONDS) -> bool:
+    """Whether `program` runs to its last line, without an exception, within the limits.
+
+    A program that ends itself before its assertions does not pass: the last line prints a word it does not know.
+    """
+    word = secrets.token_hex(16)
+    with tempfile.TemporaryDirectory() as folder, open(os.path.join(folder, "out"), "w+b") as out:
+        process = subprocess.Popen(
+            [sys.executable, "-I", "-c", f"{program}\nprint({word!r})\n"],
+            cwd=folder,
+            env={"PATH": os.defpath, "HOME": folder, "OMP_NUM_THREADS": "1"},
+            stdin=subprocess.DEVNULL,
+            stdout=out,
+            stderr=subprocess.DEVNULL,
+            preexec_fn=_limit,
+            start_new_session=True,
+        )
+        try:
+            ended = process.wait(seconds) == 0
+        except subprocess.TimeoutExpired:
+            ended = False
+        finally:
+            _end_group(process)
+        out.seek(0)
+        return ended and out.read().endswith(f"{word}\n".encode())
+
+
+def humaneval_program(generated: str, doc: dict[str, Any]) -> str:
+    """The prompt's function with the generated body (or the whole function, if that was generated), and its test."""
+    name = doc["entry_point"]
+    whole = f"def {name}(" in generated
+    before = doc["prompt"].split(f"def {name}(")[0] if whole else doc["prompt"]
+    return f"{before}{generated}\n{doc['test']}\ncheck({name})"
+
+
+def mbpp_program(generated: str, doc: dict[str, Any]) -> str:
+    """The generated function and its assertions."""
+    return "\n".join([doc.get("test_setup_code") or "", generated, *doc["test_list"]])
+
+
+def _limit() -> None:
+    cpu = SECONDS + 1
+    for kind, most in (
+        (resource.RLIMIT_CPU, cpu),
+        (resource.RLIMIT_AS, MEMORY_BYTES),
+        (resource.RLIMIT_FSIZE, FILE_BYTES),
+        (resource.RLIMIT_CORE, 0),
+    ):
+        resource.setrlimit(kind, (most, most))
+
+
+def _end_group(process: subprocess.Popen) -> None:
+    try:
+        os.killpg(process.pid, signal.SIGKILL)
+    except ProcessLookupError:
+        return
+    finally:
+        process.wait()

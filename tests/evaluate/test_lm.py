@@ -1,0 +1,117 @@
+"""Log-likelihoods against the logits, whatever way they are batched; text against greedy generation."""
+
+import dataclasses
+
+import jax
+import numpy as np
+import pytest
+
+import flexmoe_jax as fm
+from flexmoe_jax.errors import FlexMoEError
+from flexmoe_jax.evaluate.lm import cut
+from tests.hf.tiny import our_model
+
+
+@pytest.fixture(scope="module")
+def model(tmp_path_factory) -> fm.Model:
+    folder = tmp_path_factory.mktemp("ours")
+    our_model(folder, biased=True, top_k=2)
+    return fm.load(folder / "model")
+
+
+def by_hand(model, context, continuation):
+    whole = [*context, *continuation]
+    whole = whole[-(model.config.max_seq_len + 1) :]
+    log_p = np.asarray(jax.nn.log_softmax(model.logits(whole[:-1]), axis=-1))[-len(continuation) :]
+    greedy = bool((log_p.argmax(-1) == continuation).all())
+    return float(log_p[np.arange(len(continuation)), continuation].sum()), greedy
+
+
+def requests(model):
+    """Alone and sharing a context; one token and many; short contexts and one that is too long; greedy answers."""
+    rng = np.random.default_rng(0)
+
+    def ids(n):
+        return rng.integers(0, 300, n).tolist()
+
+    shared, long = ids(9), ids(70)
+    pairs = [(ids(3), ids(4)), (ids(1), ids(1)), (ids(30), ids(20)), (long, ids(5)), (ids(60), ids(5))]
+    pairs += [(shared, ids(n)) for n in (1, 1, 3, 7)] + [(long, ids(2)), (ids(1), ids(40))]
+    for context in (ids(5), shared):
+        greedy = []
+        for _ in range(3):
+            greedy.append(int(np.argmax(model.logits(context + greedy)[-1])))
+        pairs += [(context, greedy), (context, [*greedy[:-1], (greedy[-1] + 1) % 300])]
+    return pairs
+
+
+@pytest.mark.parametrize("experts", [None, ("public", "news")])
+@pytest.mark.parametrize("batch_size", [1, 3])
+def test_loglikelihoods_are_those_of_the_logits(model, batch_size, experts):
+    chosen = model if experts is None else model.select(experts)
+    pairs = requests(chosen)
+    found = chosen.lm(batch_size).loglikelihoods(pairs)
+    expected = [by_hand(chosen, *pair) for pair in pairs]
+    # Sums of up to forty float32 log-probabilities of order 6, attention in another order through the cache.
+    np.testing.assert_allclose([v for v, _ in found], [v for v, _ in expected], atol=2e-4)
+    assert [g for _, g in found] == [g for _, g in expected]
+    assert {True, False} == {g for _, g in expected}
+
+
+def test_experts_change_the_answer(model):
+    pairs = requests(model)[:1]
+    assert model.lm().loglikelihoods(pairs) != model.without("news").lm().loglikelihoods(pairs)
+
+
+def test_pairs_are_split_where_the_context_ends(model):
+    lm = model.lm()
+    encode = model.tokenizer.encode
+    assert lm.encode_pair("The owner", " agreed") == (
+        encode("The owner"),
+        encode("The owner agreed")[len(encode("The owner")) :],
+    )
+    assert lm.encode_pair("The owner ", "agreed") == lm.encode_pair("The owner", " agreed")
+    assert lm.encode_pair("", " agreed") == ([model.tokenizer.eos_id], encode(" agreed"))
+
+
+def test_text_ends_at_a_stop_string_or_the_length(model):
+    lm = model.lm(2)
+    prompts = ["the king", "a", "12 owners agreed to"]
+    free = lm.continue_until(prompts, [], 12)
+    for prompt, text in zip(prompts, free, strict=True):
+        assert text == model.generate(prompt, max_new_tokens=12)
+    stops = [free[0][3:5], free[2][6:8]]
+    assert lm.continue_until(prompts, stops, 12) == [cut(text, stops) for text in free]
+    assert len(cut(free[0], stops)) <= 3
+
+
+def test_a_long_prompt_keeps_its_end(model):
+    text = " owner" * 100
+    ids = model.tokenizer.encode(text)[-(64 - 8) :]
+    expected = fm.api.stream(
+        model.config,
+        model._stacked,
+        [ids],
+        max_new_tokens=8,
+        stop_ids={model.tokenizer.eos_id},
+        top_k=2,
+        dispatch="sparse",
+    )
+    assert model.lm().continue_until([text], [], 8) == [
+        model.tokenizer.decode([t for s in expected for t in s.values()])
+    ]
+    with pytest.raises(FlexMoEError, match="64 new tokens leave no room"):
+        model.lm().continue_until([text], [], 64)
+
+
+@pytest.mark.parametrize("pair", [([], [1]), ([1], []), ([1], [1] * 65)])
+def test_requests_without_answer_are_refused(model, pair):
+    with pytest.raises(FlexMoEError, match="request 0"):
+        model.lm().loglikelihoods([pair])
+
+
+def test_a_small_batch_is_filled(model):
+    """Rows that only fill the batch do not disturb the others."""
+    pairs = requests(model)[:2]
+    wide = dataclasses.replace(model.lm(), batch_size=7).loglikelihoods(pairs)
+    np.testing.assert_allclose([v for v, _ in wide], [v for v, _ in model.lm(1).loglikelihoods(pairs)], atol=1e-4)
