@@ -5,7 +5,6 @@ be lost, and only when asked to (`--allow-code-execution`).
 """
 
 import os
-import resource
 import secrets
 import signal
 import subprocess
@@ -14,6 +13,11 @@ import tempfile
 from typing import Any
 
 SECONDS, MEMORY_BYTES, FILE_BYTES = 10, 1 << 30, 1 << 20
+# Set by the new process itself: between fork and exec nothing of this one may run, which has threads.
+_LIMITS = f"""import resource
+for kind, most in (("CPU", {SECONDS + 1}), ("AS", {MEMORY_BYTES}), ("FSIZE", {FILE_BYTES}), ("CORE", 0)):
+    resource.setrlimit(getattr(resource, "RLIMIT_" + kind), (most, most))
+del resource, kind, most"""
 
 
 def passes(program: str, seconds: float = SECONDS) -> bool:
@@ -24,13 +28,12 @@ def passes(program: str, seconds: float = SECONDS) -> bool:
     word = secrets.token_hex(16)
     with tempfile.TemporaryDirectory() as folder, open(os.path.join(folder, "out"), "w+b") as out:
         process = subprocess.Popen(
-            [sys.executable, "-I", "-c", f"{program}\nprint({word!r})\n"],
+            [sys.executable, "-I", "-c", f"{_LIMITS}\nexec({program!r}, {{'__name__': '__main__'}})\nprint({word!r})"],
             cwd=folder,
             env={"PATH": os.defpath, "HOME": folder, "OMP_NUM_THREADS": "1"},
             stdin=subprocess.DEVNULL,
             stdout=out,
             stderr=subprocess.DEVNULL,
-            preexec_fn=_limit,
             start_new_session=True,
         )
         try:
@@ -54,17 +57,6 @@ def humaneval_program(generated: str, doc: dict[str, Any]) -> str:
 def mbpp_program(generated: str, doc: dict[str, Any]) -> str:
     """The generated function and its assertions."""
     return "\n".join([doc.get("test_setup_code") or "", generated, *doc["test_list"]])
-
-
-def _limit() -> None:
-    cpu = SECONDS + 1
-    for kind, most in (
-        (resource.RLIMIT_CPU, cpu),
-        (resource.RLIMIT_AS, MEMORY_BYTES),
-        (resource.RLIMIT_FSIZE, FILE_BYTES),
-        (resource.RLIMIT_CORE, 0),
-    ):
-        resource.setrlimit(kind, (most, most))
 
 
 def _end_group(process: subprocess.Popen) -> None:

@@ -55,8 +55,10 @@ def test_what_cannot_run_is_refused_with_what_it_needs(name, message):
         find_tasks(name)
 
 
-@pytest.mark.parametrize("form", ["rc", "rc0", "mc"])
-@pytest.mark.parametrize("name", ["arc_easy", "openbookqa", "winogrande", "mmlu"])
+@pytest.mark.parametrize(
+    ("name", "form"),
+    [("arc_easy", "rc"), ("openbookqa", "rc0"), ("arc_challenge", "mc"), ("winogrande", "rc"), ("mmlu", "mc")],
+)
 def test_choices(name, form):
     """Whoever likes the right choice best scores 1, whoever likes another 0."""
     examples = load_examples(BY_NAME[name], 30, form)
@@ -94,11 +96,11 @@ def test_gold_answers_are_right_and_others_wrong(name):
     assert run_task(Oracle(text=gold.get), task, examples).score == pytest.approx(sum(scores) / 100)
 
 
-@pytest.mark.parametrize(("name", "least"), [("humaneval", 12), ("mbpp", 12)])
+@pytest.mark.parametrize(("name", "least"), [("humaneval", 6), ("mbpp", 6)])
 def test_gold_programs_pass_and_others_fail(name, least):
-    task, examples = BY_NAME[name], load_examples(BY_NAME[name], 12)
+    task, examples = BY_NAME[name], load_examples(BY_NAME[name], 6)
     gold = {e.requests[0][0]: answers_cut(e.requests[0][1]) for e in examples}
-    assert run_task(Oracle(text=gold.get), task, examples, allow_code_execution=True).score * 12 >= least
+    assert run_task(Oracle(text=gold.get), task, examples, allow_code_execution=True).score * 6 >= least
     wrong = Oracle(text=lambda _: "    return None\n" if name == "humaneval" else "x = 1")
     assert run_task(wrong, task, examples, allow_code_execution=True).score == 0
 
