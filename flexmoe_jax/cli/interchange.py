@@ -3,7 +3,6 @@
 import argparse
 import json
 import pathlib
-import shutil
 
 from flexmoe_jax.cli.common import add_json, emit, names, parser
 from flexmoe_jax.errors import ConfigError, DataError
@@ -11,7 +10,7 @@ from flexmoe_jax.errors import ConfigError, DataError
 
 def import_hf(argv: list[str]) -> int:
     """A checkpoint folder becomes a model, or one expert of it a package."""
-    example = "flexmoe import-hf FlexOlmo-7x7B-1T --names public,code,math,news,academic,creative,reddit --out model"
+    example = "flexmoe import-hf Flex-math-2x7B-1T --names public,math --out model"
     p = parser("import-hf", "Imports an Olmo2, FlexOlmo or Llama checkpoint (safetensors).", example)
     p.add_argument("checkpoint", help="a folder with config.json and safetensors files")
     p.add_argument("--out", required=True, help="new directory: a model, or with --public a package")
@@ -84,7 +83,6 @@ def export_hf(argv: list[str]) -> int:
     if args.zero_bias != bool(args.data) or (args.zero_bias and args.custom_code) or args.max_shard_gb <= 0:
         raise ConfigError("--zero-bias goes with --data, without --custom-code", "give both, or neither")
     from flexmoe_jax.artifacts.model_dir import open_model
-    from flexmoe_jax.hf.check import compare_logits
     from flexmoe_jax.hf.export import export
 
     model = open_model(args.model)
@@ -99,26 +97,25 @@ def export_hf(argv: list[str]) -> int:
         zero_bias=measured,
         evaluation=_read_evaluation(args.evaluation),
         max_shard_bytes=int(args.max_shard_gb * 2**30),
+        check_logits=not args.no_logits,
     )
-    difference = None
-    if not args.no_logits:
-        try:
-            difference = compare_logits(
-                done.path, model, done.experts, custom_code=done.architecture.bias, leave_out_bias=args.zero_bias
-            )
-        except Exception:
-            shutil.rmtree(done.path)
-            raise
     kind = (
         f"top-{done.top_k} of {', '.join(done.experts)}" if done.architecture.mixture else f"dense, {done.experts[0]}"
     )
     lines = [f"{args.out}: {done.architecture.name}, {kind}; {len(done.files)} weight file(s), read back byte by byte"]
-    if difference is not None:
-        lines.append(f"transformers' logits agree: largest difference {difference:.1e} of the largest logit")
+    if done.logits_difference is not None:
+        lines.append(
+            f"transformers' logits agree: largest difference {done.logits_difference:.1e} of the largest logit"
+        )
     if measured is not None:
         lines.append("bias left out: " + ", ".join(f"{key} {value}" for key, value in measured.items()))
     result = {"path": args.out, "architecture": done.architecture.name, "experts": list(done.experts)}
-    result |= {"top_k": done.top_k, "files": list(done.files), "logits_difference": difference, "bias": measured}
+    result |= {
+        "top_k": done.top_k,
+        "files": list(done.files),
+        "logits_difference": done.logits_difference,
+        "bias": measured,
+    }
     emit(result, lines, args.json)
     return 0
 

@@ -20,6 +20,7 @@ from flexmoe_jax.artifacts.package import check_files, raise_problems
 from flexmoe_jax.data.tokenizer import load_tokenizer
 from flexmoe_jax.errors import ArtifactError
 from flexmoe_jax.hf import card
+from flexmoe_jax.hf.check import compare_logits
 from flexmoe_jax.hf.configuration import Architecture, architecture_of, write_config
 from flexmoe_jax.hf.mapping import Slot, slots
 from flexmoe_jax.hf.source import open_folder
@@ -40,6 +41,7 @@ class Export:
     experts: tuple[str, ...]
     top_k: int
     files: tuple[str, ...]
+    logits_difference: float | None = None
 
 
 def export(
@@ -52,13 +54,15 @@ def export(
     zero_bias: Mapping[str, Any] | None = None,
     evaluation: Mapping[str, Any] | None = None,
     max_shard_bytes: int = MAX_SHARD_BYTES,
+    check_logits: bool = False,
 ) -> Export:
     """Writes the new directory `out`, after checking the digests of everything it takes; reads it back byte by byte.
 
     `experts` are those to export (all). One expert whose router row is 0, as an imported dense model's, becomes a dense
     model; `dense` makes one of any single expert, whose router row then has no use and is left out. A bias below 0 is
     refused, unless `custom_code` ships a model file that adds it or `zero_bias` (what was measured about it, recorded)
-    leaves it out. `evaluation` is a result of `flexmoe eval --json`, for the model card.
+    leaves it out. `evaluation` is a result of `flexmoe eval --json`, for the model card. `check_logits` loads the
+    export with transformers and compares logits before `out` appears (hf/check.py): both models are then in memory.
     """
     names = model.experts if experts is None else check_known(experts, model.experts)
     if dense and len(names) != 1:
@@ -105,7 +109,11 @@ def export(
             shutil.copyfile(pathlib.Path(__file__).with_name(MODEL_FILE), folder / MODEL_FILE)
         write_bytes(folder / "README.md", card.model_card(model, names, architecture, provenance, evaluation).encode())
         _read_back(folder, tensors)
-    return Export(pathlib.Path(out), architecture, names, min(model.top_k, len(names)), tuple(files))
+        difference = None
+        if check_logits:
+            leave_out = zero_bias is not None
+            difference = compare_logits(folder, model, names, custom_code=with_bias, leave_out_bias=leave_out)
+    return Export(pathlib.Path(out), architecture, names, min(model.top_k, len(names)), tuple(files), difference)
 
 
 def _map_leaves(model: ModelDir, owner: str) -> dict[str, np.ndarray]:

@@ -1,7 +1,8 @@
 """Importing: a checkpoint becomes a model directory, or one owner's package beside an existing public model.
 
-One owner's parameters are in memory at a time. Nothing is rounded: a leaf has the dtype of its tensors. A biasless
-checkpoint's experts have bias 0, a dense one's only expert the router row 0, both float32: neither changes an output.
+The trunk with the public expert, then one expert at a time are in memory. Nothing is rounded: a leaf has the dtype of
+its tensors. A biasless checkpoint's experts have bias 0, a dense one's only expert the router row 0, both float32:
+neither changes an output.
 """
 
 import hashlib
