@@ -7,16 +7,22 @@ import logging
 import pathlib
 from collections.abc import Mapping
 
-import ml_dtypes  # noqa: F401 - makes numpy know bfloat16
+import ml_dtypes
 import numpy as np
 
 from flexmoe_jax.artifacts.digest import parse_json, read_bytes
 from flexmoe_jax.errors import ArtifactError
-from flexmoe_jax.tree import flatten, unflatten
+from flexmoe_jax.tree import unflatten
 
-ITEM_BYTES = {"float32": 4, "bfloat16": 2, "float16": 2}
+NUMPY_DTYPES = {
+    "float32": np.dtype("<f4"),
+    "bfloat16": np.dtype(ml_dtypes.bfloat16),
+    "float16": np.dtype("<f2"),
+}
+ITEM_BYTES = {name: dtype.itemsize for name, dtype in NUMPY_DTYPES.items()}
+METADATA_FILE = "arrays/_METADATA"
+MAX_HEADER_BYTES = 1 << 16
 _ZARR_DTYPES = {"float32": "<f4", "bfloat16": "bfloat16", "float16": "<f2"}
-_MAX_HEADER_BYTES = 1 << 16
 
 logging.getLogger("absl").setLevel(logging.WARNING)
 
@@ -41,17 +47,30 @@ def save_arrays(folder: pathlib.Path, arrays: Mapping[str, np.ndarray]) -> None:
     handler.close()
 
 
-def load_arrays(folder: pathlib.Path) -> dict[str, np.ndarray]:
-    """What `save_arrays` wrote; whatever Orbax cannot read is an ArtifactError. Check headers and files before."""
-    from etils import epath
+def load_array(package: pathlib.Path, path: str, shape: tuple[int, ...], dtype: str) -> np.ndarray:
+    """The tensor `path` that `save_arrays` wrote, read without Orbax: its file is its bytes.
 
-    handler = _handler()
+    Check headers and sizes before: this allocates what `shape` says.
+    """
+    array = np.empty(shape, NUMPY_DTYPES[dtype])
+    with open(package / tensor_file(path, shape), "rb") as file:
+        if file.readinto(array.reshape(-1).view(np.uint8)) != array.nbytes:  # type: ignore[arg-type]
+            raise ArtifactError(f"{package / tensor_file(path, shape)} ends early", "fetch it again")
+    return array
+
+
+def not_finite(chunk, dtype: str) -> int:
+    """How many of the little-endian numbers in `chunk` are NaN or infinite."""
+    return int((~np.isfinite(np.frombuffer(chunk, NUMPY_DTYPES[dtype]))).sum())
+
+
+def metadata_problem(package: pathlib.Path) -> str | None:
+    """What is wrong with the file in which Orbax keeps the tree, if anything."""
     try:
-        return {path: np.asarray(leaf) for path, leaf in flatten(handler.restore(epath.Path(folder.resolve()))).items()}
-    except (OSError, ValueError, KeyError, TypeError) as error:
-        raise ArtifactError(f"{folder} is no checkpoint that Orbax can read: {error}", "fetch it again") from error
-    finally:
-        handler.close()
+        parse_json(read_bytes(package / METADATA_FILE, MAX_HEADER_BYTES), METADATA_FILE)
+    except ArtifactError as error:
+        return error.what
+    return None
 
 
 def header_problem(package: pathlib.Path, path: str, shape: tuple[int, ...], dtype: str) -> str | None:
@@ -68,7 +87,7 @@ def header_problem(package: pathlib.Path, path: str, shape: tuple[int, ...], dty
         "zarr_format": 2,
     }
     try:
-        header = parse_json(read_bytes(package / header_file(path), _MAX_HEADER_BYTES), header_file(path))
+        header = parse_json(read_bytes(package / header_file(path), MAX_HEADER_BYTES), header_file(path))
     except ArtifactError as error:
         return error.what
     return None if header == expected else f"is {header}, must be {expected}"

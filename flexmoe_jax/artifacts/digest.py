@@ -9,6 +9,7 @@ import json
 import os
 import pathlib
 import stat
+from collections.abc import Callable
 from typing import Any
 
 import numpy as np
@@ -16,13 +17,22 @@ import numpy as np
 from flexmoe_jax.config import canonical_json, digest
 from flexmoe_jax.errors import ArtifactError
 
-MAX_JSON_BYTES = 64 << 20
+# Sealed files of real models have some kilobytes. JSON of tiny values takes 30 times its size in memory.
+MAX_JSON_BYTES = 4 << 20
+MAX_TEXT_BYTES = 64 << 20
+MAX_JSON_DEPTH = 32
+CHUNK_BYTES = 1 << 20  # a multiple of every dtype's size
 
 
-def sha256_file(path: pathlib.Path) -> str:
-    """sha256 (hex) of a file, read as a stream."""
-    with open(path, "rb") as file:
-        return hashlib.file_digest(file, "sha256").hexdigest()
+def sha256_file(path: pathlib.Path, *consumers: Callable[[bytes], Any]) -> str:
+    """sha256 (hex) of a regular file, read as a stream; every `consumers` gets each chunk. Links are not followed."""
+    hasher = hashlib.sha256()
+    with open(os.open(path, os.O_RDONLY | os.O_NOFOLLOW | os.O_NONBLOCK), "rb") as file:
+        while chunk := file.read(CHUNK_BYTES):
+            hasher.update(chunk)
+            for consume in consumers:
+                consume(chunk)
+    return hasher.hexdigest()
 
 
 def sha256_array(array: np.ndarray) -> str:
@@ -91,10 +101,10 @@ def write_json(path: pathlib.Path, value) -> None:
     write_bytes(path, json_bytes(value))
 
 
-def parse_json(raw: bytes, where) -> dict[str, Any]:
-    """A JSON object from `raw`; doubled keys, NaN, anything but an object, and over 64 MiB are ArtifactErrors."""
-    if len(raw) > MAX_JSON_BYTES:
-        raise ArtifactError(f"{where} has over {MAX_JSON_BYTES} bytes", "this is not a file this library wrote")
+def parse_json(raw: bytes, where, limit: int = MAX_JSON_BYTES) -> dict[str, Any]:
+    """A JSON object from `raw`; doubled keys, NaN, anything but an object, too long and too deep are ArtifactErrors."""
+    if len(raw) > limit:
+        raise ArtifactError(f"{where} has over {limit} bytes", "this is not a file this library wrote")
     try:
         value = json.loads(raw.decode(), object_pairs_hook=_no_doubled_keys, parse_constant=_no_constant)
         canonical_json(value)  # refuses what has no canonical form: infinite numbers, lone surrogates
@@ -102,6 +112,11 @@ def parse_json(raw: bytes, where) -> dict[str, Any]:
         raise ArtifactError(f"{where} is not valid JSON: {error}", "restore the file from its source") from error
     if not isinstance(value, dict):
         raise ArtifactError(f"{where} holds a {type(value).__name__}, not an object", "restore it from its source")
+    level: list = [value]
+    for _ in range(MAX_JSON_DEPTH):
+        level = [v for c in level for v in (c.values() if isinstance(c, dict) else c) if isinstance(v, dict | list)]
+    if level:
+        raise ArtifactError(f"{where} is nested more than {MAX_JSON_DEPTH} deep", "this is not a file of this library")
     return value
 
 
@@ -109,6 +124,8 @@ def read_bytes(path: pathlib.Path, limit: int = MAX_JSON_BYTES) -> bytes:
     """A regular file of at most `limit` bytes; a link, a missing or a longer file is an ArtifactError."""
     try:
         with open(os.open(path, os.O_RDONLY | os.O_NOFOLLOW | os.O_NONBLOCK), "rb") as file:
+            if not stat.S_ISREG(os.fstat(file.fileno()).st_mode):
+                raise ArtifactError(f"{path} is not a regular file", "do not use this directory")
             raw = file.read(limit + 1)
     except OSError as error:
         raise ArtifactError(f"{path} cannot be read: {error.strerror}", "give the directory that holds it") from error

@@ -2,17 +2,14 @@
 
 import contextlib
 import fcntl
-import hashlib
 import os
 import pathlib
 import secrets
 import shutil
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 
 from flexmoe_jax.artifacts.digest import sha256_file, sync_directory
 from flexmoe_jax.errors import ArtifactError
-
-CHUNK_BYTES = 1 << 20
 
 
 @contextlib.contextmanager
@@ -38,19 +35,24 @@ def new_directory(target: pathlib.Path) -> Iterator[pathlib.Path]:
         shutil.rmtree(partial, ignore_errors=True)
 
 
-def copy_file(source: pathlib.Path, target: pathlib.Path, sha256: str, link: bool = False) -> None:
-    """Copies (or hard-links) one regular file whose bytes have `sha256`; parent directories are made."""
+def copy_file(
+    source: pathlib.Path,
+    target: pathlib.Path,
+    sha256: str,
+    link: bool = False,
+    check: Callable[[bytes], None] = lambda chunk: None,
+) -> None:
+    """Copies (or hard-links) one regular file whose bytes have `sha256`; parent directories are made.
+
+    `check` sees every chunk, and may raise. Memory: one chunk.
+    """
     target.parent.mkdir(parents=True, exist_ok=True)
     if link:
         os.link(source, target, follow_symlinks=False)
-        found = sha256_file(target)
+        found = sha256_file(target, check)
     else:
-        hasher = hashlib.sha256()
-        with open(os.open(source, os.O_RDONLY | os.O_NOFOLLOW), "rb") as reader, open(target, "xb") as writer:
-            while chunk := reader.read(CHUNK_BYTES):
-                hasher.update(chunk)
-                writer.write(chunk)
-        found = hasher.hexdigest()
+        with open(target, "xb") as writer:
+            found = sha256_file(source, check, writer.write)
     if found != sha256:
         raise ArtifactError(f"{source} has sha256 {found}, its manifest says {sha256}", "fetch it again")
 

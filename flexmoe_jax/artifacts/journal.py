@@ -11,7 +11,15 @@ import json
 import pathlib
 from typing import Any
 
-from flexmoe_jax.artifacts.digest import check_fields, check_seal, parse_json, read_bytes, seal, write_bytes
+from flexmoe_jax.artifacts.digest import (
+    MAX_TEXT_BYTES,
+    check_fields,
+    check_seal,
+    parse_json,
+    read_bytes,
+    seal,
+    write_bytes,
+)
 from flexmoe_jax.errors import ArtifactError
 
 FILE = "journal.jsonl"
@@ -43,7 +51,7 @@ class Entry:
 def append_entry(folder: pathlib.Path, event: str, experts: tuple[str, ...], model: str, **details) -> None:
     """Adds one line to the journal of the model directory `folder`, atomically; the first one begins the journal."""
     path = folder / FILE
-    raw = read_bytes(path) if path.exists() else b""
+    raw = read_bytes(path, MAX_TEXT_BYTES) if path.exists() else b""
     lines = raw.splitlines(keepends=True)
     fields = {
         "seq": len(_parse(raw, path)),
@@ -60,7 +68,7 @@ def append_entry(folder: pathlib.Path, event: str, experts: tuple[str, ...], mod
 
 def read_journal(folder: pathlib.Path) -> list[Entry]:
     """The journal of the model directory `folder`; ArtifactError if a line was altered, dropped or moved."""
-    entries = _parse(read_bytes(folder / FILE), folder / FILE)
+    entries = _parse(read_bytes(folder / FILE, MAX_TEXT_BYTES), folder / FILE)
     if not entries:
         raise ArtifactError(f"{folder / FILE} is empty", "restore the journal from its source")
     return entries

@@ -3,13 +3,12 @@
 import dataclasses
 import math
 import pathlib
-import posixpath
 from collections.abc import Mapping
 from typing import Any
 
 from flexmoe_jax import config as configs
-from flexmoe_jax.artifacts.arrays import ITEM_BYTES, header_file, tensor_file
-from flexmoe_jax.artifacts.digest import check_fields, check_format, is_sha256, read_sealed
+from flexmoe_jax.artifacts.arrays import ITEM_BYTES, MAX_HEADER_BYTES, METADATA_FILE, header_file, tensor_file
+from flexmoe_jax.artifacts.digest import MAX_JSON_BYTES, check_fields, check_format, is_sha256, read_sealed
 from flexmoe_jax.config import ModelConfig
 from flexmoe_jax.errors import ArtifactError
 from flexmoe_jax.model.spec import owner_spec
@@ -78,9 +77,10 @@ def read_manifest(path: pathlib.Path | str, owner: str | None = None) -> Manifes
         if fields[name] != value:
             raise ArtifactError(f"{where}: {name} is {fields[name]}, what it states has {value}", FETCH_AGAIN)
     check_shapes(fields["owner"], {name: t.shape for name, t in tensors.items()}, config)
+    _check_names(files, tensors, where)
     for name, tensor in tensors.items():
         file = FileRecord(math.prod(tensor.shape) * ITEM_BYTES[tensor.dtype], tensor.sha256)
-        if files.get(tensor_file(name, tensor.shape)) != file or header_file(name) not in files:
+        if files[tensor_file(name, tensor.shape)] != file:
             raise ArtifactError(f"{where}: the tensor {name!r} and its files disagree", FETCH_AGAIN)
     return Manifest(
         fields["owner"],
@@ -127,12 +127,26 @@ def _read_tensor(name: str, value, where) -> TensorRecord:
     return TensorRecord(tuple(value["shape"]), value["dtype"], value["sha256"])
 
 
+def _check_names(files: Mapping[str, FileRecord], tensors: Mapping[str, TensorRecord], where) -> None:
+    """Exactly the files that this library writes: no path leads outside, nothing hides, no two differ in case only."""
+    limits = {"card.md": MAX_JSON_BYTES, METADATA_FILE: MAX_HEADER_BYTES}
+    limits |= {header_file(name): MAX_HEADER_BYTES for name in tensors}
+    data = {tensor_file(name, tensor.shape) for name, tensor in tensors.items()}
+    for name in sorted({*files, *limits, *data}):
+        if name not in files:
+            raise ArtifactError(f"{where}: the file {name!r} is missing", FETCH_AGAIN)
+        if name not in limits and name not in data:
+            raise ArtifactError(f"{where}: {name!r} is no path a package may hold", "do not use this package")
+        if name in limits and files[name].size > limits[name]:
+            raise ArtifactError(
+                f"{where}: the file {name!r} has {files[name].size} bytes, {limits[name]} are allowed",
+                "do not use this package",
+            )
+
+
 def _read_file(name: str, value, where) -> FileRecord:
     where = f"{where}: file {name!r}"
     check_fields(_object(value, where), {"size": int, "sha256": str}, where)
-    outside = posixpath.isabs(name) or ".." in name.split("/") or posixpath.normpath(name) != name or "\\" in name
-    if outside or not (name == "card.md" or name.startswith("arrays/")) or "\0" in name:
-        raise ArtifactError(f"{where} is no path a package may hold", "do not use this package")
     if value["size"] < 0 or not is_sha256(value["sha256"]):
         raise ArtifactError(f"{where} is {value}", FETCH_AGAIN)
     return FileRecord(value["size"], value["sha256"])

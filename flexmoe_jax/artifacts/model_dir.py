@@ -12,6 +12,7 @@ look there first, so they see the model before the change or after it.
 """
 
 import dataclasses
+import hashlib
 import json
 import pathlib
 from collections.abc import Iterable, Mapping
@@ -19,6 +20,7 @@ from typing import Any
 
 from flexmoe_jax import config as configs
 from flexmoe_jax.artifacts.digest import (
+    MAX_TEXT_BYTES,
     check_fields,
     check_format,
     is_sha256,
@@ -135,7 +137,7 @@ def assemble(
     """
     with new_directory(pathlib.Path(out)) as folder:
         for name in (*release.tokenizer, JOURNAL):
-            write_bytes(folder / name, read_bytes(release.path / name))
+            write_bytes(folder / name, read_bytes(release.path / name, MAX_TEXT_BYTES))
         sources = {TRUNK: (release.package(TRUNK), release.manifests[TRUNK]), **packages}
         for name, (source, manifest) in sources.items():
             copy_package(source, folder / name, manifest, link)
@@ -274,8 +276,7 @@ def _check_tokenizer(path: pathlib.Path, digests: dict) -> None:
     if TOKENIZER not in digests or not set(digests) <= {TOKENIZER, TOKENIZER_CONFIG}:
         raise ArtifactError(f"{path}/model.json: the tokenizer files are {sorted(digests)}", NOT_ALTERED)
     for name, digest in digests.items():
-        read_bytes(path / name)
-        found = sha256_file(path / name)
+        found = hashlib.sha256(read_bytes(path / name, MAX_TEXT_BYTES)).hexdigest()
         if found != digest or not is_sha256(digest):
             raise ArtifactError(f"{path / name} has sha256 {found}, model.json says {digest}", NOT_ALTERED)
 
@@ -283,10 +284,10 @@ def _check_tokenizer(path: pathlib.Path, digests: dict) -> None:
 def _read_tokenizer(tokenizer: pathlib.Path | str | bytes) -> dict[str, bytes]:
     """{file name: canonical bytes}: the sha256 of tokenizer.json is then the digest that `load_tokenizer` gives."""
     if isinstance(tokenizer, bytes):
-        return {TOKENIZER: canonical_json(parse_json(tokenizer, TOKENIZER))}
+        return {TOKENIZER: canonical_json(parse_json(tokenizer, TOKENIZER, MAX_TEXT_BYTES))}
     path = pathlib.Path(tokenizer)
     path = path / TOKENIZER if path.is_dir() else path
-    files = {TOKENIZER: canonical_json(parse_json(read_bytes(path), path))}
+    files = {TOKENIZER: canonical_json(parse_json(read_bytes(path, MAX_TEXT_BYTES), path, MAX_TEXT_BYTES))}
     if (neighbour := path.with_name(TOKENIZER_CONFIG)).is_file():
         files[TOKENIZER_CONFIG] = json.dumps(parse_json(read_bytes(neighbour), neighbour), indent=2).encode()
     return files
