@@ -18,7 +18,7 @@ from flexmoe_jax.config import canonical_json, digest
 from flexmoe_jax.errors import ArtifactError
 
 # Sealed files of real models have some kilobytes. JSON of tiny values takes 30 times its size in memory.
-MAX_JSON_BYTES = 4 << 20
+MAX_JSON_BYTES = 2 << 20
 MAX_TEXT_BYTES = 64 << 20
 MAX_JSON_DEPTH = 32
 CHUNK_BYTES = 1 << 20  # a multiple of every dtype's size

@@ -186,8 +186,11 @@ def load_params(model: ModelDir, experts: Iterable[str] | None = None) -> Params
     return union({name: load_package(model.package(name)) for name in (TRUNK, *names)})
 
 
-def verify_model(path: pathlib.Path | str) -> list[Finding]:
-    """Findings on every part of a model directory: digests, what is left over, the journal. Damage is never raised."""
+def verify_model(path: pathlib.Path | str, *, quick: bool = False) -> list[Finding]:
+    """Findings on every part of a model directory: digests, what is left over, the journal. Damage is never raised.
+
+    `quick` reads no contents of arrays, see `verify_package`.
+    """
     path = pathlib.Path(path)
     try:
         model = open_model(path)
@@ -196,7 +199,7 @@ def verify_model(path: pathlib.Path | str) -> list[Finding]:
     findings = [Finding("model.json", True, model.digest)]
     findings += [Finding(name, True, digest) for name, digest in model.tokenizer.items()]
     for name in model.manifests:
-        rows = verify_package(model.package(name), name)
+        rows = verify_package(model.package(name), name, quick=quick)
         findings += [dataclasses.replace(row, subject=f"{name}/{row.subject}") for row in rows]
     findings.append(_check_journal(model))
     return findings + _leftovers(model)
@@ -228,6 +231,8 @@ def _open(path: pathlib.Path) -> ModelDir:
         raise ArtifactError(f"{where}: top_k is {top_k} with {len(digests) - 1} experts", NOT_ALTERED)
     manifests = {}
     for name, digest in digests.items():
+        if locate_package(path, name, digest).is_symlink():
+            raise ArtifactError(f"{path}: the package {name!r} is a symbolic link", "put the package itself there")
         manifests[name] = read_manifest(locate_package(path, name, digest), name)
         found = manifests[name].digest
         if found != digest:

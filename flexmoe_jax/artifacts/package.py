@@ -52,6 +52,7 @@ __all__ = [
     "Finding",
     "Manifest",
     "check_files",
+    "check_own_files",
     "content_digest",
     "copy_package",
     "load_package",
@@ -188,6 +189,16 @@ def check_files(path: pathlib.Path, manifest: Manifest) -> list[Finding]:
         headers[METADATA_FILE] = metadata_problem(path)
         findings += [Finding(name, False, problem) for name, problem in headers.items() if problem]
     return findings
+
+
+def check_own_files(path: pathlib.Path) -> None:
+    """Refuses a package whose files have other names elsewhere: whoever holds those can change it under our hands."""
+    shared = [name for name in list_files(path)[0] if (path / name).lstat().st_nlink > 1]
+    if shared:
+        raise ArtifactError(
+            f"{path} holds hard links: {', '.join(shared)}",
+            "copy the package (cp -r), or merge with links (--link) if you made them yourself",
+        )
 
 
 def copy_package(source: pathlib.Path, target: pathlib.Path, manifest: Manifest, link: bool = False) -> None:

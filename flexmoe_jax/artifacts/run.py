@@ -22,8 +22,16 @@ from typing import Any
 import jax
 
 from flexmoe_jax.artifacts import arrays  # noqa: F401 - quietens Orbax
-from flexmoe_jax.artifacts.digest import digest_files, list_files, read_sealed, write_sealed
+from flexmoe_jax.artifacts.digest import (
+    check_fields,
+    digest_files,
+    list_files,
+    read_sealed,
+    sha256_file,
+    write_sealed,
+)
 from flexmoe_jax.artifacts.files import lock_directory
+from flexmoe_jax.artifacts.package import Finding
 from flexmoe_jax.errors import ArtifactError
 
 
@@ -158,18 +166,7 @@ class RunCheckpoints:
                     file.unlink()
 
     def _problem(self, step: int) -> str | None:
-        folder = self._steps / str(step)
-        if not self._digest_file(step).exists():
-            return "it has no digests: the save was interrupted"
-        try:
-            expected = read_sealed(self._digest_file(step))
-        except ArtifactError as error:
-            return error.what
-        files, found, others = expected["files"], digest_files(folder), list_files(folder)[1]
-        bad = [name for name in sorted({*files, *found}) if files.get(name) != found.get(name)] + others
-        if expected["step"] != step:
-            return f"its digests are those of step {expected['step']}"
-        return f"altered, missing or foreign files: {', '.join(bad)}" if bad else None
+        return "; ".join(f"{f.subject}: {f.detail}" for f in _check_step(self.path, step) if not f.ok) or None
 
     def _set_aside(self, skipped: list[tuple[int, str]]) -> None:
         for step, _ in skipped:
@@ -193,6 +190,49 @@ class RunCheckpoints:
                 f"saving step {step} to {self.path} failed: {error}",
                 "check free space and permissions, then run the same command: it goes on from the last good step",
             ) from error
+
+
+def verify_run(path: pathlib.Path | str, *, quick: bool = False) -> list[Finding]:
+    """Findings on every file of every checkpoint of the run directory `path`; `quick` reads names and sizes alone."""
+    path = pathlib.Path(path)
+    folders = sorted((path / "checkpoints").iterdir(), key=lambda folder: folder.name)
+    findings = []
+    for folder in folders:
+        if folder.name.isdecimal():
+            rows = _check_step(path, int(folder.name), quick)
+            findings += [dataclasses.replace(f, subject=f"checkpoints/{folder.name}/{f.subject}") for f in rows]
+        else:
+            detail = "what an interrupted save left; the next start of the run removes it"
+            findings.append(Finding(f"checkpoints/{folder.name}", False, detail))
+    for file in sorted((path / "digests").iterdir()):
+        if not (path / "checkpoints" / file.stem).is_dir():
+            findings.append(Finding(f"digests/{file.name}", False, f"there is no checkpoints/{file.stem}"))
+    return findings
+
+
+def _check_step(path: pathlib.Path, step: int, quick: bool = False) -> list[Finding]:
+    """Findings on every file of one saved step against its digests."""
+    folder, digests = path / "checkpoints" / str(step), path / "digests" / f"{step}.json"
+    if not digests.exists():
+        return [Finding("digests", False, "it has no digests: the save was interrupted")]
+    try:
+        fields = read_sealed(digests)
+        check_fields(fields, {"step": int, "files": dict, "digest": str}, digests)
+    except ArtifactError as error:
+        return [Finding("digests", False, error.what)]
+    if fields["step"] != step:
+        return [Finding("digests", False, f"its digests are those of step {fields['step']}")]
+    sizes, others = list_files(folder)
+    findings = [Finding(name, False, "a link, an empty directory or a special file") for name in others]
+    for name in sorted({*sizes, *fields["files"]}):
+        expected = fields["files"].get(name)
+        if name not in sizes or expected is None:
+            findings.append(Finding(name, False, "missing" if name not in sizes else "foreign"))
+            continue
+        found = {"size": sizes[name], "sha256": expected["sha256"] if quick else sha256_file(folder / name)}
+        detail = f"{found['size']} bytes {'' if quick else found['sha256']}".strip()
+        findings.append(Finding(name, found == expected, detail if found == expected else f"altered: {detail}"))
+    return findings
 
 
 def _abstract(tree):

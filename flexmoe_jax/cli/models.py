@@ -87,15 +87,24 @@ def inspect(argv: list[str]) -> int:
 
 def verify(argv: list[str]) -> int:
     """Checks every file and tensor against the manifests; exit code 1 when anything is wrong."""
-    p = parser("verify", "Checks every digest of a package or a model.", "flexmoe verify runs/quickstart/model")
-    p.add_argument("path", help="a package or a model directory")
+    what = "Checks every digest of a package, a model or a run directory."
+    p = parser("verify", what, "flexmoe verify runs/quickstart/model")
+    p.add_argument("path", help="a package, a model or a run directory")
+    p.add_argument("--quick", action="store_true", help="names, sizes and headers alone; contents are not read")
     add_json(p)
     args = p.parse_args(argv)
     from flexmoe_jax.artifacts.model_dir import verify_model
     from flexmoe_jax.artifacts.package import verify_package
 
     path = pathlib.Path(args.path)
-    findings = verify_model(path) if _is_model(path) else verify_package(path)
+    if _is_model(path):
+        findings = verify_model(path, quick=args.quick)
+    elif (path / "checkpoints").is_dir():
+        from flexmoe_jax.artifacts.run import verify_run
+
+        findings = verify_run(path, quick=args.quick)
+    else:
+        findings = verify_package(path, quick=args.quick)
     bad = [finding for finding in findings if not finding.ok]
     lines = [f"{'ok ' if f.ok else 'BAD'}  {f.subject}  {f.detail}" for f in findings]
     rows = [{"subject": f.subject, "ok": f.ok, "detail": f.detail} for f in findings]

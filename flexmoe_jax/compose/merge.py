@@ -8,7 +8,7 @@ import pathlib
 from collections.abc import Iterable
 
 from flexmoe_jax.artifacts.model_dir import ModelDir, assemble, check_belongs, open_model
-from flexmoe_jax.artifacts.package import Manifest, read_manifest
+from flexmoe_jax.artifacts.package import Manifest, check_own_files, read_manifest
 from flexmoe_jax.errors import ArtifactError
 from flexmoe_jax.tree import PUBLIC, canonical_order, check_owner_name
 
@@ -31,7 +31,7 @@ def merge(
     release = open_release(public)
     packages: dict[str, tuple[pathlib.Path, Manifest]] = {PUBLIC: (release.package(PUBLIC), release.manifests[PUBLIC])}
     for path in map(pathlib.Path, experts):
-        manifest = read_expert(path, release)
+        manifest = read_expert(path, release, link)
         if manifest.owner in packages:
             raise ArtifactError(
                 f"the expert name {manifest.owner!r} is given twice: {packages[manifest.owner][0]} and {path}",
@@ -60,8 +60,10 @@ def open_release(path: pathlib.Path | str) -> ModelDir:
     return release
 
 
-def read_expert(path: pathlib.Path, model: ModelDir) -> Manifest:
+def read_expert(path: pathlib.Path, model: ModelDir, link: bool = False) -> Manifest:
     """The manifest of a data owner's package that may join `model`; ArtifactError if it may not."""
+    if not link:
+        check_own_files(path)
     manifest = read_manifest(path)
     check_owner_name(manifest.owner)
     check_belongs(manifest, model, path)

@@ -188,3 +188,14 @@ def test_two_writers_at_once_are_refused(model):
     with lock_directory(model), pytest.raises(ArtifactError, match="in use by another process"):
         opt_out(model, "news")
     assert open_model(opt_out(model, "news").path).experts == ("public", "code")
+
+
+def test_quick_verification_reads_headers_and_sizes_alone(model):
+    file = model / "news/arrays/w_up/0.0.0"
+    flip_bit(file, 100)
+    assert all(f.ok for f in verify_model(model, quick=True))
+    assert problems(model).keys() == {"news/arrays/w_up/0.0.0"}
+    file.write_bytes(file.read_bytes()[:-4])
+    flip_bit(model / "code/arrays/w_up/.zarray", 20)
+    bad = {f.subject for f in verify_model(model, quick=True) if not f.ok}
+    assert bad == {"news/arrays/w_up/0.0.0", "code/arrays/w_up/.zarray"}

@@ -284,7 +284,7 @@ def test_a_header_that_makes_orbax_allocate_more_is_refused(package):
         (b'{"a": "\\ud800"}', "not valid JSON"),
         (b"\xff", "not valid JSON"),
         (b"[" * 100_000, "not valid JSON"),
-        (b" " * ((4 << 20) + 1), "over 4194304 bytes"),
+        (b" " * ((2 << 20) + 1), "over 2097152 bytes"),
         (b'{"a":' * 40 + b"1" + b"}" * 40, "nested more than 32 deep"),
     ],
 )

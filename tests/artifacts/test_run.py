@@ -11,7 +11,7 @@ import optax
 import pytest
 
 from flexmoe_jax.artifacts.digest import list_files
-from flexmoe_jax.artifacts.run import RunCheckpoints
+from flexmoe_jax.artifacts.run import RunCheckpoints, verify_run
 from flexmoe_jax.errors import ArtifactError
 from tests.artifacts.tiny import flip_bit, random_params
 
@@ -256,3 +256,24 @@ def test_a_second_user_of_the_run_is_refused_by_name(tmp_path):
         RunCheckpoints(tmp_path)
     with RunCheckpoints(tmp_path):
         pass
+
+
+def test_verify_names_every_damaged_file_of_a_run(saved, tmp_path):
+    path, _ = saved
+    assert {f.ok for f in verify_run(path)} == {True}
+    names = list_files(path / "checkpoints")[0]
+    assert {f.subject for f in verify_run(path)} == {f"checkpoints/{name}" for name in names}
+    for name in names:
+        file = path / "checkpoints" / name
+        good = file.read_bytes()
+        flip_bit(file, len(good) // 2)
+        assert [f.subject for f in verify_run(path) if not f.ok] == [f"checkpoints/{name}"]
+        assert all(f.ok for f in verify_run(path, quick=True))
+        file.write_bytes(good[:-1])
+        assert [f.subject for f in verify_run(path, quick=True) if not f.ok] == [f"checkpoints/{name}"]
+        file.write_bytes(good)
+    flip_bit(path / "digests/3.json", 40)
+    shutil.rmtree(path / "checkpoints/2")
+    (path / "checkpoints/4.orbax-checkpoint-tmp").mkdir()
+    bad = {f.subject for f in verify_run(path) if not f.ok}
+    assert bad == {"checkpoints/3/digests", "digests/2.json", "checkpoints/4.orbax-checkpoint-tmp"}
