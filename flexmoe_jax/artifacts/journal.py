@@ -38,7 +38,10 @@ _FIELDS = {
 
 @dataclasses.dataclass(frozen=True)
 class Entry:
-    """One event; `experts` are the model's after it, `model` is the digest of its model.json after it."""
+    """One event; `experts` are the model's after it, `model` is the digest of its model.json after it.
+
+    `sha256` is that of the line: whoever keeps the last one notices a history that was cut or written anew.
+    """
 
     seq: int
     event: str
@@ -46,6 +49,7 @@ class Entry:
     details: dict[str, Any]
     model: str
     time: str
+    sha256: str
 
 
 def append_entry(folder: pathlib.Path, event: str, experts: tuple[str, ...], model: str, **details) -> None:
@@ -91,6 +95,7 @@ def _parse(raw: bytes, path: pathlib.Path) -> list[Entry]:
                 fields["details"],
                 fields["model"],
                 fields["time"],
+                prev,
             )
         )
     return entries

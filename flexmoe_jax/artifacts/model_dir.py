@@ -28,9 +28,10 @@ from flexmoe_jax.artifacts.digest import (
     parse_json,
     read_bytes,
     read_sealed,
+    seal,
     sha256_file,
     write_bytes,
-    write_sealed,
+    write_json,
 )
 from flexmoe_jax.artifacts.files import new_directory
 from flexmoe_jax.artifacts.journal import FILE as JOURNAL
@@ -150,7 +151,16 @@ def assemble(
 def write_model_json(
     path: pathlib.Path, experts: Iterable[str], top_k: int | None, manifests: Mapping[str, Manifest] | None = None
 ) -> str:
-    """Replaces `path`/model.json, atomically; returns its digest.
+    """Replaces `path`/model.json, atomically; returns its digest. For `manifests` see `seal_model`."""
+    sealed = seal_model(path, experts, top_k, manifests)
+    write_json(path / "model.json", sealed)
+    return sealed["digest"]
+
+
+def seal_model(
+    path: pathlib.Path, experts: Iterable[str], top_k: int | None, manifests: Mapping[str, Manifest] | None = None
+) -> dict[str, Any]:
+    """What model.json says, sealed, about a model of these experts with the tokenizer in `path`.
 
     It names the packages that lie in `path`, or those of `manifests`, where an expert has not yet its place.
     """
@@ -165,7 +175,7 @@ def write_model_json(
         "top_k": top_k,
         "router": {"overlay": None},
     }
-    return write_sealed(path / "model.json", fields)
+    return seal(fields)
 
 
 def open_model(path: pathlib.Path | str) -> ModelDir:

@@ -30,11 +30,12 @@ def optout(argv: list[str]) -> int:
     p.add_argument("model", help="a model directory; changed in place unless --out is given")
     p.add_argument("--expert", required=True, help="the expert that leaves")
     p.add_argument("--out", help="new directory for the model without it; the given one stays as it is")
+    p.add_argument("--certificate", help="new file that says what was removed and what remains, by digest")
     add_json(p)
     args = p.parse_args(argv)
     from flexmoe_jax.compose.optout import opt_out
 
-    model = opt_out(args.model, args.expert, args.out)
+    model = opt_out(args.model, args.expert, args.out, certificate=args.certificate)
     emit(_describe(model), [f"{model.path}: {args.expert} removed; left: {', '.join(model.experts)}"], args.json)
     return 0
 
@@ -57,9 +58,12 @@ def inspect(argv: list[str]) -> int:
     """Shows a package's manifest, or a model's experts and journal. Arrays are not read."""
     p = parser("inspect", "Shows what a package or a model holds.", "flexmoe inspect runs/quickstart/model")
     p.add_argument("path", help="a package or a model directory")
+    p.add_argument("--journal", action="store_true", help="every entry of a model's journal, in full")
     add_json(p)
     args = p.parse_args(argv)
     path = pathlib.Path(args.path)
+    if args.journal:
+        return _show_journal(path, args.json)
     if _is_model(path):
         from flexmoe_jax.artifacts.journal import read_journal
         from flexmoe_jax.artifacts.model_dir import open_model
@@ -85,12 +89,28 @@ def inspect(argv: list[str]) -> int:
     return 0
 
 
+def _show_journal(path: pathlib.Path, as_json: bool) -> int:
+    """What happened to a model, entry by entry; a broken chain is an ArtifactError."""
+    import dataclasses
+
+    from flexmoe_jax.artifacts.journal import read_journal
+
+    entries = read_journal(path)
+    lines = []
+    for e in entries:
+        lines += [f"{e.seq}  {e.time}  {e.event}", f"   experts  {', '.join(e.experts)}", f"   model    {e.model}"]
+        lines += [f"   {key:8} {value}" for key, value in e.details.items()] + [f"   line     {e.sha256}"]
+    emit({"path": str(path), "entries": [dataclasses.asdict(e) for e in entries]}, lines, as_json)
+    return 0
+
+
 def verify(argv: list[str]) -> int:
     """Checks every file and tensor against the manifests; exit code 1 when anything is wrong."""
     what = "Checks every digest of a package, a model or a run directory."
     p = parser("verify", what, "flexmoe verify runs/quickstart/model")
     p.add_argument("path", help="a package, a model or a run directory")
     p.add_argument("--quick", action="store_true", help="names, sizes and headers alone; contents are not read")
+    p.add_argument("--certificate", help="also check the model against this opt-out certificate")
     add_json(p)
     args = p.parse_args(argv)
     from flexmoe_jax.artifacts.model_dir import verify_model
@@ -99,6 +119,12 @@ def verify(argv: list[str]) -> int:
     path = pathlib.Path(args.path)
     if _is_model(path):
         findings = verify_model(path, quick=args.quick)
+        if args.certificate:
+            from flexmoe_jax.compose.certificate import verify_certificate
+
+            findings += verify_certificate(args.certificate, path)
+    elif args.certificate:
+        raise ArtifactError(f"{path} is no model directory", "a certificate is about a model: give its directory")
     elif (path / "checkpoints").is_dir():
         from flexmoe_jax.artifacts.run import verify_run
 

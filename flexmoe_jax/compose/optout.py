@@ -13,19 +13,27 @@ from flexmoe_jax.artifacts.files import lock_directory, new_directory, remove_di
 from flexmoe_jax.artifacts.journal import append_entry, read_journal
 from flexmoe_jax.artifacts.model_dir import ModelDir, assemble, open_model, staging_place, write_model_json
 from flexmoe_jax.artifacts.package import copy_package
+from flexmoe_jax.compose.certificate import certify, publish, write_pending
 from flexmoe_jax.compose.merge import read_expert
 from flexmoe_jax.errors import ArtifactError
 from flexmoe_jax.tree import PUBLIC, TRUNK, check_known
 
 
-def opt_out(model: pathlib.Path | str, name: str, out: pathlib.Path | str | None = None) -> ModelDir:
+def opt_out(
+    model: pathlib.Path | str,
+    name: str,
+    out: pathlib.Path | str | None = None,
+    *,
+    certificate: pathlib.Path | str | None = None,
+) -> ModelDir:
     """Removes the expert `name`, in place or into the new directory `out` (which leaves `model` as it is).
 
     The result is, byte for byte outside the journal, what `merge` makes of the other experts with the same top-k, or
-    with as many as are left where top-k was more. In place, the expert's bytes leave the directory. Raises for
-    `public`, `trunk` and unknown names.
+    with as many as are left where top-k was more. In place, the expert's bytes leave the directory. A `certificate`
+    is written to that new file when the expert is gone (certificate.py). Raises for `public`, `trunk` and unknown
+    names.
     """
-    path = pathlib.Path(model)
+    path, proof = pathlib.Path(model), None if certificate is None else pathlib.Path(certificate)
     if name in (PUBLIC, TRUNK):
         raise ArtifactError(
             f"{name!r} cannot opt out: every expert was trained beside it", "name a data owner's expert"
@@ -35,18 +43,26 @@ def opt_out(model: pathlib.Path | str, name: str, out: pathlib.Path | str | None
         check_known([name], opened.experts)
         rest = {n: (opened.package(n), opened.manifests[n]) for n in opened.experts if n != name}
         details = _details(opened, name)
-        return assemble(out, opened, rest, details["top_k"], "opted_out", details)
+        if proof is not None:
+            write_pending(proof, certify(opened, name, details["top_k"]), pathlib.Path(out))
+        made = assemble(out, opened, rest, details["top_k"], "opted_out", details)
+        return _publish(proof, name, made)
     with lock_directory(path):
         finished = _finish_opt_outs(path)
         opened = open_model(path)
-        if name in finished and name not in opened.experts:
-            return opened
+        if name not in opened.experts:
+            if proof is not None and publish(proof, name, opened):  # only this was left to do
+                return opened
+            if name in finished:
+                return _publish(proof, name, opened)
         check_known([name], opened.experts)
         details, rest_names = _details(opened, name), tuple(n for n in opened.experts if n != name)
+        if proof is not None:
+            write_pending(proof, certify(opened, name, details["top_k"]), path)
         digest = write_model_json(path, rest_names, details["top_k"], opened.manifests)
         _erase(path, name)
         append_entry(path, "opted_out", rest_names, digest, **details)
-        return open_model(path)
+        return _publish(proof, name, open_model(path))
 
 
 def replace(model: pathlib.Path | str, package: pathlib.Path | str) -> ModelDir:
@@ -81,6 +97,15 @@ def replace(model: pathlib.Path | str, package: pathlib.Path | str) -> ModelDir:
         if read_journal(path)[-1].model != digest:
             append_entry(path, "replaced", opened.experts, digest, expert=name, content=new.content)
         return open_model(path)
+
+
+def _publish(proof: pathlib.Path | None, name: str, model: ModelDir) -> ModelDir:
+    if proof is not None and not publish(proof, name, model):
+        raise ArtifactError(
+            f"{name!r} left {model.path} without a certificate, and cannot have one now that its bytes are gone",
+            "the journal records what was removed: flexmoe inspect --journal",
+        )
+    return model
 
 
 def _finish_opt_outs(path: pathlib.Path) -> list[str]:

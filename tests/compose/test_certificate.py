@@ -1,0 +1,184 @@
+"""A certificate says what a merge without the expert would say, and every way in which it can be untrue is found."""
+
+import json
+import shutil
+
+import numpy as np
+import pytest
+
+from flexmoe_jax.artifacts.digest import json_bytes, seal
+from flexmoe_jax.artifacts.journal import append_entry
+from flexmoe_jax.artifacts.model_dir import open_model, verify_model
+from flexmoe_jax.cli.main import main
+from flexmoe_jax.compose import certificate as certificates
+from flexmoe_jax.compose.certificate import read_certificate, scan, verify_certificate
+from flexmoe_jax.compose.merge import merge
+from flexmoe_jax.compose.optout import opt_out, replace
+from flexmoe_jax.errors import ArtifactError, FlexMoEError
+from tests.artifacts.tiny import Crash, contents, crash_at, flip_bit, make_expert, make_release, random_params
+
+
+@pytest.fixture(scope="module")
+def home(tmp_path_factory):
+    root = tmp_path_factory.mktemp("home")
+    release = make_release(root / "public")
+    for name in ("code", "math", "news"):
+        make_expert(root / name, name, release)
+    make_expert(root / "code2", "code", release, seed=2)
+    merge(root / "public", [root / n for n in ("code", "math", "news")], root / "model")
+    merge(root / "public", [root / n for n in ("code", "math")], root / "never")
+    return root
+
+
+@pytest.fixture
+def model(home, tmp_path):
+    return shutil.copytree(home / "model", tmp_path / "model")
+
+
+def bad(certificate, model):
+    return {f.subject.removeprefix("certificate: ") for f in verify_certificate(certificate, model) if not f.ok}
+
+
+@pytest.mark.parametrize("in_place", [True, False])
+def test_a_certificate_names_the_digest_of_a_model_that_never_had_the_expert(home, model, tmp_path, in_place):
+    proof = tmp_path / "proof.json"
+    news = open_model(model).manifests["news"]
+    left = opt_out(model, "news", None if in_place else tmp_path / "out", certificate=proof)
+    fields = read_certificate(proof)
+    never = open_model(home / "never")
+    assert fields["model"] == never.digest == left.digest
+    assert fields["removed"] == {
+        "name": "news",
+        "manifest": news.digest,
+        "content": news.content,
+        "tensors": {path: tensor.sha256 for path, tensor in news.tensors.items()},
+    }
+    assert fields["remaining"] == {name: manifest.digest for name, manifest in never.manifests.items()}
+    assert (fields["label"], fields["reason"], fields["scan"]["found"]) == ("exact", "", [])
+    assert fields["scan"]["scanned_bytes"] == sum(
+        len(raw) for name, raw in contents(home / "never").items() if name != "model.json"
+    )
+    assert bad(proof, left.path) == bad(proof, home / "never") == set()
+    assert [p.name for p in tmp_path.iterdir() if "pending" in p.name] == []
+
+
+def test_what_the_certificate_does_not_describe_is_found(home, model, tmp_path):
+    proof = tmp_path / "proof.json"
+    opt_out(model, "news", certificate=proof)
+    assert bad(proof, home / "model") == {"model", "remaining", "removed", "tensors"}
+    shutil.copytree(home / "news", model / "news")
+    assert bad(proof, model) == {"removed", "tensors"}
+    (model / "news").rename(model / "old")
+    assert bad(proof, model) == {"tensors"}
+    shutil.rmtree(model / "old")
+    assert bad(proof, model) == set()
+    other = shutil.copytree(model, tmp_path / "other")
+    replace(other, home / "code2")
+    assert bad(proof, other) == {"model", "remaining"}
+    flip_bit(proof, proof.stat().st_size // 2)
+    assert bad(proof, model) == {"certificate"}
+
+
+def test_every_window_is_found_at_any_offset_and_nothing_else(tmp_path):
+    rng = np.random.default_rng(0)
+    own = {"w": rng.normal(size=(8, 16)).astype(np.float32), "zeros": np.zeros(64, np.float32)}
+    began = {"w": own["w"].copy(), "zeros": own["zeros"]}
+    own["w"][2:] += 1  # the first two rows were not trained: they are the public expert's
+    raw = own["w"].tobytes()
+    file = tmp_path / "file"
+
+    def found(content):
+        file.write_bytes(content)
+        return scan(own, began, [file], tmp_path)
+
+    filler = rng.bytes(1000)
+    for offset in range(128, len(raw) - 64, 5):  # every alignment
+        for before in (0, 1, 7, 500):
+            assert found(filler[:before] + raw[offset : offset + 64] + filler) == ["file holds bytes of w"]
+    for innocent in (filler, raw[:128], bytes(5000), raw[128:159], b"", b"x"):
+        assert found(innocent) == []
+    big = rng.bytes(certificates.CHUNK_BYTES - 40)
+    assert found(big + raw[200:264]) == ["file holds bytes of w"]  # across two chunks
+
+
+def test_bytes_that_stayed_are_named_and_fail_the_certificate(home, tmp_path):
+    release = open_model(home / "public")
+    thief = shutil.copytree(home / "code", tmp_path / "code")
+    params = random_params("code", 1)
+    params["w_down"].reshape(-1)[3:19] = random_params("news", 1)["w_down"].reshape(-1)[8:24]  # 64 bytes
+    from flexmoe_jax.artifacts.package import write_package
+    from tests.artifacts.tiny import CONFIG, base_of
+
+    shutil.rmtree(thief)
+    write_package(thief, owner="code", params=params, config=CONFIG, base=base_of(release), record={})
+    model = merge(home / "public", [thief, home / "news"], tmp_path / "model").path
+    opt_out(model, "news", certificate=tmp_path / "proof.json")
+    assert read_certificate(tmp_path / "proof.json")["scan"]["found"] == [
+        "code/arrays/w_down/0.0.0 holds bytes of w_down"
+    ]
+    assert bad(tmp_path / "proof.json", model) == {"scan"}
+
+
+def test_opting_out_of_a_tuned_model_is_labelled_approximate(model, tmp_path):
+    opened = open_model(model)
+    append_entry(model, "tuned", opened.experts, opened.digest)
+    opt_out(model, "news", certificate=tmp_path / "proof.json")
+    fields = read_certificate(tmp_path / "proof.json")
+    assert fields["label"] == "approximate"
+    assert "the router was tuned" in fields["reason"]
+    assert "approximate the router was tuned" in verify_certificate(tmp_path / "proof.json", model)[0].detail
+
+
+def test_a_crash_anywhere_leaves_a_certificate_only_of_what_happened(home, tmp_path):
+    never = contents(home / "never")
+    for number in range(1000):
+        model, proof = shutil.copytree(home / "model", tmp_path / f"m{number}"), tmp_path / f"{number}.json"
+        with pytest.MonkeyPatch.context() as patch:
+            crash_at(patch, number)
+            try:
+                opt_out(model, "news", certificate=proof)
+            except Crash:
+                pass
+            else:
+                break
+        if proof.exists():
+            assert bad(proof, model) == set()
+        else:
+            opt_out(model, "news", certificate=proof)
+        assert bad(proof, model) == set()
+        assert contents(model) == never
+        assert all(f.ok for f in verify_model(model))
+    assert number >= 6
+
+
+def test_where_a_certificate_may_not_lie(home, model, tmp_path):
+    (tmp_path / "there.json").write_text("")
+    before = contents(model, leave_out=())
+    for place, message in ((tmp_path / "there.json", "already exists"), (model / "proof.json", "lies in the model")):
+        with pytest.raises(ArtifactError, match=message):
+            opt_out(model, "news", certificate=place)
+    assert contents(model, leave_out=()) == before
+    opt_out(model, "news")
+    with pytest.raises(FlexMoEError, match="no expert 'news'"):
+        opt_out(model, "news", certificate=tmp_path / "proof.json")
+
+
+def test_by_command(model, tmp_path, capsys):
+    proof = str(tmp_path / "proof.json")
+    assert main(["optout", str(model), "--expert", "news", "--certificate", proof]) == 0
+    assert main(["verify", str(model), "--certificate", proof]) == 0
+    assert "news (" in capsys.readouterr().out
+    assert main(["inspect", str(model), "--journal", "--json"]) == 0
+    entries = json.loads(capsys.readouterr().out)["entries"]
+    assert [entry["event"] for entry in entries] == ["created", "merged", "opted_out"]
+    assert main(["inspect", str(model), "--journal"]) == 0
+    assert entries[-1]["sha256"] in capsys.readouterr().out
+    fields = {**read_certificate(tmp_path / "proof.json"), "model": "0" * 64}
+    del fields["digest"]
+    (tmp_path / "proof.json").write_bytes(json_bytes(seal(fields)))
+    assert main(["verify", str(model), "--certificate", proof]) == 1
+    assert "certificate: model" in capsys.readouterr().err
+    lines = (model / "journal.jsonl").read_bytes().splitlines(keepends=True)
+    (model / "journal.jsonl").write_bytes(lines[0] + lines[2])
+    assert main(["inspect", str(model), "--journal"]) == 1
+    assert "does not follow the line before it" in capsys.readouterr().err
