@@ -14,6 +14,7 @@ look there first, so they see the model before the change or after it.
 import dataclasses
 import hashlib
 import json
+import os
 import pathlib
 from collections.abc import Iterable, Mapping
 from typing import Any
@@ -33,7 +34,7 @@ from flexmoe_jax.artifacts.digest import (
     write_bytes,
     write_json,
 )
-from flexmoe_jax.artifacts.files import new_directory
+from flexmoe_jax.artifacts.files import lock_directory, new_directory
 from flexmoe_jax.artifacts.journal import FILE as JOURNAL
 from flexmoe_jax.artifacts.journal import append_entry, read_journal
 from flexmoe_jax.artifacts.package import (
@@ -45,6 +46,8 @@ from flexmoe_jax.artifacts.package import (
     verify_package,
     write_package,
 )
+from flexmoe_jax.artifacts.signature import FILE as SIGNATURE
+from flexmoe_jax.artifacts.signature import Trust, write_signature
 from flexmoe_jax.config import ModelConfig, canonical_json
 from flexmoe_jax.errors import ArtifactError, FlexMoEError
 from flexmoe_jax.tree import PUBLIC, TRUNK, Params, canonical_order, check_known, check_owner_name, union
@@ -172,10 +175,18 @@ def seal_model(
         "tokenizer": {n: sha256_file(path / n) for n in (TOKENIZER, TOKENIZER_CONFIG) if (path / n).is_file()},
         "trunk": manifests[TRUNK].digest,
         "experts": [{"name": name, "manifest": manifests[name].digest} for name in order],
+        "signatures": find_signatures(path, {name: manifests[name] for name in (TRUNK, *order)}),
         "top_k": top_k,
         "router": {"overlay": None},
     }
     return seal(fields)
+
+
+def find_signatures(path: pathlib.Path, manifests: Mapping[str, Manifest]) -> dict[str, str]:
+    """{name: sha256 of its signature.json} of the signed packages among `manifests` in the model directory `path`."""
+    places = {name: locate_package(path, name, m.digest) / SIGNATURE for name, m in manifests.items()}
+    present = {name: place for name, place in places.items() if os.path.lexists(place)}
+    return {name: hashlib.sha256(read_bytes(place)).hexdigest() for name, place in present.items()}
 
 
 def open_model(path: pathlib.Path | str) -> ModelDir:
@@ -190,16 +201,30 @@ def open_model(path: pathlib.Path | str) -> ModelDir:
         return _open(path)  # an expert may have been replaced between two of the reads
 
 
+def sign_release(path: pathlib.Path | str, key: pathlib.Path | str, version: int) -> ModelDir:
+    """Signs trunk and public expert of the public release `path`, in place, and writes both into model.json."""
+    path = pathlib.Path(path)
+    with lock_directory(path):
+        fields = read_sealed(path / "model.json")
+        if [row.get("name") for row in fields.get("experts", ())] != [PUBLIC]:
+            raise ArtifactError(f"{path} is a model of several owners", "each owner signs the own package, then merge")
+        for name in (TRUNK, PUBLIC):
+            write_signature(path / name, key, version)
+        digest = write_model_json(path, (PUBLIC,), fields["top_k"])
+        append_entry(path, "signed", (PUBLIC,), digest, version=version)
+        return open_model(path)
+
+
 def load_params(model: ModelDir, experts: Iterable[str] | None = None) -> Params:
     """The whole tree, experts named, as numpy arrays: of all experts or only of `experts`. Every digest is checked."""
     names = model.experts if experts is None else check_known(experts, model.experts)
     return union({name: load_package(model.package(name)) for name in (TRUNK, *names)})
 
 
-def verify_model(path: pathlib.Path | str, *, quick: bool = False) -> list[Finding]:
+def verify_model(path: pathlib.Path | str, *, quick: bool = False, trust: Trust | None = None) -> list[Finding]:
     """Findings on every part of a model directory: digests, what is left over, the journal. Damage is never raised.
 
-    `quick` reads no contents of arrays, see `verify_package`.
+    `quick` reads no contents of arrays; `trust` holds the keys of signatures: see `verify_package`.
     """
     path = pathlib.Path(path)
     try:
@@ -209,7 +234,7 @@ def verify_model(path: pathlib.Path | str, *, quick: bool = False) -> list[Findi
     findings = [Finding("model.json", True, model.digest)]
     findings += [Finding(name, True, digest) for name, digest in model.tokenizer.items()]
     for name in model.manifests:
-        rows = verify_package(model.package(name), name, quick=quick)
+        rows = verify_package(model.package(name), name, quick=quick, trust=trust)
         findings += [dataclasses.replace(row, subject=f"{name}/{row.subject}") for row in rows]
     findings.append(_check_journal(model))
     return findings + _leftovers(model)
@@ -231,8 +256,9 @@ def _open(path: pathlib.Path) -> ModelDir:
     fields = read_sealed(where)
     check_format(fields, FORMAT, where)
     top_k = fields["top_k"] if type(fields.get("top_k")) is int else None
-    types = {"config": dict, "tokenizer": dict, "experts": list, "router": dict, "trunk": str, "digest": str}
-    check_fields(fields, {**types, "format": str, "top_k": int if top_k is not None else type(None)}, where)
+    types: dict[str, type] = {**dict.fromkeys(("config", "tokenizer", "signatures", "router"), dict), "experts": list}
+    types |= {**dict.fromkeys(("format", "trunk", "digest"), str), "top_k": int if top_k is not None else type(None)}
+    check_fields(fields, types, where)
     if fields["router"] != {"overlay": None}:
         raise ArtifactError(f"{where}: router is {fields['router']}", "this version knows no router overlay")
     config = configs.from_mapping(ModelConfig, fields["config"], f"{where}: config")
@@ -249,6 +275,8 @@ def _open(path: pathlib.Path) -> ModelDir:
             what = f"{path}: the package {name!r} has the manifest digest {found}, model.json names {digest}"
             raise ArtifactError(what, NOT_ALTERED)
     _check_tokenizer(path, fields["tokenizer"])
+    if lines := configs.differences(find_signatures(path, manifests), fields["signatures"]):
+        raise ArtifactError(f"{path}: signatures found != those of model.json: {'; '.join(lines)}", NOT_ALTERED)
     model = ModelDir(path, config, manifests, fields["tokenizer"], top_k, fields["digest"])
     for name, manifest in manifests.items():
         check_belongs(manifest, model, path / name)

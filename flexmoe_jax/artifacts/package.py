@@ -4,6 +4,7 @@
       manifest.json   what it is and every digest (sealed, see digest.py)
       arrays/         a complete Orbax checkpoint of this owner's subtree and nothing else
       card.md         for people
+      signature.json  the owner's, over the manifest (signature.py), or none
 
 Arrays are stored uncompressed, one file per tensor, so a tensor's sha256 is the sha256 of its file: whoever hashes the
 files has hashed the tensors, and Orbax is not needed to read them. Nothing depends on time or place: the same
@@ -14,6 +15,7 @@ import dataclasses
 import functools
 import json
 import math
+import os
 import pathlib
 from collections.abc import Mapping
 from typing import Any
@@ -44,6 +46,8 @@ from flexmoe_jax.artifacts.manifest import (
     check_shapes,
     read_manifest,
 )
+from flexmoe_jax.artifacts.signature import FILE as SIGNATURE
+from flexmoe_jax.artifacts.signature import Trust, check_signature
 from flexmoe_jax.config import ModelConfig
 from flexmoe_jax.errors import ArtifactError, FlexMoEError
 from flexmoe_jax.tree import Params, flatten, unflatten
@@ -136,19 +140,28 @@ def load_package(path: pathlib.Path | str, *, verify: bool = True) -> Params:
     return unflatten(arrays)
 
 
-def verify_package(path: pathlib.Path | str, owner: str | None = None, *, quick: bool = False) -> list[Finding]:
-    """One finding for the manifest, every file and every tensor; damage is reported, never raised.
+def verify_package(
+    path: pathlib.Path | str, owner: str | None = None, *, quick: bool = False, trust: Trust | None = None
+) -> list[Finding]:
+    """One finding for the manifest, the signature, every file and every tensor; damage is reported, never raised.
 
-    `quick` reads the manifest and the headers of arrays alone: names, kinds and sizes, no contents.
+    `quick` reads the manifest and the headers of arrays alone: names, kinds and sizes, no contents. `trust` are the
+    keys by which a signature must be; without it, one that is there must be valid.
     """
     path = pathlib.Path(path)
     try:
         manifest = read_manifest(path, owner)
     except FlexMoEError as error:
         return [Finding("manifest.json", False, error.what)]
+    first = [Finding("manifest.json", True, manifest.digest)]
+    try:
+        line = check_signature(path, manifest.owner, manifest.digest, trust)
+        first += [Finding(SIGNATURE, True, line)] if line else []
+    except ArtifactError as error:
+        first.append(Finding(SIGNATURE, False, error.what))
     findings = check_files(path, manifest)
     if quick or not all(f.ok for f in findings):
-        return [Finding("manifest.json", True, manifest.digest), *findings]
+        return [*first, *findings]
     tensors = {tensor_file(name, t.shape): (name, t) for name, t in manifest.tensors.items()}
     bad: dict[str, int] = dict.fromkeys(manifest.tensors, 0)
     findings = []
@@ -164,13 +177,14 @@ def verify_package(path: pathlib.Path | str, owner: str | None = None, *, quick:
         for name, t in manifest.tensors.items():
             wrong = f": {bad[name]} values are not finite" if bad[name] else ""
             findings.append(Finding(name, not wrong, f"{t.dtype}{list(t.shape)} {t.sha256}{wrong}"))
-    return [Finding("manifest.json", True, manifest.digest), *findings]
+    return [*first, *findings]
 
 
 def check_files(path: pathlib.Path, manifest: Manifest) -> list[Finding]:
     """Findings on a package's files without reading them: none missing, none more, kinds, sizes, array headers."""
     found, others = list_files(path)
-    found.pop("manifest.json", None)
+    for name in ("manifest.json", SIGNATURE):  # have digests of their own
+        found.pop(name, None)
     findings = [Finding(name, False, "a link, an empty directory or a special file") for name in others]
     findings += [
         Finding(n, False, "the manifest does not name this file") for n in sorted({*found} - {*manifest.files})
@@ -210,7 +224,10 @@ def copy_package(source: pathlib.Path, target: pathlib.Path, manifest: Manifest,
     }
     for name, file in manifest.files.items():
         copy_file(source / name, target / name, file.sha256, link, checks.get(name, lambda chunk: None))
-    (target / "manifest.json").write_bytes(read_bytes(source / "manifest.json"))
+    check_signature(source, manifest.owner, manifest.digest)
+    for name in ("manifest.json", SIGNATURE):
+        if name == "manifest.json" or os.path.lexists(source / name):
+            (target / name).write_bytes(read_bytes(source / name))
     if read_manifest(target, manifest.owner).digest != manifest.digest:
         raise ArtifactError(f"{source} changed while it was copied", "try again when nothing writes to it")
 

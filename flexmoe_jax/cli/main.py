@@ -22,6 +22,8 @@ VERBS = {
     "replace": ("models", "put a new version of an expert in its place"),
     "inspect": ("models", "show what a package or a model holds"),
     "verify": ("models", "check every digest of a package or a model"),
+    "keygen": ("models", "make a key that signs packages"),
+    "sign": ("models", "sign a package with its owner's key"),
     "import-hf": ("interchange", "take over an Olmo2, FlexOlmo or Llama checkpoint"),
     "import-gguf": ("interchange", "take over a GGUF file of the Llama architecture"),
     "export-hf": ("interchange", "write a checkpoint that transformers loads"),

@@ -1,4 +1,4 @@
-"""`flexmoe merge|optout|replace|inspect|verify`: what a coordinator and an auditor do with directories."""
+"""`flexmoe merge|optout|replace|inspect|verify|keygen|sign`: what a coordinator and an auditor do with directories."""
 
 import pathlib
 
@@ -15,11 +15,12 @@ def merge(argv: list[str]) -> int:
     p.add_argument("--out", required=True, help="new directory")
     p.add_argument("--top-k", type=int, help="experts active per token; all by default")
     p.add_argument("--link", action="store_true", help="hard-link instead of copying (same disk; see BUILD.md)")
+    _add_trust(p)
     add_json(p)
     args = p.parse_args(argv)
     from flexmoe_jax.compose.merge import merge as join
 
-    model = join(args.public, args.expert, args.out, top_k=args.top_k, link=args.link)
+    model = join(args.public, args.expert, args.out, top_k=args.top_k, link=args.link, trust=_trust(args))
     emit(_describe(model), [f"{args.out}: {', '.join(model.experts)}; top-{model.top_k}"], args.json)
     return 0
 
@@ -45,11 +46,12 @@ def replace(argv: list[str]) -> int:
     p = parser("replace", "Replaces an expert by a new version.", "flexmoe replace model --expert news/package")
     p.add_argument("model", help="a model directory, changed in place")
     p.add_argument("--expert", required=True, help="the owner's new package")
+    _add_trust(p)
     add_json(p)
     args = p.parse_args(argv)
     from flexmoe_jax.compose.optout import replace as put
 
-    model = put(args.model, args.expert)
+    model = put(args.model, args.expert, trust=_trust(args))
     emit(_describe(model), [f"{args.model}: replaced from {args.expert}"], args.json)
     return 0
 
@@ -111,14 +113,16 @@ def verify(argv: list[str]) -> int:
     p.add_argument("path", help="a package, a model or a run directory")
     p.add_argument("--quick", action="store_true", help="names, sizes and headers alone; contents are not read")
     p.add_argument("--certificate", help="also check the model against this opt-out certificate")
+    _add_trust(p)
     add_json(p)
     args = p.parse_args(argv)
+    trust = _trust(args)
     from flexmoe_jax.artifacts.model_dir import verify_model
     from flexmoe_jax.artifacts.package import verify_package
 
     path = pathlib.Path(args.path)
     if _is_model(path):
-        findings = verify_model(path, quick=args.quick)
+        findings = verify_model(path, quick=args.quick, trust=trust)
         if args.certificate:
             from flexmoe_jax.compose.certificate import verify_certificate
 
@@ -130,7 +134,7 @@ def verify(argv: list[str]) -> int:
 
         findings = verify_run(path, quick=args.quick)
     else:
-        findings = verify_package(path, quick=args.quick)
+        findings = verify_package(path, quick=args.quick, trust=trust)
     bad = [finding for finding in findings if not finding.ok]
     lines = [f"{'ok ' if f.ok else 'BAD'}  {f.subject}  {f.detail}" for f in findings]
     rows = [{"subject": f.subject, "ok": f.ok, "detail": f.detail} for f in findings]
@@ -141,6 +145,58 @@ def verify(argv: list[str]) -> int:
             f"{len(bad)} of {len(findings)} checks of {path} failed: {named}", "restore it from its source"
         )
     return 0
+
+
+def keygen(argv: list[str]) -> int:
+    """Makes a signing key for an owner, on the owner's own machine."""
+    p = parser("keygen", "Makes an Ed25519 key that signs packages.", "flexmoe keygen news.key --owner news")
+    p.add_argument("key", help="new file for the private key; its line for trusted keys goes to KEY.pub")
+    p.add_argument("--owner", required=True, help="whose packages it signs: an expert's name, or public")
+    args = p.parse_args(argv)
+    from flexmoe_jax.artifacts.signature import generate_key
+
+    public = generate_key(args.key, args.owner)
+    print(f"{args.key}: keep it secret\n{public}: give its line to whoever is to trust it")
+    return 0
+
+
+def sign(argv: list[str]) -> int:
+    """Signs a package, or the trunk and public expert of a public release."""
+    what = "Signs a package, or a public release, with its owner's key."
+    p = parser("sign", what, "flexmoe sign news/package --key news.key --version 1")
+    p.add_argument("package", help="a package, or a public release (a model whose only expert is public)")
+    p.add_argument("--key", required=True, help="the private key that flexmoe keygen wrote")
+    p.add_argument(
+        "--version", type=int, required=True, help="higher than of every package signed for this owner before"
+    )
+    args = p.parse_args(argv)
+    path = pathlib.Path(args.package)
+    if _is_model(path):
+        from flexmoe_jax.artifacts.model_dir import sign_release
+
+        sign_release(path, args.key, args.version)
+    else:
+        from flexmoe_jax.artifacts.signature import sign_package
+
+        sign_package(path, args.key, args.version)
+    print(f"{args.package}: signed as version {args.version}")
+    return 0
+
+
+def _add_trust(p) -> None:
+    p.add_argument("--trusted", metavar="KEYS", help="file of trusted keys: lines OWNER KEY [LOWEST VERSION]")
+    p.add_argument("--require-signature", action="store_true", help="refuse what no trusted key signed")
+
+
+def _trust(args):
+    """The keys to hold signatures against; None if none were given."""
+    if args.trusted is None:
+        if args.require_signature:
+            raise ArtifactError("--require-signature was given without --trusted", "say which keys to trust")
+        return None
+    from flexmoe_jax.artifacts.signature import read_trusted
+
+    return read_trusted(args.trusted, args.require_signature)
 
 
 def _is_model(path: pathlib.Path) -> bool:

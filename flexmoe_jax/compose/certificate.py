@@ -23,8 +23,9 @@ from flexmoe_jax.artifacts.digest import (
 )
 from flexmoe_jax.artifacts.journal import FILE as JOURNAL
 from flexmoe_jax.artifacts.journal import read_journal
-from flexmoe_jax.artifacts.model_dir import ModelDir, open_model, seal_model
+from flexmoe_jax.artifacts.model_dir import ModelDir, find_signatures, open_model, seal_model
 from flexmoe_jax.artifacts.package import Finding, load_package
+from flexmoe_jax.artifacts.signature import FILE as SIGNATURE
 from flexmoe_jax.errors import ArtifactError, FlexMoEError
 from flexmoe_jax.tree import PUBLIC, TRUNK, flatten
 
@@ -50,6 +51,7 @@ def certify(model: ModelDir, name: str, top_k: int | None) -> dict:
     tuned = [entry.time for entry in read_journal(model.path) if entry.event == "tuned"]
     reason = f"the router was tuned at {tuned[-1]}: other rows were moved with the help of {name!r}" if tuned else ""
     files = [model.package(n) / file for n, m in rest.items() for file in ("manifest.json", *m.files)]
+    files += [model.package(n) / SIGNATURE for n in find_signatures(model.path, rest)]
     files += [model.path / file for file in model.tokenizer]
     return seal(
         {

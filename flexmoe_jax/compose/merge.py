@@ -9,6 +9,7 @@ from collections.abc import Iterable
 
 from flexmoe_jax.artifacts.model_dir import ModelDir, assemble, check_belongs, open_model
 from flexmoe_jax.artifacts.package import Manifest, check_own_files, read_manifest
+from flexmoe_jax.artifacts.signature import Trust, check_signature
 from flexmoe_jax.errors import ArtifactError
 from flexmoe_jax.tree import PUBLIC, canonical_order, check_owner_name
 
@@ -20,18 +21,22 @@ def merge(
     *,
     top_k: int | None = None,
     link: bool = False,
+    trust: Trust | None = None,
 ) -> ModelDir:
     """Writes the model of the public release `public` and the packages `experts` at the new directory `out`.
 
     `top_k` is how many experts are active per token, 1 to the number of experts; by default all of them. `link` makes
     hard links where copies would be made: as cheap as it gets, but the bytes of an expert opted out later stay on the
-    disk as long as the package they were linked from does. Raises ArtifactError for a package that was trained with
-    another trunk, public expert, tokenizer or configuration, a name that is reserved or given twice, and damage.
+    disk as long as the package they were linked from does. `trust` holds the keys by which packages must be signed.
+    Raises ArtifactError for a package that was trained with another trunk, public expert, tokenizer or configuration, a
+    name that is reserved or given twice, a signature that is not good, and damage.
     """
     release = open_release(public)
+    for name, manifest in release.manifests.items():
+        check_signature(release.package(name), name, manifest.digest, trust)
     packages: dict[str, tuple[pathlib.Path, Manifest]] = {PUBLIC: (release.package(PUBLIC), release.manifests[PUBLIC])}
     for path in map(pathlib.Path, experts):
-        manifest = read_expert(path, release, link)
+        manifest = read_expert(path, release, link, trust)
         if manifest.owner in packages:
             raise ArtifactError(
                 f"the expert name {manifest.owner!r} is given twice: {packages[manifest.owner][0]} and {path}",
@@ -60,11 +65,12 @@ def open_release(path: pathlib.Path | str) -> ModelDir:
     return release
 
 
-def read_expert(path: pathlib.Path, model: ModelDir, link: bool = False) -> Manifest:
+def read_expert(path: pathlib.Path, model: ModelDir, link: bool = False, trust: Trust | None = None) -> Manifest:
     """The manifest of a data owner's package that may join `model`; ArtifactError if it may not."""
     if not link:
         check_own_files(path)
     manifest = read_manifest(path)
     check_owner_name(manifest.owner)
     check_belongs(manifest, model, path)
+    check_signature(path, manifest.owner, manifest.digest, trust)
     return manifest

@@ -13,6 +13,8 @@ from flexmoe_jax.artifacts.files import lock_directory, new_directory, remove_di
 from flexmoe_jax.artifacts.journal import append_entry, read_journal
 from flexmoe_jax.artifacts.model_dir import ModelDir, assemble, open_model, staging_place, write_model_json
 from flexmoe_jax.artifacts.package import copy_package
+from flexmoe_jax.artifacts.signature import FILE as SIGNATURE
+from flexmoe_jax.artifacts.signature import Trust, read_signature
 from flexmoe_jax.compose.certificate import certify, publish, write_pending
 from flexmoe_jax.compose.merge import read_expert
 from flexmoe_jax.errors import ArtifactError
@@ -65,16 +67,17 @@ def opt_out(
         return _publish(proof, name, open_model(path))
 
 
-def replace(model: pathlib.Path | str, package: pathlib.Path | str) -> ModelDir:
+def replace(model: pathlib.Path | str, package: pathlib.Path | str, *, trust: Trust | None = None) -> ModelDir:
     """Puts `package` in the place of the expert of the same name, in place, after the checks that `merge` makes.
 
-    The result is, byte for byte outside the journal, what `merge` makes of the new package and the other experts.
+    The result is, byte for byte outside the journal, what `merge` makes of the new package and the other experts. In
+    the place of a signed package goes only one of a higher version, signed with the same key or one in `trust`.
     """
     path, package = pathlib.Path(model), pathlib.Path(package)
     with lock_directory(path):
         _finish_opt_outs(path)
         opened = open_model(path)
-        new = read_expert(package, opened)
+        new = read_expert(package, opened, trust=trust)
         name = new.owner
         check_known([name], opened.experts)
         old = opened.manifests[name]
@@ -85,6 +88,7 @@ def replace(model: pathlib.Path | str, package: pathlib.Path | str) -> ModelDir:
         )
         _settle(opened, name)
         if new.digest != old.digest:
+            _check_newer(place, old.digest, package, new.digest, trust)
             with new_directory(staged) as folder:
                 copy_package(package, folder, new)
             # Readers look for the digest they want in its staging place first, so that every state between opens.
@@ -97,6 +101,28 @@ def replace(model: pathlib.Path | str, package: pathlib.Path | str) -> ModelDir:
         if read_journal(path)[-1].model != digest:
             append_entry(path, "replaced", opened.experts, digest, expert=name, content=new.content)
         return open_model(path)
+
+
+def _check_newer(place: pathlib.Path, old: str, package: pathlib.Path, new: str, trust: Trust | None) -> None:
+    """Refuses an older version, no signature, or another's in the place of a signed package."""
+    if not (place / SIGNATURE).exists():
+        return
+    before = read_signature(place, old)
+    if not (package / SIGNATURE).exists():
+        raise ArtifactError(
+            f"{package} is not signed, the package in its place is version {before.version}", "ask for the signed one"
+        )
+    after = read_signature(package, new)
+    if after.version <= before.version:
+        raise ArtifactError(
+            f"{package} is version {after.version}, the package in its place is version {before.version}",
+            "replace a version by a higher one",
+        )
+    if trust is None and after.public_key != before.public_key:
+        raise ArtifactError(
+            f"{package} is signed with {after.public_key}, the package in its place with {before.public_key}",
+            "give the owner's trusted keys (--trusted) if the key was changed",
+        )
 
 
 def _publish(proof: pathlib.Path | None, name: str, model: ModelDir) -> ModelDir:

@@ -73,10 +73,14 @@ def test_top_k_is_all_experts_unless_wanted_otherwise(home, tmp_path):
 
 def test_links_share_the_files_and_give_the_same_bytes(home, tmp_path):
     copied = merge(home / "public", paths(home), tmp_path / "copied")
-    linked = merge(home / "public", paths(home), tmp_path / "linked", link=True)
+    mine = shutil.copytree(home, tmp_path / "mine")
+    linked = merge(mine / "public", paths(mine), tmp_path / "linked", link=True)
     assert contents(copied.path) == contents(linked.path)
     file = next(iter(linked.manifests["news"].files))
-    assert (linked.path / "news" / file).samefile(home / "news" / file)
+    assert (linked.path / "news" / file).samefile(mine / "news" / file)
+    with pytest.raises(ArtifactError, match=f"holds hard links: .*{file}"):  # somebody else could alter the files
+        merge(mine / "public", paths(mine), tmp_path / "again")
+    assert contents(merge(mine / "public", paths(mine), tmp_path / "again", link=True).path) == contents(copied.path)
 
 
 def test_an_expert_of_another_public_model_is_refused_with_both_digests(home, tmp_path):
