@@ -10,8 +10,8 @@ _HELP = """usage: flexmoe {verb} --config=experiments/FILE.py[:ARG] [--config.KE
 {what}
 
 Every key of the experiment's configuration can be overridden. The run directory (config.out) is resumed when it exists
-and belongs to the same configuration and data, and refused with the differences shown otherwise. SIGTERM saves and
-exits with code 75.
+and belongs to the same configuration and data, and refused with the differences shown otherwise; --allow=KEY (as shown
+there, may be given several times) goes on in spite of one. SIGTERM saves and exits with code 75.
 
 example:
   {example}"""
@@ -35,12 +35,13 @@ def _run(argv, verb, what, example, *, public: bool) -> int:
     if not argv or "-h" in argv or "--help" in argv:
         print(_HELP.format(verb=verb, what=what, example=example))
         return 0 if argv else 2
-    run = parse_run(argv, verb)
+    allow = [a.removeprefix("--allow=") for a in argv if a.startswith("--allow=")]
+    run = parse_run([a for a in argv if not a.startswith("--allow=")], verb)
     if run.is_public != public:
         other = "train" if public else "pretrain"
         raise ConfigError(f"config.owner is {run.owner!r}: not a run of flexmoe {verb}", f"use flexmoe {other}")
     from flexmoe_jax.train.loop import train
 
-    product = train(run, report=lambda line: print(line, file=sys.stderr, flush=True))
+    product = train(run, report=lambda line: print(line, file=sys.stderr, flush=True), allow=allow)
     print(product)
     return 0

@@ -4,6 +4,7 @@ import json
 import pathlib
 import signal
 import time
+from collections.abc import Collection
 
 import jax
 import jax.numpy as jnp
@@ -17,14 +18,14 @@ from flexmoe_jax.config import RunConfig, differences, digest, to_mapping
 from flexmoe_jax.data.pipeline import make_batches, make_iterator, mix_batches
 from flexmoe_jax.data.sources import content_digest, read_documents
 from flexmoe_jax.data.store import TokenStore, write_store
-from flexmoe_jax.errors import ArtifactError, DataError, FlexMoEError
+from flexmoe_jax.errors import ArtifactError, ConfigError, DataError, FlexMoEError, did_you_mean
 from flexmoe_jax.progress import track
 from flexmoe_jax.train.metrics import MetricsFile
 from flexmoe_jax.train.optimizer import make_optimizer
 from flexmoe_jax.train.stage import Stage, prepare
 from flexmoe_jax.train.state import TrainState, create_state, freezing_mask, freezing_table
 from flexmoe_jax.train.step import make_train_step
-from flexmoe_jax.tree import PUBLIC, TRUNK, canonical_order, combine, partition
+from flexmoe_jax.tree import PUBLIC, TRUNK, canonical_order, combine, flatten, partition
 
 # Keys that may differ between a run and its resumption: they change neither the data nor the mathematics.
 RESUMABLE = (
@@ -49,11 +50,13 @@ class Stopped(FlexMoEError):
     exit_code = 75  # EX_TEMPFAIL of sysexits.h: try again
 
 
-def train(run: RunConfig, report=lambda line: None) -> pathlib.Path:
+def train(run: RunConfig, report=lambda line: None, allow: Collection[str] = ()) -> pathlib.Path:
     """Runs or resumes `run` and returns what it made: a public model directory, or the owner's package.
 
-    `report` is given lines for people. The run directory `run.out` holds `run.json` (identity), `tokens/` (unless the
-    data already is a token store), `checkpoints/`, `metrics.jsonl`, and at the end `model/` or `package/`.
+    `report` is given lines for people. `allow` are keys of `run.json` (`config.steps`, `data.own.documents`) that may
+    differ from when the run was started: it then goes on with the new ones, but with the tokens made at its start. The
+    run directory `run.out` holds `run.json` (identity), `tokens/` (unless the data already is a token store),
+    `checkpoints/`, `metrics.jsonl`, and at the end `model/` or `package/`.
     """
     out = pathlib.Path(run.out)
     product = out / ("model" if run.is_public else "package")
@@ -63,7 +66,7 @@ def train(run: RunConfig, report=lambda line: None) -> pathlib.Path:
         if run.public_sequences:
             stores.append(_open_tokens(run.public_data, "public_data", stage, out / "public_tokens"))
         identity = _identity(run, stage, stores)
-        _check_identity(out / "run.json", identity)
+        _check_identity(out / "run.json", identity, allow, report)
         if product.exists():
             report(f"{product} is already there: nothing to do")
             return product
@@ -187,17 +190,23 @@ def _documents_digest(folder: pathlib.Path) -> str | None:
     return None if (folder / "index.json").exists() or any(folder.glob("*.npy")) else content_digest(folder)
 
 
-def _check_identity(path: pathlib.Path, identity: dict) -> None:
+def _check_identity(path: pathlib.Path, identity: dict, allow: Collection[str], report) -> None:
     identity = json.loads(json.dumps(identity))
-    if not path.exists():
-        write_json(path, identity)
-        return
-    lines = differences(json.loads(path.read_text()), identity)
-    if lines:
+    lines = differences(json.loads(path.read_text()), identity) if path.exists() else []
+    changed = {line.partition(": ")[0]: line for line in lines}
+    known = {*(key.replace("/", ".") for key in flatten(identity)), *changed}
+    for key in allow:
+        if key not in known:
+            raise ConfigError(f"--allow={key} names nothing that a run keeps to", did_you_mean(key, known))
+    if refused := [line for key, line in changed.items() if key not in allow]:
         raise ArtifactError(
-            f"the run directory {path.parent} belongs to another run (there != now):\n    " + "\n    ".join(lines),
-            "give another config.out, or the configuration and data this run was started with",
+            f"the run directory {path.parent} belongs to another run (there != now):\n    " + "\n    ".join(refused),
+            "give another config.out, the configuration and data this run was started with, or --allow=KEY",
         )
+    for line in lines:
+        report(f"changed as allowed: {line}")
+    if lines or not path.exists():
+        write_json(path, identity)
 
 
 def _write_product(product: pathlib.Path, run: RunConfig, stage: Stage, state: TrainState, identity: dict):

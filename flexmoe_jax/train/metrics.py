@@ -3,6 +3,8 @@
 import json
 import pathlib
 
+from flexmoe_jax.artifacts.digest import write_bytes
+
 
 class MetricsFile:
     """Appends to `path`; on opening for a resumed run, lines of step `resume_step` and later are dropped."""
@@ -14,7 +16,7 @@ class MetricsFile:
                 # A line cut short by a crash is always the last one, and never of a step before the checkpoint.
                 if line.endswith("}") and json.loads(line)["step"] < resume_step:
                     kept.append(line + "\n")
-        path.write_text("".join(kept))
+        write_bytes(path, "".join(kept).encode())  # whole or not at all: a second crash must not cost the first lines
         self._file = path.open("a", buffering=1)
 
     def write(self, values: dict) -> None:

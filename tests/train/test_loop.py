@@ -4,6 +4,7 @@ import dataclasses
 import json
 import os
 import pathlib
+import shutil
 import signal
 import subprocess
 import sys
@@ -22,6 +23,7 @@ from flexmoe_jax.data.store import write_store
 from flexmoe_jax.data.tokenizer import load_tokenizer
 from flexmoe_jax.errors import FlexMoEError
 from flexmoe_jax.train import loop
+from flexmoe_jax.train.metrics import MetricsFile
 from flexmoe_jax.tree import PUBLIC, TRUNK
 from tests.train.tiny import expert_run, public_run, write_documents, write_vector
 
@@ -154,6 +156,41 @@ def test_another_configuration_or_other_data_is_refused_with_the_difference(rele
     write_documents(pathlib.Path(run.data), "code")
     with pytest.raises(FlexMoEError, match=r"data\.own\.documents: .* != "):
         loop.train(run)
+
+
+def test_a_difference_that_is_allowed_by_name_is_gone_on_with(release, tmp_path):
+    run = expert_run(tmp_path, "news", release, steps=4)
+    loop.train(run)
+    shutil.rmtree(pathlib.Path(run.out) / "package")
+    longer = dataclasses.replace(run, steps=6, seed=1)
+    with pytest.raises(FlexMoEError, match=r"--allow=config\.step names nothing .*\n.*did you mean 'config\.steps'"):
+        loop.train(longer, allow=["config.step"])
+    with pytest.raises(FlexMoEError, match=r"config\.seed: 0 != 1") as error:
+        loop.train(longer, allow=["config.steps"])
+    assert "config.steps" not in str(error.value)
+    lines: list[str] = []
+    package = loop.train(dataclasses.replace(run, steps=6), lines.append, allow=["config.steps"])
+    assert "changed as allowed: config.steps: 4 != 6" in lines
+    assert "resumed at step 4" in lines
+    assert read_manifest(package).record["training"]["steps"] == 6
+    loop.train(dataclasses.replace(run, steps=6))  # run.json was written anew
+
+
+def test_metrics_of_a_resumed_run_are_rewritten_whole_or_not_at_all(tmp_path, monkeypatch):
+    path = tmp_path / "metrics.jsonl"
+    lines = [json.dumps({"step": step}) for step in range(4)]
+    path.write_text("\n".join(lines) + '\n{"step": 4, "lo')
+
+    def crash(*_):
+        raise KeyboardInterrupt
+
+    with monkeypatch.context() as patch:
+        patch.setattr(os, "replace", crash)
+        with pytest.raises(KeyboardInterrupt):
+            MetricsFile(path, 3)
+    assert path.read_text().splitlines()[:4] == lines
+    MetricsFile(path, 3).close()
+    assert path.read_text().splitlines() == lines[:3]
 
 
 def test_a_run_that_diverges_stops_and_says_where(release, tmp_path):
