@@ -9,7 +9,7 @@ import jax
 import jax.numpy as jnp
 
 from flexmoe_jax import tree
-from flexmoe_jax.artifacts.model_dir import load_params, open_model
+from flexmoe_jax.artifacts.model_dir import load_model
 from flexmoe_jax.config import ModelConfig
 from flexmoe_jax.data.tokenizer import Tokenizer, load_tokenizer
 from flexmoe_jax.errors import DataError
@@ -163,10 +163,8 @@ class Model:
 
 def load(path: str | pathlib.Path) -> Model:
     """Opens a model directory; every digest is checked before anything is used."""
-    directory = open_model(pathlib.Path(path))
-    return Model(
-        directory.config, load_params(directory), load_tokenizer(str(directory.tokenizer_path)), directory.top_k
-    )
+    directory, params = load_model(path)
+    return Model(directory.config, params, load_tokenizer(str(directory.tokenizer_path)), directory.top_k)
 
 
 @functools.partial(jax.jit, static_argnums=(0, 1, 2))

@@ -16,19 +16,24 @@ from flexmoe_jax.errors import ArtifactError
 def new_directory(target: pathlib.Path) -> Iterator[pathlib.Path]:
     """Yields an empty directory beside `target` that becomes `target` by one rename when the block ends well.
 
-    Everything in it is on disk before the rename. When the block raises, nothing is left. An existing `target` is
-    refused, and a failing write is an ArtifactError.
+    Everything in it is on disk before the rename. When the block raises, nothing is left; what a killed process left
+    for the same `target` is removed. An existing `target` is refused, and a failing write is an ArtifactError.
     """
     target = pathlib.Path(target)
     if os.path.lexists(target):
         raise ArtifactError(f"{target} already exists", "give another path, or remove it first")
     partial = target.with_name(f".{target.name}.partial-{secrets.token_hex(4)}")
     try:
-        partial.mkdir(parents=True)
-        yield partial
-        _sync_tree(partial)
-        os.rename(partial, target)
-        sync_directory(target.parent)
+        target.parent.mkdir(parents=True, exist_ok=True)
+        for left in (p for p in target.parent.iterdir() if p.name.startswith(f".{target.name}.partial-")):
+            with contextlib.suppress(ArtifactError), lock_directory(left):  # a living process holds its own
+                shutil.rmtree(left)
+        partial.mkdir()
+        with lock_directory(partial):
+            yield partial
+            _sync_tree(partial)
+            os.rename(partial, target)
+            sync_directory(target.parent)
     except OSError as error:
         raise ArtifactError(f"{target} could not be written: {error}", "check free space and permissions") from error
     finally:

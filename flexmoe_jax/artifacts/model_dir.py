@@ -16,8 +16,8 @@ import hashlib
 import json
 import os
 import pathlib
-from collections.abc import Iterable, Mapping
-from typing import Any
+from collections.abc import Callable, Iterable, Mapping
+from typing import Any, TypeVar
 
 from flexmoe_jax import config as configs
 from flexmoe_jax.artifacts.digest import (
@@ -54,6 +54,7 @@ from flexmoe_jax.tree import PUBLIC, TRUNK, Params, canonical_order, check_known
 
 FORMAT = "flexmoe-model-1"
 TOKENIZER, TOKENIZER_CONFIG = "tokenizer.json", "tokenizer_config.json"
+T = TypeVar("T")
 NOT_ALTERED = "restore the model from its source, or merge it again"
 
 
@@ -195,10 +196,7 @@ def open_model(path: pathlib.Path | str) -> ModelDir:
     Arrays are not read (`load_params` and `verify_model` do). Raises ArtifactError naming what does not agree.
     """
     path = pathlib.Path(path)
-    try:
-        return _open(path)
-    except ArtifactError:
-        return _open(path)  # an expert may have been replaced between two of the reads
+    return _steadily(path, lambda: _open(path))
 
 
 def sign_release(path: pathlib.Path | str, key: pathlib.Path | str, version: int) -> ModelDir:
@@ -215,10 +213,23 @@ def sign_release(path: pathlib.Path | str, key: pathlib.Path | str, version: int
         return open_model(path)
 
 
+def load_model(path: pathlib.Path | str) -> tuple[ModelDir, Params]:
+    """A model directory and its whole tree, both before or both after a change that another process makes to it."""
+    path = pathlib.Path(path)
+
+    def read():
+        model = open_model(path)
+        return model, load_params(model)
+
+    return _steadily(path, read)
+
+
 def load_params(model: ModelDir, experts: Iterable[str] | None = None) -> Params:
     """The whole tree, experts named, as numpy arrays: of all experts or only of `experts`. Every digest is checked."""
     names = model.experts if experts is None else check_known(experts, model.experts)
-    return union({name: load_package(model.package(name)) for name in (TRUNK, *names)})
+    return union(
+        {name: load_package(model.package(name), digest=model.manifests[name].digest) for name in (TRUNK, *names)}
+    )
 
 
 def verify_model(path: pathlib.Path | str, *, quick: bool = False, trust: Trust | None = None) -> list[Finding]:
@@ -249,6 +260,22 @@ def locate_package(path: pathlib.Path, name: str, digest: str) -> pathlib.Path:
 def staging_place(path: pathlib.Path, name: str, digest: str) -> pathlib.Path:
     """The hidden directory in which a package waits while it is replaced or replaces another."""
     return path / f".{name}-{digest[:12]}"
+
+
+def _steadily(path: pathlib.Path, read: Callable[[], T]) -> T:
+    """What `read` returns, tried again when the model changed under it, and twice when it may have.
+
+    An expert's package moves while it is replaced, and is erased after model.json no longer names it.
+    """
+    tries, seen = 0, None
+    while True:
+        now = read_sealed(path / "model.json")["digest"]
+        tries, seen = (tries + 1, seen) if now == seen else (1, now)
+        try:
+            return read()
+        except ArtifactError:
+            if tries == 3:
+                raise
 
 
 def _open(path: pathlib.Path) -> ModelDir:

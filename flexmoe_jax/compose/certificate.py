@@ -171,7 +171,8 @@ def scan(
 
 def _own(model: ModelDir, name: str) -> tuple[dict, dict]:
     """The tensors of the expert `name`, and of the public expert as which it began."""
-    return tuple(flatten(load_package(model.package(n))) for n in (name, PUBLIC))  # type: ignore[return-value]
+    own, began = (load_package(model.package(n), digest=model.manifests[n].digest) for n in (name, PUBLIC))
+    return flatten(own), flatten(began)
 
 
 def _blocks(array: np.ndarray) -> np.ndarray:

@@ -183,3 +183,22 @@ def test_a_merge_that_fails_while_copying_leaves_nothing(home, tmp_path, monkeyp
     assert list(tmp_path.iterdir()) == []
     monkeypatch.undo()
     assert same_tree(load_package(home / "news"), random_params("news", 1))
+
+
+def test_what_a_killed_merge_left_is_removed_by_the_next_and_what_a_living_one_writes_is_not(home, tmp_path):
+    from flexmoe_jax.artifacts.files import new_directory
+
+    left = tmp_path / ".model.partial-00000000"
+    (left / "news").mkdir(parents=True)
+    with new_directory(tmp_path / "model") as living:
+        assert not left.exists()
+        (living / "file").write_text("x")
+        with new_directory(tmp_path / "model2"):
+            pass
+        shutil.rmtree(tmp_path / "model2")
+        with new_directory(tmp_path / "model") as other:
+            assert living.exists()
+            (other / "file").write_text("y")
+        shutil.rmtree(tmp_path / "model")
+    assert [p.name for p in tmp_path.iterdir()] == ["model"]
+    assert (tmp_path / "model/file").read_text() == "x"

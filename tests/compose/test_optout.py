@@ -1,13 +1,14 @@
 """Opting out leaves what a merge without the expert makes, byte for byte, and no byte of the expert."""
 
 import itertools
+import os
 import shutil
 
 import pytest
 
 from flexmoe_jax.artifacts.journal import read_journal
-from flexmoe_jax.artifacts.model_dir import load_params, open_model, verify_model
-from flexmoe_jax.artifacts.package import read_manifest
+from flexmoe_jax.artifacts.model_dir import load_model, load_params, open_model, verify_model
+from flexmoe_jax.artifacts.package import load_package, read_manifest
 from flexmoe_jax.compose.merge import merge
 from flexmoe_jax.compose.optout import opt_out, replace
 from flexmoe_jax.errors import ArtifactError, FlexMoEError
@@ -87,6 +88,29 @@ def test_no_byte_window_and_no_name_of_the_expert_remains(home, model):
     assert hits(model) == set()
     assert not [p for p in model.rglob("*") if "zebrafish" in p.name]
     assert b"zebrafish" in (model / "journal.jsonl").read_bytes()
+
+
+def test_a_reader_under_whom_the_model_changes_gets_the_model_after_it(home, model, monkeypatch):
+    """The change happens after the reader has opened the model, before it reads the first, the second, ... package."""
+    for change, at in itertools.product((lambda m: opt_out(m, "math"), lambda m: replace(m, home / "code2")), range(5)):
+        path = shutil.copytree(home / "model", model.parent / f"m{at}{len(os.listdir(model.parent))}")
+        calls = iter(range(100))
+
+        def load(package, calls=calls, at=at, path=path, change=change, **kwargs):
+            if next(calls) == at:
+                change(path)
+            return load_package(package, **kwargs)
+
+        with monkeypatch.context() as patch:
+            patch.setattr("flexmoe_jax.artifacts.model_dir.load_package", load)
+            opened, params = load_model(path)
+        whole = open_model(path)
+        assert opened.digest in (open_model(home / "model").digest, whole.digest)
+        assert tuple(params["experts"]) == opened.experts
+        code = random_params("code", 1 + (opened.manifests["code"] == read_manifest(home / "code2")))
+        assert same_tree(params["experts"]["code"], code)
+        if opened.digest == whole.digest and "math" not in whole.experts:
+            assert "math" not in params["experts"]
 
 
 def test_the_other_packages_keep_their_very_files(model):
