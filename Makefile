@@ -3,7 +3,7 @@ PYTHON ?= python3
 VENV ?= .venv
 BIN := $(VENV)/bin
 
-.PHONY: quickstart test check test-latest-jax test-smollm2 smollm2 bench lock clean
+.PHONY: quickstart test check test-faults test-smollm2 test-study test-latest-jax smollm2 bench lock clean
 
 quickstart: $(VENV)/.installed
 	$(BIN)/flexmoe quickstart --out runs/quickstart
@@ -22,6 +22,10 @@ check: $(VENV)/.installed
 test-smollm2: $(VENV)/.installed
 	$(BIN)/python -m pytest -m slow tests/hf
 
+# A whole small study of every baseline and ablation, on real text. Three minutes.
+test-study: $(VENV)/.installed
+	$(BIN)/python -m pytest -m slow tests/study
+
 # The same model as a public anchor: imported, scored on held-out text and on MC9 (64 questions per task), exported.
 SMOLLM2 := runs/smollm2
 smollm2: $(VENV)/.installed
@@ -32,6 +36,10 @@ smollm2: $(VENV)/.installed
 	$(BIN)/flexmoe eval $(SMOLLM2)/model --seq-len 512 --max-bytes 30000 $$(ls -d $(SMOLLM2)/mix/*/ | sed 's/^/--data /')
 	$(BIN)/flexmoe eval $(SMOLLM2)/model --suite mc9 --form rc0 --limit 64
 	$(BIN)/flexmoe export-hf $(SMOLLM2)/model --out $(SMOLLM2)/hf
+
+# Kills, full disks, tampering, hostile packages, for real: prints what became of each. Full disks need root (tmpfs).
+test-faults: $(VENV)/.installed
+	$(BIN)/python -m tests.faults
 
 # Side by side with torch and the machine's limits; use a machine that does nothing else. `make bench ONLY="moe infer"`.
 bench: $(VENV)/.installed

@@ -18,7 +18,7 @@ from flexmoe_jax.artifacts.package import load_package, verify_package, write_pa
 from flexmoe_jax.compose.merge import merge
 from flexmoe_jax.errors import FlexMoEError
 from tests.artifacts.tiny import CONFIG, TOKENIZER, make_expert, make_release, random_params, same_tree
-from tests.faults.hostile import ATTACKS, limits, reseal, snapshot
+from tests.faults.hostile import ATTACKS, limits, places, reseal, snapshot
 
 SEEN_BY_MERGE_ALONE = {  # the package is sound, but does not belong here
     "hard link",
@@ -117,17 +117,9 @@ def mutations(draw):
 
 
 def alter(fields: dict, rng, kind: str, key: str, value) -> None:
-    """Sets, removes or adds one value somewhere in a JSON object."""
-    places: list[tuple] = []
-
-    def visit(node):
-        items = node.items() if isinstance(node, dict) else enumerate(node) if isinstance(node, list) else ()
-        for name, child in items:
-            places.append((node, name))
-            visit(child)
-
-    visit(fields)
-    node, name = places[rng.integers(len(places))]
+    """Sets, removes or adds one value somewhere in a manifest."""
+    found = places(fields)
+    node, name = found[rng.integers(len(found))]
     if kind == "remove":
         del node[name]
     elif kind == "add" and isinstance(node, dict):

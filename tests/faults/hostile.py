@@ -9,6 +9,7 @@ import json
 import os
 import pathlib
 import pickle
+import random
 import resource
 import socket
 import time
@@ -190,6 +191,61 @@ ATTACKS: dict[str, tuple[Callable[[pathlib.Path], object], str]] = {
 if os.geteuid() == 0:
     ATTACKS["device"] = (instead(TENSOR, lambda p: os.mknod(p, 0o20644, os.makedev(1, 5))), TENSOR)
     ATTACKS["device, manifest"] = (instead(MANIFEST, lambda p: os.mknod(p, 0o20644, os.makedev(1, 5))), MANIFEST)
+
+
+ODD = (
+    None,
+    True,
+    False,
+    -1,
+    0,
+    0.5,
+    1 << 40,
+    1 << 70,
+    "",
+    "..",
+    "../x",
+    "/x",
+    "x\0",
+    "y" * 1000,
+    [],
+    [[]],
+    {},
+    {"a": 1},
+)
+
+
+def places(fields: dict) -> list[tuple]:
+    """(object or list, key) of every value in a manifest, but for what the owner says in words, and recomputed ones."""
+    found: list[tuple] = []
+
+    def visit(node):
+        items = node.items() if isinstance(node, dict) else enumerate(node) if isinstance(node, list) else ()
+        for name, child in items:
+            if node is not fields or name not in ("record", "digest", "content", "config_digest"):
+                found.append((node, name))
+                visit(child)
+
+    visit(fields)
+    return found
+
+
+def alter_manifest(package: pathlib.Path, rng: random.Random) -> str:
+    """Sets, removes or adds one value somewhere in the manifest and seals it; returns what was done."""
+    fields = json.loads((package / MANIFEST).read_bytes())
+    node, name = rng.choice(places(fields))
+    kind = rng.choice(("set", "set", "remove", "add"))
+    if kind == "remove":
+        del node[name]
+    elif kind == "add" and isinstance(node, dict):
+        node["odd"] = rng.choice(ODD)
+    else:
+        node[name] = rng.choice([value for value in ODD if json.dumps(value) != json.dumps(node[name])])
+    fields.setdefault("tensors", {})
+    fields.setdefault("config", {})
+    del fields["digest"]
+    reseal(package, lambda f: (f.clear(), f.update(fields)))
+    return f"{kind} {name!r}"
 
 
 @contextlib.contextmanager

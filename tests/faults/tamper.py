@@ -1,0 +1,91 @@
+"""Tampering with what lies on disk: packages, models and run checkpoints, one file or directory at a time."""
+
+import pathlib
+import random
+import shutil
+from collections.abc import Callable, Iterator
+
+from flexmoe_jax.artifacts.digest import list_files
+from flexmoe_jax.artifacts.model_dir import load_model, verify_model
+from flexmoe_jax.artifacts.package import load_package, verify_package
+from flexmoe_jax.artifacts.run import RunCheckpoints, verify_run
+from flexmoe_jax.errors import FlexMoEError
+from tests.artifacts.tiny import flip_bit
+from tests.faults.kills import Fault
+
+KINDS = ("flipped bit", "truncated", "missing", "extra", "swapped file", "missing folder", "swapped folder")
+
+
+def damage(folder: pathlib.Path, kind: str, rng: random.Random, leave: tuple[str, ...] = ()) -> str:
+    """Does one thing to one file or directory under `folder`; returns the last part of the name that must be told."""
+    names = [name for name in list_files(folder)[0] if name not in leave and (folder / name).stat().st_size]
+    name = rng.choice(names)
+    file = folder / name
+    if kind == "flipped bit":
+        flip_bit(file, rng.randrange(file.stat().st_size), rng.randrange(8))
+    elif kind == "truncated":
+        file.write_bytes(file.read_bytes()[: rng.randrange(file.stat().st_size)])
+    elif kind == "missing":
+        file.unlink()
+    elif kind == "extra":
+        (file.parent / "extra").write_bytes(rng.randbytes(8))
+        return "extra"
+    elif kind == "swapped file":
+        others = [other for other in names if (folder / other).read_bytes() != file.read_bytes()]
+        _swap(file, folder / rng.choice(others))
+    else:
+        folders = sorted({p for p in folder.rglob("*") if p.is_dir() and any(p.iterdir())})
+        chosen = rng.choice(folders)
+        if kind == "missing folder":
+            shutil.rmtree(chosen)
+        else:
+            pairs = [(a, b) for a in folders for b in folders if a != b and a not in b.parents and b not in a.parents]
+            chosen, other = rng.choice(pairs)
+            _swap(chosen, other)
+        return chosen.name
+    return file.name
+
+
+def _swap(a: pathlib.Path, b: pathlib.Path) -> None:
+    c = a.with_name("swapping")
+    a.rename(c)
+    b.rename(a)
+    c.rename(b)
+
+
+def tamper(
+    things: dict[str, pathlib.Path], like: tuple, folder: pathlib.Path, number: int, seed: int
+) -> Iterator[Fault]:
+    """`number` damages spread over the package, the model and the run in `things`: seen, named, and never used.
+
+    Of a run, the step before must be used instead, where only the newest is damaged, and said so.
+    """
+    rng = random.Random(seed)
+    readers: dict[str, tuple[Callable, Callable]] = {
+        "package": (verify_package, load_package),
+        "model": (verify_model, load_model),
+    }
+    for count in range(number):
+        what, kind = [*things][count % len(things)], KINDS[count // len(things) % len(KINDS)]
+        path = shutil.copytree(things[what], folder / what)
+        if what == "run":
+            newest = max((path / "checkpoints").iterdir(), key=lambda p: int(p.name))
+            name = damage(newest, kind, rng)
+            findings = verify_run(path)
+            with RunCheckpoints(path) as checkpoints:
+                restored = checkpoints.restore(*like)
+            assert restored is not None
+            refused = restored.step == int(newest.name) - 1 and [s for s, _ in restored.skipped] == [int(newest.name)]
+        else:
+            verify, load = readers[what]
+            # Who only loads has no need of the journal, and does not read what else lies there.
+            name = damage(path, kind, rng, leave=("journal.jsonl",))
+            findings = verify(path)
+            try:
+                load(path)
+                refused = kind == "extra"
+            except FlexMoEError:
+                refused = True
+        told = " ".join(f"{f.subject} {f.detail}" for f in findings if not f.ok)
+        yield Fault(f"{kind}, {what}", name in told, refused)
+        shutil.rmtree(path)

@@ -1,0 +1,53 @@
+"""The short forms of `make test-faults`: the same damage, done fewer times."""
+
+import pytest
+
+from tests.artifacts.test_run import start
+from tests.faults import kills, optouts, tamper
+from tests.faults.__main__ import saved_run
+
+
+@pytest.fixture(scope="module")
+def home(tmp_path_factory):
+    return kills.home(tmp_path_factory.mktemp("home"))
+
+
+def check(faults, number, *, detected=True):
+    """`number` faults were injected, all survived, and were named unless killed processes made them."""
+    faults = list(faults)
+    assert len(faults) == number
+    assert [f.what for f in faults if not f.survived] == []
+    assert [f.what for f in faults if detected and not f.detected] == []
+
+
+def test_changes_killed_at_random_moments_are_seen_before_or_after_and_are_finished(home, tmp_path):
+    check(kills.kill_changes(home, tmp_path, 9, seed=1), 9, detected=False)
+
+
+def test_saves_killed_at_random_moments_lose_nothing_that_was_announced(tmp_path):
+    check(kills.kill_saves(tmp_path / "run", 1, seed=1), 1, detected=False)
+
+
+def test_a_disk_too_small_for_a_merge_is_named_and_nothing_is_left(home, tmp_path):
+    try:
+        with kills.small_disk(tmp_path / "disk", "2m") as disk:
+            check(kills.full_disk_changes(home, disk, 3), 3)
+    except OSError as error:
+        pytest.skip(str(error))
+
+
+def test_tampering_is_named_and_nothing_tampered_with_is_used(home, tmp_path):
+    things = {"package": home / "news", "model": home / "all", "run": saved_run(tmp_path / "run")}
+    (tmp_path / "copies").mkdir()
+    check(tamper.tamper(things, start(), tmp_path / "copies", 21, seed=1), 21)
+
+
+def test_leaving_in_any_order_is_byte_identical_to_never_having_been_there(tmp_path):
+    check(optouts.every_order(tmp_path, (("news",), ("code", "law", "news"))), 7)
+
+
+def test_merging_takes_the_memory_of_no_shard_and_links_share_their_bytes(tmp_path):
+    """Experts of 24 MiB in processes that may take 48 MiB more than they start with. Time: `make test-faults`."""
+    rows = optouts.merge_at_size(tmp_path, 24, (1, 3))
+    assert [row["shared"] for row in rows] == [False, False, True, True]
+    assert rows[1]["peak"] - rows[0]["peak"] < 12 << 20
