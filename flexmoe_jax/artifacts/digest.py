@@ -124,9 +124,10 @@ def read_bytes(path: pathlib.Path, limit: int = MAX_JSON_BYTES) -> bytes:
     """A regular file of at most `limit` bytes; a link, a missing or a longer file is an ArtifactError."""
     try:
         with open(os.open(path, os.O_RDONLY | os.O_NOFOLLOW | os.O_NONBLOCK), "rb") as file:
-            if not stat.S_ISREG(os.fstat(file.fileno()).st_mode):
+            status = os.fstat(file.fileno())
+            if not stat.S_ISREG(status.st_mode):
                 raise ArtifactError(f"{path} is not a regular file", "do not use this directory")
-            raw = file.read(limit + 1)
+            raw = file.read(min(status.st_size, limit) + 1)  # as much as is asked for is allocated
     except OSError as error:
         raise ArtifactError(f"{path} cannot be read: {error.strerror}", "give the directory that holds it") from error
     if len(raw) > limit:

@@ -122,11 +122,13 @@ def _after(kind: str) -> str:
 SAVING = """
 import hashlib, pathlib, sys
 import jax.numpy as jnp
+import numpy as np
 from flexmoe_jax.artifacts.run import RunCheckpoints
 from flexmoe_jax.errors import ArtifactError
 
-def state(step):
-    return {"w": jnp.arange(200_000, dtype=jnp.float32) * step}, {"m": jnp.full((200_000,), step, jnp.float32)}
+def state(step):  # of its own for every step, and incompressible
+    draw = np.random.default_rng(step).standard_normal
+    return {"w": jnp.asarray(draw(200_000, np.float32))}, {"m": jnp.asarray(draw(200_000, np.float32))}
 
 with RunCheckpoints(sys.argv[1]) as checkpoints:
     found = checkpoints.restore(*state(0))
