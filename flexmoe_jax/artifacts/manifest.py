@@ -66,7 +66,7 @@ def read_manifest(path: pathlib.Path | str, owner: str | None = None) -> Manifes
     check_fields(fields, dict.fromkeys(names, dict) | dict.fromkeys(texts, str), where)
     if owner is not None and fields["owner"] != owner:
         raise ArtifactError(
-            f"{path} is the package of {fields['owner']!r}, not of {owner!r}", "give the right directory"
+            f"{where}: this is the package of {fields['owner']!r}, not of {owner!r}", "give the right directory"
         )
     check_owner(fields["owner"])
     check_base(fields["owner"], fields["base"])
