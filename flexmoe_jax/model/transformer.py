@@ -59,6 +59,7 @@ def hidden_states(
     uniform: bool = False,
     dtype=jnp.float32,
     remat: bool = False,
+    first_apart: bool = False,
 ):
     """Runs the decoder on int32 tokens [B, T] -> (x [B, T, D] after the last norm, router logits [L, N, E], cache).
 
@@ -67,7 +68,9 @@ def hidden_states(
     the cache up to their own position instead; with `cache_length` a new cache of that many positions is begun with
     these tokens. `top_k` None runs every expert; `uniform` ignores the router and weighs all experts equally.
     Activations are in `dtype`; norms, softmax and router in float32. `remat` recomputes each layer in the backward
-    pass: memory for activations shrinks to a layer's inputs, for a third more computation.
+    pass: memory for activations shrinks to a layer's inputs, for a third more computation. `first_apart` keeps the
+    first layer out of the scan, whose layers are differentiated alike: beside a frozen trunk nothing below the first
+    layer's expert needs a derivative. It costs a copy of the other layers' weights; with a cache it does nothing.
     """
     B, T = tokens_BT.shape
     trunk = params["trunk"]
@@ -109,7 +112,13 @@ def hidden_states(
     x_BTD = trunk["embed"][tokens_BT].astype(dtype)
     body = jax.checkpoint(layer, prevent_cse=False) if remat else layer
     layers = (trunk["blocks"], scanned, jnp.arange(config.num_layers))
-    (x_BTD, kv_cache), (router_logits_LNE, begun) = jax.lax.scan(body, (x_BTD, kv_cache), layers)
+    carry, first = (x_BTD, kv_cache), None
+    if first_apart and not decoding:
+        carry, first = body(carry, jax.tree.map(lambda a: a[0], layers))
+        layers = jax.tree.map(lambda a: a[1:], layers)
+    (x_BTD, kv_cache), (router_logits_LNE, begun) = jax.lax.scan(body, carry, layers)
+    if first is not None:
+        router_logits_LNE = jnp.concatenate([first[0][None], router_logits_LNE])
     return rms_norm(x_BTD, trunk["final_norm"], config.norm_eps), router_logits_LNE, begun or kv_cache
 
 

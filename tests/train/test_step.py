@@ -9,7 +9,7 @@ import numpy as np
 import pytest
 
 from flexmoe_jax.config import OptimizerConfig, RunConfig
-from flexmoe_jax.model.transformer import forward, init_params
+from flexmoe_jax.model.transformer import forward, hidden_states, init_params
 from flexmoe_jax.train.optimizer import learning_rate, make_optimizer
 from flexmoe_jax.train.state import create_state, freezing_mask, freezing_table
 from flexmoe_jax.train.step import make_train_step
@@ -95,6 +95,23 @@ def test_a_step_gives_back_what_trains_and_its_moments_alone():
     rest = sum(leaf.size for leaf in jax.tree.leaves(frozen))
     # three arrays of each trained leaf; counters, metrics and the table of outputs are a few hundred bytes
     assert 0 <= compiled.memory_analysis().output_size_in_bytes - 4 * 3 * trained < 2000 < 4 * rest
+
+
+def test_the_first_layer_apart_changes_no_gradient():
+    """Beside a frozen trunk a CPU's step keeps the first layer out of the scan (sums in another order: 1e-6)."""
+    params = jax.tree.map(lambda leaf: leaf + 0.01, hybrid())
+    trainable, frozen = partition(params, freezing_mask(params, "news"))
+
+    def loss(trainable, first_apart):
+        x_BTD, logits_LNE, _ = hidden_states(
+            MODEL, combine(trainable, frozen), batch()["tokens"], first_apart=first_apart
+        )
+        return (x_BTD**2).mean() + (logits_LNE**2).mean()
+
+    apart, scanned = (jax.jit(jax.grad(loss), static_argnums=1)(trainable, flag) for flag in (True, False))
+    for path, ours in flatten(apart).items():
+        theirs = flatten(scanned)[path]
+        np.testing.assert_allclose(ours, theirs, rtol=1e-5, atol=1e-6 * float(jnp.abs(theirs).max()), err_msg=path)
 
 
 def test_remat_shrinks_the_memory_of_a_step_also_on_a_cpu():
