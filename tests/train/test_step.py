@@ -9,6 +9,7 @@ import numpy as np
 import pytest
 
 from flexmoe_jax.config import OptimizerConfig, RunConfig
+from flexmoe_jax.model.flops import products
 from flexmoe_jax.model.transformer import forward, hidden_states, init_params
 from flexmoe_jax.train.optimizer import learning_rate, make_optimizer
 from flexmoe_jax.train.state import create_state, freezing_mask, freezing_table
@@ -95,6 +96,24 @@ def test_a_step_gives_back_what_trains_and_its_moments_alone():
     rest = sum(leaf.size for leaf in jax.tree.leaves(frozen))
     # three arrays of each trained leaf; counters, metrics and the table of outputs are a few hundred bytes
     assert 0 <= compiled.memory_analysis().output_size_in_bytes - 4 * 3 * trained < 2000 < 4 * rest
+
+
+def test_frozen_weights_cost_no_product():
+    """From the compiled program, per token: of one layer beside a frozen trunk nothing is differentiated but what leads
+    to the owner's expert, and no weight but its three has a gradient (within 5%: norms, softmax, router are above).
+    """
+    one = dataclasses.replace(
+        MODEL, vocab_size=512, num_layers=1, d_model=128, num_heads=2, num_kv_heads=2, head_dim=64, d_ff=512,
+        max_seq_len=64,
+    )  # fmt: skip
+    run, p = dataclasses.replace(RUN, batch_size=8, seq_len=64), products(one, 64)
+    state, frozen = start(run, init_params(one, jax.random.key(0), (PUBLIC, "news")))
+    data = {name: jnp.zeros((8, 64), jnp.int32) for name in ("tokens", "targets", "segments")}
+    step = make_train_step(one, run).lower(state, frozen, data | {"weights": jnp.ones((8, 64))}).compile()
+    forward = p["head"] + p["attention"] + p["scores"] + 2 * p["expert"]
+    backward = p["head"] + p["expert"] / 3 + p["expert"]
+    # The whole square of scores is computed at this length (MIN_BLOCK).
+    assert step.cost_analysis()["flops"] / (8 * 64) <= 1.05 * (forward + p["scores"] + backward)
 
 
 def test_the_first_layer_apart_changes_no_gradient():
