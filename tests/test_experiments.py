@@ -64,7 +64,8 @@ def test_the_7b_model_has_the_papers_size():
 @pytest.mark.parametrize("name", ["olmo2_7b_public.py", "olmo2_7b_expert.py:news"])
 def test_the_7b_training_steps_lower(name):
     """Traced and lowered from shapes alone: no array of the model is ever made."""
-    run, model = load(name, "--config.public=public"), model_7b()
+    beside = ["--config.public=public"] if ":" in name else []
+    run, model = load(name, *beside), model_7b()
     experts = canonical_order({PUBLIC, run.owner})
     params = jax.eval_shape(lambda: init_params(model, jax.random.key(0), experts))
     optimizer = make_optimizer(run.optimizer, run.steps)

@@ -18,8 +18,9 @@ from flexmoe_jax.compose.optout import opt_out
 from flexmoe_jax.config import ModelConfig
 from flexmoe_jax.model.spec import owner_spec
 from flexmoe_jax.tree import PUBLIC, TRUNK, unflatten
-from tests.artifacts.tiny import TOKENIZER, base_of, contents, make_expert, make_release
+from tests.artifacts.tiny import base_of, contents, make_expert, make_release
 from tests.faults.kills import Fault
+from tests.hf.tiny import tokenizer
 
 NAMES = ("code", "law", "math", "news", "poems")
 SUBSETS = (("news",), ("code", "math"), ("law", "poems"), ("code", "law", "news"), ("code", "law", "math", "poems"))
@@ -49,9 +50,21 @@ def config_of(megabytes: int) -> ModelConfig:
     """A model whose experts have about this size, and whose trunk is small."""
     d_ff = megabytes * (1 << 20) // (4 * 3 * 256)
     return ModelConfig(
-        vocab_size=64, num_layers=1, d_model=256, num_heads=2, num_kv_heads=2, head_dim=128, d_ff=d_ff, max_seq_len=16
+        vocab_size=300, num_layers=1, d_model=256, num_heads=2, num_kv_heads=2, head_dim=128, d_ff=d_ff, max_seq_len=16
     )
 
+
+EXPORTING = """
+import json, pathlib, resource, sys, time
+from flexmoe_jax.artifacts.model_dir import open_model
+from flexmoe_jax.hf.export import export
+# Of the process itself: the packages' files are mapped, and their pages are the system's to take back.
+used = int(pathlib.Path("/proc/self/status").read_text().partition("VmData:")[2].split()[0]) << 10
+resource.setrlimit(resource.RLIMIT_DATA, (used + int(sys.argv[1]),) * 2)
+began = time.monotonic()
+export(open_model(sys.argv[2]), sys.argv[3], custom_code=True, max_shard_bytes=int(sys.argv[1]) // 2)
+print(json.dumps({"seconds": time.monotonic() - began}))
+"""
 
 MERGING = """
 import json, pathlib, resource, sys, time
@@ -68,7 +81,10 @@ print(json.dumps({"seconds": time.monotonic() - began, "cpu": time.process_time(
 
 
 def merge_at_size(folder: pathlib.Path, megabytes: int, counts: tuple[int, ...]) -> list[dict]:
-    """Merges this many synthetic experts by copies and by links, each in a process limited to two experts' memory."""
+    """Merges this many synthetic experts by copies and by links, and exports the copies in shards of one expert.
+
+    Each in a process that may have the memory of two experts.
+    """
     config = config_of(megabytes)
     rng = np.random.default_rng(0)
 
@@ -77,7 +93,7 @@ def merge_at_size(folder: pathlib.Path, megabytes: int, counts: tuple[int, ...])
         return path, owner, unflatten(params), base
 
     trunk, public = (write(None, owner, None)[2] for owner in (TRUNK, PUBLIC))
-    release = create_public_model(folder / "public", trunk, public, config, TOKENIZER, {})
+    release = create_public_model(folder / "public", trunk, public, config, tokenizer(folder / "tokenizer"), {})
     experts = []
     for number in range(max(counts)):
         path, owner, params, base = write(folder / f"e{number:02}", f"e{number:02}", base_of(release))
@@ -93,5 +109,12 @@ def merge_at_size(folder: pathlib.Path, megabytes: int, counts: tuple[int, ...])
         size = sum(p.stat().st_size for p in out.rglob("*") if p.is_file())
         shared = all(p.stat().st_nlink == 2 for p in (out / "e00").rglob("0.0.0"))
         rows.append({"how": link, "experts": count, "bytes": size, "shared": shared, **json.loads(done.stdout)})
+        if link == "copy":
+            exported = [sys.executable, "-c", EXPORTING, str(limit), str(out), str(folder / "hf")]
+            done = subprocess.run(exported, capture_output=True, text=True, check=False)
+            assert done.returncode == 0, done.stderr
+            written = sum(p.stat().st_size for p in (folder / "hf").rglob("*") if p.is_file())
+            rows.append({"how": "export", "experts": count, "bytes": written, **json.loads(done.stdout)})
+            shutil.rmtree(folder / "hf")
         shutil.rmtree(out)
     return rows

@@ -47,7 +47,10 @@ def test_leaving_in_any_order_is_byte_identical_to_never_having_been_there(tmp_p
 
 
 def test_merging_takes_the_memory_of_no_shard_and_links_share_their_bytes(tmp_path):
-    """Experts of 24 MiB in processes that may take 48 MiB more than they start with. Time: `make test-faults`."""
-    rows = optouts.merge_at_size(tmp_path, 24, (1, 3))
+    """Experts of 24 MiB in processes that may take 48 MiB more than they start with; exporting them as well. Time:
+    `make test-faults`.
+    """
+    pytest.importorskip("huggingface_hub")  # the card of an export
+    rows = [row for row in optouts.merge_at_size(tmp_path, 24, (1, 3)) if row["how"] != "export"]
     assert [row["shared"] for row in rows] == [False, False, True, True]
     assert rows[1]["peak"] - rows[0]["peak"] < 12 << 20
