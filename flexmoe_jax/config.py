@@ -6,6 +6,7 @@ Plain Python: nothing here imports JAX, so that the command line can check a con
 import dataclasses
 import hashlib
 import json
+import re
 import types
 import typing
 from collections.abc import Mapping
@@ -129,6 +130,14 @@ class RunConfig:
             )
         if self.compute_dtype not in ("float32", "bfloat16"):
             raise ConfigError(f"config.compute_dtype is {self.compute_dtype!r}", "use 'float32' or 'bfloat16'")
+        if self.top_k < 0 or self.load_balance < 0:
+            raise ConfigError(
+                f"config.top_k is {self.top_k}, config.load_balance {self.load_balance}", "give 0 or more"
+            )
+        try:
+            re.compile(self.freeze)
+        except re.error as error:
+            raise ConfigError(f"config.freeze {self.freeze!r} is no pattern: {error}", "correct it") from error
         if self.is_public and (self.model is None) == (not self.public):
             raise ConfigError(
                 f"config.model is {'missing' if self.model is None else 'set'} and config.public {self.public!r}",

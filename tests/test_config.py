@@ -119,6 +119,8 @@ def test_impossible_shapes_are_refused(change, what):
         ({"compute_dtype": "float16"}, "compute_dtype is 'float16'"),
         ({"model": None}, "config.model is missing and config.public"),
         ({"owner": "news"}, "config.public is empty in the run of owner 'news'"),
+        ({"top_k": -1}, "config.top_k is -1"),
+        ({"freeze": "experts/("}, "config.freeze .* is no pattern"),
         ({"public": "release"}, "config.model is set and config.public .release."),
         (
             {"router_contrast": 0.1, "public_data": "x", "public_fraction": 0.5, "batch_size": 4},

@@ -18,6 +18,7 @@ from flexmoe_jax.compose.average import branch_train_mix
 from flexmoe_jax.compose.merge import merge
 from flexmoe_jax.config import ModelConfig, OptimizerConfig, RunConfig
 from flexmoe_jax.data.domains import DomainVector
+from flexmoe_jax.data.flexmix import DOMAINS
 from flexmoe_jax.errors import ConfigError
 from flexmoe_jax.model.flops import training_flops
 from flexmoe_jax.train.loop import train
@@ -57,6 +58,18 @@ class StudyConfig:
     heldout_bytes: int = 40_000
     choice_items: int = 24
     ablations: str = "all"
+
+    def __post_init__(self):
+        for name in ("seeds", "public_steps", "owner_steps", "mix_steps", "batch_size", "heldout_bytes", "top_k"):
+            if getattr(self, name) < 1:
+                raise ConfigError(f"config.{name} is {getattr(self, name)}", "give a number of at least 1")
+        for owner in self.owners:
+            if owner == PUBLIC or owner not in DOMAINS:
+                raise ConfigError(f"config.domains names {owner!r}", f"choose from: {', '.join(DOMAINS[1:])}")
+        if self.top_k > len(self.owners) + 1:
+            raise ConfigError(
+                f"config.top_k is {self.top_k}, the model has {len(self.owners) + 1} experts", "set config.top_k lower"
+            )
 
     @property
     def owners(self) -> tuple[str, ...]:

@@ -1,12 +1,14 @@
 """From scores to tables: bits per byte and choices with intervals, costs, and each system against the method."""
 
+import json
 import math
 import pathlib
 
 import numpy as np
 
 from flexmoe_jax.artifacts.digest import write_json
-from flexmoe_jax.config import to_mapping
+from flexmoe_jax.config import differences, to_mapping
+from flexmoe_jax.errors import ArtifactError
 from flexmoe_jax.study.choice import correct
 from flexmoe_jax.study.intervals import Bootstrap, summary
 from flexmoe_jax.study.plan import METHOD, StudyConfig, make_shared, train_seed
@@ -17,6 +19,7 @@ from flexmoe_jax.tree import PUBLIC
 def reproduce(config: StudyConfig, report=lambda line: None) -> dict:
     """Runs the study, or what is missing of it, in `config.out`; writes and returns `results.json`."""
     root = pathlib.Path(config.out)
+    check_same(config, root)
     make_shared(config, root)
     texts = make_texts(config, root / "mix")
     scores, flops = [], {}
@@ -28,6 +31,22 @@ def reproduce(config: StudyConfig, report=lambda line: None) -> dict:
     results = tabulate(config, texts, scores, flops)
     write_json(root / "results.json", results)
     return results
+
+
+def check_same(config: StudyConfig, root: pathlib.Path) -> None:
+    """Refuses a folder that holds another study: what is cached there would be taken for this one's.
+
+    More seeds may be added, and other ablations.
+    """
+    path, fields = root / "study.json", to_mapping(config)
+    fields = {key: value for key, value in fields.items() if key not in ("out", "seeds", "ablations")}
+    if not path.exists():
+        root.mkdir(parents=True, exist_ok=True)
+        write_json(path, fields)
+    elif lines := differences(json.loads(path.read_text()), fields):
+        raise ArtifactError(
+            f"{root} holds another study (there != now):\n    " + "\n    ".join(lines), "give another config.out"
+        )
 
 
 def tabulate(config: StudyConfig, texts: Texts, scores: list[dict[str, SystemScore]], flops: dict[str, float]) -> dict:

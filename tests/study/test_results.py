@@ -1,5 +1,6 @@
 """Tables from scores whose answers are known, and the texts they are made on."""
 
+import dataclasses
 import math
 
 import numpy as np
@@ -7,8 +8,9 @@ import pytest
 
 from flexmoe_jax.cli.reproduce import lines
 from flexmoe_jax.config import ModelConfig
+from flexmoe_jax.errors import ArtifactError, ConfigError
 from flexmoe_jax.study.plan import METHOD, StudyConfig
-from flexmoe_jax.study.results import tabulate
+from flexmoe_jax.study.results import check_same, tabulate
 from flexmoe_jax.study.scores import SystemScore, Texts, _interleave, _load, _save
 
 MODEL = ModelConfig(
@@ -62,3 +64,16 @@ def test_scores_are_read_back_as_they_were_written(tmp_path):
 def test_documents_of_two_domains_take_turns():
     text = _interleave("a" * 900, "b" * 500)
     assert [piece[0] + str(len(piece)) for piece in text.split("\n\n")] == ["a400", "b400", "a400", "b100"]
+
+
+def test_a_folder_of_another_study_is_refused_and_more_seeds_are_not(tmp_path):
+    check_same(CONFIG, tmp_path)
+    check_same(dataclasses.replace(CONFIG, seeds=5, ablations=""), tmp_path)
+    with pytest.raises(ArtifactError, match="heldout_bytes: 40000 != 7"):
+        check_same(dataclasses.replace(CONFIG, heldout_bytes=7), tmp_path)
+
+
+@pytest.mark.parametrize("change", [{"seeds": 0}, {"domains": "nws"}, {"domains": "public"}, {"top_k": 3}])
+def test_impossible_studies_are_refused(change):
+    with pytest.raises(ConfigError, match=f"config.{next(iter(change))}"):
+        dataclasses.replace(CONFIG, **change)
