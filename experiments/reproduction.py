@@ -21,10 +21,10 @@ TINY = dataclasses.replace(SMALL, num_layers=2, d_model=64, num_heads=1, num_kv_
 
 def get_config(arg: str = "small"):
     """`arg` is the size."""
-    from flexmoe_jax.study.plan import StudyConfig
+    from flexmoe_jax.study.config import StudyConfig
 
     sizes = {
-        "small": {"model": SMALL, "domains": "code,math,news"},
+        "small": {"model": SMALL, "domains": "code,math,news", "public_steps": 2000},
         "full": {
             "model": LARGE, "domains": "academic,code,creative,educational,math,news,reddit", "seq_len": 512,
             "batch_size": 64, "public_steps": 4000, "owner_steps": 1000, "mix_steps": 1000, "heldout_bytes": 200_000,

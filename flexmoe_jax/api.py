@@ -15,6 +15,7 @@ from flexmoe_jax.data.tokenizer import Tokenizer, load_tokenizer
 from flexmoe_jax.errors import DataError
 from flexmoe_jax.evaluate.lm import LM
 from flexmoe_jax.evaluate.perplexity import Score, score
+from flexmoe_jax.evaluate.routing import TokenRouting, route_text
 from flexmoe_jax.infer.generate import stream
 from flexmoe_jax.infer.sampling import Sampling
 from flexmoe_jax.model.transformer import forward
@@ -143,6 +144,10 @@ class Model:
             dispatch=self._dispatch,
             **kwargs,
         )
+
+    def routing(self, text: str) -> TokenRouting:
+        """Each token of the beginning of `text` and the experts that every layer sends it to."""
+        return route_text(self.config, self._stacked, text, self.tokenizer, top_k=self.top_k, dispatch=self._dispatch)
 
     def lm(self, batch_size: int = 8) -> LM:
         """This selection of experts as what benchmarks ask: log-likelihoods and text until a stop string."""

@@ -71,10 +71,11 @@ class RunConfig:
     owner may mix in public documents: `public_fraction` of each batch's sequences come from `public_data`, and
     `router_contrast` weighs a loss by which the router tells the two apart.
 
-    A public run defines `model`, or goes on from the model directory `public` and trains all its experts together.
-    `freeze` is a pattern of parameter paths that stay as they began, besides those that the stage freezes; `top_k` the
-    experts active per token (0: all); `load_balance` weighs the loss that spreads tokens over experts. The control
-    `coordinate=False` trains an owner's feed-forward network without the public expert beside it.
+    An owner's run begins with the public feed-forward network and a `domain_vector`, or goes on from its package
+    `expert`. A public run defines `model`, or goes on from the model directory `public` and trains all its experts
+    together. `freeze` is a pattern of parameter paths that stay as they began, besides those that the stage freezes;
+    `top_k` the experts active per token (0: all); `load_balance` weighs the loss that spreads tokens over experts. The
+    control `coordinate=False` trains an owner's feed-forward network without the public expert beside it.
     """
 
     owner: str
@@ -88,6 +89,7 @@ class RunConfig:
     public_data: str = ""
     public_fraction: float = 0.0
     domain_vector: str = ""
+    expert: str = ""
     tokenizer: str = "cl100k:8192"
     optimizer: OptimizerConfig = OptimizerConfig()
     accumulation: int = 1
@@ -163,6 +165,13 @@ class RunConfig:
             raise ConfigError(
                 f"config.public is empty in the run of owner {self.owner!r}",
                 "an expert is trained beside a public model: set config.public to its directory",
+            )
+        if self.expert and (self.is_public or self.domain_vector):
+            raise ConfigError(
+                f"config.expert is {self.expert!r} in the run of {self.owner!r}, config.domain_vector is "
+                f"{self.domain_vector!r}",
+                "an owner's package goes on with the router row it has, a new expert begins with a domain vector: "
+                "set one of them",
             )
 
 

@@ -11,7 +11,7 @@ from flexmoe_jax.config import ModelConfig, RunConfig
 from flexmoe_jax.data.flexmix import DOMAINS
 from flexmoe_jax.model.spec import count_parameters
 from flexmoe_jax.model.transformer import init_params
-from flexmoe_jax.study.plan import ABLATIONS, StudyConfig
+from flexmoe_jax.study.config import ABLATIONS, StudyConfig
 from flexmoe_jax.train.optimizer import make_optimizer
 from flexmoe_jax.train.state import create_state
 from flexmoe_jax.train.step import make_train_step

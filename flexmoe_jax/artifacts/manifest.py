@@ -52,6 +52,13 @@ class Manifest:
     record: dict[str, Any]
     digest: str
 
+    @property
+    def tuned_with(self) -> tuple[str, ...]:
+        """The owners whose proxies moved this package's router row; empty if it was not tuned (compose/tune.py)."""
+        tuned = self.record.get("tuned")
+        names = tuned.get("with") if isinstance(tuned, dict) else None
+        return tuple(map(str, names)) if isinstance(names, list) else ()
+
 
 def read_manifest(path: pathlib.Path | str, owner: str | None = None) -> Manifest:
     """The manifest of the package at `path`, which must be that of `owner` if given; arrays are not touched.

@@ -20,6 +20,9 @@ VERBS = {
     "merge": ("models", "join a public model and experts into one model"),
     "optout": ("models", "remove an expert from a model, exactly"),
     "replace": ("models", "put a new version of an expert in its place"),
+    "classify": ("tune", "train an owner's classifier: which public documents look like mine?"),
+    "proxies": ("tune", "choose those documents"),
+    "tune": ("tune", "tune the router of a merged model on them"),
     "inspect": ("models", "show what a package or a model holds"),
     "verify": ("models", "check every digest of a package or a model"),
     "keygen": ("models", "make a key that signs packages"),
@@ -29,6 +32,7 @@ VERBS = {
     "export-hf": ("interchange", "write a checkpoint that transformers loads"),
     "eval": ("evaluate", "held-out bits per byte, the paper's task suites, lm-evaluation-harness"),
     "reproduce": ("reproduce", "the paper's comparison: baselines, ablations, seeds and intervals"),
+    "report": ("report", "a study as one HTML page"),
     "generate": ("generate", "continue a prompt"),
 }
 EXIT_REFUSED, EXIT_USAGE, EXIT_INTERRUPTED = 1, 2, 130

@@ -20,7 +20,7 @@ def reproduce(argv: list[str]) -> int:
     if not argv or argv[0] in ("-h", "--help"):
         print(_HELP)
         return 0 if argv else 2
-    from flexmoe_jax.study.plan import StudyConfig
+    from flexmoe_jax.study.config import StudyConfig
     from flexmoe_jax.study.results import reproduce as run
 
     config = parse_config(argv, "reproduce", StudyConfig)

@@ -22,7 +22,6 @@ from flexmoe_jax.artifacts.digest import (
     write_json,
 )
 from flexmoe_jax.artifacts.journal import FILE as JOURNAL
-from flexmoe_jax.artifacts.journal import read_journal
 from flexmoe_jax.artifacts.model_dir import ModelDir, find_signatures, open_model, seal_model
 from flexmoe_jax.artifacts.package import Finding, load_package
 from flexmoe_jax.artifacts.signature import FILE as SIGNATURE
@@ -48,8 +47,8 @@ def certify(model: ModelDir, name: str, top_k: int | None) -> dict:
     """The certificate of removing the expert `name` from `model`, made while its bytes are still there, sealed."""
     manifest = model.manifests[name]
     rest = {n: m for n, m in model.manifests.items() if n != name}
-    tuned = [entry.time for entry in read_journal(model.path) if entry.event == "tuned"]
-    reason = f"the router was tuned at {tuned[-1]}: other rows were moved with the help of {name!r}" if tuned else ""
+    moved = [n for n, m in rest.items() if name in m.tuned_with]
+    reason = f"the router was tuned together: {name!r} had a part in the rows of {', '.join(moved)}" if moved else ""
     files = [model.package(n) / file for n, m in rest.items() for file in ("manifest.json", *m.files)]
     files += [model.package(n) / SIGNATURE for n in find_signatures(model.path, rest)]
     files += [model.path / file for file in model.tokenizer]
@@ -65,7 +64,7 @@ def certify(model: ModelDir, name: str, top_k: int | None) -> dict:
             "remaining": {n: m.digest for n, m in rest.items()},
             "model_before": model.digest,
             "model": seal_model(model.path, [n for n in rest if n != TRUNK], top_k, rest)["digest"],
-            "label": "approximate" if tuned else "exact",
+            "label": "approximate" if moved else "exact",
             "reason": reason,
             "scan": {
                 "window_bytes": WINDOW,

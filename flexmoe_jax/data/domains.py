@@ -82,16 +82,15 @@ def domain_vector(
     documents in the same order and the same `seed` give the same sample. Raises DataError for fewer than 16
     different documents.
     """
-    sample, seen = _reservoir(documents, count, seed)
+    sample, seen = sample_documents(documents, count, seed)
     different = len(set(sample))
     if different < MINIMUM_DOCUMENTS:
         raise DataError(
             f"{different} different documents in the sample; a domain vector takes at least {MINIMUM_DOCUMENTS}",
             "give more documents: the mean of a few would expose them",
         )
-    folder = _encoder_folder(encoder)
     mean = embed_documents(sample, encoder).mean(axis=0, dtype=np.float64).astype(np.float32)
-    return DomainVector(mean, _encoder_name(encoder), _folder_digest(folder), len(sample), seed, seen)
+    return DomainVector(mean, encoder_name(encoder), encoder_digest(encoder), len(sample), seed, seen)
 
 
 def embed_documents(texts: list[str], encoder: str | Path = DEFAULT_ENCODER) -> np.ndarray:
@@ -111,6 +110,31 @@ def embed_documents(texts: list[str], encoder: str | Path = DEFAULT_ENCODER) -> 
             embeddings.append(model.encode(some, normalize_embeddings=True, show_progress_bar=False))
             advance(len(some))
     return np.concatenate(embeddings).astype(np.float32)
+
+
+def sample_documents(documents: Iterable, count: int, seed: int) -> tuple[list[str], int]:
+    """A uniform sample of `count` texts in one pass (algorithm R), and how many documents there were."""
+    generator = np.random.Generator(np.random.Philox(seed))
+    sample: list[str] = []
+    seen = 0
+    for document in documents:
+        text = document if isinstance(document, str) else document.text
+        seen += 1
+        if len(sample) < count:
+            sample.append(text)
+        elif (at := generator.integers(seen)) < count:
+            sample[at] = text
+    return sample, seen
+
+
+def encoder_name(encoder: str | Path) -> str:
+    """An encoder's name, of a folder its last part: no absolute path leaves the machine."""
+    return Path(encoder).name if Path(encoder).is_dir() else str(encoder)
+
+
+def encoder_digest(encoder: str | Path) -> str:
+    """sha256 over the names and contents of all of an encoder's files."""
+    return _folder_digest(_encoder_folder(encoder))
 
 
 def router_row(vector: np.ndarray, d_model: int, scale: float = 1.0, seed: int = 0) -> np.ndarray:
@@ -153,25 +177,6 @@ def _projection(width, d_model, seed):
     q, r = np.linalg.qr(generator.standard_normal((max(width, d_model), min(width, d_model))))
     q = q * np.sign(np.diag(r))  # makes Q unique: signs are otherwise the LAPACK version's choice
     return q if width <= d_model else q.T
-
-
-def _reservoir(documents, count, seed):
-    """A uniform sample of `count` texts in one pass (algorithm R), and how many documents there were."""
-    generator = np.random.Generator(np.random.Philox(seed))
-    sample: list[str] = []
-    seen = 0
-    for document in documents:
-        text = document if isinstance(document, str) else document.text
-        seen += 1
-        if len(sample) < count:
-            sample.append(text)
-        elif (at := generator.integers(seen)) < count:
-            sample[at] = text
-    return sample, seen
-
-
-def _encoder_name(encoder):
-    return Path(encoder).name if Path(encoder).is_dir() else str(encoder)  # no absolute path leaves the machine
 
 
 def _encoder_folder(encoder):

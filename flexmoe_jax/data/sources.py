@@ -67,6 +67,27 @@ def content_digest(path: str | Path, split: str = "train", text_field: str = "te
     return digest.hexdigest()
 
 
+def equal_parts(folders: list[Path], out: Path) -> None:
+    """The file `out` of training documents: as many bytes of every folder's first ones as the smallest has.
+
+    Nothing is done if it is there.
+    """
+    if out.exists():
+        return
+    sizes = [sum(len(document.text.encode()) for document in read_documents(folder)) for folder in folders]
+    out.parent.mkdir(parents=True, exist_ok=True)
+    partial = out.with_name(f".{out.name}.{os.getpid()}")
+    with partial.open("w", encoding="utf-8") as file:
+        for folder in folders:
+            left = min(sizes)
+            for document in read_documents(folder):
+                left -= len(document.text.encode())
+                if left < 0:
+                    break
+                file.write(json.dumps(dataclasses.asdict(document), ensure_ascii=False) + "\n")
+    os.replace(partial, out)
+
+
 def _choose_files(path, split):
     """The files to read, and whether their name, not the field in them, says which split they are."""
     if path.is_file():

@@ -58,11 +58,24 @@ def model_card(
         "",
         "## Opting out",
         "",
-        "Exact: removing an owner's expert (`flexmoe optout`, then export again) gives, byte for byte, the export of a",
-        "model that never had it. No part was tuned on another owner's data after the merge.",
+        *_opting_out(manifests),
         *_bias(architecture, provenance),
     ]
     return str(ModelCard(f"---\n{data.to_yaml()}\n---\n\n" + "\n".join(lines) + "\n"))
+
+
+def _opting_out(manifests: Mapping[str, Manifest]) -> list[str]:
+    together = [name for name, manifest in manifests.items() if set(manifest.tuned_with) - {name}]
+    if together:
+        return [
+            f"Approximate: the router rows of {', '.join(together)} were tuned together, on public documents that each",
+            "other's classifiers chose. Removing an expert (`flexmoe optout`) removes its parameters, not its part in",
+            "those rows; the untuned packages give the exact form.",
+        ]
+    return [
+        "Exact: removing an owner's expert (`flexmoe optout`, then export again) gives, byte for byte, the export of a",
+        "model that never had it. No part was tuned on another owner's data after the merge.",
+    ]
 
 
 def _row(name: str, manifest: Manifest) -> str:

@@ -6,12 +6,16 @@ import pathlib
 
 import numpy as np
 
+from flexmoe_jax.api import load
 from flexmoe_jax.artifacts.digest import write_json
 from flexmoe_jax.config import differences, to_mapping
+from flexmoe_jax.data.proxies import Classifier
 from flexmoe_jax.errors import ArtifactError
 from flexmoe_jax.study.choice import correct
+from flexmoe_jax.study.config import StudyConfig
+from flexmoe_jax.study.details import compare_never_merged, curves, samples
 from flexmoe_jax.study.intervals import Bootstrap, summary
-from flexmoe_jax.study.plan import METHOD, StudyConfig, make_shared, train_seed
+from flexmoe_jax.study.plan import METHOD, make_shared, train_public, train_seed
 from flexmoe_jax.study.scores import SystemScore, Texts, make_texts, score_seed
 from flexmoe_jax.tree import PUBLIC
 
@@ -22,13 +26,20 @@ def reproduce(config: StudyConfig, report=lambda line: None) -> dict:
     check_same(config, root)
     make_shared(config, root)
     texts = make_texts(config, root / "mix")
-    scores, flops = [], {}
+    public = train_public(config, root, report)
+    made, scores = [], []
     for seed in range(config.seeds):
         home = root / f"seed-{seed}"
-        artefacts = train_seed(config, root, home, seed, report)
-        flops = artefacts.flops
-        scores.append(score_seed(config, artefacts, texts, home, report))
-    results = tabulate(config, texts, scores, flops)
+        made.append(train_seed(config, root, public, home, seed, report))
+        scores.append(score_seed(config, made[-1], texts, home, report))
+    results = tabulate(config, texts, scores, made[0].flops)
+    results |= {
+        "opting_out": [compare_never_merged(artefacts) for artefacts in made],
+        "curves": curves([root / "runs", root / "seed-0" / "runs"]),
+        "classifiers": _classifiers(config, root),
+    }
+    # Held-out text stays in the study's folder: results may be published, news may not.
+    write_json(root / "samples.json", samples(load(made[0].merged[METHOD]), texts))
     write_json(root / "results.json", results)
     return results
 
@@ -80,6 +91,12 @@ def tabulate(config: StudyConfig, texts: Texts, scores: list[dict[str, SystemSco
         "training_flops_after_public": flops,
         "share": {s: {d: v.tolist() for d, v in share.items()} for s, share in shares.items()},
     }
+
+
+def _classifiers(config: StudyConfig, root: pathlib.Path) -> dict[str, float]:
+    """Each owner's classifier's accuracy on documents it was not trained on."""
+    paths = {owner: root / "domains" / f"{owner}_classifier.json" for owner in config.owners}
+    return {owner: Classifier.load(path).accuracy for owner, path in paths.items()}
 
 
 def _totals(nats) -> np.ndarray:

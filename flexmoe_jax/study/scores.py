@@ -7,6 +7,7 @@ four-way continuation task; domains like "code + math" are documents that interl
 import dataclasses
 import functools
 import itertools
+import math
 import pathlib
 from collections.abc import Callable, Iterator
 
@@ -18,8 +19,9 @@ from flexmoe_jax.data.sources import read_documents
 from flexmoe_jax.errors import DataError
 from flexmoe_jax.model.flops import forward_flops
 from flexmoe_jax.study.choice import make_items
+from flexmoe_jax.study.config import StudyConfig
 from flexmoe_jax.study.mixtures import Nats, branch_train_merge, causal_branch_train_merge, choose
-from flexmoe_jax.study.plan import METHOD, Artefacts, StudyConfig
+from flexmoe_jax.study.plan import METHOD, Artefacts
 from flexmoe_jax.tree import PUBLIC
 
 PIECE = 400  # characters of one domain before the other's turn, in a document of two
@@ -91,6 +93,8 @@ def _models(config: StudyConfig, artefacts: Artefacts) -> dict[str, Callable[[],
     for k in (1, 4):
         if k <= len(config.owners) + 1 and k != config.top_k:
             systems[f"{METHOD}, top-{k}"] = functools.partial(_with_top_k, merged, k)
+    for name, change in _calibrations(len(config.owners)).items():
+        systems[f"{METHOD}, {name}"] = functools.partial(_with_router, merged, *change)
     systems |= {f"dense {owner}": functools.partial(load, path) for owner, path in artefacts.dense.items()}
     systems["soup"] = lambda: dataclasses.replace(public(), params=soup(_whole(artefacts)))
     systems |= {name: functools.partial(load, path) for name, path in artefacts.joint.items()}
@@ -103,6 +107,24 @@ def _select(model: Callable[[], Model], names) -> Model:
 
 def _with_top_k(model: Callable[[], Model], k: int) -> Model:
     return dataclasses.replace(model(), wanted_top_k=k)
+
+
+def _calibrations(owners: int) -> dict[str, tuple[float, float]]:
+    """{name: (factor of rows and biases, shift of owners' biases)}: what might keep the public expert's share.
+
+    The odds of every pair {public, owner} stay as trained when owners join, so the public expert's share falls. A shift
+    by log(owners) gives n experts together the odds that each of them had alone.
+    """
+    return {"shifted by log n": (1.0, -math.log(owners)), "rows x 2": (2.0, 0.0), "rows / 2": (0.5, 0.0)}
+
+
+def _with_router(model: Callable[[], Model], factor: float, shift: float) -> Model:
+    made = model()
+    experts = {}
+    for name, expert in made.params["experts"].items():
+        bias = np.minimum(expert["bias"], 0) * factor + (0 if name == PUBLIC else shift)
+        experts[name] = {**expert, "router": expert["router"] * np.float32(factor), "bias": bias.astype(np.float32)}
+    return dataclasses.replace(made, params={**made.params, "experts": experts})
 
 
 def _whole(artefacts: Artefacts) -> dict:

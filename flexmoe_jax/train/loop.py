@@ -34,6 +34,7 @@ RESUMABLE = (
     "public",
     "public_data",
     "domain_vector",
+    "expert",
     "log_every",
     "save_every",
     "save_minutes",
@@ -182,7 +183,8 @@ def _identity(run: RunConfig, stage: Stage, stores: list[TokenStore]) -> dict:
     }
     router = stage.router | {"rows": sha256_array(stage.params["experts"][run.owner]["router"])}
     digests = {"data": data, "tokenizer": stage.tokenizer.digest, "base": stage.base}
-    return {"config": config, "router": router, **digests}
+    start = {"start": stage.start} if stage.start else {}
+    return {"config": config, "router": router, **digests, **start}
 
 
 def _documents_digest(folder: pathlib.Path) -> str | None:
@@ -221,6 +223,7 @@ def _write_product(product: pathlib.Path, run: RunConfig, stage: Stage, state: T
             "config": identity["config"],
             "config_digest": digest(identity["config"]),
             "privacy_budget": None,
+            **({"start": stage.start} if stage.start else {}),
         },
         "router": stage.router,
         "licence": run.licence,

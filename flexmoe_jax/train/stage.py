@@ -6,7 +6,8 @@ import pathlib
 import jax
 import numpy as np
 
-from flexmoe_jax.artifacts.model_dir import load_params, open_model
+from flexmoe_jax.artifacts.model_dir import ModelDir, check_belongs, load_params, open_model
+from flexmoe_jax.artifacts.package import load_package, read_manifest
 from flexmoe_jax.config import ModelConfig, RunConfig
 from flexmoe_jax.data.domains import DomainVector, projection_record, router_row
 from flexmoe_jax.data.tokenizer import Tokenizer, load_tokenizer
@@ -19,26 +20,32 @@ PROJECTION_SEED = 0
 
 @dataclasses.dataclass(frozen=True)
 class Stage:
-    """`params` is the whole initial tree in float32; `base` are the content digests the product is bound to."""
+    """`params` is the whole initial tree in float32; `base` are the content digests the product is bound to.
+
+    `start` is the manifest digest of the package an owner goes on from, or empty.
+    """
 
     model: ModelConfig
     params: Params
     tokenizer: Tokenizer
     base: dict[str, str]
     router: dict
+    start: str = ""
 
 
 def prepare(run: RunConfig) -> Stage:
     """The stage of `run`: a public model, fresh or going on, or an owner's hybrid that begins as the public one."""
     if run.is_public and run.public:
         return _continued_stage(run)
+    if run.expert:
+        return _further_stage(run)
     if run.domain_vector == "":
         raise ConfigError(
             f"config.domain_vector is empty in the run of {run.owner!r}",
             "a router row begins as a domain embedding: make one with `flexmoe embed DATA --out FILE`",
         )
     vector = DomainVector.load(pathlib.Path(run.domain_vector))
-    return _public_stage(run, vector) if run.is_public else _expert_stage(run, vector)
+    return _public_stage(run, vector) if run.is_public else _new_expert_stage(run, vector)
 
 
 def _public_stage(run: RunConfig, vector: DomainVector) -> Stage:
@@ -71,11 +78,9 @@ def _continued_stage(run: RunConfig) -> Stage:
     return Stage(model.config, load_params(model), tokenizer, base | {"tokenizer": model.tokenizer_digest}, router)
 
 
-def _expert_stage(run: RunConfig, vector: DomainVector) -> Stage:
-    owner = check_owner_name(run.owner)
+def _new_expert_stage(run: RunConfig, vector: DomainVector) -> Stage:
+    """The public feed-forward network once more, with the router row of `vector`."""
     public = open_model(pathlib.Path(run.public))
-    _check_length(run, public.config)
-    params = load_params(public, (PUBLIC,))
     theirs = public.manifests[PUBLIC].record.get("router")
     if theirs is None:
         raise ArtifactError(
@@ -91,16 +96,29 @@ def _expert_stage(run: RunConfig, vector: DomainVector) -> Stage:
         )
     # Scale and map are the public model's: every owner's row must live in the same space.
     router = projection_record(vector, public.config.d_model, theirs["scale"], theirs["projection_seed"])
-    expert = {
-        **params["experts"][PUBLIC],
-        "router": _rows(vector, public.config, router),
-        "bias": np.zeros(public.config.num_layers, np.float32),
-    }
+    expert = {"router": _rows(vector, public.config, router), "bias": np.zeros(public.config.num_layers, np.float32)}
+    return _expert_stage(run, public, expert, router)
+
+
+def _further_stage(run: RunConfig) -> Stage:
+    """What the owner's package holds, beside the public model it was trained beside."""
+    public, path = open_model(pathlib.Path(run.public)), pathlib.Path(run.expert)
+    manifest = read_manifest(path, run.owner)
+    check_belongs(manifest, public, path)
+    expert = load_package(path, digest=manifest.digest)
+    return _expert_stage(run, public, expert, manifest.record.get("router", {}), manifest.digest)
+
+
+def _expert_stage(run: RunConfig, public: ModelDir, expert: Params, router: dict, start: str = "") -> Stage:
+    """The pair {public, owner}; what `expert` does not hold is the public expert's."""
+    owner = check_owner_name(run.owner)
+    _check_length(run, public.config)
+    params = load_params(public, (PUBLIC,))
     beside = {PUBLIC: params["experts"][PUBLIC]} if run.coordinate else {}
-    params = {**params, "experts": {**beside, owner: expert}}
+    params = {**params, "experts": {**beside, owner: params["experts"][PUBLIC] | expert}}
     tokenizer = load_tokenizer(str(public.tokenizer_path))
     base = {name: public.manifests[name].content for name in (TRUNK, PUBLIC)} | {"tokenizer": public.tokenizer_digest}
-    return Stage(public.config, params, tokenizer, base, router)
+    return Stage(public.config, params, tokenizer, base, router, start)
 
 
 def _rows(vector: DomainVector, model: ModelConfig, router: dict) -> np.ndarray:

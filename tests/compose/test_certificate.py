@@ -7,7 +7,6 @@ import numpy as np
 import pytest
 
 from flexmoe_jax.artifacts.digest import json_bytes, seal
-from flexmoe_jax.artifacts.journal import append_entry
 from flexmoe_jax.artifacts.model_dir import open_model, verify_model
 from flexmoe_jax.cli.main import main
 from flexmoe_jax.compose import certificate as certificates
@@ -117,16 +116,6 @@ def test_bytes_that_stayed_are_named_and_fail_the_certificate(home, tmp_path):
         "code/arrays/w_down/0.0.0 holds bytes of w_down"
     ]
     assert bad(tmp_path / "proof.json", model) == {"scan"}
-
-
-def test_opting_out_of_a_tuned_model_is_labelled_approximate(model, tmp_path):
-    opened = open_model(model)
-    append_entry(model, "tuned", opened.experts, opened.digest)
-    opt_out(model, "news", certificate=tmp_path / "proof.json")
-    fields = read_certificate(tmp_path / "proof.json")
-    assert fields["label"] == "approximate"
-    assert "the router was tuned" in fields["reason"]
-    assert "approximate the router was tuned" in verify_certificate(tmp_path / "proof.json", model)[0].detail
 
 
 def test_a_crash_anywhere_leaves_a_certificate_only_of_what_happened(home, tmp_path):

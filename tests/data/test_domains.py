@@ -118,7 +118,7 @@ def test_a_missing_or_broken_file_is_refused(tmp_path):
 def test_sample_is_uniform_and_seeded():
     counts = np.zeros(30)
     for seed in range(600):
-        sample, seen = domains._reservoir((str(i) for i in range(30)), 10, seed)
+        sample, seen = domains.sample_documents((str(i) for i in range(30)), 10, seed)
         assert (seen, len(sample), len(set(sample))) == (30, 10, 10)
         counts[[int(s) for s in sample]] += 1
     # Each document is drawn 600/3 = 200 times on average, standard deviation 11.5: five of them.
@@ -126,9 +126,9 @@ def test_sample_is_uniform_and_seeded():
     # A third of the documents, 2000 on average, standard deviation 600**0.5 * 1.24 = 30: early, middle and late alike.
     assert np.abs(counts.reshape(3, 10).sum(axis=1) - 2000).max() < 150
     texts = [str(i) for i in range(30)]
-    assert domains._reservoir(texts, 10, 1) == domains._reservoir(texts, 10, 1)
-    assert domains._reservoir(texts, 10, 1) != domains._reservoir(texts, 10, 2)
-    assert domains._reservoir(texts, 40, 1) == (texts, 30)
+    assert domains.sample_documents(texts, 10, 1) == domains.sample_documents(texts, 10, 1)
+    assert domains.sample_documents(texts, 10, 1) != domains.sample_documents(texts, 10, 2)
+    assert domains.sample_documents(texts, 40, 1) == (texts, 30)
 
 
 @pytest.mark.parametrize("texts", [CODE[:15], CODE[:1] * 100, []])

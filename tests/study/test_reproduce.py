@@ -7,7 +7,9 @@ import pytest
 
 from flexmoe_jax.artifacts.model_dir import open_model
 from flexmoe_jax.config import ModelConfig
-from flexmoe_jax.study.plan import METHOD, StudyConfig
+from flexmoe_jax.report.page import read_study, render
+from flexmoe_jax.study.config import StudyConfig
+from flexmoe_jax.study.plan import ALONE, FITTED, METHOD, TOGETHER
 from flexmoe_jax.study.results import reproduce
 
 MODEL = ModelConfig(
@@ -17,7 +19,8 @@ SYSTEMS = {
     "public", METHOD, "FlexMoE, top-1", "uniform mixing", "hybrid math", "hybrid news", "without math", "without news",
     "dense math", "dense news", "soup", "weighted soup", "BTX", "unrestricted 1x", "unrestricted 2x", "BTM",
     "BTM, top-2", "causal BTM", "causal BTM, top-2", "prompt routing", "oracle dense expert", "no bias",
-    "the paper's training",
+    "the paper's training", ALONE, TOGETHER, FITTED, "FlexMoE, shifted by log n", "FlexMoE, rows x 2",
+    "FlexMoE, rows / 2",
 }  # fmt: skip
 
 
@@ -27,7 +30,7 @@ def test_a_study_makes_and_scores_every_system_and_goes_on_where_it_stopped(tmp_
     config = StudyConfig(
         out=str(tmp_path), domains="math,news", model=MODEL, seeds=1, public_steps=8, owner_steps=6, mix_steps=2,
         seq_len=64, embed_count=16, classifier_documents=16, heldout_bytes=2000, choice_items=6,
-        ablations="no bias,the paper's training",
+        ablations="no bias,the paper's training", tune_steps=2, proxies=16, proxies_of=40,
     )  # fmt: skip
     lines: list[str] = []
     results = reproduce(config, lines.append)
@@ -42,6 +45,12 @@ def test_a_study_makes_and_scores_every_system_and_goes_on_where_it_stopped(tmp_
     assert {biases.manifests[n].tensors["bias"].sha256 for n in biases.experts} == {
         biases.manifests["public"].tensors["bias"].sha256
     }
+    assert all(row["equal"] for row in results["opting_out"][0].values())
+    assert set(results["classifiers"]) == {"math", "news"}
+    page = render(*read_study(tmp_path))
+    assert "Every system" in page
+    assert page.count("<svg") == 4
+    assert (tmp_path / "samples.json").exists()
     again: list[str] = []
     assert reproduce(dataclasses.replace(config), again.append) == results
     assert not [line for line in again if line.startswith("scored")]

@@ -9,7 +9,8 @@ import pytest
 from flexmoe_jax.cli.reproduce import lines
 from flexmoe_jax.config import ModelConfig
 from flexmoe_jax.errors import ArtifactError, ConfigError
-from flexmoe_jax.study.plan import METHOD, StudyConfig
+from flexmoe_jax.study.config import StudyConfig
+from flexmoe_jax.study.plan import METHOD
 from flexmoe_jax.study.results import check_same, tabulate
 from flexmoe_jax.study.scores import SystemScore, Texts, _interleave, _load, _save
 

@@ -1,0 +1,108 @@
+"""The page: what of a study's results goes where."""
+
+import json
+import pathlib
+import re
+from importlib import resources
+from typing import Any
+
+from flexmoe_jax.errors import ArtifactError, ConfigError
+from flexmoe_jax.study.plan import METHOD
+from flexmoe_jax.tree import PUBLIC
+
+
+def read_study(path: pathlib.Path) -> tuple[dict, list[dict]]:
+    """(results, routed sample texts or none) of a study's folder or of its results as one JSON file."""
+    file = path / "results.json" if path.is_dir() else path
+    samples = file.with_name("samples.json")
+    if not file.exists():
+        raise ArtifactError(f"{file} does not exist", "give the folder of a finished `flexmoe reproduce`")
+    try:
+        results = json.loads(file.read_bytes())
+        results["bits_per_byte"][METHOD]["mean"]
+    except (ValueError, KeyError, TypeError) as error:
+        raise ArtifactError(
+            f"{file} holds no results of a study: {error!r}", "run `flexmoe reproduce` again"
+        ) from error
+    return results, json.loads(samples.read_bytes()) if path.is_dir() and samples.exists() else []
+
+
+def render(results: dict, samples: list[dict]) -> str:
+    """The report on `results` as one HTML page; needs the extra `report`."""
+    try:
+        import jinja2
+
+        from flexmoe_jax.report import figures
+    except ImportError as error:
+        raise ConfigError(f"the report needs {error.name}", "pip install 'flexmoe_jax[report]'") from error
+    bits, config = results["bits_per_byte"], results["config"]
+    domains = [name for name in bits[METHOD] if name != "mean"]
+    owners = sorted(config["domains"].split(","))
+    experts = [PUBLIC, *owners]
+    order = sorted(bits, key=lambda system: bits[system]["mean"]["value"])
+    alone = {
+        o: {d: bits[f"without {o}"][d]["value"] - bits[METHOD][d]["value"] for d in (PUBLIC, *owners)} for o in owners
+    }
+    colours = figures.colours(experts)
+    template = jinja2.Environment(autoescape=True, trim_blocks=True, lstrip_blocks=True).from_string(
+        resources.files("flexmoe_jax.report").joinpath("page.html").read_text(encoding="utf-8")
+    )
+    return template.render(
+        method=METHOD,
+        domains=domains,
+        owners=owners,
+        rows=[_row(system, results, domains) for system in order],
+        results=results,
+        config=config,
+        command=_command(config),
+        figures={
+            "ranking": figures.ranking([(name, bits[name]["mean"]) for name in order], METHOD),
+            "curves": figures.learning_curves(_groups(results["curves"], owners)),
+            "routing": figures.routing(results["share"][METHOD], experts),
+            "leaving": figures.matrix(alone),
+        },
+        samples=[_coloured(sample, colours) for sample in samples],
+        colours=colours,
+    )
+
+
+def _row(system: str, results: dict, domains: list[str]) -> dict[str, Any]:
+    bits, public = results["bits_per_byte"][system], results["forward_flops_per_token"][PUBLIC]
+    training = results["training_flops_after_public"]
+    return {
+        "system": system,
+        "cells": [bits[domain] for domain in (*domains, "mean")],
+        "against": results["against_method"].get(system, {}).get("mean"),
+        "choice": results["choice"][system]["mean"],
+        "cost": results["forward_flops_per_token"][system] / public,
+        "training": training.get(system, training["dense"] if _is_dense(system) else None),
+    }
+
+
+def _is_dense(system: str) -> bool:
+    return "BTM" in system or "soup" in system or system in ("prompt routing", "oracle dense expert")
+
+
+def _groups(curves: dict[str, list], owners: list[str]) -> dict[str, dict[str, list]]:
+    groups = {"public model": {"public": curves["public"]}}
+    for owner in owners:
+        groups[owner] = {"expert": curves[f"{METHOD}_{owner}"], "dense": curves[f"dense_{owner}"]}
+    return groups | {"trained together": {n.replace("_", " "): p for n, p in curves.items() if n.startswith("unres")}}
+
+
+def _coloured(sample: dict, colours: dict[str, str]) -> dict:
+    """A text as (piece, colour, opacity, all weights in words): the expert with most weight, the more the stronger."""
+    pieces = []
+    for piece, weights in zip(sample["pieces"], sample["weights"], strict=True):
+        best = max(range(len(weights)), key=weights.__getitem__)
+        words = ", ".join(f"{name} {weight:.2f}" for name, weight in zip(sample["experts"], weights, strict=True))
+        pieces.append((piece, colours[sample["experts"][best]], round(weights[best], 2), words))
+    return {"domain": sample["domain"], "pieces": pieces}
+
+
+def _command(config: dict) -> str:
+    name = re.sub(r".*reproduction-", "", config["out"].rstrip("/"))
+    return (
+        f"flexmoe reproduce --config=experiments/reproduction.py:{name if name.isalpha() else 'small'} "
+        f"--config.seeds={config['seeds']}"
+    )

@@ -1,0 +1,71 @@
+"""The size of a study, and the ablations it may hold."""
+
+import dataclasses
+
+from flexmoe_jax.config import ModelConfig
+from flexmoe_jax.data.flexmix import DOMAINS
+from flexmoe_jax.errors import ConfigError
+from flexmoe_jax.tree import PUBLIC
+
+PAPER = {"public_data": "", "public_fraction": 0.0, "router_contrast": 0.0}
+# name: (changes to an owner's run, random router rows, norm of the rows or None for the release's own)
+ABLATIONS: dict[str, tuple[dict, bool, float | None]] = {
+    "the paper's training": (PAPER, False, 1.0),
+    "no coordination": ({**PAPER, "coordinate": False, "router_z_loss": 0.0}, False, None),
+    "random rows": ({}, True, None),
+    "no bias": ({"freeze": "experts/.*/bias"}, False, None),
+    "no bias, random rows": ({"freeze": "experts/.*/bias"}, True, None),
+}
+
+
+@dataclasses.dataclass(frozen=True)
+class StudyConfig:
+    """The size of a study. `domains` are the closed ones, comma-separated; steps are of one run of each kind.
+
+    `ablations` are names of `ABLATIONS`, comma-separated, or "all". Held-out text is in bytes per domain.
+    """
+
+    out: str
+    domains: str
+    model: ModelConfig
+    seeds: int = 3
+    public_steps: int = 300
+    owner_steps: int = 100
+    mix_steps: int = 100
+    tune_steps: int = 50
+    batch_size: int = 8
+    seq_len: int = 256
+    top_k: int = 2
+    embed_count: int = 256
+    classifier_documents: int = 256
+    proxies: int = 200
+    proxies_of: int = 2000
+    heldout_bytes: int = 40_000
+    choice_items: int = 24
+    ablations: str = "all"
+
+    def __post_init__(self):
+        positive = ("seeds", "public_steps", "owner_steps", "mix_steps", "tune_steps", "batch_size", "heldout_bytes",
+                    "top_k", "proxies")  # fmt: skip
+        for name in positive:
+            if getattr(self, name) < 1:
+                raise ConfigError(f"config.{name} is {getattr(self, name)}", "give a number of at least 1")
+        for owner in self.owners:
+            if owner == PUBLIC or owner not in DOMAINS:
+                raise ConfigError(f"config.domains names {owner!r}", f"choose from: {', '.join(DOMAINS[1:])}")
+        if self.top_k > len(self.owners) + 1:
+            raise ConfigError(
+                f"config.top_k is {self.top_k}, the model has {len(self.owners) + 1} experts", "set config.top_k lower"
+            )
+
+    @property
+    def owners(self) -> tuple[str, ...]:
+        return tuple(sorted(self.domains.split(",")))
+
+    @property
+    def chosen_ablations(self) -> dict[str, tuple[dict, bool, float | None]]:
+        names = tuple(ABLATIONS) if self.ablations == "all" else tuple(filter(None, self.ablations.split(",")))
+        for name in names:
+            if name not in ABLATIONS:
+                raise ConfigError(f"config.ablations names {name!r}", f"choose from: {', '.join(ABLATIONS)}")
+        return {name: ABLATIONS[name] for name in names}

@@ -1,0 +1,131 @@
+"""Router tuning: only rows and biases move, and what that means for whoever leaves later."""
+
+import json
+
+import numpy as np
+import pytest
+
+from flexmoe_jax.artifacts.journal import read_journal
+from flexmoe_jax.artifacts.model_dir import load_params, open_model
+from flexmoe_jax.artifacts.package import read_manifest
+from flexmoe_jax.compose.certificate import read_certificate, verify_certificate
+from flexmoe_jax.compose.merge import merge
+from flexmoe_jax.compose.optout import opt_out
+from flexmoe_jax.compose.tune import tune
+from flexmoe_jax.errors import DataError, FlexMoEError
+from flexmoe_jax.tree import PUBLIC, TRUNK
+from tests.train.tiny import write_documents
+
+STEPS = {"steps": 3, "batch_size": 4, "seq_len": 32, "lr": 0.05}
+ROUTER = {"router", "bias"}
+
+
+@pytest.fixture(scope="module")
+def proxies(world, tmp_path_factory):
+    """Folders of proxies by owner: here documents of the owners' words, as a public split holds some."""
+    root = tmp_path_factory.mktemp("proxies")
+    return {name: write_documents(root / name, name, 20) for name in ("code", "news")}
+
+
+@pytest.fixture(scope="module", params=[False, True], ids=["alone", "together"])
+def tuned(request, world, proxies, tmp_path_factory):
+    """(folder, whether the rows were tuned together)."""
+    out = tmp_path_factory.mktemp("tuned") / "out"
+    tune(world / "model", proxies, world / "public" / "data", out, together=request.param, **STEPS)
+    return out, request.param
+
+
+def moved(before, after):
+    """Names of an expert's leaves that differ."""
+    return {name for name in before if not np.array_equal(before[name], after[name])}
+
+
+def test_only_owners_rows_and_biases_move(world, tuned):
+    out, together = tuned
+    before, after = open_model(world / "model"), open_model(out / "model")
+    old, new = load_params(before), load_params(after)
+    assert after.manifests[TRUNK].digest == before.manifests[TRUNK].digest
+    assert after.manifests[PUBLIC].digest == before.manifests[PUBLIC].digest
+    for name in ("code", "news"):
+        assert "router" in moved(old["experts"][name], new["experts"][name]) <= ROUTER
+        record = after.manifests[name].record["tuned"]
+        assert record["start"] == before.manifests[name].digest
+        assert set(record["with"]) == ({"code", "news"} if together else {name})
+        assert after.manifests[name].record["training"] == before.manifests[name].record["training"]
+    assert [entry.event for entry in read_journal(out / "model")][-2:] == ["merged", "tuned"]
+
+
+def test_untuned_packages_are_left_and_tuned_ones_merge(world, tuned, tmp_path):
+    out, _ = tuned
+    merged = merge(world / "public" / "run" / "model", [out / "packages" / n for n in ("news", "code")], tmp_path / "m")
+    assert merged.digest == open_model(out / "model").digest
+    assert open_model(world / "model").manifests["news"].tuned_with == ()
+
+
+def test_opting_out_of_a_model_tuned_alone_equals_tuning_without_that_owner(world, proxies, tmp_path):
+    """Bit for bit, with the certificate's word for it."""
+    data = world / "public" / "data"
+    both = tune(world / "model", proxies, data, tmp_path / "both", **STEPS)
+    left = opt_out(both.path, "news", tmp_path / "left", certificate=tmp_path / "proof.json")
+    opt_out(world / "model", "news", tmp_path / "never")
+    never = tune(tmp_path / "never", {"code": proxies["code"]}, data, tmp_path / "alone", **STEPS)
+    assert left.digest == never.digest
+    assert (left.path / "code" / "manifest.json").read_bytes() == (never.path / "code" / "manifest.json").read_bytes()
+    assert read_certificate(tmp_path / "proof.json")["label"] == "exact"
+
+
+def test_opting_out_of_a_model_tuned_together_is_labelled_approximate(world, proxies, tmp_path):
+    data = world / "public" / "data"
+    both = tune(world / "model", proxies, data, tmp_path / "both", together=True, **STEPS)
+    left = opt_out(both.path, "news", tmp_path / "left", certificate=tmp_path / "proof.json")
+    certificate = read_certificate(tmp_path / "proof.json")
+    assert certificate["label"] == "approximate"
+    assert certificate["reason"] == "the router was tuned together: 'news' had a part in the rows of code"
+    finding = verify_certificate(tmp_path / "proof.json", left.path)[0]
+    assert finding.ok
+    assert finding.detail.endswith("was removed: approximate " + certificate["reason"])
+    # It says so because it is so: the row that stays is not the one that tuning without news gives.
+    opt_out(world / "model", "news", tmp_path / "never")
+    never = tune(tmp_path / "never", {"code": proxies["code"]}, data, tmp_path / "alone", together=True, **STEPS)
+    assert left.manifests["code"].content != never.manifests["code"].content
+
+
+def test_owners_without_proxies_keep_their_rows(world, proxies, tmp_path):
+    before = open_model(world / "model")
+    for together in (False, True):
+        out = tmp_path / str(together)
+        model = tune(world / "model", {"news": proxies["news"]}, world / "public" / "data", out, together=together,
+                     **STEPS)  # fmt: skip
+        assert model.manifests["code"].digest == before.manifests["code"].digest
+        assert model.manifests["news"].content != before.manifests["news"].content
+        assert not (out / "packages" / "code").exists()
+
+
+def test_done_again_it_is_found_and_another_tuning_in_its_place_refused(world, tuned, proxies):
+    out, together = tuned
+    lines: list[str] = []
+    options = {"together": together, "report": lines.append}
+    again = tune(world / "model", proxies, world / "public" / "data", out, **STEPS, **options)
+    assert again.path == out / "model"
+    assert lines == [f"{out / 'model'} is already there: nothing to do"]
+
+
+@pytest.mark.parametrize(
+    ("names", "message"), [(["sport"], "there is no expert 'sport'"), ([], "there are no proxies")]
+)
+def test_impossible_tunings_are_refused(world, proxies, tmp_path, names, message):
+    with pytest.raises(FlexMoEError, match=message):
+        tune(world / "model", dict.fromkeys(names, proxies["news"]), world / "public" / "data", tmp_path / "o", **STEPS)
+    with pytest.raises(DataError, match="does not exist"):
+        tune(world / "model", {"news": tmp_path / "none"}, world / "public" / "data", tmp_path / "o", **STEPS)
+
+
+def test_a_record_that_lies_about_tuning_breaks_nothing(world, tmp_path):
+    """A package's record is whatever its sender wrote."""
+    manifest = read_manifest(world / "news" / "run" / "package")
+    for record in ({"tuned": 3}, {"tuned": {"with": "news"}}, {"tuned": {"with": {"a": 1}}}, {}):
+        object.__setattr__(manifest, "record", record)
+        assert manifest.tuned_with == ()
+    object.__setattr__(manifest, "record", {"tuned": {"with": [1, "news"]}})
+    assert manifest.tuned_with == ("1", "news")
+    json.dumps(manifest.tuned_with)

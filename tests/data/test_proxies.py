@@ -1,0 +1,68 @@
+"""Classifiers find documents like an owner's, say how well, and carry none of them."""
+
+import json
+
+import numpy as np
+import pytest
+
+from flexmoe_jax.data.domains import embed_documents
+from flexmoe_jax.data.proxies import Classifier, find_proxies, train_classifier
+from flexmoe_jax.data.sources import read_documents
+from flexmoe_jax.errors import DataError, FlexMoEError
+
+CODE = [f"def add_{i}(a, b):\n    return a + b + {i}\n" for i in range(24)]
+FOOD = [f"Fry {i} onions gently in butter, then add the rice and the stock." for i in range(24)]
+SEA = [f"The ship with {i} sails left the harbour before the storm." for i in range(24)]
+
+pytestmark = pytest.mark.torch
+
+
+@pytest.fixture(scope="module")
+def classifier():
+    return train_classifier(CODE, FOOD, count=24)
+
+
+def test_it_tells_documents_apart_that_it_never_saw(classifier):
+    odds = classifier.log_odds(embed_documents(["class Tree:\n    def walk(self): ...", "Boil the potatoes in milk."]))
+    assert odds[0] > 0 > odds[1]
+    assert (classifier.accuracy, classifier.documents, classifier.held_out) == (1.0, 38, 10)
+
+
+def test_the_file_holds_the_exact_numbers_and_no_text(classifier, tmp_path):
+    path = tmp_path / "classifier.json"
+    classifier.save(path)
+    read = Classifier.load(path)
+    assert np.array_equal(read.weights, classifier.weights)
+    assert read.intercept == classifier.intercept
+    assert not any(text in path.read_text() for text in CODE)
+    for broken in ("{}", "[]", "x", path.read_text().replace("flexmoe-classifier-1", "y")):
+        path.write_text(broken)
+        with pytest.raises(DataError, match="is no classifier"):
+            Classifier.load(path)
+
+
+def test_proxies_are_the_public_documents_most_like_the_owners(classifier, tmp_path):
+    public = [*FOOD, *SEA, *CODE[:6]]
+    odds = find_proxies({"code": classifier}, public, tmp_path / "proxies", count=6, of=1000)
+    chosen = [document.text for document in read_documents(tmp_path / "proxies" / "code")]
+    assert set(chosen) == set(CODE[:6])
+    lines = [json.loads(line) for line in (tmp_path / "proxies" / "code" / "train.jsonl").open()]
+    ranked = [line["log_odds"] for line in lines]
+    assert ranked == sorted(ranked, reverse=True)
+    assert odds["code"] == (ranked[0], ranked[-1])
+
+
+def test_what_does_not_go_is_refused_and_leaves_nothing(classifier, tmp_path):
+    with pytest.raises(DataError, match="3 different own documents"):
+        train_classifier(CODE[:3], FOOD)
+    with pytest.raises(DataError, match="50 proxies out of 24"):
+        find_proxies({"code": classifier}, FOOD, tmp_path / "p", count=50, of=100)
+    with pytest.raises(FlexMoEError, match="is not usable"):
+        find_proxies({"../code": classifier}, FOOD, tmp_path / "p", count=5, of=100)
+    other = Classifier(classifier.weights, 0.0, "another", "0" * 64, 1.0, 1, 1)
+    with pytest.raises(DataError, match=r"reads embeddings of another \(000000000000\)"):
+        find_proxies({"code": other}, FOOD, tmp_path / "p", count=5, of=100)
+    assert not (tmp_path / "p").exists()
+    find_proxies({"code": classifier}, FOOD, tmp_path / "p", count=5, of=100)
+    with pytest.raises(DataError, match="already exists"):
+        find_proxies({"code": classifier}, FOOD, tmp_path / "p", count=5, of=100)
