@@ -4,12 +4,7 @@ import io
 import re
 from collections.abc import Callable
 
-import matplotlib
-
-matplotlib.use("svg")
-import matplotlib.pyplot as plt
 import numpy as np
-from matplotlib.figure import Figure
 
 INK = "#010203"  # replaced by currentColor
 PALETTE = ("#8a8f98", "#3b82d6", "#e2803a", "#2fa07a", "#b65fc4", "#d6a21f", "#d8504d", "#5b6ee1")
@@ -27,25 +22,26 @@ def colours(names: list[str]) -> dict[str, str]:
 
 
 def ranking(rows: list[tuple[str, dict]], method: str) -> str:
-    """Mean bits per byte of every system with its interval, the best on top."""
+    """How much every system's mean bits per byte differ from the method's, with the interval, the best on top."""
 
-    def draw():
+    def draw(plt):
         figure, axes = plt.subplots(figsize=(7, 0.24 * len(rows) + 0.8))
         for place, (name, cell) in enumerate(reversed(rows)):
             colour = PALETTE[2] if name == method else PALETTE[1] if name.startswith(method) else PALETTE[0]
             error = [[cell["value"] - cell["low"]], [cell["high"] - cell["value"]]]
             axes.errorbar(cell["value"], place, xerr=error, fmt="o", color=colour, markersize=5, capsize=2)
         axes.set_yticks(range(len(rows)), [name for name, _ in reversed(rows)])
-        axes.set_xlabel("held-out bits per byte, mean over domains (left is better)")
+        axes.axvline(0, color=PALETTE[2], linewidth=1)
+        axes.set_xlabel(f"mean held-out bits per byte, difference to {method} (left is better)")
         return figure
 
-    return _svg(draw, "Mean bits per byte of every system, with 95% intervals")
+    return _svg(draw, f"Every system's difference to {method}, with 95% intervals")
 
 
 def learning_curves(groups: dict[str, dict[str, list]]) -> str:
     """A panel for each group, a line for each run: training loss by step."""
 
-    def draw():
+    def draw(plt):
         columns = min(3, len(groups))
         rows = -(-len(groups) // columns)
         figure, grid = plt.subplots(rows, columns, figsize=(3.3 * columns, 2.4 * rows), squeeze=False)
@@ -66,7 +62,7 @@ def learning_curves(groups: dict[str, dict[str, list]]) -> str:
 def routing(share: dict[str, list], experts: list[str]) -> str:
     """Heat maps: the mean weight each layer gives each expert, a map for each domain (the paper's Figure 2)."""
 
-    def draw():
+    def draw(plt):
         columns = min(4, len(share))
         rows = -(-len(share) // columns)
         layers = len(next(iter(share.values())))
@@ -92,7 +88,7 @@ def routing(share: dict[str, list], experts: list[str]) -> str:
 def matrix(values: dict[str, dict[str, float]]) -> str:
     """Rows leave, columns are read: the change in bits per byte."""
 
-    def draw():
+    def draw(plt):
         rows, columns = list(values), list(next(iter(values.values())))
         table = np.array([[values[row][column] for column in columns] for row in rows])
         most = np.abs(table).max() or 1.0
@@ -109,9 +105,15 @@ def matrix(values: dict[str, dict[str, float]]) -> str:
     return _svg(draw, "Change in bits per byte when an owner leaves")
 
 
-def _svg(draw: Callable[[], Figure], title: str) -> str:
+def _svg(draw: Callable, title: str) -> str:
+    """What `draw(pyplot)` returns, a figure, as SVG of the page's width."""
+    import matplotlib
+
+    matplotlib.use("svg")
+    import matplotlib.pyplot as plt
+
     with plt.rc_context(STYLE):
-        figure = draw()
+        figure = draw(plt)
         figure.tight_layout()
         buffer = io.StringIO()
         figure.savefig(buffer, format="svg", transparent=True, metadata={"Date": None, "Title": title})

@@ -7,6 +7,7 @@ from importlib import resources
 from typing import Any
 
 from flexmoe_jax.errors import ArtifactError, ConfigError
+from flexmoe_jax.report import figures
 from flexmoe_jax.study.plan import METHOD
 from flexmoe_jax.tree import PUBLIC
 
@@ -31,14 +32,15 @@ def render(results: dict, samples: list[dict]) -> str:
     """The report on `results` as one HTML page; needs the extra `report`."""
     try:
         import jinja2
-
-        from flexmoe_jax.report import figures
+        import matplotlib  # noqa: F401 - the figures need it
     except ImportError as error:
         raise ConfigError(f"the report needs {error.name}", "pip install 'flexmoe_jax[report]'") from error
     bits, config = results["bits_per_byte"], results["config"]
-    domains = [name for name in bits[METHOD] if name != "mean"]
     owners = sorted(config["domains"].split(","))
     experts = [PUBLIC, *owners]
+    domains = [*experts, *(name for name in bits[METHOD] if name not in (*experts, "mean"))]
+    against = {METHOD: {"value": 0.0, "low": 0.0, "high": 0.0}}
+    against |= {system: row["mean"] for system, row in results["against_method"].items()}
     order = sorted(bits, key=lambda system: bits[system]["mean"]["value"])
     alone = {
         o: {d: bits[f"without {o}"][d]["value"] - bits[METHOD][d]["value"] for d in (PUBLIC, *owners)} for o in owners
@@ -56,9 +58,9 @@ def render(results: dict, samples: list[dict]) -> str:
         config=config,
         command=_command(config),
         figures={
-            "ranking": figures.ranking([(name, bits[name]["mean"]) for name in order], METHOD),
+            "ranking": figures.ranking([(name, against[name]) for name in order], METHOD),
             "curves": figures.learning_curves(_groups(results["curves"], owners)),
-            "routing": figures.routing(results["share"][METHOD], experts),
+            "routing": figures.routing({d: results["share"][METHOD][d] for d in domains}, experts),
             "leaving": figures.matrix(alone),
         },
         samples=[_coloured(sample, colours) for sample in samples],
