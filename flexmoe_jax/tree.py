@@ -14,7 +14,7 @@ from flexmoe_jax.errors import ArtifactError, FlexMoEError, did_you_mean
 
 TRUNK, PUBLIC = "trunk", "public"
 _NAME = re.compile(r"[a-z][a-z0-9_-]{0,62}")
-_RESERVED = {TRUNK, PUBLIC, "experts", "model", "all", "none", "uniform", "router", "journal", "tokenizer", "overlay"}
+_RESERVED = {TRUNK, PUBLIC, "experts", "model", "all", "none", "uniform", "router", "journal", "tokenizer", "stacked"}
 
 Params = dict[str, Any]
 

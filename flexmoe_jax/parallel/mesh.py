@@ -1,0 +1,64 @@
+"""The mesh: four axes, always there, of size one where nothing is split.
+
+    data     copies of the parameters, each with its part of the batch
+    fsdp     parameters, moments and the batch in parts
+    expert   experts in parts, and the batch
+    tensor   heads, feed-forward width and vocabulary in parts
+
+Inside `jax.set_mesh(mesh)` the model finds the mesh by itself (`current_mesh`); outside, everything is on one device.
+"""
+
+import jax
+import numpy as np
+from jax.sharding import AxisType, Mesh, NamedSharding
+from jax.sharding import PartitionSpec as P
+
+from flexmoe_jax.errors import ConfigError, did_you_mean
+
+AXES = DATA, FSDP, EXPERT, TENSOR = ("data", "fsdp", "expert", "tensor")
+BATCH = (DATA, FSDP, EXPERT)  # axes that split the rows of a batch
+
+
+def parse_mesh(text: str) -> dict[str, int]:
+    """ "data=2,fsdp=4" -> {"data": 2, "fsdp": 4, "expert": 1, "tensor": 1}; empty: all axes of size 1."""
+    sizes = dict.fromkeys(AXES, 1)
+    for part in filter(None, text.split(",")):
+        name, _, size = part.strip().partition("=")
+        if name not in sizes:
+            raise ConfigError(f"mesh {text!r}: there is no axis {name!r}", did_you_mean(name, AXES))
+        if not size.isdecimal() or int(size) < 1:
+            raise ConfigError(f"mesh {text!r}: the size of {name} is {size!r}", "give a number of at least 1")
+        sizes[name] = int(size)
+    return sizes
+
+
+def make_mesh(text: str, devices=None) -> Mesh:
+    """The mesh of these axis sizes over all devices of all processes (or `devices`); ConfigError if they do not fit.
+
+    Neighbours on the last axes are neighbours on the hardware: `tensor` speaks most, `data` least.
+    """
+    sizes, devices = parse_mesh(text), jax.devices() if devices is None else devices
+    needed = int(np.prod(list(sizes.values())))
+    if needed != len(devices):
+        raise ConfigError(
+            f"the mesh {text!r} takes {needed} devices, there are {len(devices)}",
+            f"choose sizes of {', '.join(AXES)} whose product is {len(devices)}",
+        )
+    types = (AxisType.Auto,) * len(AXES)  # gradients per example do not work with explicit axes
+    return jax.make_mesh(tuple(sizes.values()), AXES, axis_types=types, devices=devices)
+
+
+def current_mesh():
+    """The abstract mesh of the surrounding `jax.set_mesh`, or None where there is none or it has one device."""
+    mesh = jax.sharding.get_abstract_mesh()
+    return None if mesh.empty or mesh.size == 1 or mesh.axis_names != AXES else mesh
+
+
+def split_batch(x):
+    """`x`, its first axis split over the devices that split the batch; as it is without a mesh."""
+    mesh = current_mesh()
+    return x if mesh is None else jax.lax.with_sharding_constraint(x, P(BATCH))
+
+
+def replicated(mesh: Mesh) -> NamedSharding:
+    return NamedSharding(mesh, P())

@@ -1,0 +1,111 @@
+"""What lies where: ordered rules from paths to partition specs that cover every leaf of parameters, moments and batch.
+
+Legend as in model/: L layer, E expert, D width, F feed-forward width, H heads, K head size, V vocabulary.
+"""
+
+import math
+import re
+from collections.abc import Callable, Mapping
+from typing import Any
+
+import jax
+import numpy as np
+from jax.sharding import Mesh, NamedSharding
+from jax.sharding import PartitionSpec as P
+
+from flexmoe_jax.errors import ConfigError
+from flexmoe_jax.parallel.mesh import BATCH, EXPERT, FSDP, TENSOR
+from flexmoe_jax.tree import Params, match_rules
+
+# Scalars, norms, router rows and biases are small and everywhere; every matrix is split by fsdp and by tensor.
+RULES: tuple[tuple[str, P], ...] = (
+    ("trunk/embed", P(TENSOR, FSDP)),  # [V, D]
+    ("trunk/head", P(FSDP, TENSOR)),  # [D, V]
+    ("trunk/blocks/w_[qkv]", P(None, FSDP, TENSOR, None)),  # [L, D, H, K]
+    ("trunk/blocks/w_o", P(None, TENSOR, None, FSDP)),  # [L, H, K, D]
+    ("trunk/(blocks/.*_norm|final_norm)", P()),
+    ("experts/stacked/w_(gate|up)", P(None, EXPERT, FSDP, TENSOR)),  # [L, E, D, F]
+    ("experts/stacked/w_down", P(None, EXPERT, TENSOR, FSDP)),  # [L, E, F, D]
+    ("experts/[^/]+/w_(gate|up)", P(None, FSDP, TENSOR)),  # [L, D, F]
+    ("experts/[^/]+/w_down", P(None, TENSOR, FSDP)),  # [L, F, D]
+    ("experts/[^/]+/(router|bias)", P()),
+)
+BATCH_SPEC = P(BATCH)  # of every array of a batch: rows first
+
+
+def spec_of(path: str) -> P:
+    """The partition spec of the leaf at `path` of the parameters, or of a state that holds trees like them.
+
+    Moments lie as their parameters do; counters are everywhere.
+    """
+    inside = re.search(r"(?:^|/)((?:trunk|experts)/.*)", path)
+    if inside is None:
+        return P()
+    return match_rules([inside[1]], RULES)[inside[1]]
+
+
+def tree_specs(tree) -> Any:
+    """A tree like `tree` (arrays or shapes) of partition specs."""
+    return jax.tree_util.tree_map_with_path(lambda path, _: spec_of(path_text(path)), tree)
+
+
+def tree_shardings(mesh: Mesh, tree) -> Any:
+    """A tree like `tree` of shardings; ConfigError names a leaf whose axis the mesh cannot split evenly."""
+
+    def sharding(path, leaf):
+        text = path_text(path)
+        spec = spec_of(text)
+        for size, axes in zip(leaf.shape, spec, strict=False):
+            parts = math.prod(mesh.shape[name] for name in _names(axes))
+            if size % parts:
+                raise ConfigError(
+                    f"{text} has an axis of {size}, the mesh splits it in {parts} ({', '.join(_names(axes))})",
+                    "choose sizes of the mesh that divide the model's",
+                )
+        return NamedSharding(mesh, spec)
+
+    return jax.tree_util.tree_map_with_path(sharding, tree)
+
+
+def place(mesh: Mesh, tree: Params) -> Params:
+    """The leaves of `tree` (anything that is sliced like NumPy arrays) on the devices of all processes.
+
+    A process reads what its own devices hold and nothing else: leaves may be files mapped into memory.
+    """
+    return jax.tree.map(place_leaf, tree, tree_shardings(mesh, tree))
+
+
+def place_leaf(leaf, sharding: NamedSharding):
+    """One leaf, by the slices each device holds."""
+    return jax.make_array_from_callback(leaf.shape, sharding, lambda index: np.asarray(leaf[index]), dtype=leaf.dtype)
+
+
+def place_batch(mesh: Mesh, batch: Mapping[str, np.ndarray]) -> dict[str, jax.Array]:
+    """A batch that every process holds whole, its rows split over the devices; ConfigError if they do not divide."""
+    parts, rows = math.prod(mesh.shape[name] for name in BATCH), len(next(iter(batch.values())))
+    if rows % parts:
+        raise ConfigError(
+            f"a batch of {rows} rows is split over {parts} devices ({' x '.join(BATCH)})",
+            f"choose a batch that is a multiple of {parts}",
+        )
+    return {name: place_leaf(array, NamedSharding(mesh, BATCH_SPEC)) for name, array in batch.items()}
+
+
+def path_text(path) -> str:
+    """A JAX key path as `a/b/0/c`."""
+    return "/".join(str(getattr(key, "key", getattr(key, "idx", getattr(key, "name", key)))) for key in path)
+
+
+def describe(tree, sizes: Mapping[str, int], shape_of: Callable = lambda leaf: leaf.shape) -> list[tuple]:
+    """(path, shape, spec, shape on one device) of every leaf of `tree`, for people."""
+    rows = []
+    for path, leaf in jax.tree_util.tree_leaves_with_path(tree):
+        spec, shape = spec_of(path_text(path)), tuple(shape_of(leaf))
+        parts = [math.prod(sizes[name] for name in _names(axes)) for axes in (*spec, *(None,) * len(shape))]
+        local = tuple(-(-size // part) for size, part in zip(shape, parts, strict=False))
+        rows.append((path_text(path), shape, spec, local))
+    return rows
+
+
+def _names(axes) -> tuple[str, ...]:
+    return () if axes is None else (axes,) if isinstance(axes, str) else tuple(axes)
