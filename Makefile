@@ -3,7 +3,7 @@ PYTHON ?= python3
 VENV ?= .venv
 BIN := $(VENV)/bin
 
-.PHONY: quickstart test check test-faults test-smollm2 test-study test-latest-jax smollm2 bench lock clean
+.PHONY: quickstart test check test-faults test-smollm2 test-study test-distributed test-latest-jax smollm2 bench lock clean
 
 quickstart: $(VENV)/.installed
 	$(BIN)/flexmoe quickstart --out runs/quickstart
@@ -25,6 +25,10 @@ test-smollm2: $(VENV)/.installed
 # A whole small study of every baseline and ablation, on real text. Three minutes.
 test-study: $(VENV)/.installed
 	$(BIN)/python -m pytest -m slow tests/study
+
+# Two and four real processes on this machine. A minute.
+test-distributed: $(VENV)/.installed
+	$(BIN)/python -m pytest -m slow tests/parallel
 
 # The same model as a public anchor: imported, scored on held-out text and on MC9 (64 questions per task), exported.
 SMOLLM2 := runs/smollm2

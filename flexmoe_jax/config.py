@@ -75,7 +75,8 @@ class RunConfig:
     `expert`. A public run defines `model`, or goes on from the model directory `public` and trains all its experts
     together. `freeze` is a pattern of parameter paths that stay as they began, besides those that the stage freezes;
     `top_k` the experts active per token (0: all); `load_balance` weighs the loss that spreads tokens over experts. The
-    control `coordinate=False` trains an owner's feed-forward network without the public expert beside it.
+    control `coordinate=False` trains an owner's feed-forward network without the public expert beside it. `mesh` deals
+    the work out over devices ("data=2,fsdp=4"; parallel/mesh.py); all devices there are, by `fsdp`, when it is empty.
     """
 
     owner: str
@@ -101,6 +102,7 @@ class RunConfig:
     freeze: str = ""
     coordinate: bool = True
     router_scale: float = 0.1
+    mesh: str = ""
     compute_dtype: str = "float32"
     remat: bool = False
     seed: int = 0

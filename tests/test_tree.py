@@ -23,7 +23,7 @@ RESERVED = (
     "router",
     "journal",
     "tokenizer",
-    "overlay",
+    "stacked",
 )
 owner_names = st.from_regex(r"[a-z][a-z0-9_-]{0,62}", fullmatch=True).filter(lambda name: name not in RESERVED)
 owners = st.lists(owner_names, unique=True, max_size=6)

@@ -59,6 +59,11 @@ def load_array(package: pathlib.Path, path: str, shape: tuple[int, ...], dtype: 
     return array
 
 
+def map_array(package: pathlib.Path, path: str, shape: tuple[int, ...], dtype: str) -> np.ndarray:
+    """The tensor `path` as its file mapped into memory, read only: what is sliced of it is read, and no more."""
+    return np.memmap(package / tensor_file(path, shape), NUMPY_DTYPES[dtype], "r", shape=shape)
+
+
 def not_finite(chunk, dtype: str) -> int:
     """How many of the little-endian numbers in `chunk` are NaN or infinite."""
     return int((~np.isfinite(np.frombuffer(chunk, NUMPY_DTYPES[dtype]))).sum())

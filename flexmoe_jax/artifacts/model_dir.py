@@ -224,11 +224,17 @@ def load_model(path: pathlib.Path | str) -> tuple[ModelDir, Params]:
     return _steadily(path, read)
 
 
-def load_params(model: ModelDir, experts: Iterable[str] | None = None) -> Params:
-    """The whole tree, experts named, as numpy arrays: of all experts or only of `experts`. Every digest is checked."""
+def load_params(model: ModelDir, experts: Iterable[str] | None = None, *, mapped: bool = False) -> Params:
+    """The whole tree, experts named, as numpy arrays: of all experts or only of `experts`. Every digest is checked.
+
+    For `mapped` see `load_package`.
+    """
     names = model.experts if experts is None else check_known(experts, model.experts)
     return union(
-        {name: load_package(model.package(name), digest=model.manifests[name].digest) for name in (TRUNK, *names)}
+        {
+            name: load_package(model.package(name), digest=model.manifests[name].digest, mapped=mapped)
+            for name in (TRUNK, *names)
+        }
     )
 
 

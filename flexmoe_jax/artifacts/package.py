@@ -29,6 +29,7 @@ from flexmoe_jax.artifacts.arrays import (
     header_file,
     header_problem,
     load_array,
+    map_array,
     metadata_problem,
     not_finite,
     save_arrays,
@@ -122,18 +123,24 @@ def content_digest(params: Params) -> str:
     return configs.digest(_to_json(_tensor_records(arrays)))
 
 
-def load_package(path: pathlib.Path | str, *, verify: bool = True, digest: str | None = None) -> Params:
+def load_package(
+    path: pathlib.Path | str, *, verify: bool = True, digest: str | None = None, mapped: bool = False
+) -> Params:
     """The owner's subtree as numpy arrays, bit for bit what was written.
 
     File names, kinds and sizes and array headers are checked before anything is allocated, and the very bytes that are
     returned against their sha256; `verify=False` leaves out the sha256. `digest` is the manifest's, where
-    another package in its place will not do. Raises ArtifactError naming what is wrong.
+    another package in its place will not do. `mapped` arrays are files mapped into memory, checked once before they are
+    given out: for many processes that each read a part. Raises ArtifactError naming what is wrong.
     """
     path = pathlib.Path(path)
     manifest = read_manifest(path)
     if digest not in (None, manifest.digest):
         raise ArtifactError(f"{path} has the manifest digest {manifest.digest}, not {digest}", "open the model again")
     raise_problems(path, check_files(path, manifest))
+    if mapped:
+        raise_problems(path, verify_package(path, manifest.owner, quick=not verify))
+        return unflatten({name: map_array(path, name, t.shape, t.dtype) for name, t in manifest.tensors.items()})
     arrays = {name: load_array(path, name, t.shape, t.dtype) for name, t in manifest.tensors.items()}
     if verify:
         files = {tensor_file(name, array.shape): array for name, array in arrays.items()}

@@ -33,6 +33,9 @@ from flexmoe_jax.artifacts.digest import (
 from flexmoe_jax.artifacts.files import lock_directory
 from flexmoe_jax.artifacts.package import Finding
 from flexmoe_jax.errors import ArtifactError
+from flexmoe_jax.parallel.processes import barrier, from_lead, is_lead
+
+_NONE = -1  # no step
 
 
 @dataclasses.dataclass(frozen=True)
@@ -60,8 +63,10 @@ class RunCheckpoints:
         self.path = pathlib.Path(path).absolute()
         self._steps, self._digests = self.path / "checkpoints", self.path / "digests"
         self._digests.mkdir(parents=True, exist_ok=True)
+        self._lead = is_lead()
         with contextlib.ExitStack() as stack:
-            stack.enter_context(lock_directory(self.path, ".lock"))
+            if self._lead:
+                stack.enter_context(lock_directory(self.path, ".lock"))
             self._manager = ocp.CheckpointManager(
                 self._steps,
                 item_names=("trainable", "optimizer", "data", "meta"),
@@ -125,18 +130,26 @@ class RunCheckpoints:
         """
         self.wait()
         skipped: list[tuple[int, str]] = []
-        steps = sorted(self._manager.all_steps(), reverse=True) if step is None else [step]
-        for candidate in steps:
-            problem = self._problem(candidate)
-            if problem is None:
-                self._set_aside(skipped)
-                return self._read(candidate, like_trainable, like_opt, tuple(skipped))
-            skipped.append((candidate, problem))
+        chosen = self._choose(step, skipped) if self._lead else None
+        # The lead has looked; the others do as it says.
+        number = from_lead(_NONE if chosen is None else chosen)
+        if number != _NONE:
+            self._set_aside(skipped)
+            return self._read(number, like_trainable, like_opt, tuple(skipped))
         if skipped:
             reasons = "".join(f"\n    step {number}: {reason}" for number, reason in skipped)
             raise ArtifactError(
                 f"no checkpoint of {self.path} can be used:{reasons}", "restore the directory, or start a new run"
             )
+        return None
+
+    def _choose(self, step: int | None, skipped: list[tuple[int, str]]) -> int | None:
+        """The newest undamaged step (or `step`, if it is), or None; `skipped` gets the others, with reasons."""
+        for candidate in sorted(self._manager.all_steps(), reverse=True) if step is None else [step]:
+            problem = self._problem(candidate)
+            if problem is None:
+                return candidate
+            skipped.append((candidate, problem))
         return None
 
     def _read(self, step, like_trainable, like_opt, skipped) -> Restored:
@@ -159,6 +172,8 @@ class RunCheckpoints:
     def _commit(self, step: int) -> None:
         with self._named_errors(step):
             self._manager.wait_until_finished()
+            if not self._lead:
+                return
             write_sealed(self._digest_file(step), {"step": step, "files": digest_files(self._steps / str(step))})
             kept = {f"{number}.json" for number in self._manager.all_steps()}
             for file in self._digests.glob("*.json"):
@@ -169,13 +184,15 @@ class RunCheckpoints:
         return "; ".join(f"{f.subject}: {f.detail}" for f in _check_step(self.path, step) if not f.ok) or None
 
     def _set_aside(self, skipped: list[tuple[int, str]]) -> None:
+        """Moves the damaged steps away (the lead, which alone knows of any)."""
         for step, _ in skipped:
             target = self.path / "damaged" / str(step)
             shutil.rmtree(target, ignore_errors=True)
             target.parent.mkdir(exist_ok=True)
             os.rename(self._steps / str(step), target)
             self._digest_file(step).unlink(missing_ok=True)
-        if skipped:
+        barrier("damaged steps")
+        if skipped or not self._lead:
             self._manager.reload()
 
     def _digest_file(self, step: int) -> pathlib.Path:

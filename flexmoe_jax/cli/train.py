@@ -40,8 +40,10 @@ def _run(argv, verb, what, example, *, public: bool) -> int:
     if run.is_public != public:
         other = "train" if public else "pretrain"
         raise ConfigError(f"config.owner is {run.owner!r}: not a run of flexmoe {verb}", f"use flexmoe {other}")
+    from flexmoe_jax.parallel.processes import join
     from flexmoe_jax.train.loop import train
 
+    join()
     product = train(run, report=lambda line: print(line, file=sys.stderr, flush=True), allow=allow)
     print(product)
     return 0

@@ -85,13 +85,21 @@ def sparse(x_ND, routing: Routing, experts, layer=None):
     """
     if not is_stacked(experts):
         raise FlexMoEError("sparse dispatch was given named experts", "stack them once, outside the forward pass")
-    N, k = routing.index_Nk.shape
-    order_S, inverse_S, counts_E = _sort(routing.index_Nk, routing.weights_NE.shape[1])
-    weights = tuple(experts[name] for name in FFN_WEIGHTS)
+    weights_Nk = jnp.take_along_axis(routing.weights_NE, routing.index_Nk, axis=-1)
+    return run_slots(x_ND, routing.index_Nk, weights_Nk, tuple(experts[name] for name in FFN_WEIGHTS), layer)
+
+
+def run_slots(x_ND, index_Nk, weights_Nk, weights, layer=None):
+    """sum over a token's k slots of weight * FFN_index(x), [N, D]; `weights` are those of E experts, stacked.
+
+    Slots whose index is E belong to nobody here: their weight must be zero, and they cost no product.
+    """
+    N, k = index_Nk.shape
+    order_S, inverse_S, counts_E = _sort(index_Nk, weights[0].shape[0 if layer is None else 1])
     x_SD = _spread(x_ND, order_S, inverse_S)
     y_SD = GROUPED.get(jax.default_backend(), _ragged)(x_SD, counts_E, weights, layer)
     y_NkD = _collect(y_SD, order_S, inverse_S).reshape(N, k, -1)
-    weights_Nk1 = jnp.take_along_axis(routing.weights_NE, routing.index_Nk, axis=-1)[..., None].astype(x_ND.dtype)
+    weights_Nk1 = weights_Nk[..., None].astype(x_ND.dtype)
     # An expert of weight zero cannot reach the output nor, by the product's derivative, the router.
     return (weights_Nk1 * jnp.where(weights_Nk1 > 0, y_NkD, 0)).sum(1)
 

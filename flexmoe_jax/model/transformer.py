@@ -15,10 +15,13 @@ import jax.numpy as jnp
 
 from flexmoe_jax.config import ModelConfig
 from flexmoe_jax.model import attention, cache, router
+from flexmoe_jax.model.expert_parallel import sparse_on_mesh
 from flexmoe_jax.model.experts import DISPATCH, FFN_WEIGHTS
 from flexmoe_jax.model.norm import rms_norm
 from flexmoe_jax.model.rope import rope_table
 from flexmoe_jax.model.spec import LeafSpec, owner_spec
+from flexmoe_jax.parallel.mesh import current_mesh, split_batch
+from flexmoe_jax.parallel.stacked import STACKED, with_stacked_rows
 from flexmoe_jax.tree import PUBLIC, TRUNK, Params, canonical_order, is_stacked
 
 
@@ -74,6 +77,8 @@ def hidden_states(
     """
     B, T = tokens_BT.shape
     trunk = params["trunk"]
+    if STACKED in params["experts"]:
+        params = {**params, "experts": with_stacked_rows(params["experts"])}
     if positions_BT is None:
         positions_BT = jnp.broadcast_to(jnp.arange(T), (B, T))
     if segments_BT is None:
@@ -107,9 +112,10 @@ def hidden_states(
             uniform=uniform,
             layer=index if whole else None,
         )
-        return (x_BTD + _after(config, y_BTD, block["ffn_norm"]), kv_cache), (logits_NE, begun)
+        x_BTD = split_batch(x_BTD + _after(config, y_BTD, block["ffn_norm"]))
+        return (x_BTD, kv_cache), (logits_NE, begun)
 
-    x_BTD = trunk["embed"][tokens_BT].astype(dtype)
+    x_BTD = split_batch(trunk["embed"][tokens_BT].astype(dtype))
     body = jax.checkpoint(layer, prevent_cse=False) if remat else layer
     layers = (trunk["blocks"], scanned, jnp.arange(config.num_layers))
     carry, first = (x_BTD, kv_cache), None
@@ -133,6 +139,8 @@ def moe(x_BTD, experts, *, top_k: int | None, dispatch: str = "dense", uniform: 
     logits_NE = router.router_logits(x_ND, router_ED, bias_E)
     E = logits_NE.shape[-1]
     routing = router.route_uniform(logits_NE) if uniform else router.route(logits_NE, min(top_k or E, E))
+    if dispatch == "sparse" and current_mesh() is not None:
+        return sparse_on_mesh(x_ND, routing, experts).reshape(B, T, D), logits_NE
     return DISPATCH[dispatch](x_ND, routing, experts, layer).reshape(B, T, D), logits_NE
 
 

@@ -9,6 +9,7 @@ from collections.abc import Callable, Mapping
 from typing import Any
 
 import jax
+import jax.numpy as jnp
 import numpy as np
 from jax.sharding import Mesh, NamedSharding
 from jax.sharding import PartitionSpec as P
@@ -67,17 +68,23 @@ def tree_shardings(mesh: Mesh, tree) -> Any:
     return jax.tree_util.tree_map_with_path(sharding, tree)
 
 
-def place(mesh: Mesh, tree: Params) -> Params:
+def place(mesh: Mesh, tree: Params, dtype=None) -> Params:
     """The leaves of `tree` (anything that is sliced like NumPy arrays) on the devices of all processes.
 
-    A process reads what its own devices hold and nothing else: leaves may be files mapped into memory.
+    A process reads what its own devices hold and nothing else: leaves may be files mapped into memory. Leaves that
+    already are on the mesh are copied there. `dtype` converts.
     """
-    return jax.tree.map(place_leaf, tree, tree_shardings(mesh, tree))
+    return jax.tree.map(lambda leaf, sharding: place_leaf(leaf, sharding, dtype), tree, tree_shardings(mesh, tree))
 
 
-def place_leaf(leaf, sharding: NamedSharding):
+def place_leaf(leaf, sharding: NamedSharding, dtype=None):
     """One leaf, by the slices each device holds."""
-    return jax.make_array_from_callback(leaf.shape, sharding, lambda index: np.asarray(leaf[index]), dtype=leaf.dtype)
+    dtype = np.dtype(dtype or leaf.dtype)
+    if isinstance(leaf, jax.Array) and leaf.sharding == sharding:
+        return jax.jit(lambda a: jnp.array(a, dtype, copy=True), out_shardings=sharding)(leaf)
+    return jax.make_array_from_callback(
+        leaf.shape, sharding, lambda index: np.asarray(leaf[index]).astype(dtype), dtype=dtype
+    )
 
 
 def place_batch(mesh: Mesh, batch: Mapping[str, np.ndarray]) -> dict[str, jax.Array]:

@@ -3,12 +3,13 @@
 import io
 import re
 from collections.abc import Callable
+from typing import Any
 
 import numpy as np
 
 INK = "#010203"  # replaced by currentColor
 PALETTE = ("#8a8f98", "#3b82d6", "#e2803a", "#2fa07a", "#b65fc4", "#d6a21f", "#d8504d", "#5b6ee1")
-STYLE = {
+STYLE: Any = {
     "svg.fonttype": "none", "svg.hashsalt": "flexmoe", "font.family": "sans-serif", "font.size": 10,
     "text.color": INK, "axes.edgecolor": INK, "axes.labelcolor": INK, "xtick.color": INK, "ytick.color": INK,
     "axes.spines.top": False, "axes.spines.right": False, "axes.grid": True, "grid.color": PALETTE[0],

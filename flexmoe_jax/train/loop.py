@@ -1,5 +1,6 @@
 """The thin loop around the step: data, checkpoints, metrics, and the package at the end."""
 
+import contextlib
 import json
 import pathlib
 import signal
@@ -9,6 +10,7 @@ from collections.abc import Collection
 import jax
 import jax.numpy as jnp
 import numpy as np
+from jax.sharding import Mesh
 
 from flexmoe_jax.artifacts.digest import sha256_array, write_json
 from flexmoe_jax.artifacts.model_dir import create_public_model
@@ -19,6 +21,10 @@ from flexmoe_jax.data.pipeline import make_batches, make_iterator, mix_batches
 from flexmoe_jax.data.sources import content_digest, read_documents
 from flexmoe_jax.data.store import TokenStore, write_store
 from flexmoe_jax.errors import ArtifactError, ConfigError, DataError, FlexMoEError, did_you_mean
+from flexmoe_jax.parallel.mesh import make_mesh, replicated
+from flexmoe_jax.parallel.processes import Agreement, barrier, is_lead, to_host
+from flexmoe_jax.parallel.specs import place_batch
+from flexmoe_jax.parallel.stacked import STACKED, unstack_weights
 from flexmoe_jax.progress import track
 from flexmoe_jax.train.metrics import MetricsFile
 from flexmoe_jax.train.optimizer import make_optimizer
@@ -35,6 +41,7 @@ RESUMABLE = (
     "public_data",
     "domain_vector",
     "expert",
+    "mesh",
     "log_every",
     "save_every",
     "save_minutes",
@@ -43,6 +50,9 @@ RESUMABLE = (
     "licence",
     "contact",
 )
+
+
+_COUNTERS = ("step", "bad_steps", "skipped")
 
 
 class Stopped(FlexMoEError):
@@ -61,7 +71,10 @@ def train(run: RunConfig, report=lambda line: None, allow: Collection[str] = ())
     """
     out = pathlib.Path(run.out)
     product = out / ("model" if run.is_public else "package")
-    stage = prepare(run)
+    mesh = make_mesh(run.mesh or f"fsdp={jax.device_count()}") if run.mesh or jax.device_count() > 1 else None
+    if not is_lead():
+        report = lambda line: None  # noqa: E731
+    stage = prepare(run, mesh)
     with RunCheckpoints(out, keep=run.keep_checkpoints) as checkpoints:
         stores = [_open_tokens(run.data, "data", stage, out / "tokens")]
         if run.public_sequences:
@@ -73,45 +86,67 @@ def train(run: RunConfig, report=lambda line: None, allow: Collection[str] = ())
             return product
         for pattern, trainable, leaves, count in freezing_table(stage.params, run.owner, run.freeze):
             report(f"{'trained' if trainable else 'frozen ':8} {pattern:34} {leaves:3} leaves {count:14,} parameters")
-        state = _fit(run, stage, stores, checkpoints, out, report)
-        _write_product(product, run, stage, state, identity)
+        with contextlib.nullcontext() if mesh is None else jax.set_mesh(mesh):
+            state = _fit(run, stage, mesh, stores, checkpoints, out, report)
+        trained = _to_host(state.trainable, stage)
+        if is_lead():
+            _write_product(product, run, stage, trained, int(state.skipped), identity)
+        barrier("product")
     return product
 
 
 def _fit(
-    run: RunConfig, stage: Stage, stores: list[TokenStore], checkpoints: RunCheckpoints, out, report
+    run: RunConfig, stage: Stage, mesh: Mesh | None, stores: list[TokenStore], checkpoints: RunCheckpoints, out, report
 ) -> TrainState:
     optimizer = make_optimizer(run.optimizer, run.steps)
-    state, frozen = create_state(stage.params, run.owner, optimizer, jnp.dtype(run.compute_dtype), run.freeze)
+    state, frozen = create_state(stage.params, run.owner, optimizer, jnp.dtype(run.compute_dtype), run.freeze, mesh)
     iterator = make_iterator(_batches(run, stores))
+    shardings = None if mesh is None else (jax.tree.map(lambda leaf: leaf.sharding, state), replicated(mesh))
     state = _restore(checkpoints, state, iterator, report)
     begin = int(state.step)
-    metrics_file = MetricsFile(out / "metrics.jsonl", begin)
-    step = make_train_step(stage.model, run)
+    step = make_train_step(stage.model, run, shardings)
     names = canonical_order(stage.params["experts"])
-    stop = _StopSignal()
-    saved_at, pending = time.monotonic(), None
-    with stop, track(f"train {run.owner}", run.steps, "steps", start=begin) as advance:
+    stop, agreement = _StopSignal(), Agreement(mesh)
+    saved_at, pending, answer = time.monotonic(), None, None
+    shown = track(f"train {run.owner}", run.steps, "steps", start=begin) if is_lead() else _nothing()
+    with stop, shown as advance, MetricsFile(out / "metrics.jsonl", begin, written=is_lead()) as metrics_file:
         for n in range(begin, run.steps):
-            state, metrics = step(state, frozen, next(iterator))
+            batch = next(iterator)
+            state, metrics = step(state, frozen, batch if mesh is None else place_batch(mesh, batch))
             if pending is not None:
                 _record(pending, run, names, metrics_file, advance)
             pending = (n, metrics, time.monotonic())
-            minutes = (time.monotonic() - saved_at) / 60
+            overdue = is_lead() and (time.monotonic() - saved_at) / 60 >= run.save_minutes
+            # With several processes what is asked now is agreed one step later, when the answer costs no wait.
+            asked = agreement.ask(stop.received, overdue)
+            stopping, due = agreement.read(answer if agreement.shared and answer is not None else asked)
+            answer = asked
             last = n + 1 == run.steps
-            if stop.received or last or (n + 1) % run.save_every == 0 or minutes >= run.save_minutes:
+            if stopping or last or due or (n + 1) % run.save_every == 0:
                 _record(pending, run, names, metrics_file, advance)
                 pending, saved_at = None, time.monotonic()
                 _save(checkpoints, state, iterator)
-            if stop.received and not last:
+            if stopping and not last:
                 checkpoints.wait()
                 raise Stopped(
                     f"stopped by SIGTERM after step {n + 1} of {run.steps}; the state is saved in {out}",
                     "run the same command again to go on",
                 )
     checkpoints.wait()
-    metrics_file.close()
     return state
+
+
+@contextlib.contextmanager
+def _nothing():
+    yield lambda n=1, note="": None
+
+
+def _to_host(trainable, stage: Stage):
+    """Trained leaves, by name, as NumPy arrays."""
+    whole = jax.tree.map(to_host, trainable)
+    if STACKED in whole.get("experts", {}):
+        whole = {**whole, "experts": unstack_weights(whole["experts"], stage.params["experts"])}
+    return whole
 
 
 def _record(pending, run: RunConfig, names, metrics_file: MetricsFile, advance) -> None:
@@ -132,7 +167,7 @@ def _record(pending, run: RunConfig, names, metrics_file: MetricsFile, advance) 
 
 
 def _save(checkpoints: RunCheckpoints, state: TrainState, iterator) -> None:
-    counters = {name: int(getattr(state, name)) for name in ("step", "bad_steps", "skipped")}
+    counters = {name: int(getattr(state, name)) for name in _COUNTERS}
     checkpoints.save(counters["step"], state.trainable, state.opt_state, iterator.get_state(), counters)
 
 
@@ -144,7 +179,7 @@ def _restore(checkpoints: RunCheckpoints, state: TrainState, iterator, report) -
         report(f"checkpoint {step} is damaged and was not used: {reason}")
     report(f"resumed at step {restored.step}")
     iterator.set_state(restored.data_state)
-    counters = {name: jnp.asarray(restored.meta[name], jnp.int32) for name in ("step", "bad_steps", "skipped")}
+    counters = {name: jnp.full_like(getattr(state, name), restored.meta[name]) for name in _COUNTERS}
     own = lambda tree: jax.tree.map(jnp.array, tree)  # noqa: E731 - a copy: the state is donated
     return TrainState(trainable=own(restored.trainable), opt_state=own(restored.opt_state), **counters)
 
@@ -169,8 +204,9 @@ def _open_tokens(data: str, key: str, stage: Stage, tokens: pathlib.Path) -> Tok
     if any(folder.glob("*.npy")):
         dtype = "uint16" if stage.tokenizer.vocab_size <= 1 << 16 else "uint32"
         return TokenStore.from_olmo(folder, dtype, stage.tokenizer.eos_id)
-    if not tokens.exists():
+    if not tokens.exists() and is_lead():
         write_store((document.text for document in read_documents(folder)), stage.tokenizer, tokens)
+    barrier(f"tokens of {key}")
     return TokenStore.open(tokens, stage.tokenizer.digest)
 
 
@@ -207,19 +243,20 @@ def _check_identity(path: pathlib.Path, identity: dict, allow: Collection[str], 
         )
     for line in lines:
         report(f"changed as allowed: {line}")
-    if lines or not path.exists():
+    if (lines or not path.exists()) and is_lead():
         write_json(path, identity)
+    barrier("identity")
 
 
-def _write_product(product: pathlib.Path, run: RunConfig, stage: Stage, state: TrainState, identity: dict):
+def _write_product(product: pathlib.Path, run: RunConfig, stage: Stage, trained, skipped: int, identity: dict):
     # Frozen leaves are taken from where the run began, not from their copies in the compute dtype.
     _, frozen = partition(stage.params, freezing_mask(stage.params, run.owner, run.freeze))
-    params = jax.tree.map(np.asarray, combine(state.trainable, frozen))
+    params = jax.tree.map(np.asarray, combine(trained, frozen))
     record = {
         "training": {
             "steps": run.steps,
             "tokens": run.steps * run.batch_size * run.seq_len,
-            "skipped_steps": int(state.skipped),
+            "skipped_steps": skipped,
             "config": identity["config"],
             "config_digest": digest(identity["config"]),
             "privacy_budget": None,

@@ -7,9 +7,15 @@ from flexmoe_jax.artifacts.digest import write_bytes
 
 
 class MetricsFile:
-    """Appends to `path`; on opening for a resumed run, lines of step `resume_step` and later are dropped."""
+    """Appends to `path`; on opening for a resumed run, lines of step `resume_step` and later are dropped.
 
-    def __init__(self, path: pathlib.Path, resume_step: int = 0):
+    Use it in a `with` block. Where it is not `written`, nothing is.
+    """
+
+    def __init__(self, path: pathlib.Path, resume_step: int = 0, written: bool = True):
+        self._file = None
+        if not written:
+            return
         kept = []
         if path.exists() and resume_step:
             for line in path.read_text().splitlines():
@@ -20,7 +26,12 @@ class MetricsFile:
         self._file = path.open("a", buffering=1)
 
     def write(self, values: dict) -> None:
-        self._file.write(json.dumps(values) + "\n")
+        if self._file:
+            self._file.write(json.dumps(values) + "\n")
 
-    def close(self) -> None:
-        self._file.close()
+    def __enter__(self) -> "MetricsFile":
+        return self
+
+    def __exit__(self, *_) -> None:
+        if self._file:
+            self._file.close()

@@ -1,10 +1,12 @@
 """What a run starts from: the model's shape, its initial parameters, its tokenizer, and what its product belongs to."""
 
 import dataclasses
+import functools
 import pathlib
 
 import jax
 import numpy as np
+from jax.sharding import Mesh
 
 from flexmoe_jax.artifacts.model_dir import ModelDir, check_belongs, load_params, open_model
 from flexmoe_jax.artifacts.package import load_package, read_manifest
@@ -13,6 +15,7 @@ from flexmoe_jax.data.domains import DomainVector, projection_record, router_row
 from flexmoe_jax.data.tokenizer import Tokenizer, load_tokenizer
 from flexmoe_jax.errors import ArtifactError, ConfigError
 from flexmoe_jax.model.transformer import init_params
+from flexmoe_jax.parallel.specs import tree_shardings
 from flexmoe_jax.tree import PUBLIC, TRUNK, Params, check_owner_name
 
 PROJECTION_SEED = 0
@@ -33,22 +36,25 @@ class Stage:
     start: str = ""
 
 
-def prepare(run: RunConfig) -> Stage:
-    """The stage of `run`: a public model, fresh or going on, or an owner's hybrid that begins as the public one."""
+def prepare(run: RunConfig, mesh: Mesh | None = None) -> Stage:
+    """The stage of `run`: a public model, fresh or going on, or an owner's hybrid that begins as the public one.
+
+    On a mesh no host holds all of it: fresh parameters are made in their places, others are mapped files.
+    """
     if run.is_public and run.public:
-        return _continued_stage(run)
+        return _continued_stage(run, mesh)
     if run.expert:
-        return _further_stage(run)
+        return _further_stage(run, mesh)
     if run.domain_vector == "":
         raise ConfigError(
             f"config.domain_vector is empty in the run of {run.owner!r}",
             "a router row begins as a domain embedding: make one with `flexmoe embed DATA --out FILE`",
         )
     vector = DomainVector.load(pathlib.Path(run.domain_vector))
-    return _public_stage(run, vector) if run.is_public else _new_expert_stage(run, vector)
+    return _public_stage(run, vector, mesh) if run.is_public else _new_expert_stage(run, vector, mesh)
 
 
-def _public_stage(run: RunConfig, vector: DomainVector) -> Stage:
+def _public_stage(run: RunConfig, vector: DomainVector, mesh: Mesh | None) -> Stage:
     assert run.model is not None  # RunConfig refuses a public run without one
     tokenizer = load_tokenizer(run.tokenizer)
     if tokenizer.vocab_size > run.model.vocab_size:
@@ -58,13 +64,15 @@ def _public_stage(run: RunConfig, vector: DomainVector) -> Stage:
             f"set config.model.vocab_size to at least {tokenizer.vocab_size}",
         )
     _check_length(run, run.model)
-    params = init_params(run.model, jax.random.key(run.seed))
+    begin, key = functools.partial(init_params, run.model), jax.random.key(run.seed)
+    shardings = None if mesh is None else tree_shardings(mesh, jax.eval_shape(begin, key))
+    params = begin(key) if mesh is None else jax.jit(begin, out_shardings=shardings)(key)
     router = projection_record(vector, run.model.d_model, run.router_scale, PROJECTION_SEED)
     public = {**params["experts"][PUBLIC], "router": _rows(vector, run.model, router)}
     return Stage(run.model, {**params, "experts": {PUBLIC: public}}, tokenizer, {}, router)
 
 
-def _continued_stage(run: RunConfig) -> Stage:
+def _continued_stage(run: RunConfig, mesh: Mesh | None) -> Stage:
     """All of an existing model, to be trained on together."""
     model = open_model(pathlib.Path(run.public))
     _check_length(run, model.config)
@@ -75,10 +83,16 @@ def _continued_stage(run: RunConfig) -> Stage:
     base = {name: manifest.content for name, manifest in model.manifests.items()}
     tokenizer = load_tokenizer(str(model.tokenizer_path))
     router = model.manifests[PUBLIC].record["router"]
-    return Stage(model.config, load_params(model), tokenizer, base | {"tokenizer": model.tokenizer_digest}, router)
+    return Stage(
+        model.config,
+        load_params(model, mapped=mesh is not None),
+        tokenizer,
+        base | {"tokenizer": model.tokenizer_digest},
+        router,
+    )
 
 
-def _new_expert_stage(run: RunConfig, vector: DomainVector) -> Stage:
+def _new_expert_stage(run: RunConfig, vector: DomainVector, mesh: Mesh | None) -> Stage:
     """The public feed-forward network once more, with the router row of `vector`."""
     public = open_model(pathlib.Path(run.public))
     theirs = public.manifests[PUBLIC].record.get("router")
@@ -97,23 +111,25 @@ def _new_expert_stage(run: RunConfig, vector: DomainVector) -> Stage:
     # Scale and map are the public model's: every owner's row must live in the same space.
     router = projection_record(vector, public.config.d_model, theirs["scale"], theirs["projection_seed"])
     expert = {"router": _rows(vector, public.config, router), "bias": np.zeros(public.config.num_layers, np.float32)}
-    return _expert_stage(run, public, expert, router)
+    return _expert_stage(run, mesh, public, expert, router)
 
 
-def _further_stage(run: RunConfig) -> Stage:
+def _further_stage(run: RunConfig, mesh: Mesh | None) -> Stage:
     """What the owner's package holds, beside the public model it was trained beside."""
     public, path = open_model(pathlib.Path(run.public)), pathlib.Path(run.expert)
     manifest = read_manifest(path, run.owner)
     check_belongs(manifest, public, path)
-    expert = load_package(path, digest=manifest.digest)
-    return _expert_stage(run, public, expert, manifest.record.get("router", {}), manifest.digest)
+    expert = load_package(path, digest=manifest.digest, mapped=mesh is not None)
+    return _expert_stage(run, mesh, public, expert, manifest.record.get("router", {}), manifest.digest)
 
 
-def _expert_stage(run: RunConfig, public: ModelDir, expert: Params, router: dict, start: str = "") -> Stage:
+def _expert_stage(
+    run: RunConfig, mesh: Mesh | None, public: ModelDir, expert: Params, router: dict, start: str = ""
+) -> Stage:
     """The pair {public, owner}; what `expert` does not hold is the public expert's."""
     owner = check_owner_name(run.owner)
     _check_length(run, public.config)
-    params = load_params(public, (PUBLIC,))
+    params = load_params(public, (PUBLIC,), mapped=mesh is not None)
     beside = {PUBLIC: params["experts"][PUBLIC]} if run.coordinate else {}
     params = {**params, "experts": {**beside, owner: params["experts"][PUBLIC] | expert}}
     tokenizer = load_tokenizer(str(public.tokenizer_path))

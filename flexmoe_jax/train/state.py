@@ -6,8 +6,14 @@ from typing import Any
 import flax.struct
 import jax
 import jax.numpy as jnp
+import numpy as np
 import optax
+from jax.sharding import Mesh
 
+from flexmoe_jax.errors import ConfigError
+from flexmoe_jax.parallel.mesh import EXPERT
+from flexmoe_jax.parallel.specs import place, place_leaf, tree_shardings
+from flexmoe_jax.parallel.stacked import stack_weights
 from flexmoe_jax.tree import PUBLIC, Params, flatten, match_rules, partition
 
 
@@ -54,12 +60,55 @@ def freezing_table(params: Params, owner: str, freeze: str = "") -> list[tuple[s
 
 
 def create_state(
-    params: Params, owner: str, optimizer: optax.GradientTransformation, frozen_dtype=jnp.float32, freeze: str = ""
+    params: Params,
+    owner: str,
+    optimizer: optax.GradientTransformation,
+    frozen_dtype=jnp.float32,
+    freeze: str = "",
+    mesh: Mesh | None = None,
 ):
-    """(TrainState, frozen leaves): trainable leaves are float32 and have moments, frozen ones are `frozen_dtype`."""
+    """(TrainState, frozen leaves): trainable leaves are float32 and have moments, frozen ones are `frozen_dtype`.
+
+    On a mesh every leaf is created in parts, where the rules say (parallel/specs.py); with experts on an axis of
+    their own, their weights are stacked (parallel/stacked.py).
+    """
     trainable, frozen = partition(params, freezing_mask(params, owner, freeze))
+    if mesh is not None:
+        return _state_on_mesh(mesh, params, trainable, frozen, optimizer, frozen_dtype)
     # Copied: the state is donated, and an expert begins as the public one: the same buffers as frozen leaves.
     trainable = jax.tree.map(lambda leaf: jnp.array(leaf, jnp.float32, copy=True), trainable)
     frozen = jax.tree.map(lambda leaf: jnp.asarray(leaf, frozen_dtype), frozen)
     zero = jnp.zeros((), jnp.int32)
     return TrainState(zero, trainable, optimizer.init(trainable), zero + 0, zero + 0), frozen
+
+
+def state_shardings(mesh: Mesh, trainable, optimizer: optax.GradientTransformation) -> Any:
+    """The sharding of every leaf of the state of `trainable` (arrays or shapes)."""
+
+    def begin(trainable):
+        zero = jnp.zeros((), jnp.int32)
+        return TrainState(zero, trainable, optimizer.init(trainable), zero, zero)
+
+    return tree_shardings(mesh, jax.eval_shape(begin, trainable))
+
+
+def _state_on_mesh(mesh: Mesh, params: Params, trainable: Params, frozen: Params, optimizer, frozen_dtype):
+    if mesh.shape[EXPERT] > 1 and len(params["experts"]) > 1:
+        names = set(params["experts"])
+        for part in (trainable, frozen):
+            held = {name for name, leaves in part.get("experts", {}).items() if "w_up" in leaves}
+            if held not in (set(), names):
+                raise ConfigError(
+                    f"the mesh splits experts ({EXPERT}={mesh.shape[EXPERT]}), of which {', '.join(sorted(held))} are "
+                    "trained and others frozen, or the other way round",
+                    f"train all feed-forward networks or none, or set {EXPERT}=1: a pair needs no axis of its own",
+                )
+        trainable, frozen = (
+            {**part, **({"experts": stack_weights(part["experts"])} if "experts" in part else {})}
+            for part in (trainable, frozen)
+        )
+    trainable, frozen = place(mesh, trainable, jnp.float32), place(mesh, frozen, frozen_dtype)
+    shardings = state_shardings(mesh, trainable, optimizer)
+    moments = jax.jit(optimizer.init, out_shardings=shardings.opt_state)(trainable)
+    zero = place_leaf(np.zeros((), np.int32), shardings.step)
+    return TrainState(zero, trainable, moments, zero + 0, zero + 0), frozen

@@ -11,13 +11,16 @@ from flexmoe_jax.config import ModelConfig, RunConfig
 from flexmoe_jax.model.loss import next_token_loss
 from flexmoe_jax.model.router import route
 from flexmoe_jax.model.transformer import head, hidden_states
+from flexmoe_jax.parallel.stacked import STACKED
 from flexmoe_jax.train.optimizer import learning_rate, make_optimizer
 from flexmoe_jax.train.state import TrainState
 from flexmoe_jax.tree import Params, combine
 
 
-def make_train_step(model: ModelConfig, run: RunConfig) -> Callable:
+def make_train_step(model: ModelConfig, run: RunConfig, shardings=None) -> Callable:
     """Returns jitted `step(state, frozen, batch) -> (state, metrics)`; `state` is donated.
+
+    On a mesh, `shardings` are (those of the state, that of the metrics), and the step is called inside `jax.set_mesh`.
 
     `batch` holds `tokens`, `targets`, `segments` int32 and `weights` float32, each [batch_size, seq_len]. Losses are
     sums over weighted tokens divided by the weights of the whole batch, so accumulation does not change them. A step
@@ -58,7 +61,7 @@ def make_train_step(model: ModelConfig, run: RunConfig) -> Callable:
         )
         return state, metrics | {"bad_steps": state.bad_steps, "skipped": state.skipped}
 
-    return jax.jit(step, donate_argnums=0)
+    return jax.jit(step, donate_argnums=0, out_shardings=shardings)
 
 
 def _losses(model: ModelConfig, run: RunConfig, trainable: Params, frozen: Params, batch, totals):
@@ -74,6 +77,7 @@ def _losses(model: ModelConfig, run: RunConfig, trainable: Params, frozen: Param
         batch["tokens"],
         segments_BT=batch["segments"],
         top_k=run.top_k or None,
+        dispatch="sparse" if STACKED in params["experts"] else "dense",
         dtype=dtype,
         remat=run.remat,
         # Worth a copy of the weights where layers are few: 8% of a step of 4 layers, 6% of 8 on a CPU.

@@ -189,7 +189,8 @@ def test_metrics_of_a_resumed_run_are_rewritten_whole_or_not_at_all(tmp_path, mo
         with pytest.raises(KeyboardInterrupt):
             MetricsFile(path, 3)
     assert path.read_text().splitlines()[:4] == lines
-    MetricsFile(path, 3).close()
+    with MetricsFile(path, 3):
+        pass
     assert path.read_text().splitlines() == lines[:3]
 
 

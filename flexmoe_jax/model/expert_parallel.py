@@ -1,0 +1,62 @@
+"""Sparse dispatch over a mesh: experts lie on the `expert` axis, tokens come to them, none is dropped.
+
+In one `shard_map` over all axes: the devices of an expert group exchange their tokens (all-gather), each runs the
+slots of its own experts, and the sums go back to where the tokens are from (reduce-scatter). Weights split by `fsdp`
+are gathered for the layer, and by `tensor` each device computes its part of the feed-forward width. The derivative is
+the mirror image: gradients of weights arrive reduced and split as the weights are.
+"""
+
+import jax
+import jax.numpy as jnp
+from jax.sharding import PartitionSpec as P
+
+from flexmoe_jax.errors import ConfigError
+from flexmoe_jax.model.experts import FFN_WEIGHTS, run_slots
+from flexmoe_jax.model.router import Routing
+from flexmoe_jax.parallel.mesh import BATCH, EXPERT, FSDP, TENSOR, current_mesh
+
+_ROWS = P(BATCH, None)
+# One layer's weights, [E, D, F] and [E, F, D]: parallel/specs.py without the axis of layers.
+_WEIGHTS = {
+    "w_gate": P(EXPERT, FSDP, TENSOR),
+    "w_up": P(EXPERT, FSDP, TENSOR),
+    "w_down": P(EXPERT, TENSOR, FSDP),
+}
+
+
+def sparse_on_mesh(x_ND, routing: Routing, experts):
+    """`sparse` of stacked experts on the current mesh: x [N, D] -> [N, D], rows split as a batch's.
+
+    Raises ConfigError when the experts, or the tokens, cannot be dealt out evenly.
+    """
+    mesh = current_mesh()
+    E, groups = experts["w_gate"].shape[0], mesh.shape[EXPERT]
+    if E % groups:
+        raise ConfigError(
+            f"{E} experts cannot be split over expert={groups}", f"choose a size of the axis that divides {E}"
+        )
+    N, parts = x_ND.shape[0], mesh.shape["data"] * mesh.shape[FSDP] * groups
+    if N % parts:
+        raise ConfigError(f"{N} tokens cannot be split over {parts} devices", "choose a batch that is a multiple")
+    weights_Nk = jnp.take_along_axis(routing.weights_NE, routing.index_Nk, axis=-1)
+
+    def local(x_nD, index_nk, weights_nk, gate, up, down):
+        x_ND, index_Nk, weights_Nk = (_gather(a, EXPERT) for a in (x_nD, index_nk, weights_nk))
+        gate, up = (_gather(w, FSDP, 1) for w in (gate, up))
+        down = _gather(down, FSDP, 2)
+        mine_Nk = index_Nk - jax.lax.axis_index(EXPERT) * gate.shape[0]
+        here_Nk = (mine_Nk >= 0) & (mine_Nk < gate.shape[0])
+        y_ND = run_slots(
+            x_ND, jnp.where(here_Nk, mine_Nk, gate.shape[0]), jnp.where(here_Nk, weights_Nk, 0), (gate, up, down)
+        )
+        y_ND = jax.lax.psum(y_ND, TENSOR) if mesh.shape[TENSOR] > 1 else y_ND
+        return jax.lax.psum_scatter(y_ND, EXPERT, tiled=True) if groups > 1 else y_ND
+
+    def _gather(a, axis: str, dimension: int = 0):
+        return a if mesh.shape[axis] == 1 else jax.lax.all_gather(a, axis, axis=dimension, tiled=True)
+
+    rows = (_ROWS, _ROWS, _ROWS)
+    run = jax.shard_map(
+        local, in_specs=(*rows, *(_WEIGHTS[name] for name in FFN_WEIGHTS)), out_specs=_ROWS, check_vma=False
+    )
+    return run(x_ND, routing.index_Nk, weights_Nk, *(experts[name] for name in FFN_WEIGHTS))

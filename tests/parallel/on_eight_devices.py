@@ -1,0 +1,102 @@
+"""Run by test_mesh.py in a process with eight CPU devices: the same training on one device and on meshes of eight.
+
+python -m tests.parallel.on_eight_devices FOLDER     prints one JSON object
+"""
+
+import dataclasses
+import json
+import os
+import pathlib
+import sys
+
+os.environ["XLA_FLAGS"] = "--xla_force_host_platform_device_count=8"
+
+import numpy as np
+
+from flexmoe_jax.artifacts.model_dir import load_params, open_model
+from flexmoe_jax.artifacts.package import load_package
+from flexmoe_jax.cli.main import use_compilation_cache
+from flexmoe_jax.compose.merge import merge
+from flexmoe_jax.errors import FlexMoEError
+from flexmoe_jax.train.loop import train
+from flexmoe_jax.tree import flatten
+from tests.train.tiny import MODEL, expert_run, public_run, write_documents
+
+PUBLIC_MESHES = ("fsdp=8", "data=2,fsdp=2,tensor=2", "data=8")
+JOINT_MESHES = ("data=2,fsdp=2,expert=2", "expert=4,fsdp=2", "fsdp=4,expert=2")
+
+
+def most(ours, theirs) -> float:
+    """Largest difference of two trees, over the largest value."""
+    pairs = [
+        (np.asarray(a), np.asarray(b)) for a, b in zip(flatten(ours).values(), flatten(theirs).values(), strict=True)
+    ]
+    return max(float(np.abs(a - b).max() / (np.abs(b).max() + 1e-6)) for a, b in pairs)
+
+
+def losses(run) -> list[float]:
+    lines = (pathlib.Path(run.out) / "metrics.jsonl").read_text().splitlines()
+    return [json.loads(line)["loss"] for line in lines]
+
+
+def compare(make, meshes, read) -> dict:
+    """{mesh: (difference of parameters, of losses)} to the run on one device."""
+    reference = make("one")
+    import jax
+
+    devices = jax.devices
+    jax.devices = lambda *a: devices(*a)[:1]
+    jax.device_count, count = lambda *a: 1, jax.device_count
+    expected = read(train(reference))
+    jax.devices, jax.device_count = devices, count
+    found = {}
+    for mesh in meshes:
+        run = dataclasses.replace(make(mesh.replace(",", "_")), mesh=mesh)
+        parameters = most(read(train(run)), expected)
+        found[mesh] = (parameters, float(np.abs(np.subtract(losses(run), losses(reference))).max()))
+    return found
+
+
+def main(root: pathlib.Path) -> dict:
+    steps = {"steps": 10, "batch_size": 8, "save_every": 100}
+    result = {}
+
+    model = dataclasses.replace(MODEL, num_kv_heads=2)  # heads enough for two devices
+
+    def public(tag):
+        return public_run(root / "p" / tag, model=model, **steps)
+
+    result["public"] = compare(public, PUBLIC_MESHES, lambda path: load_params(open_model(path)))
+    release = root / "p" / "one" / "public" / "run" / "model"
+    sample = write_documents(root / "sample", "public")
+
+    def hybrid(tag):
+        return expert_run(root / "h" / tag, "news", release, public_data=str(sample), public_fraction=0.5,
+                          router_contrast=0.1, **steps)  # fmt: skip
+
+    result["hybrid"] = compare(hybrid, PUBLIC_MESHES, load_package)
+    packages = [root / "h" / "one" / "news" / "run" / "package"]
+    packages += [train(expert_run(root / "e", owner, release, mesh="data=8", **steps)) for owner in ("code",)]
+    third = write_documents(root / "third" / "sea" / "data", "public")
+    run = expert_run(root / "e", "code", release, mesh="data=8", **steps)
+    packages.append(train(dataclasses.replace(run, owner="sea", data=str(third), out=str(root / "e" / "sea"))))
+    merge(release, packages, root / "model", top_k=2)
+
+    def joint(tag):
+        return dataclasses.replace(
+            public_run(root / "j" / tag, **steps), model=None, public=str(root / "model"), domain_vector="", top_k=2
+        )
+
+    result["joint"] = compare(joint, JOINT_MESHES, lambda path: load_params(open_model(path)))
+    result["refused"] = {}
+    for mesh in ("fsdp=3", "fsdp=16", "expert=8", "pipe=8"):
+        try:
+            train(dataclasses.replace(joint(f"refused-{mesh}"), mesh=mesh))
+        except FlexMoEError as error:
+            result["refused"][mesh] = error.what
+    return result
+
+
+if __name__ == "__main__":
+    use_compilation_cache()
+    sys.stdout.write(json.dumps(main(pathlib.Path(sys.argv[1]))) + "\n")

@@ -1,0 +1,88 @@
+"""Training on meshes of eight devices is training on one, and rules cover every leaf.
+
+Tolerance: float32 sums in another order move values by about 1e-7 relative; ten steps of AdamW, whose first updates are
+the signs of gradients, carry that to about 1e-4 of the largest value. Losses differ by rounding alone.
+"""
+
+import json
+import os
+import subprocess
+import sys
+
+import jax
+import numpy as np
+import pytest
+
+from flexmoe_jax.errors import ConfigError, FlexMoEError
+from flexmoe_jax.model.transformer import init_params
+from flexmoe_jax.parallel.mesh import parse_mesh
+from flexmoe_jax.parallel.specs import RULES, spec_of
+from flexmoe_jax.parallel.stacked import stack_weights, unstack_weights, with_stacked_rows
+from flexmoe_jax.tree import flatten, match_rules, stack
+from tests.conftest import TINY, random_params
+
+PARAMETERS, LOSSES = 5e-4, 1e-5
+
+
+@pytest.fixture(scope="module")
+def found(tmp_path_factory) -> dict:
+    folder = tmp_path_factory.mktemp("eight")
+    command = [sys.executable, "-m", "tests.parallel.on_eight_devices", str(folder)]
+    environment = {name: value for name, value in os.environ.items() if name != "XLA_FLAGS"}
+    done = subprocess.run(command, capture_output=True, text=True, env=environment, check=False)
+    assert done.returncode == 0, done.stderr[-2000:]
+    return json.loads(done.stdout.splitlines()[-1])
+
+
+@pytest.mark.parametrize("kind", ["public", "hybrid", "joint"])
+def test_ten_steps_on_a_mesh_are_ten_steps_on_one_device(found, kind):
+    """Joint runs of four experts, two active: theirs are split over the `expert` axis."""
+    assert len(found[kind]) == 3
+    for mesh, (parameters, losses) in found[kind].items():
+        assert parameters < PARAMETERS, mesh
+        assert losses < LOSSES, mesh
+
+
+def test_meshes_that_do_not_fit_are_refused_with_both_numbers(found):
+    assert found["refused"] == {
+        "fsdp=3": "the mesh 'fsdp=3' takes 3 devices, there are 8",
+        "fsdp=16": "the mesh 'fsdp=16' takes 16 devices, there are 8",
+        "expert=8": "experts/stacked/w_down has an axis of 4, the mesh splits it in 8 (expert)",
+        "pipe=8": "mesh 'pipe=8': there is no axis 'pipe'",
+    }
+
+
+def test_every_leaf_has_a_rule_and_every_rule_a_leaf():
+    params = init_params(TINY, jax.random.key(0), ("public", "news"))
+    stacked = {**params, "experts": stack_weights(params["experts"])}
+    paths = {*flatten(params), *flatten(stacked)}
+    numbered = [(pattern, number) for number, (pattern, _) in enumerate(RULES)]
+    assert set(match_rules(paths, numbered).values()) == set(range(len(RULES)))
+    assert spec_of("opt_state/1/0/mu/trunk/embed") == spec_of("trunk/embed")
+    assert spec_of("opt_state/1/0/count") == jax.sharding.PartitionSpec()
+    with pytest.raises(FlexMoEError, match="no rule covers"):
+        spec_of("trunk/blocks/w_new")
+
+
+def test_stacked_weights_are_the_named_ones_in_canonical_order():
+    experts = random_params(TINY, ("news", "public", "code"))["experts"]
+    stacked = stack_weights(experts)
+    whole = with_stacked_rows({**stacked, "stacked": {n: leaf[:, :] for n, leaf in stacked["stacked"].items()}})
+    for name, expected in stack(experts).items():
+        np.testing.assert_array_equal(whole[name], expected)
+    # A device's part is made of the slices it holds.
+    np.testing.assert_array_equal(stacked["stacked"]["w_up"][0:1, 1:3, 2:5, :], stack(experts)["w_up"][0:1, 1:3, 2:5])
+    back = unstack_weights({**stacked, "stacked": {n: leaf[:, :] for n, leaf in stacked["stacked"].items()}}, experts)
+    for path, leaf in flatten(back).items():
+        np.testing.assert_array_equal(leaf, flatten(experts)[path])
+
+
+@pytest.mark.parametrize("text", ["data", "data=0", "data=-1", "data=x", "dta=2"])
+def test_meshes_that_cannot_be_read_are_refused(text):
+    with pytest.raises(ConfigError, match="mesh"):
+        parse_mesh(text)
+
+
+def test_axes_that_are_not_named_have_size_one():
+    assert parse_mesh("fsdp=4,expert=2") == {"data": 1, "fsdp": 4, "expert": 2, "tensor": 1}
+    assert set(parse_mesh("").values()) == {1}
