@@ -33,7 +33,7 @@ def test_the_reproduction_names_real_domains_at_every_size(size):
     assert study.seeds == 2
     assert set(study.owners) < set(DOMAINS)
     assert study.seq_len <= study.model.max_seq_len
-    assert study.chosen_ablations == tuple(ABLATIONS)
+    assert study.chosen_ablations == ABLATIONS
     assert f"reproduction.py:{size}" in (EXPERIMENTS / "reproduction.py").read_text()
 
 
