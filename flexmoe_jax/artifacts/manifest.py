@@ -54,7 +54,7 @@ class Manifest:
 
     @property
     def tuned_with(self) -> tuple[str, ...]:
-        """The owners whose proxies moved this package's router row; empty if it was not tuned (compose/tune.py)."""
+        """The owners who had a part in this package by router tuning or joint training; empty if none is recorded."""
         tuned = self.record.get("tuned")
         names = tuned.get("with") if isinstance(tuned, dict) else None
         return tuple(map(str, names)) if isinstance(names, list) else ()

@@ -3,6 +3,7 @@
 import pathlib
 
 from flexmoe_jax.cli.common import parser
+from flexmoe_jax.errors import ArtifactError
 
 
 def report(argv: list[str]) -> int:
@@ -15,6 +16,10 @@ def report(argv: list[str]) -> int:
 
     run = pathlib.Path(args.run)
     out = pathlib.Path(args.out) if args.out else (run if run.is_dir() else run.parent) / "report.html"
-    out.write_text(render(*read_study(run)), encoding="utf-8")
+    page = render(*read_study(run))
+    try:
+        out.write_text(page, encoding="utf-8")
+    except OSError as error:
+        raise ArtifactError(f"{out} cannot be written: {error}", "give a file in a folder that exists") from error
     print(out)
     return 0

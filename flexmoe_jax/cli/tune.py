@@ -55,6 +55,8 @@ def proxies(argv: list[str]) -> int:
         owner, equals, path = item.partition("=")
         if not equals or not owner:
             raise DataError(f"--classifier {item!r} names no owner", "write OWNER=FILE")
+        if owner in classifiers:
+            raise DataError(f"two classifiers of {owner!r} are given, the second is {path}", "give one of each owner")
         classifiers[owner] = Classifier.load(path)
     odds = find_proxies(
         classifiers, read_documents(args.documents), pathlib.Path(args.out), count=args.count, of=args.of,

@@ -48,7 +48,7 @@ def certify(model: ModelDir, name: str, top_k: int | None) -> dict:
     manifest = model.manifests[name]
     rest = {n: m for n, m in model.manifests.items() if n != name}
     moved = [n for n, m in rest.items() if name in m.tuned_with]
-    reason = f"the router was tuned together: {name!r} had a part in the rows of {', '.join(moved)}" if moved else ""
+    reason = f"{name!r} had a part in training {', '.join(moved)}" if moved else ""
     files = [model.package(n) / file for n, m in rest.items() for file in ("manifest.json", *m.files)]
     files += [model.package(n) / SIGNATURE for n in find_signatures(model.path, rest)]
     files += [model.path / file for file in model.tokenizer]

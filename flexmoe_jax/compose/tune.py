@@ -12,11 +12,12 @@ import pathlib
 from collections.abc import Mapping
 from typing import Any
 
+from flexmoe_jax.artifacts.digest import parse_json, read_bytes, write_json
 from flexmoe_jax.artifacts.manifest import Manifest
 from flexmoe_jax.artifacts.model_dir import ModelDir, assemble, open_model
 from flexmoe_jax.artifacts.package import load_package, read_manifest, write_package
-from flexmoe_jax.config import OptimizerConfig, RunConfig
-from flexmoe_jax.data.sources import equal_parts
+from flexmoe_jax.config import OptimizerConfig, RunConfig, differences
+from flexmoe_jax.data.sources import content_digest, equal_parts
 from flexmoe_jax.errors import ArtifactError, DataError
 from flexmoe_jax.train.loop import train
 from flexmoe_jax.tree import PUBLIC, check_known
@@ -43,17 +44,24 @@ def tune(
 
     `proxies` are folders of public documents by owner; owners without any keep their rows. A step takes `batch_size`
     sequences: alone, half of them public; together, every owner's proxies and public text in equal parts. `out` is
-    resumed like a run directory. Raises ArtifactError or DataError for unknown owners and missing documents.
+    resumed like a run directory, and refused when it holds another tuning. Raises ArtifactError or DataError for
+    unknown owners and missing documents.
     """
     opened, out = open_model(model), pathlib.Path(out)
     owners = [name for name in check_known({PUBLIC, *proxies}, opened.experts) if name != PUBLIC]
     if not owners:
         raise DataError("there are no proxies", "give a folder of them for at least one owner")
+    details: dict[str, Any] = {
+        "form": TOGETHER if together else "alone", "from": opened.digest, "steps": steps, "batch_size": batch_size,
+        "seq_len": seq_len or opened.config.max_seq_len, "lr": lr, "seed": seed,
+        "proxies": {name: content_digest(proxies[name]) for name in owners}, "public_data": content_digest(public_data),
+    }  # fmt: skip
+    _check_same(out / "tuning.json", details)
     if (out / "model").exists():
         report(f"{out / 'model'} is already there: nothing to do")
         return open_model(out / "model")
     options: dict[str, Any] = {
-        "public": str(model), "steps": steps, "batch_size": batch_size, "seq_len": seq_len or opened.config.max_seq_len,
+        "public": str(model), "steps": steps, "batch_size": batch_size, "seq_len": details["seq_len"],
         "optimizer": OptimizerConfig(lr=lr, warmup_steps=min(100, steps // 10)), "seed": seed, "freeze": FROZEN,
     }  # fmt: skip
     packages = {PUBLIC: (opened.package(PUBLIC), opened.manifests[PUBLIC])}
@@ -78,8 +86,18 @@ def tune(
     for name, (path, manifest, moved_by) in tuned.items():
         packages[name] = _package(out / "packages" / name, opened.manifests[name], path, manifest, moved_by)
     ordered = {name: packages[name] for name in opened.experts}
-    details = {"form": TOGETHER if together else "alone", "tuned": owners, "from": opened.digest}
     return assemble(out / "model", opened, ordered, opened.wanted_top_k, "tuned", details)
+
+
+def _check_same(path: pathlib.Path, details: dict) -> None:
+    """Refuses a folder that holds another tuning: what lies there would be taken for this one's."""
+    if not path.exists():
+        path.parent.mkdir(parents=True, exist_ok=True)
+        write_json(path, details)
+    elif lines := differences(parse_json(read_bytes(path), path), details):
+        raise ArtifactError(
+            f"{path.parent} holds another tuning (there != now):\n    " + "\n    ".join(lines), "give another folder"
+        )
 
 
 def _package(
@@ -87,10 +105,11 @@ def _package(
 ) -> tuple[pathlib.Path, Manifest]:
     """The tuned package of an owner: its own records, and how it was tuned."""
     params = load_package(made, digest=manifest.digest)
-    same = [n for n, t in manifest.tensors.items() if n.startswith("w_") and t.sha256 != before.tensors[n].sha256]
-    if same:
-        raise ArtifactError(f"tuning moved {', '.join(same)} of {before.owner!r}", "do not use what it made")
-    tuned = {"start": before.digest, "with": moved_by, "training": manifest.record["training"]}
+    moved = [n for n, t in manifest.tensors.items() if n.startswith("w_") and t.sha256 != before.tensors[n].sha256]
+    if moved:
+        raise ArtifactError(f"tuning moved {', '.join(moved)} of {before.owner!r}", "do not use what it made")
+    parts = sorted({*before.tuned_with, *moved_by})  # whoever had a part before still has
+    tuned = {"start": before.digest, "with": parts, "training": manifest.record["training"]}
     if not path.exists():
         write_package(path, owner=before.owner, params=params, config=before.config, base=before.base,
                       record={**before.record, "tuned": tuned})  # fmt: skip

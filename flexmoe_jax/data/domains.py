@@ -49,10 +49,7 @@ class DomainVector:
 
     def save(self, path: str | Path) -> None:
         """Write it as JSON; the numbers are exact."""
-        content = dataclasses.asdict(self) | {"width": self.vector.size, "vector": self.vector.tolist()}
-        partial = Path(path).with_name(f".{Path(path).name}.{os.getpid()}")
-        partial.write_text(json.dumps(content, indent=1, allow_nan=False) + "\n")
-        os.replace(partial, path)
+        write_numbers(path, dataclasses.asdict(self) | {"width": self.vector.size, "vector": self.vector.tolist()})
 
     @classmethod
     def load(cls, path: str | Path) -> "DomainVector":
@@ -71,6 +68,16 @@ class DomainVector:
                 "make it again with `flexmoe embed`",
             )
         return cls(vector, content.get("encoder"), content.get("encoder_digest"), **numbers)
+
+
+def write_numbers(path: str | Path, content: dict) -> None:
+    """`content` as JSON at `path`, whole or not at all; DataError where it cannot be written."""
+    partial = Path(path).with_name(f".{Path(path).name}.{os.getpid()}")
+    try:
+        partial.write_text(json.dumps(content, indent=1, allow_nan=False) + "\n")
+        os.replace(partial, path)
+    except OSError as error:
+        raise DataError(f"{path} cannot be written: {error}", "give a file in a folder that exists") from error
 
 
 def domain_vector(

@@ -20,6 +20,7 @@ from flexmoe_jax.data.domains import (
     encoder_digest,
     encoder_name,
     sample_documents,
+    write_numbers,
 )
 from flexmoe_jax.data.sources import Document
 from flexmoe_jax.errors import DataError
@@ -56,10 +57,7 @@ class Classifier:
 
     def save(self, path: str | Path) -> None:
         """Write it as JSON; the numbers are exact."""
-        content = {"format": FORMAT, **dataclasses.asdict(self), "weights": self.weights.tolist()}
-        partial = Path(path).with_name(f".{Path(path).name}.{os.getpid()}")
-        partial.write_text(json.dumps(content, indent=1, allow_nan=False) + "\n")
-        os.replace(partial, path)
+        write_numbers(path, {"format": FORMAT, **dataclasses.asdict(self), "weights": self.weights.tolist()})
 
     @classmethod
     def load(cls, path: str | Path) -> "Classifier":
@@ -130,6 +128,13 @@ def find_proxies(
     if not 1 <= count <= len(sample):
         raise DataError(f"{count} proxies out of {len(sample)} public documents", "ask for fewer, or give more of them")
     embedded = embed_documents(sample, encoder)
+    for owner, classifier in classifiers.items():
+        if classifier.weights.size != embedded.shape[1]:
+            raise DataError(
+                f"the classifier of {owner!r} has {classifier.weights.size} weights, the encoder is "
+                f"{embedded.shape[1]} wide",
+                "ask its owner for another",
+            )
     ranges = {}
     for owner, classifier in classifiers.items():
         odds = classifier.log_odds(embedded)

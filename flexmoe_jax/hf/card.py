@@ -68,9 +68,9 @@ def _opting_out(manifests: Mapping[str, Manifest]) -> list[str]:
     together = [name for name, manifest in manifests.items() if set(manifest.tuned_with) - {name}]
     if together:
         return [
-            f"Approximate: the router rows of {', '.join(together)} were tuned together, on public documents that each",
-            "other's classifiers chose. Removing an expert (`flexmoe optout`) removes its parameters, not its part in",
-            "those rows; the untuned packages give the exact form.",
+            f"Approximate: other owners had a part in training {', '.join(together)} (router tuning, joint training).",
+            "Removing an expert (`flexmoe optout`) removes its parameters, not its part in theirs; packages from",
+            "before that training give the exact form.",
         ]
     return [
         "Exact: removing an owner's expert (`flexmoe optout`, then export again) gives, byte for byte, the export of a",

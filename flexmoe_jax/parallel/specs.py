@@ -5,7 +5,7 @@ Legend as in model/: L layer, E expert, D width, F feed-forward width, H heads, 
 
 import math
 import re
-from collections.abc import Callable, Mapping
+from collections.abc import Mapping
 from typing import Any
 
 import jax
@@ -43,11 +43,6 @@ def spec_of(path: str) -> P:
     if inside is None:
         return P()
     return match_rules([inside[1]], RULES)[inside[1]]
-
-
-def tree_specs(tree) -> Any:
-    """A tree like `tree` (arrays or shapes) of partition specs."""
-    return jax.tree_util.tree_map_with_path(lambda path, _: spec_of(path_text(path)), tree)
 
 
 def tree_shardings(mesh: Mesh, tree) -> Any:
@@ -101,17 +96,6 @@ def place_batch(mesh: Mesh, batch: Mapping[str, np.ndarray]) -> dict[str, jax.Ar
 def path_text(path) -> str:
     """A JAX key path as `a/b/0/c`."""
     return "/".join(str(getattr(key, "key", getattr(key, "idx", getattr(key, "name", key)))) for key in path)
-
-
-def describe(tree, sizes: Mapping[str, int], shape_of: Callable = lambda leaf: leaf.shape) -> list[tuple]:
-    """(path, shape, spec, shape on one device) of every leaf of `tree`, for people."""
-    rows = []
-    for path, leaf in jax.tree_util.tree_leaves_with_path(tree):
-        spec, shape = spec_of(path_text(path)), tuple(shape_of(leaf))
-        parts = [math.prod(sizes[name] for name in _names(axes)) for axes in (*spec, *(None,) * len(shape))]
-        local = tuple(-(-size // part) for size, part in zip(shape, parts, strict=False))
-        rows.append((path_text(path), shape, spec, local))
-    return rows
 
 
 def _names(axes) -> tuple[str, ...]:

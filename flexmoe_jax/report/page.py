@@ -11,6 +11,9 @@ from flexmoe_jax.report import figures
 from flexmoe_jax.study.plan import METHOD
 from flexmoe_jax.tree import PUBLIC
 
+_KEYS = {"config", "documents", "against_method", "choice", "forward_flops_per_token", "training_flops_after_public"}
+_KEYS |= {"share", "opting_out", "curves", "classifiers"}
+
 
 def read_study(path: pathlib.Path) -> tuple[dict, list[dict]]:
     """(results, routed sample texts or none) of a study's folder or of its results as one JSON file."""
@@ -21,11 +24,13 @@ def read_study(path: pathlib.Path) -> tuple[dict, list[dict]]:
     try:
         results = json.loads(file.read_bytes())
         results["bits_per_byte"][METHOD]["mean"]
+        if missing := sorted(_KEYS - results.keys()):
+            raise KeyError(", ".join(missing))
+        return results, json.loads(samples.read_bytes()) if path.is_dir() and samples.exists() else []
     except (ValueError, KeyError, TypeError) as error:
         raise ArtifactError(
             f"{file} holds no results of a study: {error!r}", "run `flexmoe reproduce` again"
         ) from error
-    return results, json.loads(samples.read_bytes()) if path.is_dir() and samples.exists() else []
 
 
 def render(results: dict, samples: list[dict]) -> str:
@@ -77,12 +82,13 @@ def _row(system: str, results: dict, domains: list[str]) -> dict[str, Any]:
         "against": results["against_method"].get(system, {}).get("mean"),
         "choice": results["choice"][system]["mean"],
         "cost": results["forward_flops_per_token"][system] / public,
-        "training": training.get(system, training["dense"] if _is_dense(system) else None),
+        "training": 0 if system == PUBLIC else training.get(system, training["dense" if _is_dense(system) else METHOD]),
     }
 
 
 def _is_dense(system: str) -> bool:
-    return "BTM" in system or "soup" in system or system in ("prompt routing", "oracle dense expert")
+    """Whether a system is made of the dense experts; what is neither that nor trained by itself is the method's."""
+    return "BTM" in system or "soup" in system or "dense" in system or system == "prompt routing"
 
 
 def _groups(curves: dict[str, list], owners: list[str]) -> dict[str, dict[str, list]]:

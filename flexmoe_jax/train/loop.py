@@ -219,7 +219,7 @@ def _identity(run: RunConfig, stage: Stage, stores: list[TokenStore]) -> dict:
     }
     router = stage.router | {"rows": sha256_array(stage.params["experts"][run.owner]["router"])}
     digests = {"data": data, "tokenizer": stage.tokenizer.digest, "base": stage.base}
-    start = {"start": stage.start} if stage.start else {}
+    start = {"start": stage.history["start"]} if "start" in stage.history else {}
     return {"config": config, "router": router, **digests, **start}
 
 
@@ -260,8 +260,8 @@ def _write_product(product: pathlib.Path, run: RunConfig, stage: Stage, trained,
             "config": identity["config"],
             "config_digest": digest(identity["config"]),
             "privacy_budget": None,
-            **({"start": stage.start} if stage.start else {}),
         },
+        **stage.history,
         "router": stage.router,
         "licence": run.licence,
         "contact": run.contact,

@@ -9,7 +9,7 @@ import numpy as np
 from jax.sharding import Mesh
 
 from flexmoe_jax.artifacts.model_dir import ModelDir, check_belongs, load_params, open_model
-from flexmoe_jax.artifacts.package import load_package, read_manifest
+from flexmoe_jax.artifacts.package import Manifest, load_package, read_manifest
 from flexmoe_jax.config import ModelConfig, RunConfig
 from flexmoe_jax.data.domains import DomainVector, projection_record, router_row
 from flexmoe_jax.data.tokenizer import Tokenizer, load_tokenizer
@@ -25,7 +25,8 @@ PROJECTION_SEED = 0
 class Stage:
     """`params` is the whole initial tree in float32; `base` are the content digests the product is bound to.
 
-    `start` is the manifest digest of the package an owner goes on from, or empty.
+    `history` is what the product's record says of where it began: the package an owner goes on from and who had a part
+    in it, or all the owners of a model that is trained together.
     """
 
     model: ModelConfig
@@ -33,7 +34,7 @@ class Stage:
     tokenizer: Tokenizer
     base: dict[str, str]
     router: dict
-    start: str = ""
+    history: dict = dataclasses.field(default_factory=dict)
 
 
 def prepare(run: RunConfig, mesh: Mesh | None = None) -> Stage:
@@ -82,14 +83,12 @@ def _continued_stage(run: RunConfig, mesh: Mesh | None) -> Stage:
         )
     base = {name: manifest.content for name, manifest in model.manifests.items()}
     tokenizer = load_tokenizer(str(model.tokenizer_path))
-    router = model.manifests[PUBLIC].record["router"]
-    return Stage(
-        model.config,
-        load_params(model, mapped=mesh is not None),
-        tokenizer,
-        base | {"tokenizer": model.tokenizer_digest},
-        router,
-    )
+    router = _router_record(model.manifests[PUBLIC])
+    # Whoever's expert is there has a part in all that is trained from here.
+    parts = {*model.experts, *(name for m in model.manifests.values() for name in m.tuned_with)} - {PUBLIC}
+    history = {"tuned": {"with": sorted(parts)}} if parts else {}
+    base |= {"tokenizer": model.tokenizer_digest}
+    return Stage(model.config, load_params(model, mapped=mesh is not None), tokenizer, base, router, history)
 
 
 def _new_expert_stage(run: RunConfig, vector: DomainVector, mesh: Mesh | None) -> Stage:
@@ -120,11 +119,12 @@ def _further_stage(run: RunConfig, mesh: Mesh | None) -> Stage:
     manifest = read_manifest(path, run.owner)
     check_belongs(manifest, public, path)
     expert = load_package(path, digest=manifest.digest, mapped=mesh is not None)
-    return _expert_stage(run, mesh, public, expert, manifest.record.get("router", {}), manifest.digest)
+    tuned = {"tuned": {"with": list(manifest.tuned_with)}} if manifest.tuned_with else {}
+    return _expert_stage(run, mesh, public, expert, _router_record(manifest), {"start": manifest.digest} | tuned)
 
 
 def _expert_stage(
-    run: RunConfig, mesh: Mesh | None, public: ModelDir, expert: Params, router: dict, start: str = ""
+    run: RunConfig, mesh: Mesh | None, public: ModelDir, expert: Params, router: dict, history: dict | None = None
 ) -> Stage:
     """The pair {public, owner}; what `expert` does not hold is the public expert's."""
     owner = check_owner_name(run.owner)
@@ -134,7 +134,13 @@ def _expert_stage(
     params = {**params, "experts": {**beside, owner: params["experts"][PUBLIC] | expert}}
     tokenizer = load_tokenizer(str(public.tokenizer_path))
     base = {name: public.manifests[name].content for name in (TRUNK, PUBLIC)} | {"tokenizer": public.tokenizer_digest}
-    return Stage(public.config, params, tokenizer, base, router, start)
+    return Stage(public.config, params, tokenizer, base, router, history or {})
+
+
+def _router_record(manifest: Manifest) -> dict:
+    """Where a package's router row is from, if it says so: records are what their senders wrote."""
+    router = manifest.record.get("router")
+    return router if isinstance(router, dict) else {}
 
 
 def _rows(vector: DomainVector, model: ModelConfig, router: dict) -> np.ndarray:

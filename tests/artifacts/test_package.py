@@ -58,6 +58,7 @@ def test_round_trip_is_bit_exact(tmp_path, owner, dtype):
     digest = write(tmp_path / "p", owner, params=params)
     assert same_tree(load_package(tmp_path / "p"), params)
     assert same_tree(load_package(tmp_path / "p", verify=False), params)
+    assert same_tree(load_package(tmp_path / "p", mapped=True), params)
     manifest = read_manifest(tmp_path / "p", owner)
     assert (manifest.digest, manifest.config, manifest.record) == (digest, CONFIG, RECORD)
     assert manifest.tensors.keys() == flatten(params).keys()
@@ -118,8 +119,9 @@ def test_a_flipped_bit_in_any_file_is_named(original, package, where):
         size = (package / name).stat().st_size
         flip_bit(package / name, round(where * (size - 1)), bit=size % 8)
         assert problems(package) == [name]
-        with pytest.raises(FlexMoEError, match=name.split("/")[-1]):
-            load_package(package)
+        for mapped in (False, True):
+            with pytest.raises(FlexMoEError, match=name.split("/")[-1]):
+                load_package(package, mapped=mapped)
         shutil.copy(original / name, package / name)
     assert problems(package) == []
 

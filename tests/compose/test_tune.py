@@ -1,5 +1,6 @@
 """Router tuning: only rows and biases move, and what that means for whoever leaves later."""
 
+import dataclasses
 import json
 
 import numpy as np
@@ -7,14 +8,16 @@ import pytest
 
 from flexmoe_jax.artifacts.journal import read_journal
 from flexmoe_jax.artifacts.model_dir import load_params, open_model
-from flexmoe_jax.artifacts.package import read_manifest
+from flexmoe_jax.artifacts.package import load_package, read_manifest, write_package
 from flexmoe_jax.compose.certificate import read_certificate, verify_certificate
 from flexmoe_jax.compose.merge import merge
 from flexmoe_jax.compose.optout import opt_out
 from flexmoe_jax.compose.tune import tune
-from flexmoe_jax.errors import DataError, FlexMoEError
+from flexmoe_jax.config import OptimizerConfig
+from flexmoe_jax.errors import ArtifactError, DataError, FlexMoEError
+from flexmoe_jax.train.loop import train
 from flexmoe_jax.tree import PUBLIC, TRUNK
-from tests.train.tiny import write_documents
+from tests.train.tiny import expert_run, public_run, write_documents
 
 STEPS = {"steps": 3, "batch_size": 4, "seq_len": 32, "lr": 0.05}
 ROUTER = {"router", "bias"}
@@ -80,7 +83,7 @@ def test_opting_out_of_a_model_tuned_together_is_labelled_approximate(world, pro
     left = opt_out(both.path, "news", tmp_path / "left", certificate=tmp_path / "proof.json")
     certificate = read_certificate(tmp_path / "proof.json")
     assert certificate["label"] == "approximate"
-    assert certificate["reason"] == "the router was tuned together: 'news' had a part in the rows of code"
+    assert certificate["reason"] == "'news' had a part in training code"
     finding = verify_certificate(tmp_path / "proof.json", left.path)[0]
     assert finding.ok
     assert finding.detail.endswith("was removed: approximate " + certificate["reason"])
@@ -88,6 +91,48 @@ def test_opting_out_of_a_model_tuned_together_is_labelled_approximate(world, pro
     opt_out(world / "model", "news", tmp_path / "never")
     never = tune(tmp_path / "never", {"code": proxies["code"]}, data, tmp_path / "alone", together=True, **STEPS)
     assert left.manifests["code"].content != never.manifests["code"].content
+
+
+def test_no_later_training_forgets_who_had_a_part(world, proxies, tmp_path):
+    """Tuned together, then alone or trained on by its owner: the other's part is still in the row."""
+    data = world / "public" / "data"
+    together = tune(world / "model", proxies, data, tmp_path / "together", together=True, **STEPS)
+    alone = tune(together.path, proxies, data, tmp_path / "alone", **STEPS)
+    assert alone.manifests["code"].tuned_with == ("code", "news")
+    run = expert_run(tmp_path, "code", world / "public" / "run" / "model", domain_vector="",
+                     expert=str(alone.package("code")))  # fmt: skip
+    assert read_manifest(train(run), "code").tuned_with == ("code", "news")
+    opt_out(alone.path, "news", tmp_path / "left", certificate=tmp_path / "proof.json")
+    assert read_certificate(tmp_path / "proof.json")["label"] == "approximate"
+
+
+def test_experts_trained_together_say_so(world, tmp_path):
+    run = dataclasses.replace(public_run(tmp_path), model=None, public=str(world / "model"), domain_vector="")
+    joint = open_model(train(run))
+    assert joint.manifests["code"].tuned_with == ("code", "news")
+    opt_out(joint.path, "news", tmp_path / "left", certificate=tmp_path / "proof.json")
+    fields = read_certificate(tmp_path / "proof.json")
+    assert (fields["label"], fields["reason"]) == ("approximate", "'news' had a part in training trunk, public, code")
+
+
+def test_an_owner_goes_on_from_its_own_package_and_no_other(world, tmp_path):
+    package = world / "news" / "run" / "package"
+    run = expert_run(tmp_path, "news", world / "public" / "run" / "model", domain_vector="", expert=str(package),
+                     optimizer=OptimizerConfig(lr=0.0, warmup_steps=0, weight_decay=0.1))  # fmt: skip
+    made = read_manifest(train(run), "news")
+    assert made.content == read_manifest(package).content  # it began where the package ended, and nothing moved it
+    assert made.record["start"] == read_manifest(package).digest
+    for owner, message in (("code", "this is the package of 'news'"), ("news", "belongs to another run")):
+        other = package if owner == "code" else _another_version(package, tmp_path)
+        with pytest.raises(ArtifactError, match=message):
+            train(dataclasses.replace(run, owner=owner, expert=str(other)))
+
+
+def _another_version(package, tmp_path):
+    manifest, params = read_manifest(package), load_package(package)
+    write_package(tmp_path / "other", owner="news", params={**params, "router": params["router"] * 2},
+                  config=manifest.config, base=manifest.base, record=manifest.record)  # fmt: skip
+    return tmp_path / "other"
 
 
 def test_owners_without_proxies_keep_their_rows(world, proxies, tmp_path):
@@ -108,6 +153,10 @@ def test_done_again_it_is_found_and_another_tuning_in_its_place_refused(world, t
     again = tune(world / "model", proxies, world / "public" / "data", out, **STEPS, **options)
     assert again.path == out / "model"
     assert lines == [f"{out / 'model'} is already there: nothing to do"]
+    for change in ({"together": not together}, {"steps": 4}, {"proxies": {"news": proxies["news"]}}):
+        arguments = {"proxies": proxies, "together": together, **STEPS} | change
+        with pytest.raises(ArtifactError, match="holds another tuning"):
+            tune(world / "model", public_data=world / "public" / "data", out=out, **arguments)
 
 
 @pytest.mark.parametrize(

@@ -1,5 +1,6 @@
 """Classifiers find documents like an owner's, say how well, and carry none of them."""
 
+import dataclasses
 import json
 
 import numpy as np
@@ -62,6 +63,11 @@ def test_what_does_not_go_is_refused_and_leaves_nothing(classifier, tmp_path):
     other = Classifier(classifier.weights, 0.0, "another", "0" * 64, 1.0, 1, 1)
     with pytest.raises(DataError, match=r"reads embeddings of another \(000000000000\)"):
         find_proxies({"code": other}, FOOD, tmp_path / "p", count=5, of=100)
+    narrow = dataclasses.replace(classifier, weights=classifier.weights[:5])
+    with pytest.raises(DataError, match="has 5 weights, the encoder is 384 wide"):
+        find_proxies({"code": narrow}, FOOD, tmp_path / "p", count=5, of=100)
+    with pytest.raises(DataError, match="cannot be written"):
+        classifier.save(tmp_path / "nowhere" / "classifier.json")
     assert not (tmp_path / "p").exists()
     find_proxies({"code": classifier}, FOOD, tmp_path / "p", count=5, of=100)
     with pytest.raises(DataError, match="already exists"):

@@ -23,7 +23,7 @@ from flexmoe_jax.tree import flatten
 from tests.train.tiny import MODEL, expert_run, public_run, write_documents
 
 PUBLIC_MESHES = ("fsdp=8", "data=2,fsdp=2,tensor=2", "data=8")
-JOINT_MESHES = ("data=2,fsdp=2,expert=2", "expert=4,fsdp=2", "fsdp=4,expert=2")
+JOINT_MESHES = ("data=2,fsdp=2,expert=2", "expert=4,fsdp=2", "fsdp=2,expert=2,tensor=2")
 
 
 def most(ours, theirs) -> float:

@@ -84,7 +84,10 @@ def test_by_command_from_a_folder_or_a_file(results, tmp_path, capsys):
     assert " rose</span>" in (tmp_path / "report.html").read_text()
     assert main(["report", str(tmp_path / "results.json"), "--out", str(tmp_path / "p.html")]) == 0
     assert " rose</span>" not in (tmp_path / "p.html").read_text()  # published results hold no text
-    for broken in ("[]", "{}", "x"):
+    assert main(["report", str(tmp_path), "--out", str(tmp_path / "nowhere" / "page.html")]) == 1
+    assert "cannot be written" in capsys.readouterr().err
+    older = json.dumps({key: value for key, value in results.items() if key != "curves"})
+    for broken in ("[]", "{}", "x", older):
         (tmp_path / "results.json").write_text(broken)
         assert main(["report", str(tmp_path)]) == 1
     assert main(["report", str(tmp_path / "none")]) == 1

@@ -6,13 +6,14 @@ import math
 import numpy as np
 import pytest
 
+from flexmoe_jax.api import Model
 from flexmoe_jax.cli.reproduce import lines
 from flexmoe_jax.config import ModelConfig
 from flexmoe_jax.errors import ArtifactError, ConfigError
 from flexmoe_jax.study.config import StudyConfig
 from flexmoe_jax.study.plan import METHOD
 from flexmoe_jax.study.results import check_same, tabulate
-from flexmoe_jax.study.scores import SystemScore, Texts, _interleave, _load, _save
+from flexmoe_jax.study.scores import SystemScore, Texts, _interleave, _load, _save, _with_router
 
 MODEL = ModelConfig(
     vocab_size=512, num_layers=1, d_model=8, num_heads=1, num_kv_heads=1, head_dim=8, d_ff=8, max_seq_len=32
@@ -60,6 +61,19 @@ def test_scores_are_read_back_as_they_were_written(tmp_path):
     for key, docs in nats.items():
         assert all(np.array_equal(a, b) for a, b in zip(read.nats[key], docs, strict=True))
     assert np.array_equal(read.share["news"], np.ones((2, 3)))
+
+
+def test_calibrations_scale_odds_and_shift_owners_alone():
+    biases = {"public": 0, "news": -1}
+    experts = {name: {"router": np.float32([[1, 2]]), "bias": np.float32([bias])} for name, bias in biases.items()}
+    model = Model(MODEL, {"trunk": {}, "experts": experts}, None)
+    shifted = _with_router(lambda: model, 1.0, -math.log(3)).params["experts"]
+    assert shifted["public"]["bias"] == 0
+    assert shifted["news"]["bias"] == pytest.approx(-1 - math.log(3))
+    doubled = _with_router(lambda: model, 2.0, 0.0).params["experts"]
+    assert doubled["news"]["bias"] == -2
+    assert (doubled["public"]["router"] == [[2, 4]]).all()
+    assert (experts["news"]["router"] == [[1, 2]]).all()  # the model itself stays
 
 
 def test_documents_of_two_domains_take_turns():
