@@ -33,6 +33,14 @@ def test_a_texts_mean_weights_are_the_shares_that_scoring_reports(model):
     assert (with_first > -1e-4).all()
 
 
+def test_a_tokens_weights_are_those_of_the_position_that_reads_it(model):
+    """Only the last token differs: so do its weights, and no others."""
+    one, other = (model.routing(f"police said the {last}").weights_LTE for last in ("a", "b"))
+    assert one.shape == other.shape
+    np.testing.assert_array_equal(one[:, :-1], other[:, :-1])
+    assert (one[:, -1] != other[:, -1]).any()
+
+
 def test_top_k_leaves_the_others_nothing(world):
     import dataclasses
 
