@@ -27,6 +27,10 @@ class ArtifactError(FlexMoEError):
     """Packages, models and run directories: missing, altered, or not belonging together."""
 
 
+class MachineError(FlexMoEError):
+    """Machines, their devices, and how processes were started on them."""
+
+
 def did_you_mean(name: str, known) -> str:
     """A hint for a misspelt `name`: the closest of `known`, else the list of all of them."""
     import difflib

@@ -261,7 +261,7 @@ def test_local_tells_an_error_before_a_stop(tmp_path):
     assert done.returncode == 4
 
 
-# Runs two tasks and ends with the higher code, as srun does; scancel signals the tasks, and srun itself would kill them.
+# Runs two tasks and ends with the higher code, as srun does; scancel signals the tasks, which srun would kill.
 SRUN = """
 trap 'kill -KILL $(cat task*)' TERM
 while [[ $1 != env ]]; do shift; done

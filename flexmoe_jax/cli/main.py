@@ -34,6 +34,7 @@ VERBS = {
     "reproduce": ("reproduce", "the paper's comparison: baselines, ablations, seeds and intervals"),
     "report": ("report", "a study as one HTML page"),
     "generate": ("generate", "continue a prompt"),
+    "doctor": ("doctor", "devices, versions, memory and processes of this machine, and the usual mistakes"),
 }
 EXIT_REFUSED, EXIT_USAGE, EXIT_INTERRUPTED = 1, 2, 130
 

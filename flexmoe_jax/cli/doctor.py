@@ -1,0 +1,69 @@
+"""`flexmoe doctor`: devices, versions, memory, processes, and the usual mistakes of a machine."""
+
+import dataclasses
+import os
+
+from flexmoe_jax.cli.common import add_json, emit, parser
+from flexmoe_jax.cli.findings import BAD, OK, Finding, findings
+from flexmoe_jax.cli.machine import Facts, gather
+from flexmoe_jax.cli.rollcall import Roll, call, place_of
+from flexmoe_jax.errors import MachineError
+
+GIB = 2**30
+_TEXT = """Looks at this machine: devices, versions, memory, environment, and the usual mistakes, each with a remedy.
+
+Ends with code 1 if something is bad. Under a launcher (PROCESSES=2 launch/local.sh doctor, sbatch launch/slurm.sh
+doctor) the processes of the job also meet, within half a minute, to show that they reach one another and are alike."""
+
+
+def doctor(argv: list[str]) -> int:
+    """Prints what there is and what is wrong; 1 if anything is bad."""
+    p = parser("doctor", _TEXT, "flexmoe doctor --json")
+    add_json(p)
+    args = p.parse_args(argv)
+    place = place_of(os.environ)
+    facts = gather()
+    roll = call(place, _about(facts, place.count)) if place else None
+    found = findings(facts, roll)
+    emit(report(facts, found, roll), lines(facts, found, roll), args.json)
+    bad = [finding.about for finding in found if finding.level == BAD]
+    if bad:
+        raise MachineError(f"{len(bad)} of {len(found)} checks are bad: {', '.join(bad)}", "the remedies stand above")
+    return 0
+
+
+def report(facts: Facts, found: list[Finding], roll: Roll | None) -> dict:
+    """Everything, for programs."""
+    result: dict = {"facts": dataclasses.asdict(facts), "findings": [dataclasses.asdict(one) for one in found]}
+    return result | {"processes": None if roll is None else dataclasses.asdict(roll)}
+
+
+def lines(facts: Facts, found: list[Finding], roll: Roll | None) -> list[str]:
+    """Everything, for people."""
+    versions = ", ".join(f"{name} {version}" for name, version in facts.versions.items())
+    shown = [f"{facts.host}: {facts.system}, {facts.cores} of {facts.machine_cores} cores", f"  {versions}"]
+    sizes = {
+        "memory": facts.memory,
+        "free": facts.memory_free,
+        "/dev/shm": facts.shared_memory,
+        "disk free here": facts.disk_free,
+    }
+    shown.append("  " + ", ".join(f"{name} {size / GIB:.1f} GiB" for name, size in sizes.items() if size is not None))
+    for i, device in enumerate(facts.devices):
+        memory = "" if not device.limit else f", {(device.used or 0) / GIB:.1f} of {device.limit / GIB:.1f} GiB used"
+        shown.append(f"  device {i}: {device.platform}, {device.kind}{memory}")
+    shown += [f"  {name}={value}" for name, value in facts.environment.items()]
+    for number, about in roll.seen if roll else ():
+        shown.append(f"  process {number}: {', '.join(f'{key} {value}' for key, value in about.items())}")
+    for finding in found:
+        shown.append(f"{finding.level:4}  {finding.about}: {finding.what}")
+        if finding.level != OK:
+            shown.append(f"      remedy: {finding.remedy}")
+    return shown
+
+
+def _about(facts: Facts, count: int) -> dict[str, str]:
+    """What the other processes are told of this one."""
+    kinds = sorted({f"{facts.on(d.platform)} {d.kind}" for d in facts.devices})
+    versions = {name: facts.versions.get(name, "?") for name in ("python", "jax", "flexmoe_jax")}
+    return {"host": facts.host, **versions, "count": str(count), "devices": ", ".join(kinds)}
