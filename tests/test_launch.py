@@ -77,7 +77,7 @@ def test_scripts_are_short_and_strict(script):
 
 
 def test_shellcheck_finds_nothing(tmp_path):
-    shellcheck = shutil.which("shellcheck") or shutil.which("shellcheck", path=pathlib.Path(sys.executable).parent)
+    shellcheck = shutil.which("shellcheck", path=pathlib.Path(sys.executable).parent) or shutil.which("shellcheck")
     if shellcheck is None:
         pytest.skip("shellcheck is not installed")
     run = tmp_path / "skypilot_run.sh"
