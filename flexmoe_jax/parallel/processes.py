@@ -31,6 +31,7 @@ def join() -> None:
                 f"set {COUNT} to `auto`, or to N with {NUMBER} from 0 to N-1 and {COORDINATOR} to host:port",
             )
         options |= {"coordinator_address": coordinator, "num_processes": int(count), "process_id": int(number)}
+        options["cluster_detection_method"] = "deactivate"  # inside a Slurm job JAX would take one GPU of each process
     jax.config.update("jax_cpu_collectives_implementation", "gloo")  # of CPU devices; others have their own
     jax.distributed.initialize(**options)
 
