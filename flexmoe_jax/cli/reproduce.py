@@ -6,13 +6,19 @@ from flexmoe_jax.cli.common import table
 from flexmoe_jax.cli.configs import parse_config
 
 _HELP = """usage: flexmoe reproduce --config=experiments/reproduction.py:small [--config.KEY=VALUE ...]
+           [--vary=KEY=VALUE,VALUE,...]
 
 Trains the public model, the owners' experts, every ablation and every baseline, under several seeds; scores them on
 the same held-out text; prints the table and writes results.json into config.out. What is already there is not done
 again: stopped, it goes on with the same command.
 
-example:
-  flexmoe reproduce --config=experiments/reproduction.py:small --config.seeds=1"""
+With --vary, the method and the experts that it is held against are trained at each value of one number of the
+configuration, each in a folder of its own in config.out.
+
+examples:
+  flexmoe reproduce --config=experiments/reproduction.py:small --config.seeds=1
+  flexmoe reproduce --config=experiments/reproduction.py:small --config.seeds=1 --config.out=runs/lengths \\
+      --vary=owner_steps=50,100,200"""
 
 
 def reproduce(argv: list[str]) -> int:
@@ -22,10 +28,16 @@ def reproduce(argv: list[str]) -> int:
         return 0 if argv else 2
     from flexmoe_jax.study.config import StudyConfig
     from flexmoe_jax.study.results import reproduce as run
+    from flexmoe_jax.study.results import vary
 
-    config = parse_config(argv, "reproduce", StudyConfig)
-    results = run(config, lambda line: print(line, file=sys.stderr, flush=True))
-    print("\n".join(lines(results)))
+    varied = [a.removeprefix("--vary=") for a in argv if a.startswith("--vary=")]
+    config = parse_config([a for a in argv if not a.startswith("--vary=")], "reproduce", StudyConfig)
+    report = lambda line: print(line, file=sys.stderr, flush=True)  # noqa: E731
+    if varied:
+        key, _, values = varied[-1].partition("=")
+        print("\n".join(varied_lines(key, vary(config, key, values.split(","), report))))
+    else:
+        print("\n".join(lines(run(config, report))))
     return 0
 
 
@@ -44,3 +56,16 @@ def lines(results: dict) -> list[str]:
     header = ["held-out bits per byte", *domains, "mean", "+-", "4-way", "cost/token"]
     seeds = results["config"]["seeds"]
     return [*table(header, rows), "", f"{seeds} seeds; +- is half the 95% interval over seeds and documents"]
+
+
+def varied_lines(key: str, results: dict[str, dict]) -> list[str]:
+    """A row for each value: mean bits per byte of what matters, and the public expert's share of public text."""
+    from flexmoe_jax.study.plan import METHOD
+
+    shown, rows = ("public", METHOD, "uniform mixing", "oracle expert, frozen trunk", "oracle dense expert"), []
+    for value, result in results.items():
+        means = [result["bits_per_byte"][system]["mean"]["value"] for system in shown]
+        layers = [layer[0] for layer in result["share"][METHOD]["public"]]
+        rows.append([value, *means, f"{sum(layers) / len(layers):.1%}"])
+    seeds = next(iter(results.values()))["config"]["seeds"]
+    return [*table([f"mean bits per byte, {key}", *shown, "share of public"], rows), "", f"{seeds} seeds"]

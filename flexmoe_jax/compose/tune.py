@@ -17,7 +17,7 @@ from flexmoe_jax.artifacts.manifest import Manifest
 from flexmoe_jax.artifacts.model_dir import ModelDir, assemble, open_model
 from flexmoe_jax.artifacts.package import load_package, read_manifest, write_package
 from flexmoe_jax.config import OptimizerConfig, RunConfig, differences
-from flexmoe_jax.data.sources import content_digest, equal_parts
+from flexmoe_jax.data.sources import blend, content_digest
 from flexmoe_jax.errors import ArtifactError, DataError
 from flexmoe_jax.train.loop import train
 from flexmoe_jax.tree import PUBLIC, check_known
@@ -68,7 +68,7 @@ def tune(
     packages |= {n: (opened.package(n), opened.manifests[n]) for n in opened.experts if n not in (PUBLIC, *owners)}
     if together:
         data = out / "data" / "train.jsonl"
-        equal_parts([*(pathlib.Path(proxies[name]) for name in owners), pathlib.Path(public_data)], data)
+        blend(dict.fromkeys([*(pathlib.Path(proxies[name]) for name in owners), pathlib.Path(public_data)], 1), data)
         others = [f"|experts/{name}/.*" for name in opened.experts if name not in (PUBLIC, *owners)]
         run = RunConfig(owner=PUBLIC, data=str(data.parent), out=str(out / "runs" / TOGETHER),
                         top_k=opened.wanted_top_k or 0, **options | {"freeze": FROZEN + "".join(others)})  # fmt: skip

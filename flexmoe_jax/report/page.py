@@ -92,10 +92,11 @@ def _is_dense(system: str) -> bool:
 
 
 def _groups(curves: dict[str, list], owners: list[str]) -> dict[str, dict[str, list]]:
-    groups = {"public model": {"public": curves["public"]}}
+    groups = {"public model": {"public": curves["public"]}} if "public" in curves else {}
     for owner in owners:
         groups[owner] = {"expert": curves[f"{METHOD}_{owner}"], "dense": curves[f"dense_{owner}"]}
-    return groups | {"trained together": {n.replace("_", " "): p for n, p in curves.items() if n.startswith("unres")}}
+    together = {name.replace("_", " "): points for name, points in curves.items() if name.startswith("unrestricted")}
+    return groups | ({"trained together": together} if together else {})
 
 
 def _coloured(sample: dict, colours: dict[str, str]) -> dict:

@@ -22,7 +22,10 @@ ABLATIONS: dict[str, tuple[dict, bool, float | None]] = {
 class StudyConfig:
     """The size of a study. `domains` are the closed ones, comma-separated; steps are of one run of each kind.
 
-    `ablations` are names of `ABLATIONS`, comma-separated, or "all". Held-out text is in bytes per domain.
+    `ablations` are names of `ABLATIONS`, comma-separated, or "all". Held-out text is in bytes per domain. `systems` is
+    "all", or "method" for the method and the dense experts it is held against. `public` is a public model to begin with
+    (empty: one is trained, on text of which each closed domain has the part `public_share`); router rows begin at norm
+    `router_scale`.
     """
 
     out: str
@@ -43,6 +46,10 @@ class StudyConfig:
     heldout_bytes: int = 40_000
     choice_items: int = 24
     ablations: str = "all"
+    systems: str = "all"
+    public: str = ""
+    public_share: float = 0.0
+    router_scale: float = 0.1
 
     def __post_init__(self):
         positive = ("seeds", "public_steps", "owner_steps", "mix_steps", "tune_steps", "batch_size", "heldout_bytes",
@@ -50,6 +57,15 @@ class StudyConfig:
         for name in positive:
             if getattr(self, name) < 1:
                 raise ConfigError(f"config.{name} is {getattr(self, name)}", "give a number of at least 1")
+        if self.systems not in ("all", "method"):
+            raise ConfigError(f"config.systems is {self.systems!r}", "choose from: all, method")
+        if not 0 <= self.public_share * len(self.owners) < 1:
+            raise ConfigError(
+                f"config.public_share is {self.public_share}, for each of {len(self.owners)} domains",
+                "leave the public domain a part: set it lower",
+            )
+        if self.router_scale <= 0:
+            raise ConfigError(f"config.router_scale is {self.router_scale}", "give a norm above 0")
         for owner in self.owners:
             if owner == PUBLIC or owner not in DOMAINS:
                 raise ConfigError(f"config.domains names {owner!r}", f"choose from: {', '.join(DOMAINS[1:])}")

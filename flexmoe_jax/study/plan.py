@@ -9,20 +9,23 @@ import pathlib
 from typing import Any
 
 from flexmoe_jax.config import OptimizerConfig
+from flexmoe_jax.data.sources import blend
 from flexmoe_jax.model.flops import training_flops
 from flexmoe_jax.study.config import StudyConfig
-from flexmoe_jax.study.runs import Runs, btx_start, rescale, upcycled
+from flexmoe_jax.study.runs import Runs, btx_start, upcycled
 from flexmoe_jax.tree import PUBLIC
 
 METHOD = "FlexMoE"
 ALONE, TOGETHER = f"{METHOD}, tuned alone", f"{METHOD}, tuned together"
 FITTED = f"{METHOD}, biases fitted on public text"
+OF_PUBLIC = ("public_steps", "public_share", "batch_size", "seq_len")  # numbers that the public model depends on
 ALL_BUT_BIASES = "trunk/.*|experts/public/.*|experts/.*/(router|w_.*)"
 
 
 @dataclasses.dataclass(frozen=True)
 class Artefacts:
-    """Model directories by name: the merged models of the method and its ablations, dense experts, joint models.
+    """Model directories by name: the merged models of the method and its ablations, dense experts (all parameters
+    trained, and with the trunk `frozen`: the feed-forward network alone), joint models.
 
     `flops` are training operations of each, counted after the public model they all begin with.
     """
@@ -30,14 +33,21 @@ class Artefacts:
     public: pathlib.Path
     merged: dict[str, pathlib.Path]
     dense: dict[str, pathlib.Path]
+    frozen: dict[str, pathlib.Path]
     joint: dict[str, pathlib.Path]
     flops: dict[str, float]
 
 
-def train_public(config: StudyConfig, shared: pathlib.Path, report) -> pathlib.Path:
+def train_public(config: StudyConfig, shared: pathlib.Path, home: pathlib.Path, report) -> pathlib.Path:
     """The public model every seed begins with, trained or found: as in the paper, there is one."""
-    return Runs(config, shared, shared, 0, report).train(
-        "public", owner=PUBLIC, data="public", model=config.model, steps=config.public_steps,
+    if config.public:
+        return pathlib.Path(config.public)
+    if config.public_share:
+        shares = dict.fromkeys((shared / "mix" / owner for owner in config.owners), config.public_share)
+        rest = {shared / "mix" / PUBLIC: 1 - config.public_share * len(config.owners)}
+        blend(rest | shares, shared / _public_text(config) / "train.jsonl")
+    return Runs(config, shared, home, 0, report).train(
+        "public", owner=PUBLIC, data=_public_text(config), model=config.model, steps=config.public_steps,
         optimizer=OptimizerConfig(lr=3e-3, warmup_steps=20, weight_decay=0.1), router_z_loss=0.0,
         domain_vector=str(shared / "domains" / "public.json"),
     )  # fmt: skip
@@ -48,17 +58,22 @@ def train_seed(
 ) -> Artefacts:
     """Trains what is not there yet. `shared` holds what `make_shared` makes."""
     runs, costs = Runs(config, shared, home, seed, report), _Costs(config)
+    public = runs.at_norm(public, config.router_scale)
     merged = {METHOD: runs.merged(METHOD, public, {}, False)}
-    flops = {METHOD: costs.owners("expert")}
+    flops = {METHOD: costs.owners("expert"), "dense": costs.owners("joint"), "frozen trunk": costs.owners("alone")}
+    go_on: dict[str, Any] = {"owner": PUBLIC, "public": str(public), "router_z_loss": 0.0}
+    dense = {o: runs.train(f"dense {o}", data=o, steps=config.owner_steps, **go_on) for o in config.owners}
+    go_on_frozen = {**go_on, "freeze": "trunk/.*"}
+    frozen = {
+        o: runs.train(f"frozen trunk {o}", data=o, steps=config.owner_steps, **go_on_frozen) for o in config.owners
+    }
+    if config.systems == "method":
+        return Artefacts(public, merged, dense, frozen, {}, flops)
     for name, (changes, random_rows, scale) in config.chosen_ablations.items():
-        release = public
-        if scale is not None:
-            release = runs.made(f"public, rows of norm {scale}", functools.partial(rescale, public, scale))
-        merged[name] = runs.merged(name, release, changes, random_rows)
+        merged[name] = runs.merged(name, runs.at_norm(public, scale), changes, random_rows)
         flops[name] = costs.owners("expert" if changes.get("coordinate", True) else "alone")
     for name in (ALONE, TOGETHER):
         merged[name] = runs.tuned(name, merged[METHOD], name == TOGETHER)
-    go_on: dict[str, Any] = {"owner": PUBLIC, "public": str(public), "router_z_loss": 0.0}
     merged[FITTED] = runs.train(
         FITTED, data="public", steps=config.tune_steps, freeze=ALL_BUT_BIASES, **go_on | {
             "public": str(merged[METHOD]), "top_k": config.top_k,
@@ -68,8 +83,6 @@ def train_seed(
     flops[ALONE] = flops[METHOD] + len(config.owners) * costs.steps(config.tune_steps, "expert")
     flops[TOGETHER] = flops[FITTED] = flops[METHOD] + costs.steps(config.tune_steps, "joint", config.top_k)
 
-    dense = {o: runs.train(f"dense {o}", data=o, steps=config.owner_steps, **go_on) for o in config.owners}
-    flops["dense"] = costs.owners("joint")
     together = {**go_on, "top_k": config.top_k, "load_balance": 0.01, "router_z_loss": 1e-3}
     start = runs.made("BTX start", functools.partial(btx_start, config, public, dense, seed))
     joint = {"BTX": runs.train("BTX", data="public", steps=config.mix_steps, **together | {"public": str(start)})}
@@ -80,7 +93,7 @@ def train_seed(
         name = f"unrestricted {times}x"
         joint[name] = runs.train(name, data="all", steps=steps, **together | {"public": str(start)})
         flops[name] = costs.steps(steps, "joint", config.top_k)
-    return Artefacts(public, merged, dense, joint, flops)
+    return Artefacts(public, merged, dense, frozen, joint, flops)
 
 
 @dataclasses.dataclass(frozen=True)
@@ -105,7 +118,7 @@ def make_shared(config: StudyConfig, shared: pathlib.Path) -> None:
     from flexmoe_jax.data.domains import domain_vector
     from flexmoe_jax.data.flexmix import build
     from flexmoe_jax.data.proxies import find_proxies, train_classifier
-    from flexmoe_jax.data.sources import equal_parts, read_documents
+    from flexmoe_jax.data.sources import read_documents
 
     names = (PUBLIC, *config.owners)
     build(shared / "mix", domains=names)
@@ -115,6 +128,8 @@ def make_shared(config: StudyConfig, shared: pathlib.Path) -> None:
             path.parent.mkdir(parents=True, exist_ok=True)
             documents = read_documents(shared / "mix" / name, "train")
             domain_vector(documents, count=config.embed_count).save(path)
+    if config.systems == "method":
+        return
     public, count = shared / "mix" / PUBLIC, config.classifier_documents
     for owner in config.owners:
         if not (shared / "proxies" / owner).exists():
@@ -123,4 +138,9 @@ def make_shared(config: StudyConfig, shared: pathlib.Path) -> None:
             classifier.save(shared / "domains" / f"{owner}_classifier.json")
             find_proxies({owner: classifier}, read_documents(public), shared / "proxies", count=config.proxies,
                          of=config.proxies_of)  # fmt: skip
-    equal_parts([shared / "mix" / name for name in names], shared / "all" / "train.jsonl")
+    blend(dict.fromkeys((shared / "mix" / name for name in names), 1), shared / "all" / "train.jsonl")
+
+
+def _public_text(config: StudyConfig) -> str:
+    """The folder below the study's, or below its mix, of what the public model is trained on."""
+    return f"public_{config.public_share:g}_of_each" if config.public_share else PUBLIC

@@ -35,8 +35,8 @@ class Runs:
     report: Callable[[str], None]
 
     def train(self, name: str, *, data: str, steps: int, **changes) -> pathlib.Path:
-        """The product of a run, trained or found; `data` is a domain of the mix, or "all"."""
-        folder = self.shared / "all" if data == "all" else self.shared / "mix" / data
+        """The product of a run, trained or found; `data` is a domain of the mix, or a folder beside it."""
+        folder = self.shared / "mix" / data if (self.shared / "mix" / data).exists() else self.shared / data
         options: dict[str, Any] = {
             "optimizer": OptimizerConfig(lr=1.5e-3, warmup_steps=10, weight_decay=0.1),
             "out": str(self._place("runs", name)),
@@ -76,6 +76,12 @@ class Runs:
                     seed=self.seed, **sizes)  # fmt: skip
         self.report(f"seed {self.seed}: {name}: {made.path}")
         return made.path
+
+    def at_norm(self, release: pathlib.Path, scale: float | None) -> pathlib.Path:
+        """`release` with rows that begin at the norm `scale`; itself if it has them, or for None."""
+        if scale in (None, open_model(release).manifests[PUBLIC].record["router"]["scale"]):
+            return release
+        return self.made(f"public, rows of norm {scale}", functools.partial(rescale, release, scale))
 
     def made(self, name: str, make: Callable[[pathlib.Path], object]) -> pathlib.Path:
         """What `make` writes at a path of its own, once; it must write whole or not at all."""

@@ -9,6 +9,7 @@ import functools
 import itertools
 import math
 import pathlib
+import re
 from collections.abc import Callable, Iterator
 
 import numpy as np
@@ -68,12 +69,16 @@ def score_seed(config: StudyConfig, artefacts: Artefacts, texts: Texts, home: pa
     """{system: SystemScore} of one seed; systems that are already scored are read from `home/scores`."""
     scores: dict[str, SystemScore] = {}
     for name, model in _models(config, artefacts).items():
-        path = home / "scores" / f"{name.replace(' ', '_')}.npz"
+        path = home / "scores" / f"{re.sub('[ /]', '_', name)}.npz"
         if not path.exists():
             _save(path, _score(model(), texts, uniform=name == "uniform mixing"))
             report(f"scored {name}")
         scores[name] = _load(path)
+    frozen = {PUBLIC: scores["public"], **{owner: scores[f"frozen trunk {owner}"] for owner in config.owners}}
     dense = {PUBLIC: scores["public"], **{owner: scores[f"dense {owner}"] for owner in config.owners}}
+    scores |= {"oracle dense expert": _oracle(dense), "oracle expert, frozen trunk": _oracle(frozen)}
+    if config.systems == "method":
+        return scores
     posteriors = _posteriors(config, artefacts, texts, home)
     path = home / "scores" / "weighted_soup.npz"
     if not path.exists():
@@ -90,12 +95,17 @@ def _models(config: StudyConfig, artefacts: Artefacts) -> dict[str, Callable[[],
     for owner in config.owners:
         systems[f"hybrid {owner}"] = functools.partial(_select, merged, [PUBLIC, owner])
         systems[f"without {owner}"] = functools.partial(_select, merged, {PUBLIC, *config.owners} - {owner})
+    for n in range(2, len(config.owners) - 1):
+        systems[f"first {n} owners"] = functools.partial(_select, merged, [PUBLIC, *config.owners[:n]])
+    systems |= {f"dense {owner}": functools.partial(load, path) for owner, path in artefacts.dense.items()}
+    systems |= {f"frozen trunk {owner}": functools.partial(load, path) for owner, path in artefacts.frozen.items()}
+    if config.systems == "method":
+        return systems
     for k in (1, 4):
         if k <= len(config.owners) + 1 and k != config.top_k:
             systems[f"{METHOD}, top-{k}"] = functools.partial(_with_top_k, merged, k)
     for name, change in _calibrations(len(config.owners)).items():
         systems[f"{METHOD}, {name}"] = functools.partial(_with_router, merged, *change)
-    systems |= {f"dense {owner}": functools.partial(load, path) for owner, path in artefacts.dense.items()}
     systems["soup"] = lambda: dataclasses.replace(public(), params=soup(_whole(artefacts)))
     systems |= {name: functools.partial(load, path) for name, path in artefacts.joint.items()}
     return systems | {n: functools.partial(load, path) for n, path in artefacts.merged.items() if n != METHOD}
@@ -163,18 +173,22 @@ def _mixtures(dense: dict[str, SystemScore], posteriors) -> dict[str, SystemScor
     def routed(nats, key):
         return choose(nats, [names[i] for i in posteriors[key].argmax(1)])
 
-    def oracle(nats, key):
-        total = {name: sum(doc.sum(dtype=np.float64) for doc in nats[name]) for name in names}
-        return nats[min(total, key=total.__getitem__)]
-
     return {
         "BTM": system(lambda nats, key: branch_train_merge(nats), len(names)),
         "BTM, top-2": system(lambda nats, key: branch_train_merge(nats, top_k=2), len(names)),
         "causal BTM": system(lambda nats, key: causal_branch_train_merge(nats), len(names)),
         "causal BTM, top-2": system(lambda nats, key: causal_branch_train_merge(nats, top_k=2), len(names)),
         "prompt routing": system(routed, 1),
-        "oracle dense expert": system(oracle, 1),
     }
+
+
+def _oracle(experts: dict[str, SystemScore]) -> SystemScore:
+    """For each set of texts the expert that says it best."""
+    one, best = next(iter(experts.values())), {}
+    for key in one.nats:
+        total = {name: sum(doc.sum(dtype=np.float64) for doc in expert.nats[key]) for name, expert in experts.items()}
+        best[key] = experts[min(total, key=total.__getitem__)].nats[key]
+    return SystemScore(best, {}, one.forward_flops)
 
 
 def _posteriors(config: StudyConfig, artefacts: Artefacts, texts: Texts, home: pathlib.Path):
@@ -186,7 +200,7 @@ def _posteriors(config: StudyConfig, artefacts: Artefacts, texts: Texts, home: p
 
     from flexmoe_jax.data.domains import embed_documents
 
-    shared = home.parent
+    shared = home.parent  # never another study's: texts may differ
     path = shared / "posteriors.npz"
     if not path.exists():
         names = (PUBLIC, *config.owners)

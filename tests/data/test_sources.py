@@ -13,7 +13,7 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from flexmoe_jax.data import sources
-from flexmoe_jax.data.sources import content_digest, document_id, equal_parts, read_documents
+from flexmoe_jax.data.sources import blend, content_digest, document_id, read_documents
 from flexmoe_jax.errors import DataError
 
 RECORDS = [{"text": f"Document {i}: größer\u2028än {i * 7}.", "source": "s", "license": "MIT"} for i in range(500)]
@@ -188,15 +188,18 @@ def test_lines_are_those_of_the_whole_file(pieces, size):
     )
 
 
-def test_equal_parts_give_every_folder_the_bytes_of_the_smallest(tmp_path):
+def test_a_blend_has_of_every_folder_its_share_until_one_ends(tmp_path):
     for name, count in (("a", 50), ("b", 7)):
         (tmp_path / name).mkdir()
         lines = [json.dumps({"text": name * 10}) for _ in range(count)]
         (tmp_path / name / "train.jsonl").write_text("\n".join(lines))
     out = tmp_path / "mixed" / "train.jsonl"
-    equal_parts([tmp_path / "a", tmp_path / "b"], out)
+    blend({tmp_path / "a": 1, tmp_path / "b": 1}, out)
     texts = [document.text for document in read_documents(out.parent)]
     assert texts == ["a" * 10] * 7 + ["b" * 10] * 7
     before = out.stat().st_mtime_ns
-    equal_parts([tmp_path / "b"], out)  # it is there: nothing is done
+    blend({tmp_path / "b": 1}, out)  # it is there: nothing is done
     assert out.stat().st_mtime_ns == before
+    blend({tmp_path / "a": 0.75, tmp_path / "b": 0.25}, tmp_path / "three" / "train.jsonl")
+    texts = [document.text for document in read_documents(tmp_path / "three")]
+    assert texts == ["a" * 10] * 21 + ["b" * 10] * 7

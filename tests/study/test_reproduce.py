@@ -6,11 +6,13 @@ import math
 import pytest
 
 from flexmoe_jax.artifacts.model_dir import open_model
+from flexmoe_jax.cli.reproduce import varied_lines
 from flexmoe_jax.config import ModelConfig
+from flexmoe_jax.errors import ConfigError
 from flexmoe_jax.report.page import read_study, render
 from flexmoe_jax.study.config import StudyConfig
 from flexmoe_jax.study.plan import ALONE, FITTED, METHOD, TOGETHER
-from flexmoe_jax.study.results import reproduce
+from flexmoe_jax.study.results import reproduce, vary
 
 MODEL = ModelConfig(
     vocab_size=8192, num_layers=1, d_model=32, num_heads=1, num_kv_heads=1, head_dim=32, d_ff=48, max_seq_len=64
@@ -20,7 +22,7 @@ SYSTEMS = {
     "dense math", "dense news", "soup", "weighted soup", "BTX", "unrestricted 1x", "unrestricted 2x", "BTM",
     "BTM, top-2", "causal BTM", "causal BTM, top-2", "prompt routing", "oracle dense expert", "no bias",
     "the paper's training", ALONE, TOGETHER, FITTED, "FlexMoE, shifted by log n", "FlexMoE, rows x 2",
-    "FlexMoE, rows / 2",
+    "FlexMoE, rows / 2", "frozen trunk math", "frozen trunk news", "oracle expert, frozen trunk",
 }  # fmt: skip
 
 
@@ -51,6 +53,20 @@ def test_a_study_makes_and_scores_every_system_and_goes_on_where_it_stopped(tmp_
     assert "Every system" in page
     assert page.count("<svg") == 4
     assert (tmp_path / "samples.json").exists()
+    varied = dataclasses.replace(config, out=str(tmp_path / "varied"))
+    some = vary(varied, "owner_steps", ["2", "3"], lines.append)
+    assert set(some) == {"2", "3"}
+    assert some["2"]["bits_per_byte"][METHOD] != some["3"]["bits_per_byte"][METHOD]
+    assert some["2"]["bits_per_byte"]["public"] == some["3"]["bits_per_byte"]["public"]  # the same model
+    assert len(list((tmp_path / "varied").glob("**/runs/public"))) == 1
+    assert len(varied_lines("owner_steps", some)) == 6
+    assert "Every system" in render(*read_study(tmp_path / "varied" / "owner_steps-2"))
+    shares = vary(varied, "public_share", ["0.2"], lines.append)["0.2"]
+    assert shares["bits_per_byte"]["public"] != bits["public"]
+    scales = vary(varied, "router_scale", ["1.0"], lines.append)["1.0"]
+    assert all(row["equal"] for row in scales["opting_out"][0].values())
+    with pytest.raises(ConfigError, match="cannot be varied"):
+        vary(varied, "domains", ["math"])
     again: list[str] = []
     assert reproduce(dataclasses.replace(config), again.append) == results
     assert not [line for line in again if line.startswith("scored")]

@@ -88,7 +88,18 @@ def test_a_folder_of_another_study_is_refused_and_more_seeds_are_not(tmp_path):
         check_same(dataclasses.replace(CONFIG, heldout_bytes=7), tmp_path)
 
 
-@pytest.mark.parametrize("change", [{"seeds": 0}, {"domains": "nws"}, {"domains": "public"}, {"top_k": 3}])
+@pytest.mark.parametrize(
+    "change",
+    [
+        {"seeds": 0},
+        {"domains": "nws"},
+        {"domains": "public"},
+        {"top_k": 3},
+        {"systems": "some"},
+        {"public_share": 1.0},
+        {"router_scale": 0.0},
+    ],
+)
 def test_impossible_studies_are_refused(change):
     with pytest.raises(ConfigError, match=f"config.{next(iter(change))}"):
         dataclasses.replace(CONFIG, **change)
