@@ -52,7 +52,7 @@ from flexmoe_jax.config import ModelConfig, canonical_json
 from flexmoe_jax.errors import ArtifactError, FlexMoEError
 from flexmoe_jax.tree import PUBLIC, TRUNK, Params, canonical_order, check_known, check_owner_name, union
 
-FORMAT = "flexmoe-model-1"
+FORMAT = "flexmoe-model-2"
 TOKENIZER, TOKENIZER_CONFIG = "tokenizer.json", "tokenizer_config.json"
 T = TypeVar("T")
 NOT_ALTERED = "restore the model from its source, or merge it again"
@@ -178,7 +178,6 @@ def seal_model(
         "experts": [{"name": name, "manifest": manifests[name].digest} for name in order],
         "signatures": find_signatures(path, {name: manifests[name] for name in (TRUNK, *order)}),
         "top_k": top_k,
-        "router": {"overlay": None},
     }
     return seal(fields)
 
@@ -289,11 +288,9 @@ def _open(path: pathlib.Path) -> ModelDir:
     fields = read_sealed(where)
     check_format(fields, FORMAT, where)
     top_k = fields["top_k"] if type(fields.get("top_k")) is int else None
-    types: dict[str, type] = {**dict.fromkeys(("config", "tokenizer", "signatures", "router"), dict), "experts": list}
+    types: dict[str, type] = {**dict.fromkeys(("config", "tokenizer", "signatures"), dict), "experts": list}
     types |= {**dict.fromkeys(("format", "trunk", "digest"), str), "top_k": int if top_k is not None else type(None)}
     check_fields(fields, types, where)
-    if fields["router"] != {"overlay": None}:
-        raise ArtifactError(f"{where}: router is {fields['router']}", "this version knows no router overlay")
     config = configs.from_mapping(ModelConfig, fields["config"], f"{where}: config")
     digests = {TRUNK: fields["trunk"], **_read_experts(fields["experts"], where)}
     if top_k is not None and not 1 <= top_k < len(digests):
