@@ -7,6 +7,7 @@ from collections.abc import Iterable, Iterator
 
 import jax
 import jax.numpy as jnp
+from jax.sharding import Mesh
 
 from flexmoe_jax import tree
 from flexmoe_jax.artifacts.model_dir import load_model
@@ -19,11 +20,16 @@ from flexmoe_jax.evaluate.routing import TokenRouting, route_text
 from flexmoe_jax.infer.generate import stream
 from flexmoe_jax.infer.sampling import Sampling
 from flexmoe_jax.model.transformer import forward
+from flexmoe_jax.parallel.specs import place
+from flexmoe_jax.parallel.stacked import stack_weights
 
 
 @dataclasses.dataclass(frozen=True, eq=False)
 class Model:
     """A model in memory. `params` is the whole tree with named experts; `top_k` the experts active per token.
+
+    On a `mesh` the devices of all processes hold it in parts, made of `params` when they are first wanted. `score` is
+    for any number of processes, the rest for one.
 
     `select` and `without` return the model that never had the other experts: the same arrays, run by the same code as a
     model merged without them, so its outputs are bit-identical (method: compaction, never masking).
@@ -33,6 +39,7 @@ class Model:
     params: tree.Params
     tokenizer: Tokenizer
     wanted_top_k: int | None = None
+    mesh: Mesh | None = None
 
     @property
     def experts(self) -> tuple[str, ...]:
@@ -142,6 +149,7 @@ class Model:
             stride=stride or max(seq_len // 2, 1),
             top_k=self.top_k,
             dispatch=self._dispatch,
+            mesh=self.mesh,
             **kwargs,
         )
 
@@ -156,6 +164,8 @@ class Model:
     @functools.cached_property
     def _stacked(self) -> tree.Params:
         """The run-time form: experts stacked, once per selection."""
+        if self.mesh is not None:
+            return place(self.mesh, {**self.params, "experts": stack_weights(self.params["experts"])})
         return {
             **jax.tree.map(jnp.asarray, {"trunk": self.params["trunk"]}),
             "experts": tree.stack(self.params["experts"]),
@@ -163,13 +173,17 @@ class Model:
 
     @property
     def _dispatch(self) -> str:
-        return "sparse" if self.top_k < len(self.experts) else "dense"
+        return "sparse" if self.mesh is not None or self.top_k < len(self.experts) else "dense"
 
 
-def load(path: str | pathlib.Path) -> Model:
-    """Opens a model directory; every digest is checked before anything is used."""
-    directory, params = load_model(path)
-    return Model(directory.config, params, load_tokenizer(str(directory.tokenizer_path)), directory.top_k)
+def load(path: str | pathlib.Path, mesh: Mesh | None = None) -> Model:
+    """Opens a model directory; every digest is checked before anything is used.
+
+    For a `mesh` (`parallel.mesh.make_mesh`) arrays are mapped files: a process reads into memory what its devices hold.
+    """
+    directory, params = load_model(path, mapped=mesh is not None)
+    tokenizer = load_tokenizer(str(directory.tokenizer_path))
+    return Model(directory.config, params, tokenizer, directory.top_k, mesh)
 
 
 @functools.partial(jax.jit, static_argnums=(0, 1, 2))

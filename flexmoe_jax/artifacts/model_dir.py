@@ -212,13 +212,16 @@ def sign_release(path: pathlib.Path | str, key: pathlib.Path | str, version: int
         return open_model(path)
 
 
-def load_model(path: pathlib.Path | str) -> tuple[ModelDir, Params]:
-    """A model directory and its whole tree, both before or both after a change that another process makes to it."""
+def load_model(path: pathlib.Path | str, *, mapped: bool = False) -> tuple[ModelDir, Params]:
+    """A model directory and its whole tree, both before or both after a change that another process makes to it.
+
+    For `mapped` see `load_package`.
+    """
     path = pathlib.Path(path)
 
     def read():
         model = open_model(path)
-        return model, load_params(model)
+        return model, load_params(model, mapped=mapped)
 
     return _steadily(path, read)
 

@@ -31,6 +31,7 @@ def eval(argv: list[str]) -> int:
     of_data.add_argument("--max-bytes", type=int, default=200_000, help="text per folder, first documents first")
     of_data.add_argument("--seq-len", type=int, help="window in tokens; the model's maximum by default")
     of_data.add_argument("--stride", type=int, help="tokens between windows; half the window by default")
+    of_data.add_argument("--mesh", default="", help="data=2,fsdp=4: how devices share the model; all by fsdp if empty")
     of_data.add_argument("--layers", action="store_true", help="also show the shares of every layer")
     of_suite = p.add_argument_group("with --suite")
     of_suite.add_argument("--form", default="rc", choices=("rc", "rc0", "mc"), help="5-shot, 0-shot, or letters")
@@ -45,9 +46,15 @@ def eval(argv: list[str]) -> int:
         return _list_suites(args.json)
     if args.model is None or sum(map(bool, (args.data, args.suite, args.tasks))) != 1:
         p.error("give a model and one of --data, --suite, --tasks")
+    if args.mesh and not args.data:
+        p.error("--mesh is for --data: suites and tasks run on one device")
     from flexmoe_jax import load
+    from flexmoe_jax.parallel.mesh import mesh_of_all
+    from flexmoe_jax.parallel.processes import join
 
-    model = load(args.model)
+    if args.data:
+        join()
+    model = load(args.model, mesh_of_all(args.mesh) if args.data else None)
     chosen = names(args.experts)
     model = model if chosen is None else model.select(chosen)
     if args.suite:
@@ -56,6 +63,8 @@ def eval(argv: list[str]) -> int:
 
 
 def _data(args, model) -> int:
+    from flexmoe_jax.parallel.processes import is_lead
+
     seq_len = args.seq_len or model.config.max_seq_len
     stride = args.stride or max(seq_len // 2, 1)
     results = {}
@@ -81,7 +90,8 @@ def _data(args, model) -> int:
         "top_k": model.top_k,
     }
     result = {"model": args.model, "experts": list(model.experts), **settings, "domains": results}
-    emit(result, lines, args.json)
+    if is_lead():
+        emit(result, lines, args.json)
     return 0
 
 

@@ -8,7 +8,7 @@ import pathlib
 import platform
 import sys
 
-from flexmoe_jax.errors import FlexMoEError, did_you_mean
+from flexmoe_jax.errors import ConfigError, FlexMoEError, did_you_mean
 
 # verb: (module under flexmoe_jax.cli, what it does). The function is the verb's name with '_' for '-'.
 VERBS = {
@@ -36,6 +36,8 @@ VERBS = {
     "generate": ("generate", "continue a prompt"),
     "doctor": ("doctor", "devices, versions, memory and processes of this machine, and the usual mistakes"),
 }
+# What all processes of a job do together; the rest is done by process 0 alone, as if there were no other.
+TOGETHER = {"pretrain", "train", "doctor"}
 EXIT_REFUSED, EXIT_USAGE, EXIT_INTERRUPTED = 1, 2, 130
 
 
@@ -56,6 +58,9 @@ def main(argv: list[str] | None = None) -> int:
         print(f"flexmoe: unknown verb {verb!r}: {did_you_mean(verb, VERBS)}", file=sys.stderr)
         return EXIT_USAGE
     try:
+        if "FLEXMOE_PROCESSES" in os.environ and not _together(verb, rest) and not _leads(verb):
+            print(f"flexmoe {verb}: left to process 0", file=sys.stderr)
+            return 0
         module = importlib.import_module(f"flexmoe_jax.cli.{VERBS[verb][0]}")
         return getattr(module, verb.replace("-", "_"))(rest) or 0
     except FlexMoEError as error:
@@ -67,6 +72,24 @@ def main(argv: list[str] | None = None) -> int:
     except BrokenPipeError:
         sys.stderr.close()
         return EXIT_REFUSED
+
+
+def _together(verb: str, arguments: list[str]) -> bool:
+    return verb in TOGETHER or (verb == "eval" and any(a.partition("=")[0] == "--data" for a in arguments))
+
+
+def _leads(verb: str) -> bool:
+    """Whether this process does alone what is not for many; it then forgets that there are others."""
+    from flexmoe_jax.cli.rollcall import place_of
+
+    place = place_of(os.environ)
+    if place is None:
+        raise ConfigError(
+            f"FLEXMOE_PROCESSES is {os.environ['FLEXMOE_PROCESSES']!r}, and nothing says which process is the first",
+            f"run flexmoe {verb} by one process, without FLEXMOE_PROCESSES",
+        )
+    del os.environ["FLEXMOE_PROCESSES"]
+    return place.number == 0
 
 
 def use_compilation_cache() -> None:

@@ -1,5 +1,6 @@
 """`flexmoe pretrain` and `flexmoe train`: one command per role, driven by an experiment file."""
 
+import argparse
 import sys
 
 from flexmoe_jax.cli.configs import parse_run
@@ -11,7 +12,8 @@ _HELP = """usage: flexmoe {verb} --config=experiments/FILE.py[:ARG] [--config.KE
 
 Every key of the experiment's configuration can be overridden. The run directory (config.out) is resumed when it exists
 and belongs to the same configuration and data, and refused with the differences shown otherwise; --allow=KEY (as shown
-there, may be given several times) goes on in spite of one. SIGTERM saves and exits with code 75.
+there, may be given several times) goes on in spite of one. SIGTERM saves and exits with code 75. --profile=10:13 writes an XLA trace of the steps 10 to
+13 into the run directory (profile/).
 
 example:
   {example}"""
@@ -35,8 +37,11 @@ def _run(argv, verb, what, example, *, public: bool) -> int:
     if not argv or "-h" in argv or "--help" in argv:
         print(_HELP.format(verb=verb, what=what, example=example))
         return 0 if argv else 2
-    allow = [a.removeprefix("--allow=") for a in argv if a.startswith("--allow=")]
-    run = parse_run([a for a in argv if not a.startswith("--allow=")], verb)
+    p = argparse.ArgumentParser(prog=f"flexmoe {verb}", add_help=False, allow_abbrev=False)
+    p.add_argument("--allow", action="append", default=[])
+    p.add_argument("--profile", default="")
+    options, rest = p.parse_known_args(argv)
+    run = parse_run(rest, verb)
     if run.is_public != public:
         other = "train" if public else "pretrain"
         raise ConfigError(f"config.owner is {run.owner!r}: not a run of flexmoe {verb}", f"use flexmoe {other}")
@@ -44,6 +49,6 @@ def _run(argv, verb, what, example, *, public: bool) -> int:
     from flexmoe_jax.train.loop import train
 
     join()
-    product = train(run, report=lambda line: print(line, file=sys.stderr, flush=True), allow=allow)
-    print(product)
+    report = lambda line: print(line, file=sys.stderr, flush=True)  # noqa: E731
+    print(train(run, report=report, allow=options.allow, profile=options.profile))
     return 0

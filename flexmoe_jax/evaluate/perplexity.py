@@ -1,11 +1,13 @@
 """Held-out bits per byte, and the routed share of every expert on the same tokens."""
 
+import contextlib
 import dataclasses
 import functools
 import math
 
 import jax
 import numpy as np
+from jax.sharding import Mesh
 
 from flexmoe_jax.config import ModelConfig
 from flexmoe_jax.data.pipeline import scoring_batches
@@ -14,6 +16,8 @@ from flexmoe_jax.errors import DataError
 from flexmoe_jax.model.loss import next_token_loss
 from flexmoe_jax.model.router import route, route_uniform
 from flexmoe_jax.model.transformer import head, hidden_states
+from flexmoe_jax.parallel.mesh import everywhere
+from flexmoe_jax.parallel.specs import batch_parts, place_batch
 from flexmoe_jax.tree import Params
 
 
@@ -55,18 +59,24 @@ def score(
     top_k: int | None = None,
     dispatch: str = "dense",
     uniform: bool = False,
+    mesh: Mesh | None = None,
 ) -> Score:
     """Scores every token of every text once, with at least `seq_len - stride` tokens of left context where it has them.
 
     Documents are scored alone (never packed). The end-of-text token is context for the first token and itself scored.
+    With a `mesh`, on which `params` lie, its devices share the rows of a batch, and every process has the whole result.
     """
     if not texts:
         raise DataError("there is no document to score", "give at least one held-out document")
     token_nats: list[list[np.ndarray]] = [[] for _ in texts]
     share_LE = np.zeros(())
-    run = functools.partial(_score_batch, config, top_k, dispatch, uniform)
+    if mesh is not None:
+        batch_size = -(-batch_size // batch_parts(mesh)) * batch_parts(mesh)
     for batch in scoring_batches(texts, tokenizer, seq_len=seq_len, stride=stride, batch_size=batch_size):
-        nats_BT, batch_share_LE = run(params, batch["tokens"], batch["targets"], batch["segments"], batch["weights"])
+        arrays = {name: batch[name] for name in ("tokens", "targets", "segments", "weights")}
+        with contextlib.nullcontext() if mesh is None else jax.set_mesh(mesh):
+            placed = arrays if mesh is None else place_batch(mesh, arrays)
+            nats_BT, batch_share_LE = _score_batch(config, top_k, dispatch, uniform, params, placed)
         for doc, nats_T, weights_T in zip(batch["doc"], np.asarray(nats_BT), batch["weights"], strict=True):
             if doc >= 0:  # a document's rows follow one another
                 token_nats[doc].append(nats_T[weights_T > 0])
@@ -77,13 +87,14 @@ def score(
 
 
 @functools.partial(jax.jit, static_argnums=(0, 1, 2, 3))
-def _score_batch(config, top_k, dispatch, uniform, params, tokens_BT, targets_BT, segments_BT, weights_BT):
+def _score_batch(config, top_k, dispatch, uniform, params, batch):
+    weights_BT = batch["weights"]
     x_BTD, router_logits_LNE, _ = hidden_states(
-        config, params, tokens_BT, segments_BT=segments_BT, top_k=top_k, dispatch=dispatch, uniform=uniform
+        config, params, batch["tokens"], segments_BT=batch["segments"], top_k=top_k, dispatch=dispatch, uniform=uniform
     )
-    _, nats_BT, _ = next_token_loss(x_BTD, head(config, params), targets_BT, weights_BT)
+    _, nats_BT, _ = next_token_loss(x_BTD, head(config, params), batch["targets"], weights_BT)
     E = router_logits_LNE.shape[-1]
     chosen = route_uniform if uniform else functools.partial(route, k=min(top_k or E, E))
     weights_LNE = jax.vmap(lambda logits_NE: chosen(logits_NE).weights_NE)(router_logits_LNE)
     share_LNE = weights_LNE / weights_LNE.sum(-1, keepdims=True)
-    return nats_BT, (share_LNE * weights_BT.reshape(-1)[:, None]).sum(1)
+    return everywhere(nats_BT), everywhere((share_LNE * weights_BT.reshape(-1)[:, None]).sum(1))

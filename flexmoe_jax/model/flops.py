@@ -1,5 +1,7 @@
 """Floating-point operations that a pass needs, by the products of its matrices: two for each multiply-add."""
 
+from collections.abc import Mapping
+
 from flexmoe_jax.config import ModelConfig
 from flexmoe_jax.model.spec import count_parameters
 from flexmoe_jax.tree import TRUNK
@@ -21,10 +23,21 @@ def products(model: ModelConfig, T: int) -> dict[str, float]:
     }
 
 
-def forward_flops(model: ModelConfig, T: int, active: int = 1) -> float:
+def forward_flops(model: ModelConfig, T: int, active: float = 1) -> float:
     """Of one token's forward pass with `active` experts."""
     p = products(model, T)
     return p["head"] + p["attention"] + p["scores"] + active * p["expert"]
+
+
+def step_flops(model: ModelConfig, T: int, active: float, trained: Mapping[str, float]) -> float:
+    """Of one token's training step: forward, activations' derivatives everywhere, weights' where they are `trained`.
+
+    `trained` says how much of each product's weights: of `head` and `attention` a share, of `expert` a number of
+    experts, of the `active` ones. Nothing that is computed again (remat) counts, nor does the update.
+    """
+    p = products(model, T)
+    weights = sum(share * p[name] for name, share in trained.items())
+    return 2 * forward_flops(model, T, active) + p["scores"] + weights
 
 
 def training_flops(model: ModelConfig, T: int, kind: str, active: int = 1) -> float:
@@ -33,8 +46,6 @@ def training_flops(model: ModelConfig, T: int, kind: str, active: int = 1) -> fl
     `expert` is an owner's step beside the frozen public model: activations' derivatives everywhere, weights' in one
     expert alone. `alone` is the same without the public expert.
     """
-    p = products(model, T)
     if kind == "joint":
-        return 3 * forward_flops(model, T, active)
-    experts = 2 if kind == "expert" else 1
-    return 2 * (p["head"] + p["attention"] + experts * p["expert"]) + 3 * p["scores"] + p["expert"]
+        return step_flops(model, T, active, {"head": 1, "attention": 1, "expert": active})
+    return step_flops(model, T, 2 if kind == "expert" else 1, {"expert": 1})

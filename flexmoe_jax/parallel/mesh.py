@@ -48,6 +48,11 @@ def make_mesh(text: str, devices=None) -> Mesh:
     return jax.make_mesh(tuple(sizes.values()), AXES, axis_types=types, devices=devices)
 
 
+def mesh_of_all(text: str) -> Mesh | None:
+    """The mesh of these axis sizes; of all devices by `fsdp` where nothing is said; None for one device and no word."""
+    return make_mesh(text or f"fsdp={jax.device_count()}") if text or jax.device_count() > 1 else None
+
+
 def current_mesh():
     """The abstract mesh of the surrounding `jax.set_mesh`, or None where there is none or it has one device."""
     mesh = jax.sharding.get_abstract_mesh()
@@ -58,6 +63,12 @@ def split_batch(x):
     """`x`, its first axis split over the devices that split the batch; as it is without a mesh."""
     mesh = current_mesh()
     return x if mesh is None else jax.lax.with_sharding_constraint(x, P(BATCH))
+
+
+def everywhere(x):
+    """`x`, whole on every device; as it is without a mesh."""
+    mesh = current_mesh()
+    return x if mesh is None else jax.lax.with_sharding_constraint(x, P())
 
 
 def replicated(mesh: Mesh) -> NamedSharding:

@@ -84,13 +84,18 @@ def place_leaf(leaf, sharding: NamedSharding, dtype=None):
 
 def place_batch(mesh: Mesh, batch: Mapping[str, np.ndarray]) -> dict[str, jax.Array]:
     """A batch that every process holds whole, its rows split over the devices; ConfigError if they do not divide."""
-    parts, rows = math.prod(mesh.shape[name] for name in BATCH), len(next(iter(batch.values())))
+    parts, rows = batch_parts(mesh), len(next(iter(batch.values())))
     if rows % parts:
         raise ConfigError(
             f"a batch of {rows} rows is split over {parts} devices ({' x '.join(BATCH)})",
             f"choose a batch that is a multiple of {parts}",
         )
     return {name: place_leaf(array, NamedSharding(mesh, BATCH_SPEC)) for name, array in batch.items()}
+
+
+def batch_parts(mesh: Mesh) -> int:
+    """In how many parts the mesh splits the rows of a batch."""
+    return math.prod(mesh.shape[name] for name in BATCH)
 
 
 def path_text(path) -> str:

@@ -23,7 +23,7 @@ class StackedLeaf:
     def __init__(self, leaves):
         self.leaves = leaves
         L, *rest = leaves[0].shape
-        self.shape, self.dtype = (L, len(leaves), *rest), leaves[0].dtype
+        self.shape, self.dtype = (L, len(leaves), *rest), jnp.result_type(*(leaf.dtype for leaf in leaves))
 
     def __getitem__(self, index):
         layers, experts, *rest = index

@@ -21,15 +21,17 @@ from flexmoe_jax.data.pipeline import make_batches, make_iterator, mix_batches
 from flexmoe_jax.data.sources import content_digest, read_documents
 from flexmoe_jax.data.store import TokenStore, write_store
 from flexmoe_jax.errors import ArtifactError, ConfigError, DataError, FlexMoEError, did_you_mean
-from flexmoe_jax.parallel.mesh import make_mesh, replicated
+from flexmoe_jax.parallel.mesh import mesh_of_all, replicated
+from flexmoe_jax.parallel.peaks import peak_flops
 from flexmoe_jax.parallel.processes import Agreement, barrier, is_lead, to_host
 from flexmoe_jax.parallel.specs import place_batch
 from flexmoe_jax.parallel.stacked import STACKED, unstack_weights
 from flexmoe_jax.progress import track
-from flexmoe_jax.train.metrics import MetricsFile
+from flexmoe_jax.train.metrics import Meter, MetricsFile, Recorder
 from flexmoe_jax.train.optimizer import make_optimizer
+from flexmoe_jax.train.profile import Profile, parse_steps
 from flexmoe_jax.train.stage import Stage, prepare
-from flexmoe_jax.train.state import TrainState, create_state, freezing_mask, freezing_table
+from flexmoe_jax.train.state import TrainState, create_state, flops_per_token, freezing_mask, freezing_table
 from flexmoe_jax.train.step import make_train_step
 from flexmoe_jax.tree import PUBLIC, TRUNK, canonical_order, combine, flatten, partition
 
@@ -61,17 +63,18 @@ class Stopped(FlexMoEError):
     exit_code = 75  # EX_TEMPFAIL of sysexits.h: try again
 
 
-def train(run: RunConfig, report=lambda line: None, allow: Collection[str] = ()) -> pathlib.Path:
+def train(run: RunConfig, report=lambda line: None, allow: Collection[str] = (), profile: str = "") -> pathlib.Path:
     """Runs or resumes `run` and returns what it made: a public model directory, or the owner's package.
 
     `report` is given lines for people. `allow` are keys of `run.json` (`config.steps`, `data.own.documents`) that may
-    differ from when the run was started: it then goes on with the new ones, but with the tokens made at its start. The
-    run directory `run.out` holds `run.json` (identity), `tokens/` (unless the data already is a token store),
+    differ from when the run was started: it then goes on with the new ones, but with the tokens made at its start.
+    `profile` ("10:13") are steps of which every process writes an XLA trace into `profile/<its number>/`. The run
+    directory `run.out` holds `run.json` (identity), `tokens/` (unless the data already is a token store),
     `checkpoints/`, `metrics.jsonl`, and at the end `model/` or `package/`.
     """
-    out = pathlib.Path(run.out)
+    out, traced = pathlib.Path(run.out), parse_steps(profile, run.steps)
     product = out / ("model" if run.is_public else "package")
-    mesh = make_mesh(run.mesh or f"fsdp={jax.device_count()}") if run.mesh or jax.device_count() > 1 else None
+    mesh = mesh_of_all(run.mesh)
     if not is_lead():
         report = lambda line: None  # noqa: E731
     stage = prepare(run, mesh)
@@ -87,7 +90,7 @@ def train(run: RunConfig, report=lambda line: None, allow: Collection[str] = ())
         for pattern, trainable, leaves, count in freezing_table(stage.params, run.owner, run.freeze):
             report(f"{'trained' if trainable else 'frozen ':8} {pattern:34} {leaves:3} leaves {count:14,} parameters")
         with contextlib.nullcontext() if mesh is None else jax.set_mesh(mesh):
-            state = _fit(run, stage, mesh, stores, checkpoints, out, report)
+            state = _fit(run, stage, mesh, stores, checkpoints, out, report, traced)
         trained = _to_host(state.trainable, stage)
         if is_lead():
             _write_product(product, run, stage, trained, int(state.skipped), identity)
@@ -96,8 +99,9 @@ def train(run: RunConfig, report=lambda line: None, allow: Collection[str] = ())
 
 
 def _fit(
-    run: RunConfig, stage: Stage, mesh: Mesh | None, stores: list[TokenStore], checkpoints: RunCheckpoints, out, report
-) -> TrainState:
+    run: RunConfig, stage: Stage, mesh: Mesh | None, stores: list[TokenStore], checkpoints: RunCheckpoints, out, report,
+    traced: range,
+) -> TrainState:  # fmt: skip
     optimizer = make_optimizer(run.optimizer, run.steps)
     state, frozen = create_state(stage.params, run.owner, optimizer, jnp.dtype(run.compute_dtype), run.freeze, mesh)
     iterator = make_iterator(_batches(run, stores))
@@ -106,16 +110,20 @@ def _fit(
     begin = int(state.step)
     step = make_train_step(stage.model, run, shardings)
     names = canonical_order(stage.params["experts"])
+    meter = _meter(run, stage, mesh, report)
+    if traced and begin >= traced.stop:
+        report(f"steps {traced[0]} to {traced[-1]} are done: there is nothing to profile")
     stop, agreement = _StopSignal(), Agreement(mesh)
-    saved_at, pending, answer = time.monotonic(), None, None
+    saved_at, answer = time.monotonic(), None
+    profile = Profile(traced, out / "profile" / str(jax.process_index()))
     shown = track(f"train {run.owner}", run.steps, "steps", start=begin) if is_lead() else _nothing()
-    with stop, shown as advance, MetricsFile(out / "metrics.jsonl", begin, written=is_lead()) as metrics_file:
+    with stop, profile, shown as advance, MetricsFile(out / "metrics.jsonl", begin, written=is_lead()) as metrics_file:
+        recorder = Recorder(run, names, metrics_file, advance, meter)
         for n in range(begin, run.steps):
-            batch = next(iterator)
-            state, metrics = step(state, frozen, batch if mesh is None else place_batch(mesh, batch))
-            if pending is not None:
-                _record(pending, run, names, metrics_file, advance)
-            pending = (n, metrics, time.monotonic())
+            with profile.step(n, recorder.paused):
+                batch = next(iterator)
+                state, metrics = step(state, frozen, batch if mesh is None else place_batch(mesh, batch))
+                recorder.add(n, metrics)
             overdue = is_lead() and (time.monotonic() - saved_at) / 60 >= run.save_minutes
             # With several processes what is asked now is agreed one step later, when the answer costs no wait.
             asked = agreement.ask(stop.received, overdue)
@@ -123,9 +131,9 @@ def _fit(
             answer = asked
             last = n + 1 == run.steps
             if stopping or last or due or (n + 1) % run.save_every == 0:
-                _record(pending, run, names, metrics_file, advance)
-                pending, saved_at = None, time.monotonic()
-                _save(checkpoints, state, iterator)
+                with recorder.paused():
+                    saved_at = time.monotonic()
+                    _save(checkpoints, state, iterator)
             if stopping and not last:
                 checkpoints.wait()
                 raise Stopped(
@@ -134,6 +142,14 @@ def _fit(
                 )
     checkpoints.wait()
     return state
+
+
+def _meter(run: RunConfig, stage: Stage, mesh: Mesh | None, report) -> Meter:
+    flops, devices = flops_per_token(stage.model, run, stage.params), 1 if mesh is None else mesh.size
+    peak, kind = peak_flops(devices), jax.devices()[0].device_kind
+    known = "its peak is not known" if peak is None else f"{peak / devices:.4g} bfloat16 FLOP/s at most each"
+    report(f"{flops:.4g} FLOPs per token of a step on {devices} x {kind}, {known}")
+    return Meter(run.batch_size * run.seq_len, flops, peak)
 
 
 @contextlib.contextmanager
@@ -147,23 +163,6 @@ def _to_host(trainable, stage: Stage):
     if STACKED in whole.get("experts", {}):
         whole = {**whole, "experts": unstack_weights(whole["experts"], stage.params["experts"])}
     return whole
-
-
-def _record(pending, run: RunConfig, names, metrics_file: MetricsFile, advance) -> None:
-    """Reads the metrics of an earlier step (by now computed), writes them, and stops a run that has gone bad."""
-    n, metrics, dispatched = pending
-    values = {key: np.asarray(value).tolist() for key, value in metrics.items()}
-    share = dict(zip(names, values.pop("share"), strict=True))
-    advance(1, f"loss {values['loss']:.3f}")
-    if n % run.log_every == 0 or n + 1 == run.steps or values["bad_steps"]:
-        finite = {key: value if np.isfinite(value) else None for key, value in values.items()}
-        metrics_file.write({"step": n, **finite, "share": share, "time": round(dispatched, 3)})
-    if values["bad_steps"] >= run.max_bad_steps:
-        raise FlexMoEError(
-            f"the loss or its gradient was not finite for {values['bad_steps']} steps in a row, the last one step {n} "
-            f"(windows {n * run.batch_size} to {(n + 1) * run.batch_size - 1} of the order of seed {run.seed})",
-            "lower config.optimizer.lr or look at these documents; parameters are those before the first bad step",
-        )
 
 
 def _save(checkpoints: RunCheckpoints, state: TrainState, iterator) -> None:

@@ -1,6 +1,7 @@
 """What trains and what is frozen, as data: ordered rules, the mask and partition that follow, the state."""
 
 import math
+import re
 from typing import Any
 
 import flax.struct
@@ -10,7 +11,9 @@ import numpy as np
 import optax
 from jax.sharding import Mesh
 
+from flexmoe_jax.config import ModelConfig, RunConfig
 from flexmoe_jax.errors import ConfigError
+from flexmoe_jax.model.flops import step_flops
 from flexmoe_jax.parallel.mesh import EXPERT
 from flexmoe_jax.parallel.specs import place, place_leaf, tree_shardings
 from flexmoe_jax.parallel.stacked import stack_weights
@@ -57,6 +60,26 @@ def freezing_table(params: Params, owner: str, freeze: str = "") -> list[tuple[s
         if leaves:
             rows.append((pattern, trainable, len(leaves), sum(math.prod(leaf.shape) for leaf in leaves)))
     return rows
+
+
+def flops_per_token(model: ModelConfig, run: RunConfig, params: Params) -> float:
+    """Model FLOPs of a step of `run` (model/flops.py), by what it trains; tokens go to all experts alike."""
+    trainable, _ = partition(params, freezing_mask(params, run.owner, run.freeze))
+
+    def share(pattern: str) -> float:
+        sizes = [
+            sum(math.prod(leaf.shape) for path, leaf in flatten(tree).items() if re.fullmatch(pattern, path))
+            for tree in (trainable, params)
+        ]
+        return sizes[0] / sizes[1]
+
+    active = min(run.top_k or len(params["experts"]), len(params["experts"]))
+    trained = {
+        "head": share("trunk/embed" if model.tie_embeddings else "trunk/head"),
+        "attention": share("trunk/blocks/w_.*"),
+        "expert": active * share("experts/[^/]*/w_.*"),
+    }
+    return step_flops(model, run.seq_len, active, trained)
 
 
 def create_state(

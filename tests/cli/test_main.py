@@ -2,6 +2,7 @@
 
 import contextlib
 import json
+import os
 import subprocess
 import sys
 
@@ -132,6 +133,34 @@ def test_generate_prints_prompt_and_continuation(world, capsys):
     command = ["generate", str(world / "model"), "--prompt", "the king", "--experts", "news", "--max-new-tokens", "4"]
     assert main(command) == 0
     assert capsys.readouterr().out.startswith("the king")
+
+
+def _job(monkeypatch, number: int) -> None:
+    for name, value in {"PROCESSES": "2", "PROCESS_ID": str(number), "COORDINATOR": "127.0.0.1:1"}.items():
+        monkeypatch.setenv(f"FLEXMOE_{name}", value)
+
+
+def test_what_is_not_for_many_processes_is_done_by_the_first_alone(world, capsys, monkeypatch):
+    _job(monkeypatch, 1)
+    assert main(["inspect", str(world / "model")]) == 0
+    out, err = capsys.readouterr()
+    assert (out, err) == ("", "flexmoe inspect: left to process 0\n")
+    _job(monkeypatch, 0)
+    assert main(["inspect", str(world / "model")]) == 0
+    assert "news" in capsys.readouterr().out
+    assert "FLEXMOE_PROCESSES" not in os.environ  # a training that the verb starts is one process too
+
+
+def test_a_process_that_cannot_know_its_number_is_refused(world, capsys, monkeypatch):
+    monkeypatch.setenv("FLEXMOE_PROCESSES", "auto")
+    assert main(["inspect", str(world / "model")]) == 1
+    assert "without FLEXMOE_PROCESSES" in capsys.readouterr().err
+
+
+def test_a_mesh_is_for_held_out_text(world, capsys):
+    with pytest.raises(SystemExit):
+        main(["eval", str(world / "model"), "--suite", "mc9", "--mesh", "fsdp=2"])
+    assert "--mesh is for --data" in capsys.readouterr().err
 
 
 def test_training_by_command_and_sigterm_exit_code(world, tmp_path):

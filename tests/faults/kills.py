@@ -23,6 +23,7 @@ from flexmoe_jax.compose.certificate import verify_certificate
 from flexmoe_jax.compose.merge import merge
 from flexmoe_jax.compose.optout import opt_out, replace
 from flexmoe_jax.errors import ArtifactError
+from flexmoe_jax.train.metrics import OF_TIME
 from tests.artifacts.tiny import contents, make_expert, make_release
 
 
@@ -301,5 +302,5 @@ def _end(run) -> tuple:
     leaves = [np.asarray(leaf).tobytes() for leaf in jax.tree.leaves(trees)]
     small = [(step / item / "metadata").read_text() for item in ("data", "meta")]
     lines = [json.loads(line) for line in (out / "metrics.jsonl").read_text().splitlines()]
-    metrics = [{key: value for key, value in line.items() if key != "time"} for line in lines]
+    metrics = [{key: value for key, value in line.items() if key not in OF_TIME} for line in lines]
     return leaves, small, metrics, contents(out / "package")

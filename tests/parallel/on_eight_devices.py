@@ -13,16 +13,19 @@ os.environ["XLA_FLAGS"] = "--xla_force_host_platform_device_count=8"
 
 import numpy as np
 
+import flexmoe_jax as fm
 from flexmoe_jax.artifacts.model_dir import load_params, open_model
 from flexmoe_jax.artifacts.package import load_package
 from flexmoe_jax.cli.main import use_compilation_cache
 from flexmoe_jax.compose.merge import merge
 from flexmoe_jax.errors import FlexMoEError
+from flexmoe_jax.parallel.mesh import make_mesh
 from flexmoe_jax.train.loop import train
 from flexmoe_jax.tree import flatten
-from tests.train.tiny import MODEL, expert_run, public_run, write_documents
+from tests.train.tiny import MODEL, WORDS, expert_run, public_run, write_documents
 
 PUBLIC_MESHES = ("fsdp=8", "data=2,fsdp=2,tensor=2", "data=8")
+EVALUATION_MESHES = ("fsdp=8", "data=2,fsdp=2,expert=2", "expert=4,fsdp=2")
 JOINT_MESHES = ("data=2,fsdp=2,expert=2", "expert=4,fsdp=2", "fsdp=2,expert=2,tensor=2")
 
 
@@ -57,6 +60,27 @@ def compare(make, meshes, read) -> dict:
     return found
 
 
+def scores(path: pathlib.Path) -> dict:
+    """{top-k: {mesh: (bits per byte of one device, the mesh's, largest difference of a token, of a share)}}."""
+    rng = np.random.default_rng(0)
+    texts = [" ".join(rng.choice(words, 40)) for words in WORDS.values() for _ in range(3)]
+    found: dict = {}
+    for top_k in (2, 4):
+        one = dataclasses.replace(fm.load(path), wanted_top_k=top_k)
+        expected = one.score(texts)
+        for text in EVALUATION_MESHES:
+            many = dataclasses.replace(fm.load(path, make_mesh(text)), wanted_top_k=top_k)
+            score = many.score(texts)
+            token = max(float(np.abs(a - b).max()) for a, b in zip(score.token_nats, expected.token_nats, strict=True))
+            share = float(np.abs(score.share_LE - expected.share_LE).max())
+            found.setdefault(top_k, {})[text] = (expected.bits_per_byte, score.bits_per_byte, token, share)
+    tokens = np.arange(20) + 97
+    found["logits"] = float(np.abs(many.logits(tokens) - one.logits(tokens)).max())
+    weights = many._stacked["experts"]["stacked"]["w_up"]
+    found["held"] = weights.addressable_shards[0].data.nbytes / weights.nbytes
+    return found
+
+
 def main(root: pathlib.Path) -> dict:
     steps = {"steps": 10, "batch_size": 8, "save_every": 100}
     result = {}
@@ -88,6 +112,7 @@ def main(root: pathlib.Path) -> dict:
         )
 
     result["joint"] = compare(joint, JOINT_MESHES, lambda path: load_params(open_model(path)))
+    result["scores"] = scores(root / "model")
     result["refused"] = {}
     for mesh in ("fsdp=3", "fsdp=16", "expert=8", "pipe=8"):
         try:

@@ -43,6 +43,20 @@ def test_ten_steps_on_a_mesh_are_ten_steps_on_one_device(found, kind):
         assert losses < LOSSES, mesh
 
 
+@pytest.mark.parametrize("top_k", ["2", "4"])
+def test_a_model_in_parts_scores_what_one_device_scores(found, top_k):
+    """Four experts, two active or all. A token's loss is about 6 nats, in float32: sums in another order move it by a
+    few of its last digits."""
+    scores = found["scores"][top_k]
+    assert len(scores) == 3
+    for mesh, (expected, bits, token, share) in scores.items():
+        assert bits == pytest.approx(expected, rel=1e-6), mesh
+        assert token < 1e-5, mesh
+        assert share < 1e-6, mesh
+    assert found["scores"]["logits"] < 1e-5
+    assert found["scores"]["held"] == 1 / 8  # of the experts' weights on each of 4 x 2 devices
+
+
 def test_meshes_that_do_not_fit_are_refused_with_both_numbers(found):
     assert found["refused"] == {
         "fsdp=3": "the mesh 'fsdp=3' takes 3 devices, there are 8",

@@ -1,120 +1,160 @@
-"""Real processes on this machine train what one process trains (`make test-distributed`)."""
+"""Real processes on this machine do what one process does (`make test-distributed`).
+
+Tolerances as in test_mesh.py: sums in another order.
+"""
 
 import dataclasses
 import json
-import os
 import pathlib
-import socket
-import subprocess
-import sys
 import time
 
 import numpy as np
 import pytest
 
-from flexmoe_jax.artifacts.model_dir import load_params, open_model
+import flexmoe_jax as fm
+from flexmoe_jax.artifacts.manifest import read_manifest
+from flexmoe_jax.artifacts.model_dir import load_params, open_model, verify_model
+from flexmoe_jax.artifacts.package import load_package, verify_package
+from flexmoe_jax.cli.evaluate import heldout_texts
+from flexmoe_jax.compose.merge import merge
+from flexmoe_jax.config import RunConfig
 from flexmoe_jax.errors import ConfigError
 from flexmoe_jax.parallel import processes
-from flexmoe_jax.train.loop import Stopped, train
-from flexmoe_jax.tree import flatten
-from tests.train.tiny import public_run
+from flexmoe_jax.train.loop import train
+from flexmoe_jax.tree import PUBLIC, TRUNK, flatten
+from tests.parallel.jobs import end, printed, start_training, start_verb, wait_for_step
+from tests.train.tiny import expert_run, public_run, write_documents
 
 STEPS = {"steps": 6, "batch_size": 8}
 
 
-def one_process(root: str, mesh: str, steps: int) -> None:
-    """What each process runs: a training that ends with the exit code of the command line."""
-    processes.join()
-    try:
-        train(dataclasses.replace(public_run(pathlib.Path(root), **STEPS | {"steps": steps}), mesh=mesh))
-    except Stopped as stopped:
-        sys.exit(stopped.exit_code)
+def hybrid_run(root: pathlib.Path, world: pathlib.Path, **changes) -> RunConfig:
+    """An owner's run beside the release of `world`, half on public text."""
+    sample = write_documents(root / "sample", "public")
+    return expert_run(root, "news", world / "public" / "run" / "model", public_data=str(sample), public_fraction=0.5,
+                      router_contrast=0.1, **STEPS | changes)  # fmt: skip
 
 
-def start(root: pathlib.Path, count: int, steps: int = STEPS["steps"]) -> list[subprocess.Popen]:
-    """`count` processes of one job on this machine."""
-    with socket.socket() as probe:
-        probe.bind(("127.0.0.1", 0))
-        address = f"127.0.0.1:{probe.getsockname()[1]}"
-    call = f"one_process({str(root)!r}, 'fsdp={count}', {steps})"
-    running = []
-    for number in range(count):
-        job = {processes.COUNT: str(count), processes.NUMBER: str(number), processes.COORDINATOR: address}
-        command = [sys.executable, "-c", f"from tests.parallel.test_processes import one_process; {call}"]
-        running.append(subprocess.Popen(command, env={**os.environ, **job}))
-    return running
+def losses(run: RunConfig) -> list[float]:
+    return [json.loads(line)["loss"] for line in (pathlib.Path(run.out) / "metrics.jsonl").read_text().splitlines()]
 
 
-def end(running: list[subprocess.Popen], seconds: float = 300) -> list[int]:
-    try:
-        return [process.wait(timeout=seconds) for process in running]
-    finally:
-        for process in running:
-            process.kill()
+def contents(folder: pathlib.Path) -> dict[str, bytes]:
+    return {str(path.relative_to(folder)): path.read_bytes() for path in folder.rglob("*") if path.is_file()}
 
 
-def wait_for_step(root: pathlib.Path, step: int) -> None:
-    path, deadline = root / "public" / "run" / "metrics.jsonl", time.monotonic() + 200
-    while not path.exists() or f'"step": {step},' not in path.read_text():
-        assert time.monotonic() < deadline, "the job does not get there"
-        time.sleep(0.02)
-
-
-def losses(root: pathlib.Path) -> list[float]:
-    return [json.loads(line)["loss"] for line in (root / "public" / "run" / "metrics.jsonl").read_text().splitlines()]
+def check_near(made, expected) -> None:
+    for path, leaf in flatten(made).items():
+        other = flatten(expected)[path]
+        assert np.abs(leaf - other).max() <= 5e-4 * (np.abs(other).max() + 1e-6), path
 
 
 @pytest.mark.slow
 @pytest.mark.parametrize("count", [2, 4])
 def test_several_processes_train_what_one_trains(tmp_path, count):
-    """Tolerances as in test_mesh.py."""
-    expected = load_params(open_model(train(public_run(tmp_path / "one", **STEPS))))
-    run = public_run(tmp_path / "many", **STEPS)  # writes the documents
-    assert end(start(tmp_path / "many", count)) == [0] * count
-    made = load_params(open_model(pathlib.Path(run.out) / "model"))
-    for path, leaf in flatten(made).items():
-        other = flatten(expected)[path]
-        assert np.abs(leaf - other).max() <= 5e-4 * (np.abs(other).max() + 1e-6), path
-    np.testing.assert_allclose(losses(tmp_path / "many"), losses(tmp_path / "one"), atol=1e-5)
+    one, many = (public_run(tmp_path / name, **STEPS) for name in ("one", "many"))
+    expected = load_params(open_model(train(one)))
+    assert end(start_training(many, count)) == [0] * count
+    check_near(load_params(open_model(pathlib.Path(many.out) / "model")), expected)
+    np.testing.assert_allclose(losses(many), losses(one), atol=1e-5)
 
 
 @pytest.mark.slow
-def test_one_told_to_stop_stops_all_and_another_number_of_processes_goes_on(tmp_path):
-    """SIGTERM to the one that does not lead; the losses are those of a run that was never stopped."""
-    steps = 3000
-    running = start(tmp_path, 2, steps)
-    wait_for_step(tmp_path, 4)
+@pytest.mark.parametrize("count", [2, 4])
+def test_several_processes_train_the_expert_that_one_trains(world, tmp_path, count):
+    """The release keeps every bit, and the lead alone writes the package, which belongs to it."""
+    release = world / "public" / "run" / "model"
+    one, many = (hybrid_run(tmp_path / name, world) for name in ("one", "many"))
+    expected, before = load_package(train(one)), contents(release)
+    assert end(start_training(many, count)) == [0] * count
+    package = pathlib.Path(many.out) / "package"
+    check_near(load_package(package), expected)
+    np.testing.assert_allclose(losses(many), losses(one), atol=1e-5)
+    assert contents(release) == before
+    assert (pathlib.Path(many.out) / "writers").read_text() == "True\n"
+    assert all(finding.ok for finding in verify_package(package, "news"))
+    parts = open_model(release).manifests
+    assert {name: read_manifest(package).base[name] for name in (TRUNK, PUBLIC)} == {
+        name: manifest.content for name, manifest in parts.items()
+    }
+    # As tokens of one and the same order: another order has other losses from the first step on.
+    assert read_manifest(package).record["training"]["tokens"] == 6 * 8 * 32
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize(("kind", "first", "then"), [("public", 2, 4), ("hybrid", 4, 2)])
+def test_one_told_to_stop_stops_all_and_another_number_of_processes_goes_on(world, tmp_path, kind, first, then):
+    """SIGTERM to one that does not lead; the losses are those of a run that was never stopped."""
+    make = public_run if kind == "public" else lambda root, **changes: hybrid_run(root, world, **changes)
+    run, reference = (make(tmp_path / name, batch_size=8, steps=3000) for name in ("many", "one"))
+    running = start_training(run, first)
+    wait_for_step(run, 4)
     running[1].terminate()
-    assert end(running) == [75, 75]
-    stopped = losses(tmp_path)
-    assert 4 < len(stopped) < steps
-    saved = max(int(path.name) for path in (tmp_path / "public" / "run" / "checkpoints").iterdir())
+    assert end(running) == [75] * first
+    stopped = losses(run)
+    assert 4 < len(stopped) < run.steps
+    saved = max(int(path.name) for path in (pathlib.Path(run.out) / "checkpoints").iterdir())
     assert saved == len(stopped)
-    running = start(tmp_path, 4, steps)
-    wait_for_step(tmp_path, saved + 5)
+    running = start_training(run, then)
+    wait_for_step(run, saved + 5)
     running[0].terminate()
-    assert end(running) == [75] * 4
-    assert losses(tmp_path)[:saved] == stopped  # kept as they were
-    reference = subprocess.Popen(
-        [sys.executable, "-c", f"from tests.parallel.test_processes import one_process; "
-         f"one_process({str(tmp_path / 'one')!r}, '', {steps})"]
-    )  # fmt: skip
-    wait_for_step(tmp_path / "one", saved + 3)
-    reference.terminate()
-    assert end([reference]) == [75]
+    assert end(running) == [75] * then
+    assert losses(run)[:saved] == stopped  # kept as they were
+    running = start_training(reference, 1)
+    wait_for_step(reference, saved + 3)
+    running[0].terminate()
+    assert end(running) == [75]
     # float32 sums in another order, over as many steps of AdamW as were taken
-    np.testing.assert_allclose(losses(tmp_path)[: saved + 3], losses(tmp_path / "one")[: saved + 3], atol=1e-3)
+    np.testing.assert_allclose(losses(run)[: saved + 3], losses(reference)[: saved + 3], atol=1e-3)
 
 
 @pytest.mark.slow
 def test_when_one_dies_the_others_end_soon(tmp_path):
-    running = start(tmp_path, 2, 100_000)
-    wait_for_step(tmp_path, 4)
+    run = public_run(tmp_path, batch_size=8, steps=100_000)
+    running = start_training(run, 2)
+    wait_for_step(run, 4)
     running[1].kill()
     begun = time.monotonic()
     codes = end(running, 120)
     assert codes[0] != 0
     assert time.monotonic() - begun < 3 * processes.HEARTBEAT_S
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize(("count", "mesh", "experts"), [
+    (2, "expert=2", "public,news"),
+    (4, "fsdp=2,expert=2", "public,news"),
+    (4, "", "public,code,news"),
+])  # fmt: skip
+def test_several_processes_score_what_one_scores(world, count, mesh, experts):
+    """The lead alone prints. Each token's loss differs by the rounding of float32 sums, 1e-6 of about 6 nats."""
+    model = fm.load(world / "model").select(experts.split(","))
+    expected = {d: model.score(heldout_texts(world / d / "data", 10_000)).bits_per_byte for d in ("news", "code")}
+    folders = [f"--data={world / domain / 'data'}" for domain in expected]
+    command = ["eval", world / "model", *folders, "--max-bytes=10000", f"--experts={experts}", "--json"]
+    lead, *others = printed(start_verb([*command, *([f"--mesh={mesh}"] if mesh else [])], count))
+    assert others == [""] * (count - 1)
+    result = json.loads(lead)
+    assert result["experts"] == experts.split(",")
+    found = [domain["bits_per_byte"] for domain in result["domains"].values()]
+    np.testing.assert_allclose(found, list(expected.values()), rtol=1e-6)
+
+
+@pytest.mark.slow
+def test_a_merge_by_several_processes_is_that_of_one(world, tmp_path):
+    """Process 0 does it, the other leaves it to it."""
+    release, *packages = (world / name / "run" for name in ("public", "news", "code"))
+    experts = [f"--expert={path / 'package'}" for path in packages]
+    running = start_verb(["merge", f"--public={release / 'model'}", *experts, f"--out={tmp_path / 'many'}"], 2)
+    lead, other = printed(running)
+    assert "many: public, code, news" in lead
+    assert other == ""
+    merge(release / "model", [path / "package" for path in packages], tmp_path / "one")
+    many, one = contents(tmp_path / "many"), contents(tmp_path / "one")
+    assert all(finding.ok for finding in verify_model(tmp_path / "many"))
+    assert {name: many[name] for name in many if name != "journal.jsonl"} == {
+        name: one[name] for name in one if name != "journal.jsonl"
+    }
 
 
 @pytest.mark.parametrize(

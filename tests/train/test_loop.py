@@ -23,7 +23,7 @@ from flexmoe_jax.data.store import write_store
 from flexmoe_jax.data.tokenizer import load_tokenizer
 from flexmoe_jax.errors import FlexMoEError
 from flexmoe_jax.train import loop
-from flexmoe_jax.train.metrics import MetricsFile
+from flexmoe_jax.train.metrics import OF_TIME, MetricsFile
 from flexmoe_jax.tree import PUBLIC, TRUNK
 from tests.train.tiny import expert_run, public_run, write_documents, write_vector
 
@@ -36,7 +36,7 @@ def release(tmp_path_factory) -> pathlib.Path:
 
 def metrics_of(run) -> list[dict]:
     lines = [json.loads(line) for line in (pathlib.Path(run.out) / "metrics.jsonl").read_text().splitlines()]
-    return [{key: value for key, value in line.items() if key != "time"} for line in lines]
+    return [{key: value for key, value in line.items() if key not in OF_TIME} for line in lines]
 
 
 def test_public_run_leaves_a_release_whose_router_row_is_the_domain_embedding(release):
