@@ -12,8 +12,9 @@ _HELP = """usage: flexmoe {verb} --config=experiments/FILE.py[:ARG] [--config.KE
 
 Every key of the experiment's configuration can be overridden. The run directory (config.out) is resumed when it exists
 and belongs to the same configuration and data, and refused with the differences shown otherwise; --allow=KEY (as shown
-there, may be given several times) goes on in spite of one. SIGTERM saves and exits with code 75. --profile=10:13 writes an XLA trace of the steps 10 to
-13 into the run directory (profile/).
+there, may be given several times) goes on in spite of one. SIGTERM saves and exits with code 75.
+
+--profile=10:13 writes an XLA trace of the steps 10 to 13 into the run directory (profile/).
 
 example:
   {example}"""

@@ -3,7 +3,6 @@
 Tolerances as in test_mesh.py: sums in another order.
 """
 
-import dataclasses
 import json
 import pathlib
 import time
