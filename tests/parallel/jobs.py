@@ -65,10 +65,10 @@ def end(running: list[subprocess.Popen], seconds: float = 300) -> list[int]:
 
 
 def printed(running: list[subprocess.Popen], seconds: float = 300) -> list[str]:
-    """What each printed, when all have ended well."""
+    """What each printed, when all have ended well; not what Gloo says of itself there."""
     found = [process.communicate(timeout=seconds)[0] for process in running]
     assert end(running) == [0] * len(running)
-    return found
+    return ["".join(line for line in text.splitlines(True) if not line.startswith("[Gloo]")) for text in found]
 
 
 def wait_for_step(run: RunConfig, step: int) -> None:
