@@ -26,7 +26,7 @@ test-smollm2: $(VENV)/.installed
 test-study: $(VENV)/.installed
 	$(BIN)/python -m pytest -m slow tests/study
 
-# Two and four real processes on this machine. Three minutes.
+# Two and four real processes on this machine. Five minutes.
 test-distributed: $(VENV)/.installed
 	$(BIN)/python -m pytest -m slow tests/parallel
 
