@@ -82,13 +82,16 @@ def _row(system: str, results: dict, domains: list[str]) -> dict[str, Any]:
         "against": results["against_method"].get(system, {}).get("mean"),
         "choice": results["choice"][system]["mean"],
         "cost": results["forward_flops_per_token"][system] / public,
-        "training": 0 if system == PUBLIC else training.get(system, training["dense" if _is_dense(system) else METHOD]),
+        "training": 0 if system == PUBLIC else training.get(system, training[_trained(system)]),
     }
 
 
-def _is_dense(system: str) -> bool:
-    """Whether a system is made of the dense experts; what is neither that nor trained by itself is the method's."""
-    return "BTM" in system or "soup" in system or "dense" in system or system == "prompt routing"
+def _trained(system: str) -> str:
+    """What a system that was not trained by itself is made of: the dense experts, those of a frozen trunk, or ours."""
+    if "frozen trunk" in system:
+        return "frozen trunk"
+    dense = "BTM" in system or "soup" in system or "dense" in system or system == "prompt routing"
+    return "dense" if dense else METHOD
 
 
 def _groups(curves: dict[str, list], owners: list[str]) -> dict[str, dict[str, list]]:
