@@ -10,6 +10,7 @@ import jax.numpy as jnp
 
 from flexmoe_jax.errors import FlexMoEError
 from flexmoe_jax.model.router import Routing
+from flexmoe_jax.parallel.mesh import platform
 from flexmoe_jax.tree import canonical_order, is_stacked
 
 MIN_TILE_ROWS, MAX_TILE_ROWS = 32, 256
@@ -97,7 +98,7 @@ def run_slots(x_ND, index_Nk, weights_Nk, weights, layer=None):
     N, k = index_Nk.shape
     order_S, inverse_S, counts_E = _sort(index_Nk, weights[0].shape[0 if layer is None else 1])
     x_SD = _spread(x_ND, order_S, inverse_S)
-    y_SD = GROUPED.get(jax.default_backend(), _ragged)(x_SD, counts_E, weights, layer)
+    y_SD = GROUPED.get(platform(), _ragged)(x_SD, counts_E, weights, layer)
     y_NkD = _collect(y_SD, order_S, inverse_S).reshape(N, k, -1)
     weights_Nk1 = weights_Nk[..., None].astype(x_ND.dtype)
     # An expert of weight zero cannot reach the output nor, by the product's derivative, the router.

@@ -9,6 +9,8 @@ import functools
 import jax
 import jax.numpy as jnp
 
+from flexmoe_jax.parallel.mesh import platform
+
 CHUNK_LOGITS = 1 << 21  # logits in one chunk on a CPU: 8 MB in float32 stay in cache
 ACCELERATOR_CHUNKS = 8  # elsewhere: a few large products, an eighth of the memory
 
@@ -48,7 +50,7 @@ def _scan(x_BTD, head_DV, targets_BT, weights_BT, z_loss, want_x: bool, want_hea
     """((total, nll, log_z), dtotal/dx or None, dtotal/dhead or None), a chunk of tokens of every row at a time."""
     B, T, D = x_BTD.shape
     V = head_DV.shape[1]
-    chunks = -(-B * T * V // CHUNK_LOGITS) if jax.default_backend() == "cpu" else ACCELERATOR_CHUNKS
+    chunks = -(-B * T * V // CHUNK_LOGITS) if platform() == "cpu" else ACCELERATOR_CHUNKS
     t = -(-T // min(chunks, T))
     count = -(-T // t)
 

@@ -59,6 +59,12 @@ def current_mesh():
     return None if mesh.empty or mesh.size == 1 or mesh.axis_names != AXES else mesh
 
 
+def platform() -> str:
+    """"cpu", "gpu" or "tpu": what a program is traced for. The mesh's devices decide; they need not be in this machine."""
+    device = jax.sharding.get_abstract_mesh().abstract_device
+    return jax.default_backend() if device is None else device.platform
+
+
 def split_batch(x):
     """`x`, its first axis split over the devices that split the batch; as it is without a mesh."""
     mesh = current_mesh()

@@ -49,18 +49,31 @@ def tree_shardings(mesh: Mesh, tree) -> Any:
     """A tree like `tree` of shardings; ConfigError names a leaf whose axis the mesh cannot split evenly."""
 
     def sharding(path, leaf):
-        text = path_text(path)
-        spec = spec_of(text)
-        for size, axes in zip(leaf.shape, spec, strict=False):
-            parts = math.prod(mesh.shape[name] for name in _names(axes))
-            if size % parts:
-                raise ConfigError(
-                    f"{text} has an axis of {size}, the mesh splits it in {parts} ({', '.join(_names(axes))})",
-                    "choose sizes of the mesh that divide the model's",
-                )
+        spec = leaf_spec(path_text(path), leaf.shape)
+        part_shape(path_text(path), leaf.shape, spec, mesh.shape)
         return NamedSharding(mesh, spec)
 
     return jax.tree_util.tree_map_with_path(sharding, tree)
+
+
+def leaf_spec(path: str, shape: tuple[int, ...]) -> P:
+    """`spec_of(path)`; statistics that have fewer axes than their parameter (factored moments) are small: everywhere."""
+    spec = spec_of(path)
+    return P() if len(spec) > len(shape) else spec
+
+
+def part_shape(path: str, shape: tuple[int, ...], spec: P, sizes: Mapping[str, int]) -> tuple[int, ...]:
+    """The shape of a device's part on axes of these sizes; ConfigError where one does not divide."""
+    part = list(shape)
+    for i, axes in enumerate(spec):
+        parts = math.prod(sizes[name] for name in _names(axes))
+        if part[i] % parts:
+            raise ConfigError(
+                f"{path} has an axis of {part[i]}, the mesh splits it in {parts} ({', '.join(_names(axes))})",
+                "choose sizes of the mesh that divide the model's",
+            )
+        part[i] //= parts
+    return tuple(part)
 
 
 def place(mesh: Mesh, tree: Params, dtype=None) -> Params:

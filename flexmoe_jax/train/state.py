@@ -95,9 +95,9 @@ def create_state(
     On a mesh every leaf is created in parts, where the rules say (parallel/specs.py); with experts on an axis of
     their own, their weights are stacked (parallel/stacked.py).
     """
-    trainable, frozen = partition(params, freezing_mask(params, owner, freeze))
+    trainable, frozen = split_state(params, owner, freeze, 1 if mesh is None else mesh.shape[EXPERT])
     if mesh is not None:
-        return _state_on_mesh(mesh, params, trainable, frozen, optimizer, frozen_dtype)
+        return _state_on_mesh(mesh, trainable, frozen, optimizer, frozen_dtype)
     # Copied: the state is donated, and an expert begins as the public one: the same buffers as frozen leaves.
     trainable = jax.tree.map(lambda leaf: jnp.array(leaf, jnp.float32, copy=True), trainable)
     frozen = jax.tree.map(lambda leaf: jnp.asarray(leaf, frozen_dtype), frozen)
@@ -105,31 +105,52 @@ def create_state(
     return TrainState(zero, trainable, optimizer.init(trainable), zero + 0, zero + 0), frozen
 
 
+def state_shapes(params: Params, owner: str, optimizer, frozen_dtype=jnp.float32, freeze: str = "", groups: int = 1):
+    """What `create_state` makes of parameters of these shapes, as shapes: nothing is allocated.
+
+    `groups` is the size of the mesh's `expert` axis.
+    """
+    trainable, frozen = split_state(params, owner, freeze, groups)
+    trainable = jax.tree.map(lambda leaf: jax.ShapeDtypeStruct(leaf.shape, jnp.float32), trainable)
+    frozen = jax.tree.map(lambda leaf: jax.ShapeDtypeStruct(leaf.shape, frozen_dtype), frozen)
+    return _begun_shapes(trainable, optimizer), frozen
+
+
 def state_shardings(mesh: Mesh, trainable, optimizer: optax.GradientTransformation) -> Any:
     """The sharding of every leaf of the state of `trainable` (arrays or shapes)."""
+    return tree_shardings(mesh, _begun_shapes(trainable, optimizer))
 
+
+def _begun_shapes(trainable, optimizer: optax.GradientTransformation) -> TrainState:
     def begin(trainable):
         zero = jnp.zeros((), jnp.int32)
         return TrainState(zero, trainable, optimizer.init(trainable), zero, zero)
 
-    return tree_shardings(mesh, jax.eval_shape(begin, trainable))
+    return jax.eval_shape(begin, trainable)
 
 
-def _state_on_mesh(mesh: Mesh, params: Params, trainable: Params, frozen: Params, optimizer, frozen_dtype):
-    if mesh.shape[EXPERT] > 1 and len(params["experts"]) > 1:
-        names = set(params["experts"])
-        for part in (trainable, frozen):
-            held = {name for name, leaves in part.get("experts", {}).items() if "w_up" in leaves}
-            if held not in (set(), names):
-                raise ConfigError(
-                    f"the mesh splits experts ({EXPERT}={mesh.shape[EXPERT]}), of which {', '.join(sorted(held))} are "
-                    "trained and others frozen, or the other way round",
-                    f"train all feed-forward networks or none, or set {EXPERT}=1: a pair needs no axis of its own",
-                )
-        trainable, frozen = (
-            {**part, **({"experts": stack_weights(part["experts"])} if "experts" in part else {})}
-            for part in (trainable, frozen)
-        )
+def split_state(params: Params, owner: str, freeze: str, groups: int) -> tuple[Params, Params]:
+    """(trainable leaves, frozen ones); several experts on an axis of `groups` > 1 devices are stacked."""
+    trainable, frozen = partition(params, freezing_mask(params, owner, freeze))
+    if groups == 1 or len(params["experts"]) == 1:
+        return trainable, frozen
+    names = set(params["experts"])
+    for part in (trainable, frozen):
+        held = {name for name, leaves in part.get("experts", {}).items() if "w_up" in leaves}
+        if held not in (set(), names):
+            raise ConfigError(
+                f"the mesh splits experts ({EXPERT}={groups}), of which {', '.join(sorted(held))} are "
+                "trained and others frozen, or the other way round",
+                f"train all feed-forward networks or none, or set {EXPERT}=1: a pair needs no axis of its own",
+            )
+    trainable, frozen = (
+        {**part, **({"experts": stack_weights(part["experts"])} if "experts" in part else {})}
+        for part in (trainable, frozen)
+    )
+    return trainable, frozen
+
+
+def _state_on_mesh(mesh: Mesh, trainable: Params, frozen: Params, optimizer, frozen_dtype):
     trainable, frozen = place(mesh, trainable, jnp.float32), place(mesh, frozen, frozen_dtype)
     shardings = state_shardings(mesh, trainable, optimizer)
     moments = jax.jit(optimizer.init, out_shardings=shardings.opt_state)(trainable)

@@ -11,6 +11,7 @@ from flexmoe_jax.config import ModelConfig, RunConfig
 from flexmoe_jax.model.loss import next_token_loss
 from flexmoe_jax.model.router import route
 from flexmoe_jax.model.transformer import head, hidden_states
+from flexmoe_jax.parallel.mesh import platform
 from flexmoe_jax.parallel.stacked import STACKED
 from flexmoe_jax.train.optimizer import learning_rate, make_optimizer
 from flexmoe_jax.train.state import TrainState
@@ -81,7 +82,7 @@ def _losses(model: ModelConfig, run: RunConfig, trainable: Params, frozen: Param
         dtype=dtype,
         remat=run.remat,
         # Worth a copy of the weights where layers are few: 8% of a step of 4 layers, 6% of 8 on a CPU.
-        first_apart=not run.is_public and jax.default_backend() == "cpu",
+        first_apart=not run.is_public and platform() == "cpu",
     )
     weights_BT = batch["weights"] / totals["all"]
     total, nll_BT, log_z_BT = next_token_loss(x_BTD, head(model, params), batch["targets"], weights_BT, run.z_loss)
