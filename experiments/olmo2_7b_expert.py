@@ -7,7 +7,12 @@ Runtime: not run here; builds and lowers in `tests/test_experiments.py`. Values 
 sequences of 4096, about 4.19 M tokens a step, learning rate 9e-4 with 2000 warm-up steps, no weight decay.
 """
 
+import pathlib
+import runpy
+
 from flexmoe_jax.cli.configs import run_config
+
+MODEL = runpy.run_path(str(pathlib.Path(__file__).with_name("olmo2_7b_public.py")))["MODEL"]
 
 
 def get_config(arg: str = ""):
@@ -15,6 +20,7 @@ def get_config(arg: str = ""):
     return run_config(
         owner=arg,
         out=f"runs/olmo2_7b_{arg}",
+        model=MODEL,
         steps=11_921,
         batch_size=1024,
         seq_len=4096,

@@ -73,10 +73,11 @@ class RunConfig:
 
     An owner's run begins with the public feed-forward network and a `domain_vector`, or goes on from its package
     `expert`. A public run defines `model`, or goes on from the model directory `public` and trains all its experts
-    together. `freeze` is a pattern of parameter paths that stay as they began, besides those that the stage freezes;
-    `top_k` the experts active per token (0: all); `load_balance` weighs the loss that spreads tokens over experts. The
-    control `coordinate=False` trains an owner's feed-forward network without the public expert beside it. `mesh` deals
-    the work out over devices ("data=2,fsdp=4"; parallel/mesh.py); all devices there are, by `fsdp`, when it is empty.
+    together; an owner's run may say in `model` what shape its public model must have. `freeze` is a pattern of
+    parameter paths that stay as they began, besides those that the stage freezes; `top_k` the experts active per
+    token (0: all); `load_balance` weighs the loss that spreads tokens over experts. The control `coordinate=False`
+    trains an owner's feed-forward network without the public expert beside it. `mesh` deals the work out over devices
+    ("data=2,fsdp=4"; parallel/mesh.py); all devices there are, by `fsdp`, when it is empty.
     """
 
     owner: str

@@ -12,7 +12,7 @@ FLOORS = {
     "model": 1,
     **dict.fromkeys(("data", "artifacts"), 2),
     **dict.fromkeys(("train", "infer"), 3),
-    **dict.fromkeys(("compose", "evaluate", "hf"), 4),
+    **dict.fromkeys(("compose", "evaluate", "hf", "plan"), 4),
     **dict.fromkeys(("api", "__init__"), 4.5),  # the library's front door: above everything but the command line
     "study": 4.7,  # puts whole models beside one another
     "report": 4.9,

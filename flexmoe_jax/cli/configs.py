@@ -36,6 +36,11 @@ def parse_run(argv: list[str], verb: str) -> RunConfig:
 
 def parse_config(argv: list[str], verb: str, kind):
     """`--config=FILE[:ARG]` and `--config.key=value` overrides -> the frozen configuration `kind`."""
+    return from_mapping(kind, parse_mapping(argv, verb))
+
+
+def parse_mapping(argv: list[str], verb: str) -> dict:
+    """The same as nested dictionaries, without the keys that neither the experiment nor the command line sets."""
     files = [a.removeprefix("--config=") for a in argv if a.startswith("--config=")]
     if len(files) != 1:
         raise ConfigError(
@@ -54,7 +59,7 @@ def parse_config(argv: list[str], verb: str, kind):
     except (flags.Error, TypeError, ValueError) as error:
         raise ConfigError(f"in {files[0]} or its overrides: {error}", "correct the value") from error
     # A key left at None is one the experiment leaves to the command line.
-    return from_mapping(kind, {key: value for key, value in config.to_dict().items() if value is not None})
+    return {key: value for key, value in config.to_dict().items() if value is not None}
 
 
 def _load(spec: str) -> ConfigDict:

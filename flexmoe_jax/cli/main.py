@@ -34,6 +34,7 @@ VERBS = {
     "reproduce": ("reproduce", "the paper's comparison: baselines, ablations, seeds and intervals"),
     "report": ("report", "a study as one HTML page"),
     "generate": ("generate", "continue a prompt"),
+    "plan": ("plan", "what a run would take on chips that are not here, and whether it fits"),
     "doctor": ("doctor", "devices, versions, memory and processes of this machine, and the usual mistakes"),
 }
 # What all processes of a job do together; the rest is done by process 0 alone, as if there were no other.

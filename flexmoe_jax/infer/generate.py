@@ -36,11 +36,12 @@ def stream(
     seed: int = 0,
     top_k: int | None = None,
     dispatch: str = "dense",
+    dtype=jnp.float32,
 ) -> Iterator[dict[int, int]]:
     """Yields {row: next token} of the rows that go on, step by step, as soon as they are known.
 
-    A row ends before the first of `stop_ids` or after `max_new_tokens`. `top_k` and `dispatch` are those of `forward`.
-    Rows do not influence one another.
+    A row ends before the first of `stop_ids` or after `max_new_tokens`. `top_k`, `dispatch` and `dtype` (of the
+    cache too) are those of `forward`. Rows do not influence one another.
     """
     lengths = np.array([len(prompt) for prompt in prompts])
     if not prompts or lengths.min() < 1:
@@ -50,20 +51,18 @@ def stream(
             f"a prompt of {lengths.max()} tokens and {max_new_tokens} new ones exceed the model's {config.max_seq_len}",
             f"shorten the prompt or ask for at most {max(config.max_seq_len - int(lengths.max()), 0)} new tokens",
         )
-    return _stream(
-        config, params, prompts, lengths, max_new_tokens, frozenset(stop_ids), sampling, seed, top_k, dispatch
-    )
+    run = (config, sampling, top_k, dispatch, jnp.dtype(dtype))
+    return _stream(run, params, prompts, lengths, max_new_tokens, frozenset(stop_ids), seed)
 
 
-def _stream(config, params, prompts, lengths, max_new_tokens, stop_ids, sampling, seed, top_k, dispatch):
+def _stream(run, params, prompts, lengths, max_new_tokens, stop_ids, seed):
     # Right-padding is harmless: its cache slots lie after every position in use, until they are overwritten.
     tokens_BT = np.zeros((len(prompts), _round_up(lengths.max())), np.int32)
     for row, prompt in enumerate(prompts):
         tokens_BT[row, : len(prompt)] = prompt
     length = max(_round_up(lengths.max() + max_new_tokens), tokens_BT.shape[1])
-    run = (config, sampling, top_k, dispatch)
     key = jax.random.key(seed)
-    token_B, cache = _prefill(*run, length, params, jax.random.fold_in(key, 0), tokens_BT, lengths)
+    token_B, cache = prefill(*run, length, params, jax.random.fold_in(key, 0), tokens_BT, lengths)
     open_rows = list(range(len(prompts)))
     for n in range(max_new_tokens):
         tokens = np.asarray(token_B)
@@ -73,20 +72,22 @@ def _stream(config, params, prompts, lengths, max_new_tokens, stop_ids, sampling
         last = n + 1 == max_new_tokens
         if not last:  # dispatched before this step's tokens are handed out
             position_B = (lengths + n).astype(np.int32)
-            token_B, cache = _step(*run, params, jax.random.fold_in(key, n + 1), token_B, position_B, cache)
+            token_B, cache = decode(*run, params, jax.random.fold_in(key, n + 1), token_B, position_B, cache)
         yield {row: int(tokens[row]) for row in open_rows}
 
 
-@functools.partial(jax.jit, static_argnums=(0, 1, 2, 3, 4))
-def _prefill(config, sampling, top_k, dispatch, length, params, key, tokens_BT, lengths_B):
+@functools.partial(jax.jit, static_argnums=(0, 1, 2, 3, 4, 5))
+def prefill(config, sampling, top_k, dispatch, dtype, length, params, key, tokens_BT, lengths_B):
     """(first new token of each row [B], cache): the head sees the last token of each prompt only."""
-    x_BTD, _, cache = hidden_states(config, params, tokens_BT, cache_length=length, top_k=top_k, dispatch=dispatch)
+    x_BTD, _, cache = hidden_states(
+        config, params, tokens_BT, cache_length=length, top_k=top_k, dispatch=dispatch, dtype=dtype
+    )
     x_BD = jnp.take_along_axis(x_BTD, (lengths_B - 1)[:, None, None], axis=1)[:, 0]
     return sample(key, _logits(config, params, x_BD), sampling), cache
 
 
-@functools.partial(jax.jit, static_argnums=(0, 1, 2, 3), donate_argnums=(8,))
-def _step(config, sampling, top_k, dispatch, params, key, token_B, position_B, cache):
+@functools.partial(jax.jit, static_argnums=(0, 1, 2, 3, 4), donate_argnums=(9,))
+def decode(config, sampling, top_k, dispatch, dtype, params, key, token_B, position_B, cache):
     """(next token of each row [B], cache) after one token of each row at its position."""
     x_B1D, _, cache = hidden_states(
         config,
@@ -96,6 +97,7 @@ def _step(config, sampling, top_k, dispatch, params, key, token_B, position_B, c
         kv_cache=cache,
         top_k=top_k,
         dispatch=dispatch,
+        dtype=dtype,
     )
     return sample(key, _logits(config, params, x_B1D[:, 0]), sampling), cache
 

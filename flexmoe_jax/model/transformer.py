@@ -86,7 +86,7 @@ def hidden_states(
     rope = rope_table(positions_BT, config.head_dim, config.rope_theta)
     scanned, whole = params["experts"], {}
     decoding = kv_cache is not None or cache_length is not None
-    if decoding and dispatch == "sparse" and is_stacked(scanned):
+    if decoding and dispatch == "sparse" and is_stacked(scanned) and current_mesh() is None:
         # A scan copies each layer's slice of what it scans: of every expert, where a few of them are wanted.
         whole = {name: scanned[name] for name in FFN_WEIGHTS}
         scanned = {name: scanned[name] for name in ("router", "bias")}

@@ -8,8 +8,9 @@
 Inside `jax.set_mesh(mesh)` the model finds the mesh by itself (`current_mesh`); outside, everything is on one device.
 """
 
+import math
+
 import jax
-import numpy as np
 from jax.sharding import AxisType, Mesh, NamedSharding
 from jax.sharding import PartitionSpec as P
 
@@ -32,18 +33,25 @@ def parse_mesh(text: str) -> dict[str, int]:
     return sizes
 
 
+def check_mesh(text: str, count: int) -> dict[str, int]:
+    """`parse_mesh(text)`; ConfigError if the mesh does not take `count` devices."""
+    sizes = parse_mesh(text)
+    needed = math.prod(sizes.values())
+    if needed != count:
+        raise ConfigError(
+            f"the mesh {text!r} takes {needed} devices, there are {count}",
+            f"choose sizes of {', '.join(AXES)} whose product is {count}",
+        )
+    return sizes
+
+
 def make_mesh(text: str, devices=None) -> Mesh:
     """The mesh of these axis sizes over all devices of all processes (or `devices`); ConfigError if they do not fit.
 
     Neighbours on the last axes are neighbours on the hardware: `tensor` speaks most, `data` least.
     """
-    sizes, devices = parse_mesh(text), jax.devices() if devices is None else devices
-    needed = int(np.prod(list(sizes.values())))
-    if needed != len(devices):
-        raise ConfigError(
-            f"the mesh {text!r} takes {needed} devices, there are {len(devices)}",
-            f"choose sizes of {', '.join(AXES)} whose product is {len(devices)}",
-        )
+    devices = jax.devices() if devices is None else devices
+    sizes = check_mesh(text, len(devices))
     types = (AxisType.Auto,) * len(AXES)  # gradients per example do not work with explicit axes
     return jax.make_mesh(tuple(sizes.values()), AXES, axis_types=types, devices=devices)
 
@@ -60,7 +68,7 @@ def current_mesh():
 
 
 def platform() -> str:
-    """"cpu", "gpu" or "tpu": what a program is traced for. The mesh's devices decide; they need not be in this machine."""
+    """ "cpu", "gpu" or "tpu": what a program is traced for. A mesh's devices decide, be they here or not."""
     device = jax.sharding.get_abstract_mesh().abstract_device
     return jax.default_backend() if device is None else device.platform
 

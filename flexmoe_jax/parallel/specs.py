@@ -32,6 +32,7 @@ RULES: tuple[tuple[str, P], ...] = (
     ("experts/[^/]+/(router|bias)", P()),
 )
 BATCH_SPEC = P(BATCH)  # of every array of a batch: rows first
+CACHE_SPEC = P(None, BATCH, TENSOR)  # of keys and values [L, B, G, S, K]
 
 
 def spec_of(path: str) -> P:
@@ -57,7 +58,7 @@ def tree_shardings(mesh: Mesh, tree) -> Any:
 
 
 def leaf_spec(path: str, shape: tuple[int, ...]) -> P:
-    """`spec_of(path)`; statistics that have fewer axes than their parameter (factored moments) are small: everywhere."""
+    """`spec_of(path)`; statistics of fewer axes than their parameter (factored moments) are small: everywhere."""
     spec = spec_of(path)
     return P() if len(spec) > len(shape) else spec
 

@@ -10,7 +10,7 @@ from jax.sharding import Mesh
 
 from flexmoe_jax.artifacts.model_dir import ModelDir, check_belongs, load_params, open_model
 from flexmoe_jax.artifacts.package import Manifest, load_package, read_manifest
-from flexmoe_jax.config import ModelConfig, RunConfig
+from flexmoe_jax.config import ModelConfig, RunConfig, differences, to_mapping
 from flexmoe_jax.data.domains import DomainVector, projection_record, router_row
 from flexmoe_jax.data.tokenizer import Tokenizer, load_tokenizer
 from flexmoe_jax.errors import ArtifactError, ConfigError
@@ -128,6 +128,12 @@ def _expert_stage(
 ) -> Stage:
     """The pair {public, owner}; what `expert` does not hold is the public expert's."""
     owner = check_owner_name(run.owner)
+    if run.model not in (None, public.config):
+        lines = differences(to_mapping(run.model), to_mapping(public.config))
+        raise ConfigError(
+            f"config.model is not the shape of the model {run.public} (here != there):\n    " + "\n    ".join(lines),
+            "give another config.public; an owner's expert has the shape of the public one",
+        )
     _check_length(run, public.config)
     params = load_params(public, (PUBLIC,), mapped=mesh is not None)
     beside = {PUBLIC: params["experts"][PUBLIC]} if run.coordinate else {}

@@ -1,0 +1,231 @@
+"""`flexmoe plan`: what a run would take on chips that are not here, and whether it fits."""
+
+import argparse
+import dataclasses
+import math
+import pathlib
+
+from flexmoe_jax.cli.common import add_json, emit, parser, table
+from flexmoe_jax.cli.configs import parse_mapping
+from flexmoe_jax.config import RunConfig, from_mapping
+from flexmoe_jax.errors import ConfigError, MachineError
+
+_TEXT = """Plans a run: parameters and where they lie, memory, operations, communication and time of a device.
+
+All by arithmetic from shapes; with --compile (TPUs; needs the extra `tpu`) also by the compiler, without any TPU.
+Without --mesh all meshes are tried, without --topology all slices. Keys of the configuration are overridden as in
+`flexmoe train`. Ends with code 1 if it does not fit."""
+_EXAMPLE = "flexmoe plan --config=experiments/olmo2_7b_expert.py:news --topology v5p:2x2x2 --mesh fsdp=8"
+SHOWN = 5  # meshes of a search
+
+
+def plan(argv: list[str]) -> int:
+    """Prints the plan; 1 if nothing fits."""
+    p = parser("plan", _TEXT, _EXAMPLE)
+    p.add_argument("--config", required=True, metavar="FILE[:ARG]", help="an experiment file")
+    p.add_argument("--topology", help="v5e:4x4, v5p:4x4x4, v6e:2x2, h100:8, h200:1; the smallest that fit by default")
+    p.add_argument("--mesh", help="data=2,fsdp=4; the config's, or the best by default")
+    p.add_argument("--kind", choices=("train", "prefill", "decode"), default="train", help="what is run")
+    p.add_argument("--experts", type=int, help="experts of a model that the configuration does not know yet")
+    p.add_argument("--compile", action="store_true", help="compile it for the topology as well")
+    add_json(p)
+    args, overrides = p.parse_known_args(argv)
+    if args.compile and not args.topology:
+        raise ConfigError("--compile was given without --topology", "say which chips to compile for")
+    work = _work(args, [f"--config={args.config}", *overrides])
+    if not args.topology:
+        return _smallest(work, args.json)
+    return _plan(work, args)
+
+
+def _work(args: argparse.Namespace, argv: list[str]):
+    from flexmoe_jax.plan.work import Work
+    from flexmoe_jax.tree import PUBLIC, canonical_order
+
+    values = {"data": "-", **parse_mapping(argv, "plan")}
+    if values.get("owner") != PUBLIC:
+        values["public"] = values.get("public") or "-"
+    run = from_mapping(RunConfig, values)
+    model = run.model
+    experts: tuple[str, ...] = (PUBLIC,) if run.is_public else (PUBLIC, run.owner)
+    if pathlib.Path(run.public).is_dir() and run.public:
+        from flexmoe_jax.artifacts.model_dir import open_model
+
+        opened = open_model(run.public)
+        model, experts = opened.config, opened.experts if run.is_public else experts
+    if model is None:
+        raise ConfigError(
+            f"the model's shape is not known: config.model is not set and config.public {run.public!r} is not here",
+            "set config.public to a model directory, or config.model in the experiment",
+        )
+    if args.experts:
+        if args.experts < 1 or not run.is_public:
+            raise ConfigError(f"--experts {args.experts} in the run of {run.owner!r}", "it is for public runs alone")
+        experts = (PUBLIC, *(f"expert{i:02}" for i in range(1, args.experts)))
+    if not run.is_public and not run.coordinate:
+        experts = (run.owner,)
+    return Work(model, canonical_order(experts), run, args.kind)
+
+
+def _smallest(work, as_json: bool) -> int:
+    from flexmoe_jax.plan.chips import CHIPS
+    from flexmoe_jax.plan.search import smallest
+
+    found = {name: smallest(work, chip) for name, chip in CHIPS.items()}
+    rows = [_choice_row(choice) if choice else [f"{name}: none", *["-"] * 5] for name, choice in found.items()]
+    result = {name: choice and _choice(choice) for name, choice in found.items()}
+    emit({"smallest": result}, [*_head(work), "smallest slices that fit:", *table(_CHOICE, rows)], as_json)
+    return 0
+
+
+def _plan(work, args: argparse.Namespace) -> int:
+    from flexmoe_jax.parallel.mesh import check_mesh
+    from flexmoe_jax.plan.chips import parse_topology
+    from flexmoe_jax.plan.costs import estimate
+    from flexmoe_jax.plan.search import Choice, choices
+
+    topology, mesh = parse_topology(args.topology), args.mesh or work.run.mesh
+    if mesh:
+        found = [Choice(work, topology, estimate(work, topology, check_mesh(mesh, topology.count)))]
+    else:
+        found = choices(work, topology)
+    best = found[0]
+    compiled = None
+    if args.compile:
+        from flexmoe_jax.plan.compiled import compile_for
+
+        compiled = compile_for(best.work, topology, best.mesh)
+    result = _choice(best) | {
+        "leaves": _leaves(best),
+        "transfers": [dataclasses.asdict(t) for t in best.costs.transfers],
+    }
+    result |= {"meshes": [_choice(choice) for choice in found[:SHOWN]]}
+    result |= {"compiled": None if compiled is None else dataclasses.asdict(compiled)}
+    shown = [*_head(best.work), *_lines(best)]
+    if len(found) > 1:
+        shown += ["", "meshes, the best first:", *table(_CHOICE, [_choice_row(choice) for choice in found[:SHOWN]])]
+    if compiled is not None:
+        shown += ["", *_compiled_lines(best, compiled)]
+    emit(result, shown, args.json)
+    if not best.costs.fits:
+        need, usable, whole = (f"{_gb(x):.1f}" for x in (best.costs.total, best.costs.usable, topology.chip.memory))
+        raise MachineError(
+            f"it does not fit: a device needs {need} GB, usable are {usable} of {whole} GB",
+            "take more chips, a larger `fsdp` axis, more microbatches or a smaller optimizer state",
+        )
+    return 0
+
+
+_CHOICE = ["topology", "mesh", "microbatches", "GB a device", "usable", "s a step"]
+
+
+def _gb(size: float) -> float:
+    return size / 1e9
+
+
+def _choice_row(choice) -> list:
+    costs = choice.costs
+    numbers = [f"{_gb(costs.total):.1f}", f"{_gb(costs.usable):.1f}", f"{costs.step_seconds:.3g}"]
+    return [choice.topology.name, choice.mesh, choice.work.run.accumulation, *numbers]
+
+
+def _choice(choice) -> dict:
+    costs = choice.costs
+    return {
+        "topology": choice.topology.name,
+        "mesh": choice.mesh,
+        "accumulation": choice.work.run.accumulation,
+        "memory": dict(costs.memory),
+        "total": costs.total,
+        "usable": costs.usable,
+        "fits": costs.fits,
+        "needed_flops": costs.needed_flops,
+        "computed_flops": costs.computed_flops,
+        "seconds": dict(costs.seconds),
+        "step_seconds": costs.step_seconds,
+    }
+
+
+def _head(work) -> list[str]:
+    run = work.run
+    doing = f"{run.batch_size} rows of {run.seq_len} tokens, {run.compute_dtype}"
+    if work.kind == "train":
+        doing += f", remat {'on' if run.remat else 'off'}"
+    return [f"{work.kind} with {len(work.experts)} experts, {work.active} a token: {doing}"]
+
+
+def _leaves(choice) -> list[dict]:
+    from flexmoe_jax.plan.costs import part_bytes
+    from flexmoe_jax.plan.work import leaves
+
+    sizes = choice.costs.sizes
+    return [
+        {"part": leaf.part, "path": leaf.path, "shape": list(leaf.shape), "spec": _spec(leaf.spec),
+         "bytes": part_bytes(leaf, sizes)}
+        for leaf in leaves(choice.work, sizes["expert"])
+    ]  # fmt: skip
+
+
+def _spec(spec) -> list:
+    return [list(axes) if isinstance(axes, tuple) else axes for axes in spec]
+
+
+def _lines(choice) -> list[str]:
+    from flexmoe_jax.plan.costs import ATTAINABLE, activations, tokens_of
+    from flexmoe_jax.plan.work import params_shapes
+    from flexmoe_jax.train.state import freezing_table
+
+    work, costs, run = choice.work, choice.costs, choice.work.run
+    shown = []
+    if work.kind == "train":
+        for pattern, trainable, count, size in freezing_table(params_shapes(work), run.owner, run.freeze):
+            shown.append(
+                f"{'trained' if trainable else 'frozen ':8} {pattern:34} {count:3} leaves {size:16,} parameters"
+            )
+    shown.append("")
+    rows = [
+        [f"{leaf['part']} {leaf['path']}", "x".join(map(str, leaf["shape"])) or "1",
+         ",".join("+".join(a) if isinstance(a, list) else a or "-" for a in leaf["spec"]) or "everywhere",
+         f"{leaf['bytes'] / 1e6:.2f}"]
+        for leaf in _leaves(choice)
+    ]  # fmt: skip
+    shown += table(["array", "shape", "split by", "MB a device"], rows)
+    shown += ["", f"{choice.topology.name}, mesh {choice.mesh}, {run.accumulation} microbatches; a device takes:"]
+    shown += [f"  {part:18} {_gb(size):9.3f} GB" for part, size in costs.memory.items()]
+    if work.kind == "train":
+        other = dataclasses.replace(work, run=dataclasses.replace(run, remat=not run.remat))
+        other_size = activations(other, tokens_of(other, costs.sizes), costs.sizes)
+        shown.append(f"  (activations {'without' if run.remat else 'with'} remat {_gb(other_size):.3f} GB)")
+    verdict = "fits" if costs.fits else "does not fit"
+    shown.append(f"  {'all':18} {_gb(costs.total):9.3f} GB of {_gb(costs.usable):.1f} usable: {verdict}")
+    shown.append(f"operations a device: {costs.computed_flops:.3e}, needed {costs.needed_flops:.3e}")
+    moved = [[f"{t.kind} of {t.of}", "+".join(t.axes), t.count, f"{_gb(t.size):.3f}"] for t in costs.transfers]
+    if moved:
+        shown += ["", *table(["communication", "over", "times", "GB received"], moved)]
+    seconds = ", ".join(f"{name} {value:.3g}" for name, value in costs.seconds.items())
+    shown += ["", f"seconds: {seconds} (products at {ATTAINABLE:.0%} of the peak)"]
+    tokens = run.batch_size * (1 if work.kind == "decode" else run.seq_len) / costs.step_seconds
+    shown.append(f"a step: {costs.step_seconds:.3g} s if nothing overlaps, {tokens:,.0f} tokens/s")
+    if work.kind == "train":
+        shown.append(f"the run: {run.steps:,} steps, {costs.step_seconds * run.steps / 3600:,.0f} hours")
+    return shown
+
+
+def _compiled_lines(choice, compiled) -> list[str]:
+    if compiled.refused:
+        return [f"the compiler refuses it: {compiled.refused}"]
+    costs = choice.costs
+    held = sum(costs.memory.get(part, 0) for part in ("trained", "moments", "frozen", "batch", "cache"))
+    rows = [
+        ["arguments, GB", _gb(compiled.arguments), _gb(held)],
+        ["temporaries, GB", _gb(compiled.temporaries), _gb(costs.total - held)],
+        ["peak, GB", _gb(compiled.peak), _gb(costs.total)],
+    ]
+    kinds = sorted({*compiled.collectives, *(t.kind for t in costs.transfers)})
+    for kind in kinds:
+        mine = math.fsum(t.size for t in costs.transfers if t.kind == kind)
+        rows.append([f"{kind}, GB received", _gb(compiled.collectives.get(kind, (0, 0.0))[1]), _gb(mine)])
+    received = math.fsum(size for _, size in compiled.collectives.values())
+    rows.append(["all received, GB", _gb(received), _gb(math.fsum(t.size for t in costs.transfers))])
+    cost = f"the compiler counts {compiled.flops:.3e} operations a device, those of a loop's body once"
+    return [*table(["a device", "compiled", "estimated"], rows), cost]

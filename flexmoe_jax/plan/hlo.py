@@ -1,0 +1,104 @@
+"""Collectives of a compiled program, read from its text, each as often as it runs."""
+
+import math
+import re
+from collections.abc import Iterator
+
+_BYTES = {"pred": 1, "s8": 1, "u8": 1, "s16": 2, "u16": 2, "bf16": 2, "f16": 2, "s32": 4, "u32": 4, "f32": 4,
+          "s64": 8, "u64": 8, "f64": 8}  # fmt: skip
+_KINDS = "all-gather|all-reduce|reduce-scatter|all-to-all|collective-permute"
+_BEGIN = re.compile(r"^(?:ENTRY )?%?([\w.-]+) .*\{$")
+_COLLECTIVE = re.compile(rf"= (.*?) ({_KINDS})(?:-start)?\(")
+_ARRAY = re.compile(r"(\w+)\[([\d,]*)\]")
+_CALLED = re.compile(r"(?:calls|to_apply|body|called_computations|branch_computations)=\{?((?:%?[\w.-]+(?:, )?)+)")
+
+
+def collectives(text: str) -> dict[str, tuple[int, float]]:
+    """{kind: (how often it runs, bytes that a device receives)} of a compiled module's text.
+
+    A device of a group of g receives, of an array of S bytes: all-gather S (g-1)/g of the result, reduce-scatter and
+    all-to-all S (g-1)/g of the operand, all-reduce both of them, collective-permute S. A TPU's program names one
+    collective in several places, wherever it goes on beside other work: a channel counts once.
+    """
+    computations = _computations(text)
+    entry = next(match[1] for match in re.finditer(r"^ENTRY %?([\w.-]+)", text, re.MULTILINE))
+    channels: dict[str, tuple[str, float, int]] = {}
+    for place, line, times in _walk(computations, entry, 1):
+        match = _COLLECTIVE.search(line)
+        size = _received(match[1], match[2], line) if match else 0.0
+        if match and size:
+            channel = re.search(r"channel_id=\d+", line)
+            key = channel[0] if channel else place
+            channels[key] = max(channels.get(key, ("", 0.0, 0)), (match[2], size, times), key=lambda seen: seen[2])
+    found: dict[str, tuple[int, float]] = {}
+    for kind, size, times in channels.values():
+        count, total = found.get(kind, (0, 0.0))
+        found[kind] = (count + times, total + times * size)
+    return found
+
+
+def _computations(text: str) -> dict[str, list[str]]:
+    found: dict[str, list[str]] = {}
+    name = None
+    for line in text.splitlines():
+        if match := _BEGIN.match(line):
+            name = match[1]
+            found[name] = []
+        elif line.startswith("}"):
+            name = None
+        elif name is not None:
+            found[name].append(line)
+    return found
+
+
+def _walk(computations: dict[str, list[str]], name: str, times: int) -> Iterator[tuple[str, str, int]]:
+    """(place, line, how often it runs) of every collective reached from the computation `name`."""
+    for i, line in enumerate(computations.get(name, ())):
+        if _COLLECTIVE.search(line):
+            yield f"{name}:{i}", line, times
+            continue
+        trips = _trips(computations, line) if " while(" in line else 1
+        for called in _CALLED.findall(line):
+            for inner in called.split(", "):
+                yield from _walk(computations, inner.lstrip("%"), times * trips)
+
+
+def _trips(computations: dict[str, list[str]], line: str) -> int:
+    """How often a loop runs: as the compiler notes it, else the bound that its condition compares with."""
+    if known := re.search(r'known_trip_count":\{"n":"(\d+)"', line):
+        return int(known[1])
+    condition = computations.get(re.search(r"condition=%?([\w.-]+)", line)[1], [])  # type: ignore[index]
+    root = next((line for line in condition if "ROOT" in line and "direction=LT" in line), "")
+    bounds = [
+        c for c in condition if re.search(r"= [su]32\[\]\S* constant\(", c) and c.split(" = ")[0].split("%")[-1] in root
+    ]
+    return int(re.search(r"constant\((\d+)\)", bounds[0])[1]) if bounds else 1  # type: ignore[index]
+
+
+def _received(result: str, kind: str, line: str) -> float:
+    arrays = [
+        _BYTES.get(dtype, 0) * math.prod(int(n) for n in shape.split(",") if n)
+        for dtype, shape in _ARRAY.findall(result)
+    ]
+    if kind == "collective-permute":
+        return float(max(arrays))
+    group = _group(line)
+    # What has begun is (operands, results): of several arrays the results are the latter half.
+    begun = "all-gather-start(" in line
+    size = sum(arrays[len(arrays) // 2 :] if begun else arrays)
+    if kind == "reduce-scatter":
+        return size * (group - 1.0)
+    return size * (2 if kind == "all-reduce" else 1) * (group - 1) / group
+
+
+def _group(line: str) -> int:
+    """Devices of one group: `{{0,1},{2,3}}`, `[2,4]<=[8]`, or `mesh['x'=2,'y'=4] {'y'}`."""
+    groups = line.partition("replica_groups=")[2]
+    if match := re.match(r"\{\{([\d,]*)\}", groups):
+        return match[1].count(",") + 1
+    if match := re.match(r"\[([\d,]+)\]<=", groups):
+        return int(match[1].split(",")[-1])
+    if match := re.match(r"mesh\[(.*?)\] \{(.*?)\}", groups):
+        sizes = dict(re.findall(r"('\w+')=(\d+)", match[1]))
+        return math.prod(int(sizes[name]) for name in re.findall(r"'\w+'", match[2]))
+    return 1

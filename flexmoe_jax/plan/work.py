@@ -1,0 +1,149 @@
+"""What is planned: a program of this package and the shapes of all it is given. Nothing is allocated.
+
+train      an optimizer step, as train/loop.py runs it
+prefill    generation's pass over prompts of `seq_len` tokens, which begins the cache
+decode     generation's step of one token of every row, with a cache of `seq_len` positions
+"""
+
+import dataclasses
+import functools
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+from jax.sharding import Mesh, NamedSharding
+from jax.sharding import PartitionSpec as P
+
+from flexmoe_jax.config import ModelConfig, RunConfig
+from flexmoe_jax.infer.generate import decode, prefill
+from flexmoe_jax.infer.sampling import GREEDY
+from flexmoe_jax.model.cache import init_cache
+from flexmoe_jax.model.spec import model_spec
+from flexmoe_jax.parallel.mesh import EXPERT, replicated
+from flexmoe_jax.parallel.specs import BATCH_SPEC, CACHE_SPEC, leaf_spec, path_text, tree_shardings
+from flexmoe_jax.parallel.stacked import stack_weights
+from flexmoe_jax.train.optimizer import make_optimizer
+from flexmoe_jax.train.state import state_shapes
+from flexmoe_jax.train.step import make_train_step
+from flexmoe_jax.tree import Params, unflatten
+
+KINDS = ("train", "prefill", "decode")
+
+
+@dataclasses.dataclass(frozen=True)
+class Work:
+    """`experts` in canonical order. `run` gives batch, lengths and dtype of inference too."""
+
+    model: ModelConfig
+    experts: tuple[str, ...]
+    run: RunConfig
+    kind: str = "train"
+
+    @property
+    def dtype(self) -> np.dtype:
+        return jnp.dtype(self.run.compute_dtype)
+
+    @property
+    def active(self) -> int:
+        """Experts that a token needs."""
+        return min(self.run.top_k or len(self.experts), len(self.experts))
+
+    def computed(self, groups: int) -> int:
+        """Experts that a token runs through: a training step without an `expert` axis runs them all."""
+        sparse = self.kind != "train" or groups > 1
+        return self.active if sparse else len(self.experts)
+
+
+@dataclasses.dataclass(frozen=True)
+class Leaf:
+    """An array of the program's arguments; `part` is what it is there for."""
+
+    part: str
+    path: str
+    shape: tuple[int, ...]
+    itemsize: int
+    spec: P
+
+
+def params_shapes(work: Work) -> Params:
+    """The whole tree, experts named, float32."""
+    spec = model_spec(work.model, work.experts)
+    return unflatten({path: jax.ShapeDtypeStruct(leaf.shape, jnp.float32) for path, leaf in spec.items()})
+
+
+def arguments(work: Work, groups: int) -> dict[str, Any]:
+    """The program's arguments as trees of shapes; `groups` is the size of the `expert` axis."""
+    return _arguments(_whole(work), groups)
+
+
+def leaves(work: Work, groups: int) -> tuple[Leaf, ...]:
+    """Every array of the arguments with its partition spec."""
+    return _leaves(_whole(work), groups)
+
+
+def _whole(work: Work) -> Work:
+    """The same arguments: microbatches are cut inside the program."""
+    return dataclasses.replace(work, run=dataclasses.replace(work.run, accumulation=1))
+
+
+@functools.lru_cache
+def _arguments(work: Work, groups: int) -> dict[str, Any]:
+    run, B, T = work.run, work.run.batch_size, work.run.seq_len
+    if work.kind == "train":
+        state, frozen = state_shapes(
+            params_shapes(work), run.owner, make_optimizer(run.optimizer, run.steps), work.dtype, run.freeze, groups
+        )
+        whole = functools.partial(jax.ShapeDtypeStruct, (B, T))
+        batch = {name: whole(jnp.int32) for name in ("tokens", "targets", "segments")}
+        batch |= {name: whole(jnp.float32) for name in ("weights", *(("own",) if run.public_sequences else ()))}
+        return {"state": state, "frozen": frozen, "batch": batch}
+    params = params_shapes(work)
+    params = {**params, "experts": stack_weights(params["experts"])}
+    params = jax.tree.map(lambda leaf: jax.ShapeDtypeStruct(leaf.shape, work.dtype), params)
+    row = jax.ShapeDtypeStruct((B,), jnp.int32)
+    if work.kind == "prefill":
+        return {"frozen": params, "batch": (jax.ShapeDtypeStruct((B, T), jnp.int32), row)}
+    cache = jax.eval_shape(lambda: init_cache(work.model, B, T, work.dtype))
+    return {"frozen": params, "batch": (row, row), "cache": cache}
+
+
+@functools.lru_cache
+def _leaves(work: Work, groups: int) -> tuple[Leaf, ...]:
+    found = []
+    for name, tree in _arguments(work, groups).items():
+        for path, leaf in jax.tree_util.tree_leaves_with_path(tree):
+            text = path_text(path)
+            part = {"trainable": "trained", "opt_state": "moments"}.get(text.partition("/")[0], "counters")
+            fixed = {"batch": BATCH_SPEC, "cache": CACHE_SPEC}.get(name)
+            spec = leaf_spec(text, leaf.shape) if fixed is None else fixed
+            found.append(Leaf(part if name == "state" else name, text, leaf.shape, leaf.dtype.itemsize, spec))
+    return tuple(found)
+
+
+def lower(work: Work, mesh: Mesh):
+    """The program on `mesh`, traced and lowered for its devices from shapes alone."""
+    shapes, everywhere = arguments(work, mesh.shape[EXPERT]), replicated(mesh)
+    shardings: dict[str, Any] = {
+        name: tree_shardings(mesh, shapes[name]) for name in ("state", "frozen") if name in shapes
+    }
+    shardings |= {
+        name: jax.tree.map(lambda _, spec=spec: NamedSharding(mesh, spec), shapes[name])
+        for name, spec in (("batch", BATCH_SPEC), ("cache", CACHE_SPEC))
+        if name in shapes
+    }
+    given = {
+        name: jax.tree.map(
+            lambda a, s: jax.ShapeDtypeStruct(a.shape, a.dtype, sharding=s), shapes[name], shardings[name]
+        )
+        for name in shapes
+    }
+    with jax.set_mesh(mesh):
+        if work.kind == "train":
+            step: Any = make_train_step(work.model, work.run, (shardings["state"], everywhere))
+            return step.lower(given["state"], given["frozen"], given["batch"])
+        fixed = (work.model, GREEDY, work.run.top_k or None, "sparse", work.dtype)
+        key = jax.eval_shape(lambda: jax.random.key(0))
+        if work.kind == "prefill":
+            return prefill.lower(*fixed, work.run.seq_len, given["frozen"], key, *given["batch"])
+        return decode.lower(*fixed, given["frozen"], key, *given["batch"], given["cache"])
