@@ -51,7 +51,12 @@ class ModelConfig:
 
 @dataclasses.dataclass(frozen=True)
 class OptimizerConfig:
-    """AdamW with linear warm-up and cosine decay (paper section 4; reference training scripts)."""
+    """AdamW with linear warm-up and cosine decay (paper section 4; reference training scripts).
+
+    Of a trained parameter AdamW keeps 8 bytes. `first_moment="bfloat16"` makes that 6. `second_moment="factored"` keeps
+    of a matrix the means of its rows and of its columns alone, as Adafactor does (arXiv 1804.04235), whose decay and
+    bound on an update it takes over (`b2` and `eps` have no part): 4 bytes, or 2; and next to nothing with `b1=0`.
+    """
 
     lr: float = 9e-4
     warmup_steps: int = 2000
@@ -61,6 +66,13 @@ class OptimizerConfig:
     eps: float = 1e-8
     weight_decay: float = 0.0
     clip_norm: float = 1.0
+    first_moment: str = "float32"
+    second_moment: str = "full"
+
+    def __post_init__(self):
+        for name, known in (("first_moment", ("float32", "bfloat16")), ("second_moment", ("full", "factored"))):
+            if getattr(self, name) not in known:
+                raise ConfigError(f"optimizer.{name} is {getattr(self, name)!r}", f"use one of: {', '.join(known)}")
 
 
 @dataclasses.dataclass(frozen=True)

@@ -1,4 +1,4 @@
-"""AdamW with clipping, warm-up and cosine decay, from optax."""
+"""AdamW with clipping, warm-up and cosine decay, from optax; in less memory where the configuration asks for it."""
 
 import optax
 
@@ -12,12 +12,22 @@ def learning_rate(config: OptimizerConfig, steps: int) -> optax.Schedule:
 
 
 def make_optimizer(config: OptimizerConfig, steps: int) -> optax.GradientTransformation:
-    """Clip by global norm, then AdamW with decoupled weight decay. It only ever sees trainable leaves."""
-    adamw = optax.adamw(
-        learning_rate(config, steps),
-        b1=config.b1,
-        b2=config.b2,
-        eps=config.eps,
-        weight_decay=config.weight_decay,
+    """Clip by global norm, then AdamW with decoupled weight decay. It only ever sees trainable leaves.
+
+    Moments are those of `OptimizerConfig`; all is computed in float32 whatever they are kept in.
+    """
+    clip, schedule = optax.clip_by_global_norm(config.clip_norm), learning_rate(config, steps)
+    kept = None if config.first_moment == "float32" else config.first_moment
+    if config.second_moment == "full":
+        adamw = optax.adamw(
+            schedule, b1=config.b1, b2=config.b2, eps=config.eps, mu_dtype=kept, weight_decay=config.weight_decay
+        )
+        return optax.chain(clip, adamw)
+    return optax.chain(
+        clip,
+        optax.scale_by_factored_rms(),
+        optax.clip_by_block_rms(1.0),
+        optax.ema(config.b1, accumulator_dtype=kept) if config.b1 else optax.identity(),
+        optax.add_decayed_weights(config.weight_decay),
+        optax.scale_by_learning_rate(schedule),
     )
-    return optax.chain(optax.clip_by_global_norm(config.clip_norm), adamw)

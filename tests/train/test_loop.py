@@ -69,10 +69,13 @@ def test_expert_run_leaves_a_package_bound_to_the_release_and_the_release_untouc
         assert sum(line["share"].values()) == pytest.approx(1, abs=1e-5)
 
 
-@pytest.mark.parametrize("public_fraction", [0.0, 0.5])
-def test_stopped_and_resumed_equals_uninterrupted(release, tmp_path, monkeypatch, public_fraction):
+FACTORED = OptimizerConfig(lr=1e-2, warmup_steps=1, first_moment="bfloat16", second_moment="factored")
+
+
+@pytest.mark.parametrize(("public_fraction", "optimizer"), [(0.0, None), (0.5, None), (0.0, FACTORED)])
+def test_stopped_and_resumed_equals_uninterrupted(release, tmp_path, monkeypatch, public_fraction, optimizer):
     """SIGTERM after step 3: saved, resumed, and every bit and metric as if it had never happened."""
-    mixed = {"public_fraction": public_fraction}
+    mixed = {"public_fraction": public_fraction} | ({"optimizer": optimizer} if optimizer else {})
     if public_fraction:
         mixed["public_data"] = str(write_documents(tmp_path / "sample", "public"))
     whole = expert_run(tmp_path / "a", "news", release, **mixed)
