@@ -45,7 +45,7 @@ def model_7b() -> ModelConfig:
 
 @pytest.mark.parametrize("path", RUNS, ids=lambda path: path.name)
 def test_every_experiment_is_a_valid_run_and_says_how_to_run_it(path):
-    needs_public = ["--config.public=public"] if path.name.endswith("expert.py") else []
+    needs_public = ["--config.public=public"] if "_expert" in path.name else []
     arg = ":news" if needs_public else ""
     run = load(f"{path.name}{arg}", *needs_public)
     assert run.owner == ("news" if needs_public else PUBLIC)

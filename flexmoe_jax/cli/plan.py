@@ -24,7 +24,7 @@ def plan(argv: list[str]) -> int:
     p = parser("plan", _TEXT, _EXAMPLE)
     p.add_argument("--config", required=True, metavar="FILE[:ARG]", help="an experiment file")
     p.add_argument("--topology", help="v5e:4x4, v5p:4x4x4, v6e:2x2, h100:8, h200:1; the smallest that fit by default")
-    p.add_argument("--mesh", help="data=2,fsdp=4; the config's, or the best by default")
+    p.add_argument("--mesh", help="data=2,fsdp=4; the config's, or the best with as many microbatches as it takes")
     p.add_argument("--kind", choices=("train", "prefill", "decode"), default="train", help="what is run")
     p.add_argument("--experts", type=int, help="experts of a model that the configuration does not know yet")
     p.add_argument("--compile", action="store_true", help="compile it for the topology as well")
@@ -84,8 +84,8 @@ def _plan(work, args: argparse.Namespace) -> int:
     from flexmoe_jax.plan.costs import estimate
     from flexmoe_jax.plan.search import Choice, choices
 
-    topology, mesh = parse_topology(args.topology), args.mesh or work.run.mesh
-    if mesh:
+    topology = parse_topology(args.topology)
+    if mesh := args.mesh or work.run.mesh or ("data=1" if topology.count == 1 else ""):
         found = [Choice(work, topology, estimate(work, topology, check_mesh(mesh, topology.count)))]
     else:
         found = choices(work, topology)
@@ -126,7 +126,8 @@ def _gb(size: float) -> float:
 def _choice_row(choice) -> list:
     costs = choice.costs
     numbers = [f"{_gb(costs.total):.1f}", f"{_gb(costs.usable):.1f}", f"{costs.step_seconds:.3g}"]
-    return [choice.topology.name, choice.mesh, choice.work.run.accumulation, *numbers]
+    cut = choice.work.run.accumulation if choice.work.kind == "train" else "-"
+    return [choice.topology.name, choice.mesh, cut, *numbers]
 
 
 def _choice(choice) -> dict:
@@ -190,7 +191,8 @@ def _lines(choice) -> list[str]:
         for leaf in _leaves(choice)
     ]  # fmt: skip
     shown += table(["array", "shape", "split by", "MB a device"], rows)
-    shown += ["", f"{choice.topology.name}, mesh {choice.mesh}, {run.accumulation} microbatches; a device takes:"]
+    cut = f", {run.accumulation} microbatches" if work.kind == "train" else ""
+    shown += ["", f"{choice.topology.name}, mesh {choice.mesh}{cut}; a device takes:"]
     shown += [f"  {part:18} {_gb(size):9.3f} GB" for part, size in costs.memory.items()]
     if work.kind == "train":
         other = dataclasses.replace(work, run=dataclasses.replace(run, remat=not run.remat))

@@ -112,12 +112,14 @@ def gathered(work: Work, table: tuple[Leaf, ...], sizes: Mapping[str, int]) -> f
 def activations(work: Work, n: int, sizes: Mapping[str, int]) -> float:
     """Of a step at its fullest.
 
-        layer     n c (6 D + (3 H + 2 G) K / t + E (D + 2 F / t))      what one layer keeps for its derivative
+        layer     n c (6 D + (3 H + 2 G) K / t + E (D + w F / t))      what one layer keeps for its derivative; w = 2,
+                  or 4 where sparse experts train: the grouped products keep every array
         work      n c 4 F / t + 12 b H / t (T / 8) T                   the largest of what it computes with
         kept      L layer, or L n c D with remat
         head      n / 8 V / t (4 + 4 + c), and 4 D V / t for the gradient of a trained head
         training  kept + max(layer + work, head)
-        prefill   layer + work, without the derivative's arrays; decode: the same, of one token of every row
+        prefill   layer + the scores' part of work, and the cache it begins
+        decode    the same of one token of every row; the cache it writes is another beside the one it was given
 
     Sparse experts take n E slots of all the devices of their group.
     """
@@ -126,12 +128,13 @@ def activations(work: Work, n: int, sizes: Mapping[str, int]) -> float:
     rows = n if work.kind == "decode" else n // T
     E = work.computed(sizes[EXPERT]) * (sizes[EXPERT] if work.kind != "train" or sizes[EXPERT] > 1 else 1)
     heads = (3 * m.num_heads + 2 * m.num_kv_heads) * m.head_dim / t
-    layer = n * c * (6 * m.d_model + heads + E * (m.d_model + 2 * m.d_ff / t))
+    wide = 4 if work.kind == "train" and sizes[EXPERT] > 1 else 2
+    layer = n * c * (6 * m.d_model + heads + E * (m.d_model + wide * m.d_ff / t))
     block = 1 if work.kind == "decode" else max(T // BLOCKS, min(MIN_BLOCK, T))
     scores = 12.0 * rows * m.num_heads / t * block * T
     if work.kind != "train":
         logits = 8.0 * rows * m.vocab_size / t
-        cache = 2.0 * c * rows * m.num_kv_heads / t * T * m.head_dim * (m.num_layers if work.kind == "prefill" else 1)
+        cache = 2.0 * c * rows * m.num_kv_heads / t * T * m.head_dim * m.num_layers
         return max(layer + scores, logits) + cache
     inside = n * c * 4 * m.d_ff / t + scores
     kept = m.num_layers * (n * c * m.d_model if work.run.remat else layer)

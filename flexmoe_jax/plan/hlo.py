@@ -18,7 +18,7 @@ def collectives(text: str) -> dict[str, tuple[int, float]]:
 
     A device of a group of g receives, of an array of S bytes: all-gather S (g-1)/g of the result, reduce-scatter and
     all-to-all S (g-1)/g of the operand, all-reduce both of them, collective-permute S. A TPU's program names one
-    collective in several places, wherever it goes on beside other work: a channel counts once.
+    collective in several places, wherever it goes on beside other work: a chain counts once.
     """
     computations = _computations(text)
     entry = next(match[1] for match in re.finditer(r"^ENTRY %?([\w.-]+)", text, re.MULTILINE))
@@ -27,8 +27,8 @@ def collectives(text: str) -> dict[str, tuple[int, float]]:
         match = _COLLECTIVE.search(line)
         size = _received(match[1], match[2], line) if match else 0.0
         if match and size:
-            channel = re.search(r"channel_id=\d+", line)
-            key = channel[0] if channel else place
+            piece = re.search(r"channel_id=\d+", line) if "chain_id=" in line else None
+            key = piece[0] if piece else place
             channels[key] = max(channels.get(key, ("", 0.0, 0)), (match[2], size, times), key=lambda seen: seen[2])
     found: dict[str, tuple[int, float]] = {}
     for kind, size, times in channels.values():
