@@ -39,9 +39,12 @@ def plan(argv: list[str]) -> int:
 
 
 def _work(args: argparse.Namespace, argv: list[str]):
+    import jax
+
     from flexmoe_jax.plan.work import Work
     from flexmoe_jax.tree import PUBLIC, canonical_order
 
+    jax.config.update("jax_platforms", "cpu")  # a plan needs no device and takes none
     values = {"data": "-", **parse_mapping(argv, "plan")}
     if values.get("owner") != PUBLIC:
         values["public"] = values.get("public") or "-"

@@ -1,6 +1,7 @@
 """The compiler's own answer: the program compiled ahead of time for chips that are not here."""
 
 import dataclasses
+import os
 import re
 from typing import Any
 
@@ -36,6 +37,9 @@ def devices_of(topology: Topology) -> list[Any]:
         raise MachineError("libtpu is not installed, which compiles for TPUs", remedy) from error
     from jax.experimental import topologies
 
+    # No TPU is touched: others may use libtpu at the same time, and there is no metadata server to ask.
+    for name in ("ALLOW_MULTIPLE_LIBTPU_LOAD", "TPU_SKIP_MDS_QUERY"):
+        os.environ.setdefault(name, "1")
     sides = [*topology.shape.split("x"), "1", "1"][:3]
     host = {"chips_per_host_bounds": tuple(min(int(side), 2) for side in sides)}
     return list(topologies.get_topology_desc(platform="tpu", topology_name=topology.name, **host).devices)
