@@ -4,6 +4,7 @@ python -m tests.plan.on_eight_devices     prints one JSON object
 """
 
 import dataclasses
+import functools
 import json
 import os
 import sys
@@ -16,15 +17,18 @@ import numpy as np
 
 from flexmoe_jax.cli.main import use_compilation_cache
 from flexmoe_jax.config import ModelConfig, OptimizerConfig, RunConfig
+from flexmoe_jax.infer.generate import generate
 from flexmoe_jax.model.transformer import init_params
 from flexmoe_jax.parallel.mesh import EXPERT, make_mesh, parse_mesh
-from flexmoe_jax.parallel.specs import place_batch
+from flexmoe_jax.parallel.specs import place, place_batch
+from flexmoe_jax.parallel.stacked import stack_weights
 from flexmoe_jax.plan.chips import parse_topology
 from flexmoe_jax.plan.compiled import read
 from flexmoe_jax.plan.costs import estimate, part_bytes
 from flexmoe_jax.plan.work import Work, leaves, lower
 from flexmoe_jax.train.optimizer import make_optimizer
 from flexmoe_jax.train.state import create_state
+from flexmoe_jax.tree import stack
 
 MODEL = ModelConfig(
     vocab_size=512, num_layers=3, d_model=128, num_heads=4, num_kv_heads=2, head_dim=32, d_ff=256, max_seq_len=128
@@ -103,10 +107,25 @@ def flops(work: Work, text: str) -> tuple[float, float]:
     return compiled, estimate(one, parse_topology("h100:8"), parse_mesh(text)).computed_flops
 
 
+def generated(text: str) -> tuple[list, list]:
+    """What eight prompts go on with (on one device, on a mesh): the programs that are planned give the same tokens."""
+    params = init_params(MODEL, jax.random.key(0), FOUR)
+    stacked = {**params, "experts": stack_weights(params["experts"])}
+    prompts = [[row + 1, 7, 3 * row] for row in range(8)]
+    go_on = functools.partial(
+        generate, MODEL, prompts=prompts, max_new_tokens=4, stop_ids=(), top_k=2, dispatch="sparse"
+    )
+    mesh = make_mesh(text)
+    alone = go_on(params={**params, "experts": stack(params["experts"])})
+    with jax.set_mesh(mesh):
+        return alone, go_on(params=place(mesh, stacked))
+
+
 def main() -> dict:
     found: dict = {"flops": {}}
     found["placed"] = {f"{n} {mesh}": placed(WORKS[n], mesh) for n, meshes in PLACED.items() for mesh in meshes}
     found["received"] = {f"{n} {mesh}": received(WORKS[n], mesh) for n, meshes in COMPILED.items() for mesh in meshes}
+    found["generated"] = generated("data=2,expert=4")
     for name in ("public", "joint"):
         found["flops"][name] = flops(WORKS[name], "fsdp=8")
     return found

@@ -63,6 +63,12 @@ def test_planned_communication_is_the_compilers(found):
         assert 1 / RECEIVED < ratio < RECEIVED, (name, compiled, planned)
 
 
+def test_planned_inference_on_a_mesh_is_that_of_one_device(found):
+    alone, on_mesh = found["generated"]
+    assert [len(row) for row in alone] == [4] * 8
+    assert alone == on_mesh
+
+
 @pytest.mark.parametrize(
     ("name", "groups"), [*((name, 1) for name in WORKS), ("joint", 4), ("router", 2), ("prefill", 4)]
 )

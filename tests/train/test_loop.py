@@ -69,6 +69,13 @@ def test_expert_run_leaves_a_package_bound_to_the_release_and_the_release_untouc
         assert sum(line["share"].values()) == pytest.approx(1, abs=1e-5)
 
 
+def test_a_public_model_of_another_shape_than_expected_is_refused(release, tmp_path):
+    shape = open_model(release).config
+    run = expert_run(tmp_path, "news", release, model=dataclasses.replace(shape, d_ff=8))
+    with pytest.raises(FlexMoEError, match=f"not the shape of the model .*\n.*d_ff: 8 != {shape.d_ff}"):
+        loop.train(run)
+
+
 FACTORED = OptimizerConfig(lr=1e-2, warmup_steps=1, first_moment="bfloat16", second_moment="factored")
 
 
