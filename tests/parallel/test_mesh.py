@@ -15,7 +15,7 @@ import pytest
 
 from flexmoe_jax.errors import ConfigError, FlexMoEError
 from flexmoe_jax.model.transformer import init_params
-from flexmoe_jax.parallel.mesh import parse_mesh
+from flexmoe_jax.parallel.mesh import AXES, parse_mesh, platform
 from flexmoe_jax.parallel.specs import RULES, spec_of
 from flexmoe_jax.parallel.stacked import stack_weights, unstack_weights, with_stacked_rows
 from flexmoe_jax.tree import flatten, match_rules, stack
@@ -100,3 +100,11 @@ def test_meshes_that_cannot_be_read_are_refused(text):
 def test_axes_that_are_not_named_have_size_one():
     assert parse_mesh("fsdp=4,expert=2") == {"data": 1, "fsdp": 4, "expert": 2, "tensor": 1}
     assert set(parse_mesh("").values()) == {1}
+
+
+def test_a_program_is_traced_for_the_meshs_devices_and_not_for_this_machines():
+    device = jax.sharding.AbstractDevice("TPU v5 lite", 1, "tpu")
+    mesh = jax.sharding.AbstractMesh((2, 1, 1, 1), AXES, abstract_device=device)
+    assert platform() == jax.default_backend() != "tpu"
+    with jax.sharding.use_abstract_mesh(mesh):
+        assert platform() == "tpu"
