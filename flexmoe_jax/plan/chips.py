@@ -5,6 +5,7 @@ import itertools
 import math
 
 from flexmoe_jax.errors import ConfigError, did_you_mean
+from flexmoe_jax.parallel.peaks import PEAK_FLOPS
 
 
 @dataclasses.dataclass(frozen=True)
@@ -38,16 +39,16 @@ CHIPS = {
     chip.name: chip
     for chip in (
         # docs.cloud.google.com/tpu/docs/v5e: 197 TFLOPs, 16 GB, 819 GBps, interconnect 400 GBps in both directions
-        Chip("v5e", 197e12, 16e9, 819e9, 200e9, _FLAT),
+        Chip("v5e", PEAK_FLOPS["TPU v5e"], 16e9, 819e9, 200e9, _FLAT),
         # docs.cloud.google.com/tpu/docs/v5p: 459 TFLOPs, 95 GB, 2765 GBps, interconnect 4800 Gbps (v5e's: 1600 Gbps)
-        Chip("v5p", 459e12, 95e9, 2765e9, 600e9, _CUBES),
+        Chip("v5p", PEAK_FLOPS["TPU v5p"], 95e9, 2765e9, 600e9, _CUBES),
         # docs.cloud.google.com/tpu/docs/v6e: 918 TFLOPs, 32 GB, 1638 GBps, interconnect 800 GBps in both directions
-        Chip("v6e", 918e12, 32e9, 1638e9, 400e9, _FLAT),
+        Chip("v6e", PEAK_FLOPS["TPU v6e"], 32e9, 1638e9, 400e9, _FLAT),
         # nvidia.com/en-us/data-center/h100 (SXM): 1,979 TFLOPs with sparsity, half without; 80 GB, 3.35 TB/s, NVLink
         # 900 GB/s. Between machines 400 Gb/s for each GPU: docs.nvidia.com/dgx/dgxh100-user-guide.
-        Chip("h100", 989e12, 80e9, 3350e9, 450e9, _GPUS, group=8, network=50e9),
+        Chip("h100", PEAK_FLOPS["NVIDIA H100 80GB HBM3"], 80e9, 3350e9, 450e9, _GPUS, group=8, network=50e9),
         # nvidia.com/en-us/data-center/h200 (SXM): the same but for 141 GB, 4.8 TB/s
-        Chip("h200", 989e12, 141e9, 4800e9, 450e9, _GPUS, group=8, network=50e9),
+        Chip("h200", PEAK_FLOPS["NVIDIA H200"], 141e9, 4800e9, 450e9, _GPUS, group=8, network=50e9),
     )
 }
 

@@ -1,15 +1,12 @@
 """Run by test_plan.py in a process with eight CPU devices: what is planned beside what JAX makes and compiles.
 
-python -m tests.plan.on_eight_devices     prints one JSON object
+XLA_FLAGS=--xla_force_host_platform_device_count=8 python -m tests.plan.on_eight_devices     prints one JSON object
 """
 
 import dataclasses
 import functools
 import json
-import os
 import sys
-
-os.environ["XLA_FLAGS"] = "--xla_force_host_platform_device_count=8"
 
 import jax
 import jax.numpy as jnp

@@ -36,7 +36,7 @@ EXPERT_7B = "--config=experiments/olmo2_7b_expert.py:news"
 @pytest.fixture(scope="module")
 def found() -> dict:
     command = [sys.executable, "-m", "tests.plan.on_eight_devices"]
-    environment = {name: value for name, value in os.environ.items() if name != "XLA_FLAGS"}
+    environment = {**os.environ, "XLA_FLAGS": "--xla_force_host_platform_device_count=8"}
     done = subprocess.run(command, capture_output=True, text=True, env=environment, check=False)
     assert done.returncode == 0, done.stderr[-2000:]
     return json.loads(done.stdout.splitlines()[-1])
