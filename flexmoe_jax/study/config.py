@@ -22,10 +22,10 @@ ABLATIONS: dict[str, tuple[dict, bool, float | None]] = {
 class StudyConfig:
     """The size of a study. `domains` are the closed ones, comma-separated; steps are of one run of each kind.
 
-    `ablations` are names of `ABLATIONS`, comma-separated, or "all". Held-out text is in bytes per domain. `systems` is
-    "all", or "method" for the method and the dense experts it is held against. `public` is a public model to begin with
-    (empty: one is trained, on text of which each closed domain has the part `public_share`); router rows begin at norm
-    `router_scale`.
+    `ablations` are names of `ABLATIONS`, comma-separated, or "all". Held-out text is in bytes per domain; a document
+    gives its first `document_chars` characters, since intervals want many documents. `systems` is "all", or "method"
+    for the method and the dense experts it is held against. `public` is a public model to begin with (empty: one is
+    trained, on text of which each closed domain has the part `public_share`); router rows begin at norm `router_scale`.
     """
 
     out: str
@@ -44,6 +44,7 @@ class StudyConfig:
     proxies: int = 200
     proxies_of: int = 2000
     heldout_bytes: int = 40_000
+    document_chars: int = 2000
     choice_items: int = 24
     ablations: str = "all"
     systems: str = "all"
@@ -53,7 +54,7 @@ class StudyConfig:
 
     def __post_init__(self):
         positive = ("seeds", "public_steps", "owner_steps", "mix_steps", "tune_steps", "batch_size", "heldout_bytes",
-                    "top_k", "proxies")  # fmt: skip
+                    "document_chars", "top_k", "proxies")  # fmt: skip
         for name in positive:
             if getattr(self, name) < 1:
                 raise ConfigError(f"config.{name} is {getattr(self, name)}", "give a number of at least 1")

@@ -56,11 +56,12 @@ class SystemScore:
 def make_texts(config: StudyConfig, mix: pathlib.Path) -> Texts:
     """The same texts for every system and seed."""
     every = {name: [d.text for d in read_documents(mix / name, "heldout")] for name in (PUBLIC, *config.owners)}
-    heldout = {name: _first(texts, config.heldout_bytes) for name, texts in every.items()}
+    cut = {name: [text[: config.document_chars] for text in texts] for name, texts in every.items()}
+    heldout = {name: _first(texts, config.heldout_bytes) for name, texts in cut.items()}
     choice = {name: make_items(texts, config.choice_items) for name, texts in every.items()}
     for pair in itertools.pairwise(config.owners):
         name = " + ".join(pair)
-        documents = zip(*(_first(every[part][::-1], config.heldout_bytes // 2) for part in pair), strict=False)
+        documents = zip(*(_first(cut[part][::-1], config.heldout_bytes // 2) for part in pair), strict=False)
         heldout[name], choice[name] = [_interleave(*both) for both in documents], []
     return Texts(heldout, choice)
 

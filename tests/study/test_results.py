@@ -1,6 +1,7 @@
 """Tables from scores whose answers are known, and the texts they are made on."""
 
 import dataclasses
+import json
 import math
 
 import numpy as np
@@ -13,7 +14,7 @@ from flexmoe_jax.errors import ArtifactError, ConfigError
 from flexmoe_jax.study.config import StudyConfig
 from flexmoe_jax.study.plan import METHOD
 from flexmoe_jax.study.results import check_same, tabulate
-from flexmoe_jax.study.scores import SystemScore, Texts, _interleave, _load, _save, _with_router
+from flexmoe_jax.study.scores import SystemScore, Texts, _interleave, _load, _save, _with_router, make_texts
 
 MODEL = ModelConfig(
     vocab_size=512, num_layers=1, d_model=8, num_heads=1, num_kv_heads=1, head_dim=8, d_ff=8, max_seq_len=32
@@ -79,6 +80,25 @@ def test_calibrations_scale_odds_and_shift_owners_alone():
 def test_documents_of_two_domains_take_turns():
     text = _interleave("a" * 900, "b" * 500)
     assert [piece[0] + str(len(piece)) for piece in text.split("\n\n")] == ["a400", "b400", "a400", "b100"]
+
+
+def test_no_document_gives_more_than_its_beginning_and_choices_see_all_of_it(tmp_path):
+    for name in ("public", "math", "news"):
+        (tmp_path / name).mkdir()
+        rows = [json.dumps({"text": f"{name} {n:04d} " * 300}) for n in range(30)]
+        (tmp_path / name / "heldout.jsonl").write_text("\n".join(rows))
+    config = dataclasses.replace(CONFIG, domains="math,news", heldout_bytes=8000, document_chars=500, choice_items=5)
+    texts = make_texts(config, tmp_path)
+    assert {name: len(some) for name, some in texts.heldout.items()} == {
+        "public": 16, "math": 16, "news": 16, "math + news": 8,
+    }  # fmt: skip
+    assert {len(text) for text in texts.heldout["math"]} == {500}
+    assert not set(texts.heldout["math + news"][0].split()) & set(" ".join(texts.heldout["math"]).split()) - {"math"}
+    assert {name: len(some) for name, some in texts.choice.items()} == dict(
+        zip(texts.choice, (20, 20, 20, 0), strict=True)
+    )
+    longer = make_texts(dataclasses.replace(config, document_chars=4000, heldout_bytes=40_000), tmp_path)
+    assert longer.choice == texts.choice
 
 
 def test_a_folder_of_another_study_is_refused_and_more_seeds_are_not(tmp_path):
