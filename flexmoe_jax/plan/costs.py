@@ -62,8 +62,11 @@ def estimate(work: Work, topology: Topology, sizes: Mapping[str, int]) -> Costs:
     tokens = tokens_of(work, sizes)
     weights = gathered(work, table, sizes)
     if work.kind == "train":
-        # A sum over microbatches, and the gradients of one.
-        memory["gradients"] = memory.get("trained", 0) * (2 if work.run.accumulation > 1 else 1)
+        # A copy of what is trained and the gradients of one microbatch in compute dtype, and their sum.
+        trained = memory.get("trained", 0)
+        half = trained * work.dtype.itemsize / 4
+        memory["weights as used"] = half if work.dtype.itemsize < 4 else 0.0
+        memory["gradients"] = trained + half if work.run.accumulation > 1 else trained
     memory["gathered weights"] = 2 * weights / work.model.num_layers if sizes[FSDP] > 1 else 0.0
     memory["activations"] = activations(work, tokens, sizes)
     needed, computed = flops(work, sizes)

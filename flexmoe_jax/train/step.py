@@ -39,10 +39,16 @@ def make_train_step(model: ModelConfig, run: RunConfig, shardings=None) -> Calla
         totals = jax.tree.map(lambda total: jnp.maximum(total, 1.0), totals)
         micro = jax.tree.map(lambda x: x.reshape(run.accumulation, -1, *x.shape[1:]), batch)
 
-        def accumulate(total, microbatch):
-            return jax.tree.map(jnp.add, total, grads_of(state.trainable, frozen, microbatch, totals)), None
+        used = _as_used(state.trainable, jnp.dtype(run.compute_dtype))
 
-        first = grads_of(state.trainable, frozen, jax.tree.map(lambda x: x[0], micro), totals)
+        def gradients(microbatch):
+            grads, metrics = grads_of(used, frozen, microbatch, totals)
+            return jax.tree.map(lambda grad, leaf: grad.astype(leaf.dtype), grads, state.trainable), metrics
+
+        def accumulate(total, microbatch):
+            return jax.tree.map(jnp.add, total, gradients(microbatch)), None
+
+        first = gradients(jax.tree.map(lambda x: x[0], micro))
         rest = jax.tree.map(lambda x: x[1:], micro)
         (grads, metrics), _ = jax.lax.scan(accumulate, first, rest) if run.accumulation > 1 else (first, None)
 
@@ -63,6 +69,18 @@ def make_train_step(model: ModelConfig, run: RunConfig, shardings=None) -> Calla
         return state, metrics | {"bad_steps": state.bad_steps, "skipped": state.skipped}
 
     return jax.jit(step, donate_argnums=0, out_shardings=shardings)
+
+
+def _as_used(trainable: Params, dtype):
+    """Matrices in the dtype that the model casts them to, once a step.
+
+    A microbatch's gradients are then rounded to it too and take half the memory; their sum is float32.
+    """
+
+    def cast(path, leaf):
+        return leaf.astype(dtype) if path[-1].key.startswith("w_") else leaf
+
+    return jax.tree_util.tree_map_with_path(cast, trainable)
 
 
 def _losses(model: ModelConfig, run: RunConfig, trainable: Params, frozen: Params, batch, totals):

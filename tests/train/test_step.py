@@ -1,6 +1,7 @@
 """The training step: what is frozen stays, accumulation is exact, a bad batch changes nothing, the bias cannot die."""
 
 import dataclasses
+import functools
 import itertools
 
 import jax
@@ -11,6 +12,7 @@ import pytest
 from flexmoe_jax.config import OptimizerConfig, RunConfig
 from flexmoe_jax.model.flops import products
 from flexmoe_jax.model.transformer import forward, hidden_states, init_params
+from flexmoe_jax.train import step as step_module
 from flexmoe_jax.train.optimizer import learning_rate, make_optimizer
 from flexmoe_jax.train.state import create_state, freezing_mask, freezing_table
 from flexmoe_jax.train.step import make_train_step
@@ -114,6 +116,23 @@ def test_frozen_weights_cost_no_product():
     backward = p["head"] + p["expert"] / 3 + p["expert"]
     # The whole square of scores is computed at this length (MIN_BLOCK).
     assert step.cost_analysis()["flops"] / (8 * 64) <= 1.05 * (forward + p["scores"] + backward)
+
+
+def test_matrices_cast_once_a_step_have_the_gradients_of_float32_ones():
+    """In half the bytes, rounded once: bfloat16 has 8 bits. What the model does not cast to it stays in float32."""
+    run = dataclasses.replace(RUN, compute_dtype="bfloat16")
+    trainable, frozen = partition(hybrid(), freezing_mask(hybrid(), "news"))
+    used = step_module._as_used(trainable, jnp.bfloat16)
+    totals = {"all": jnp.float32(64)}
+
+    def gradients(leaves):
+        losses = functools.partial(step_module._losses, MODEL, run)
+        return flatten(jax.jit(jax.grad(losses, has_aux=True))(leaves, frozen, batch(), totals)[0])
+
+    ours, expected = gradients(used), gradients(trainable)
+    for path, leaf in ours.items():
+        assert leaf.dtype == (jnp.bfloat16 if "/w_" in path else jnp.float32), path
+        np.testing.assert_allclose(leaf.astype(jnp.float32), expected[path], rtol=2**-8, atol=1e-6, err_msg=path)
 
 
 def test_the_first_layer_apart_changes_no_gradient():
