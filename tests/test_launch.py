@@ -1,6 +1,7 @@
 """Launch scripts are short, print with DRY_RUN=1 what they would run, and do it with stand-ins for what they call."""
 
 import contextlib
+import functools
 import os
 import pathlib
 import re
@@ -52,7 +53,9 @@ def stand_in(folder: pathlib.Path, **programs: str) -> dict[str, str]:
 @contextlib.contextmanager
 def started(script: str, *arguments: str, **options):
     """The running script; whatever it began is killed at the end, for a test that fails."""
-    process = subprocess.Popen([LAUNCH / script, *arguments], start_new_session=True, **options)
+    # A test that was started in the background ignores Ctrl-C, and so would all that it starts.
+    heed = functools.partial(signal.signal, signal.SIGINT, signal.SIG_DFL)
+    process = subprocess.Popen([LAUNCH / script, *arguments], start_new_session=True, preexec_fn=heed, **options)
     try:
         yield process
     finally:
