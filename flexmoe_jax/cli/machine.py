@@ -31,7 +31,7 @@ import json, jax
 def memory(device):
     try:
         stats = device.memory_stats() or {}
-    except Exception:
+    except jax.errors.JaxRuntimeError:
         stats = {}
     return {"limit": stats.get("bytes_limit"), "used": stats.get("bytes_in_use")}
 print(json.dumps([{"platform": d.platform, "kind": d.device_kind, **memory(d)} for d in jax.local_devices()]))

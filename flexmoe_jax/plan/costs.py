@@ -10,7 +10,7 @@ from collections.abc import Mapping
 
 from flexmoe_jax.errors import ConfigError
 from flexmoe_jax.model.attention import BLOCKS, MIN_BLOCK
-from flexmoe_jax.model.flops import products
+from flexmoe_jax.model.flops import products, step_flops
 from flexmoe_jax.model.loss import ACCELERATOR_CHUNKS
 from flexmoe_jax.parallel.mesh import BATCH, EXPERT, FSDP, TENSOR
 from flexmoe_jax.parallel.specs import part_shape
@@ -168,8 +168,8 @@ def flops(work: Work, sizes: Mapping[str, int]) -> tuple[float, float]:
     part = 1.0 if any("/stacked/" in path for path in trained) else ffns / len(work.experts)
 
     def step(experts: float, again: int) -> float:
-        head = p["head"] * (2 + head_trains(work, sizes))
-        attention = p["attention"] * (2 + again + body) + p["scores"] * (3 + again)
-        return tokens * (head + attention + p["expert"] * experts * (2 + again + part)) / devices
+        trains = {"head": head_trains(work, sizes), "attention": body, "expert": experts * part}
+        once_more = again * (p["attention"] + p["scores"] + experts * p["expert"])
+        return tokens * (step_flops(work.model, work.run.seq_len, experts, trains) + once_more) / devices
 
     return step(work.active, 0), step(computed, int(work.run.remat))

@@ -65,6 +65,11 @@ class StudyConfig:
                 f"config.public_share is {self.public_share}, for each of {len(self.owners)} domains",
                 "leave the public domain a part: set it lower",
             )
+        if self.public and self.public_share:
+            raise ConfigError(
+                f"config.public is {self.public!r} and config.public_share {self.public_share}",
+                "leave one out: a public model that is there has its text already",
+            )
         if self.router_scale <= 0:
             raise ConfigError(f"config.router_scale is {self.router_scale}", "give a norm above 0")
         for owner in self.owners:

@@ -59,6 +59,8 @@ def vary(config: StudyConfig, key: str, values: Sequence[str], report=lambda lin
     kinds = {field.name: field.type for field in dataclasses.fields(StudyConfig) if field.type in (int, float)}
     if key not in kinds:
         raise ConfigError(f"config.{key} cannot be varied", did_you_mean(key, kinds))
+    if config.public and key == "public_steps":
+        raise ConfigError(f"config.public is {config.public!r} and config.{key} is varied", "leave config.public out")
     root, base = pathlib.Path(config.out), dataclasses.replace(config, systems="method")
     try:
         changes: list[dict] = [{key: kinds[key](value), "out": str(root / f"{key}-{value}")} for value in values]

@@ -169,3 +169,18 @@ def test_jobs_that_cannot_be_joined_are_refused(environment, monkeypatch):
         monkeypatch.setenv(name, value)
     with pytest.raises(ConfigError, match="FLEXMOE_PROCESSES is"):
         processes.join()
+
+
+def test_a_job_numbered_by_hand_is_not_looked_up_elsewhere(monkeypatch):
+    """Inside Slurm, JAX would give each process the one GPU of its local number."""
+    given: dict = {}
+    monkeypatch.setattr(processes.jax.distributed, "initialize", lambda **options: given.update(options))
+    for name, value in ((processes.COUNT, "2"), (processes.NUMBER, "1"), (processes.COORDINATOR, "host:1")):
+        monkeypatch.setenv(name, value)
+    processes.join()
+    assert given["cluster_detection_method"] == "deactivate"
+    assert (given["num_processes"], given["process_id"], given["coordinator_address"]) == (2, 1, "host:1")
+    monkeypatch.setenv(processes.COUNT, "auto")
+    given.clear()
+    processes.join()
+    assert "cluster_detection_method" not in given

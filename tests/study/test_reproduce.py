@@ -8,7 +8,6 @@ import pytest
 from flexmoe_jax.artifacts.model_dir import open_model
 from flexmoe_jax.cli.reproduce import varied_lines
 from flexmoe_jax.config import ModelConfig
-from flexmoe_jax.errors import ConfigError
 from flexmoe_jax.report.page import read_study, render
 from flexmoe_jax.study.config import StudyConfig
 from flexmoe_jax.study.plan import ALONE, FITTED, METHOD, TOGETHER
@@ -24,6 +23,10 @@ SYSTEMS = {
     "the paper's training", ALONE, TOGETHER, FITTED, "FlexMoE, shifted by log n", "FlexMoE, rows x 2",
     "FlexMoE, rows / 2", "frozen trunk math", "frozen trunk news", "oracle expert, frozen trunk",
 }  # fmt: skip
+
+
+def trunk_of(run):
+    return {name: tensor.sha256 for name, tensor in open_model(run / "model").manifests["trunk"].tensors.items()}
 
 
 @pytest.mark.slow
@@ -63,10 +66,12 @@ def test_a_study_makes_and_scores_every_system_and_goes_on_where_it_stopped(tmp_
     assert "Every system" in render(*read_study(tmp_path / "varied" / "owner_steps-2"))
     shares = vary(varied, "public_share", ["0.2"], lines.append)["0.2"]
     assert shares["bits_per_byte"]["public"] != bits["public"]
+    assert trunk_of(tmp_path / "seed-0" / "runs" / "frozen_trunk_math") == trunk_of(tmp_path / "runs" / "public")
+    assert trunk_of(tmp_path / "seed-0" / "runs" / "dense_math") != trunk_of(tmp_path / "runs" / "public")
     scales = vary(varied, "router_scale", ["1.0"], lines.append)["1.0"]
     assert all(row["equal"] for row in scales["opting_out"][0].values())
-    with pytest.raises(ConfigError, match="cannot be varied"):
-        vary(varied, "domains", ["math"])
+    merged = open_model(tmp_path / "varied" / "router_scale-1.0" / "seed-0" / "made" / "merged_FlexMoE")
+    assert merged.manifests["public"].record["router"]["scale"] == 1.0
     again: list[str] = []
     assert reproduce(dataclasses.replace(config), again.append) == results
     assert not [line for line in again if line.startswith("scored")]

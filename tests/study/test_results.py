@@ -13,7 +13,7 @@ from flexmoe_jax.config import ModelConfig
 from flexmoe_jax.errors import ArtifactError, ConfigError
 from flexmoe_jax.study.config import StudyConfig
 from flexmoe_jax.study.plan import METHOD
-from flexmoe_jax.study.results import check_same, tabulate
+from flexmoe_jax.study.results import check_same, tabulate, vary
 from flexmoe_jax.study.scores import SystemScore, Texts, _interleave, _load, _save, _with_router, make_texts
 
 MODEL = ModelConfig(
@@ -109,6 +109,24 @@ def test_a_folder_of_another_study_is_refused_and_more_seeds_are_not(tmp_path):
 
 
 @pytest.mark.parametrize(
+    ("key", "values", "message"),
+    [
+        ("domains", ["math"], "config.domains cannot be varied"),
+        ("owner_stps", ["1"], "config.owner_stps cannot be varied"),
+        ("owner_steps", ["1", "x"], "owner_steps is varied over 1, x"),
+        ("owner_steps", ["0"], "config.owner_steps is 0"),
+        ("public_steps", ["1"], "config.public is 'here' and config.public_steps is varied"),
+        ("public_share", ["0.1"], "config.public is 'here' and config.public_share 0.1"),
+    ],
+)
+def test_what_cannot_be_varied_is_refused_before_anything_is_written(key, values, message, tmp_path):
+    config = dataclasses.replace(CONFIG, out=str(tmp_path / "out"), public="here")
+    with pytest.raises(ConfigError, match=message):
+        vary(config, key, values)
+    assert not (tmp_path / "out").exists()
+
+
+@pytest.mark.parametrize(
     "change",
     [
         {"seeds": 0},
@@ -117,6 +135,7 @@ def test_a_folder_of_another_study_is_refused_and_more_seeds_are_not(tmp_path):
         {"top_k": 3},
         {"systems": "some"},
         {"public_share": 1.0},
+        {"public": "x", "public_share": 0.1},
         {"router_scale": 0.0},
     ],
 )
