@@ -1,5 +1,6 @@
 """`flexmoe reproduce`: the paper's comparison of merging methods, its ablations, with seeds and intervals."""
 
+import argparse
 import sys
 
 from flexmoe_jax.cli.common import table
@@ -30,11 +31,13 @@ def reproduce(argv: list[str]) -> int:
     from flexmoe_jax.study.results import reproduce as run
     from flexmoe_jax.study.results import vary
 
-    varied = [a.removeprefix("--vary=") for a in argv if a.startswith("--vary=")]
-    config = parse_config([a for a in argv if not a.startswith("--vary=")], "reproduce", StudyConfig)
+    p = argparse.ArgumentParser(prog="flexmoe reproduce", add_help=False, allow_abbrev=False)
+    p.add_argument("--vary")
+    options, rest = p.parse_known_args(argv)
+    config = parse_config(rest, "reproduce", StudyConfig)
     report = lambda line: print(line, file=sys.stderr, flush=True)  # noqa: E731
-    if varied:
-        key, _, values = varied[-1].partition("=")
+    if options.vary is not None:
+        key, _, values = options.vary.partition("=")
         print("\n".join(varied_lines(key, vary(config, key, values.split(","), report))))
     else:
         print("\n".join(lines(run(config, report))))
