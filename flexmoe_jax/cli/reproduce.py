@@ -24,7 +24,7 @@ examples:
 
 def reproduce(argv: list[str]) -> int:
     """Runs or resumes a study and prints its table."""
-    if not argv or argv[0] in ("-h", "--help"):
+    if not argv or "-h" in argv or "--help" in argv:
         print(_HELP)
         return 0 if argv else 2
     from flexmoe_jax.study.config import StudyConfig
