@@ -22,7 +22,7 @@ check: $(VENV)/.installed
 test-smollm2: $(VENV)/.installed
 	$(BIN)/python -m pytest -m slow tests/hf
 
-# A whole small study of every baseline and ablation, on real text. Six minutes.
+# A whole small study of every baseline and ablation, on real text. Three minutes.
 test-study: $(VENV)/.installed
 	$(BIN)/python -m pytest -m slow tests/study
 

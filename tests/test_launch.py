@@ -1,7 +1,6 @@
 """Launch scripts are short, print with DRY_RUN=1 what they would run, and do it with stand-ins for what they call."""
 
 import contextlib
-import functools
 import os
 import pathlib
 import re
@@ -53,9 +52,10 @@ def stand_in(folder: pathlib.Path, **programs: str) -> dict[str, str]:
 @contextlib.contextmanager
 def started(script: str, *arguments: str, **options):
     """The running script; whatever it began is killed at the end, for a test that fails."""
-    # A test that was started in the background ignores Ctrl-C, and so would all that it starts.
-    heed = functools.partial(signal.signal, signal.SIGINT, signal.SIG_DFL)
-    process = subprocess.Popen([LAUNCH / script, *arguments], start_new_session=True, preexec_fn=heed, **options)
+    # Tests that were started in the background ignore Ctrl-C, and so would all that they start. No handler is passed on.
+    before = signal.signal(signal.SIGINT, signal.default_int_handler)
+    process = subprocess.Popen([LAUNCH / script, *arguments], start_new_session=True, **options)
+    signal.signal(signal.SIGINT, before)
     try:
         yield process
     finally:
