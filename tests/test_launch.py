@@ -52,7 +52,7 @@ def stand_in(folder: pathlib.Path, **programs: str) -> dict[str, str]:
 @contextlib.contextmanager
 def started(script: str, *arguments: str, **options):
     """The running script; whatever it began is killed at the end, for a test that fails."""
-    # Tests that were started in the background ignore Ctrl-C, and so would all that they start. No handler is passed on.
+    # Tests that were started in the background ignore Ctrl-C, and so would what they start. No handler is passed on.
     before = signal.signal(signal.SIGINT, signal.default_int_handler)
     process = subprocess.Popen([LAUNCH / script, *arguments], start_new_session=True, **options)
     signal.signal(signal.SIGINT, before)
