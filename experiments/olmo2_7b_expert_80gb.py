@@ -5,8 +5,8 @@
 
 Not run here. `flexmoe plan --config=experiments/olmo2_7b_expert_80gb.py:news --topology h100:1` puts it at 70 GB: 15 of
 frozen bfloat16 weights, 17 of trained float32 ones and 9 of their bfloat16 copy, 26 of gradients (a sum, and those of
-one sequence), 3 of activations. The TPU compiler takes 73 for one chip: it is tight. AdamW's moments would be 35 more:
-the second one is factored and there is no first. At half of an H100's peak a step takes 170 seconds, the run 47 hours.
+one sequence), 3 of activations: it is tight. AdamW's moments would be 35 more: the second one is factored and there is
+no first. At half of an H100's peak a step takes 170 seconds, the run 47 hours.
 """
 
 import pathlib
