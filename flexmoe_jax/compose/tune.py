@@ -68,7 +68,7 @@ def tune(
     packages |= {n: (opened.package(n), opened.manifests[n]) for n in opened.experts if n not in (PUBLIC, *owners)}
     if together:
         data = out / "data" / "train.jsonl"
-        blend(dict.fromkeys([*(pathlib.Path(proxies[name]) for name in owners), pathlib.Path(public_data)], 1), data)
+        blend([*(pathlib.Path(proxies[name]) for name in owners), pathlib.Path(public_data)], data)
         others = [f"|experts/{name}/.*" for name in opened.experts if name not in (PUBLIC, *owners)]
         run = RunConfig(owner=PUBLIC, data=str(data.parent), out=str(out / "runs" / TOGETHER),
                         top_k=opened.wanted_top_k or 0, **options | {"freeze": FROZEN + "".join(others)})  # fmt: skip

@@ -10,7 +10,7 @@ import hashlib
 import json
 import os
 import zlib
-from collections.abc import Iterator, Mapping
+from collections.abc import Collection, Iterator
 from pathlib import Path
 
 from flexmoe_jax.errors import DataError, did_you_mean
@@ -67,20 +67,19 @@ def content_digest(path: str | Path, split: str = "train", text_field: str = "te
     return digest.hexdigest()
 
 
-def blend(shares: Mapping[Path, float], out: Path) -> None:
-    """The file `out` of training documents: every folder's first ones, in bytes as its share, as long as all last.
+def blend(folders: Collection[Path], out: Path) -> None:
+    """The file `out` of training documents: every folder's first ones, as many bytes of each as the smallest has.
 
-    Shares are proportions: `{a: 1, b: 1}` gives as much of both. Nothing is done if the file is there.
+    Nothing is done if the file is there.
     """
     if out.exists():
         return
-    sizes = {folder: sum(len(document.text.encode()) for document in read_documents(folder)) for folder in shares}
-    whole = min(sizes[folder] / share for folder, share in shares.items() if share)
+    smallest = min(sum(len(document.text.encode()) for document in read_documents(folder)) for folder in folders)
     out.parent.mkdir(parents=True, exist_ok=True)
     partial = out.with_name(f".{out.name}.{os.getpid()}")
     with partial.open("w", encoding="utf-8") as file:
-        for folder, share in shares.items():
-            left = whole * share
+        for folder in folders:
+            left = smallest
             for document in read_documents(folder):
                 left -= len(document.text.encode())
                 if left < 0:

@@ -42,12 +42,8 @@ def train_public(config: StudyConfig, shared: pathlib.Path, home: pathlib.Path, 
     """The public model every seed begins with, trained or found: as in the paper, there is one."""
     if config.public:
         return pathlib.Path(config.public)
-    if config.public_share:
-        shares = dict.fromkeys((shared / "mix" / owner for owner in config.owners), config.public_share)
-        rest = {shared / "mix" / PUBLIC: 1 - config.public_share * len(config.owners)}
-        blend(rest | shares, shared / _public_text(config) / "train.jsonl")
     return Runs(config, shared, home, 0, report).train(
-        "public", owner=PUBLIC, data=_public_text(config), model=config.model, steps=config.public_steps,
+        "public", owner=PUBLIC, data=PUBLIC, model=config.model, steps=config.public_steps,
         optimizer=OptimizerConfig(lr=3e-3, warmup_steps=20, weight_decay=0.1), router_z_loss=0.0,
         domain_vector=str(shared / "domains" / "public.json"),
     )  # fmt: skip
@@ -121,7 +117,7 @@ def make_shared(config: StudyConfig, shared: pathlib.Path) -> None:
     from flexmoe_jax.data.sources import read_documents
 
     names = (PUBLIC, *config.owners)
-    build(shared / "mix", domains=names)
+    build(shared / "mix", domains=names, public_share=config.public_share)
     for name in names:
         path = shared / "domains" / f"{name}.json"
         if not path.exists():
@@ -138,9 +134,4 @@ def make_shared(config: StudyConfig, shared: pathlib.Path) -> None:
             classifier.save(shared / "domains" / f"{owner}_classifier.json")
             find_proxies({owner: classifier}, read_documents(public), shared / "proxies", count=config.proxies,
                          of=config.proxies_of)  # fmt: skip
-    blend(dict.fromkeys((shared / "mix" / name for name in names), 1), shared / "all" / "train.jsonl")
-
-
-def _public_text(config: StudyConfig) -> str:
-    """The folder below the study's, or below its mix, of what the public model is trained on."""
-    return f"public_{config.public_share:g}_of_each" if config.public_share else PUBLIC
+    blend([shared / "mix" / name for name in names], shared / "all" / "train.jsonl")

@@ -53,13 +53,13 @@ def reproduce(config: StudyConfig, report=lambda line: None, shared: pathlib.Pat
 def vary(config: StudyConfig, key: str, values: Sequence[str], report=lambda line: None) -> dict[str, dict]:
     """{value: results} of the study at each value of one of its numbers: the method and its dense experts alone.
 
-    Each is a study of its own in `config.out`/KEY-VALUE. They share the text, and the public model where it does not
+    Each is a study of its own in `config.out`/KEY-VALUE. They share the text and the public model where these do not
     depend on the number.
     """
     kinds = {field.name: field.type for field in dataclasses.fields(StudyConfig) if field.type in (int, float)}
     if key not in kinds:
         raise ConfigError(f"config.{key} cannot be varied", did_you_mean(key, kinds))
-    if config.public and key == "public_steps":
+    if config.public and key in ("public_steps", "public_share"):
         raise ConfigError(f"config.public is {config.public!r} and config.{key} is varied", "leave config.public out")
     root, base = pathlib.Path(config.out), dataclasses.replace(config, systems="method")
     try:
@@ -71,7 +71,8 @@ def vary(config: StudyConfig, key: str, values: Sequence[str], report=lambda lin
         make_shared(base, root)
         public = str(train_public(base, root, root, report))
         studies = [dataclasses.replace(study, public=public) for study in studies]
-    return {value: reproduce(study, report, root) for value, study in zip(values, studies, strict=True)}
+    shared = None if key == "public_share" else root
+    return {value: reproduce(study, report, shared) for value, study in zip(values, studies, strict=True)}
 
 
 def check_same(config: StudyConfig, root: pathlib.Path) -> None:

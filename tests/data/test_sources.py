@@ -188,18 +188,15 @@ def test_lines_are_those_of_the_whole_file(pieces, size):
     )
 
 
-def test_a_blend_has_of_every_folder_its_share_until_one_ends(tmp_path):
+def test_a_blend_has_as_much_of_every_folder(tmp_path):
     for name, count in (("a", 50), ("b", 7)):
         (tmp_path / name).mkdir()
         lines = [json.dumps({"text": name * 10}) for _ in range(count)]
         (tmp_path / name / "train.jsonl").write_text("\n".join(lines))
     out = tmp_path / "mixed" / "train.jsonl"
-    blend({tmp_path / "a": 1, tmp_path / "b": 1}, out)
+    blend([tmp_path / "a", tmp_path / "b"], out)
     texts = [document.text for document in read_documents(out.parent)]
     assert texts == ["a" * 10] * 7 + ["b" * 10] * 7
     before = out.stat().st_mtime_ns
-    blend({tmp_path / "b": 1}, out)  # it is there: nothing is done
+    blend([tmp_path / "b"], out)  # it is there: nothing is done
     assert out.stat().st_mtime_ns == before
-    blend({tmp_path / "a": 0.75, tmp_path / "b": 0.25}, tmp_path / "three" / "train.jsonl")
-    texts = [document.text for document in read_documents(tmp_path / "three")]
-    assert texts == ["a" * 10] * 21 + ["b" * 10] * 7

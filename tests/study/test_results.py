@@ -116,7 +116,7 @@ def test_a_folder_of_another_study_is_refused_and_more_seeds_are_not(tmp_path):
         ("owner_steps", ["1", "x"], "owner_steps is varied over 1, x"),
         ("owner_steps", ["0"], "config.owner_steps is 0"),
         ("public_steps", ["1"], "config.public is 'here' and config.public_steps is varied"),
-        ("public_share", ["0.1"], "config.public is 'here' and config.public_share 0.1"),
+        ("public_share", ["0.1"], "config.public is 'here' and config.public_share is varied"),
     ],
 )
 def test_what_cannot_be_varied_is_refused_before_anything_is_written(key, values, message, tmp_path):
@@ -134,8 +134,7 @@ def test_what_cannot_be_varied_is_refused_before_anything_is_written(key, values
         {"domains": "public"},
         {"top_k": 3},
         {"systems": "some"},
-        {"public_share": 1.0},
-        {"public": "x", "public_share": 0.1},
+        {"public_share": 0.6},
         {"router_scale": 0.0},
     ],
 )
