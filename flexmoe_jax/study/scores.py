@@ -98,6 +98,8 @@ def _models(config: StudyConfig, artefacts: Artefacts) -> dict[str, Callable[[],
         systems[f"without {owner}"] = functools.partial(_select, merged, {PUBLIC, *config.owners} - {owner})
     for n in range(2, len(config.owners) - 1):
         systems[f"first {n} owners"] = functools.partial(_select, merged, [PUBLIC, *config.owners[:n]])
+    for name, change in _calibrations(len(config.owners)).items():
+        systems[f"{METHOD}, {name}"] = functools.partial(_with_router, merged, *change)
     systems |= {f"dense {owner}": functools.partial(load, path) for owner, path in artefacts.dense.items()}
     systems |= {f"frozen trunk {owner}": functools.partial(load, path) for owner, path in artefacts.frozen.items()}
     if config.systems == "method":
@@ -105,8 +107,6 @@ def _models(config: StudyConfig, artefacts: Artefacts) -> dict[str, Callable[[],
     for k in (1, 4):
         if k <= len(config.owners) + 1 and k != config.top_k:
             systems[f"{METHOD}, top-{k}"] = functools.partial(_with_top_k, merged, k)
-    for name, change in _calibrations(len(config.owners)).items():
-        systems[f"{METHOD}, {name}"] = functools.partial(_with_router, merged, *change)
     systems["soup"] = lambda: dataclasses.replace(public(), params=soup(_whole(artefacts)))
     systems |= {name: functools.partial(load, path) for name, path in artefacts.joint.items()}
     return systems | {n: functools.partial(load, path) for n, path in artefacts.merged.items() if n != METHOD}
