@@ -43,7 +43,7 @@ smollm2: $(VENV)/.installed
 	$(BIN)/flexmoe eval $(SMOLLM2)/model --suite mc9 --form rc0 --limit 64
 	$(BIN)/flexmoe export-hf $(SMOLLM2)/model --out $(SMOLLM2)/hf
 
-# After that: an owner's expert beside it, merged, against fine-tuning the feed-forward network or all of it. An hour.
+# After that: an owner's expert beside it, merged, against fine-tuning the feed-forward network or all of it.
 TUNED := $(BIN)/flexmoe pretrain --config=experiments/smollm2_dense.py:math
 smollm2-expert: $(VENV)/.installed
 	$(BIN)/flexmoe embed $(SMOLLM2)/mix/math --out $(SMOLLM2)/math.json

@@ -18,7 +18,8 @@ from flexmoe_jax.tree import PUBLIC
 METHOD = "FlexMoE"
 ALONE, TOGETHER = f"{METHOD}, tuned alone", f"{METHOD}, tuned together"
 FITTED = f"{METHOD}, biases fitted on public text"
-OF_PUBLIC = ("public_steps", "public_share", "batch_size", "seq_len")  # numbers that the public model depends on
+OF_SHARED = ("public_share", "embed_count")  # numbers that the text and the domain vectors depend on
+OF_PUBLIC = (*OF_SHARED, "public_steps", "batch_size", "seq_len")  # numbers that the public model depends on
 ALL_BUT_BIASES = "trunk/.*|experts/public/.*|experts/.*/(router|w_.*)"
 
 

@@ -17,7 +17,7 @@ from flexmoe_jax.study.choice import correct
 from flexmoe_jax.study.config import StudyConfig
 from flexmoe_jax.study.details import compare_never_merged, curves, samples
 from flexmoe_jax.study.intervals import Bootstrap, summary
-from flexmoe_jax.study.plan import METHOD, OF_PUBLIC, make_shared, train_public, train_seed
+from flexmoe_jax.study.plan import METHOD, OF_PUBLIC, OF_SHARED, make_shared, train_public, train_seed
 from flexmoe_jax.study.scores import SystemScore, Texts, make_texts, score_seed
 from flexmoe_jax.tree import PUBLIC
 
@@ -71,7 +71,7 @@ def vary(config: StudyConfig, key: str, values: Sequence[str], report=lambda lin
         make_shared(base, root)
         public = str(train_public(base, root, root, report))
         studies = [dataclasses.replace(study, public=public) for study in studies]
-    shared = None if key == "public_share" else root
+    shared = None if key in OF_SHARED else root
     return {value: reproduce(study, report, shared) for value, study in zip(values, studies, strict=True)}
 
 

@@ -11,6 +11,7 @@ from flexmoe_jax.api import Model
 from flexmoe_jax.cli.reproduce import lines
 from flexmoe_jax.config import ModelConfig
 from flexmoe_jax.errors import ArtifactError, ConfigError
+from flexmoe_jax.study import results
 from flexmoe_jax.study.config import StudyConfig
 from flexmoe_jax.study.plan import METHOD
 from flexmoe_jax.study.results import check_same, tabulate, vary
@@ -124,6 +125,18 @@ def test_what_cannot_be_varied_is_refused_before_anything_is_written(key, values
     with pytest.raises(ConfigError, match=message):
         vary(config, key, values)
     assert not (tmp_path / "out").exists()
+
+
+@pytest.mark.parametrize(("key", "own"), [("public_share", True), ("embed_count", True), ("owner_steps", False)])
+def test_a_varied_study_has_text_and_vectors_of_its_own_where_they_depend_on_the_number(
+    key, own, tmp_path, monkeypatch
+):
+    given = []
+    monkeypatch.setattr(results, "make_shared", lambda config, shared: None)
+    monkeypatch.setattr(results, "train_public", lambda config, shared, home, report: shared / "public")
+    monkeypatch.setattr(results, "reproduce", lambda config, report, shared: given.append((config.public, shared)))
+    vary(dataclasses.replace(CONFIG, out=str(tmp_path)), key, ["0.2" if key == "public_share" else "5"])
+    assert given == [("", None) if own else (str(tmp_path / "public"), tmp_path)]
 
 
 @pytest.mark.parametrize(
