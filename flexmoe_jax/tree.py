@@ -8,7 +8,7 @@ then alphabetical. Functions here move references: no leaf is copied or changed 
 
 import re
 from collections.abc import Iterable, Mapping, Sequence
-from typing import Any
+from typing import Any, NewType
 
 from flexmoe_jax.errors import ArtifactError, FlexMoEError, did_you_mean
 
@@ -17,6 +17,14 @@ _NAME = re.compile(r"[a-z][a-z0-9_-]{0,62}")
 _RESERVED = {TRUNK, PUBLIC, "experts", "model", "all", "none", "uniform", "router", "journal", "tokenizer", "stacked"}
 
 Params = dict[str, Any]
+ExpertName = NewType("ExpertName", str)  # checked by `expert_name`: it may name a directory
+
+
+def expert_name(value: object) -> ExpertName:
+    """`value`, which a file states, as the name of an expert: `public` or a data owner's; anything else raises."""
+    if not isinstance(value, str):
+        raise FlexMoEError(f"the expert name {value!r} is not text", "restore the file from its source")
+    return ExpertName(value if value == PUBLIC else check_owner_name(value))
 
 
 def check_owner_name(name: str) -> str:

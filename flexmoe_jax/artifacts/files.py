@@ -63,10 +63,24 @@ def copy_file(
 
 
 def remove_directory(path: pathlib.Path) -> None:
-    """Deletes a directory and everything in it, durably; a missing one is fine."""
-    if path.exists():
-        shutil.rmtree(path)
-        sync_directory(path.parent)
+    """Deletes the directory `path` and everything in it, durably; a missing one is fine, a link is refused.
+
+    Only what lies directly in `path.parent`, opened once, is deleted: no link leads elsewhere.
+    """
+    if path.name in ("", "..") or path.parent == path:
+        raise ArtifactError(f"{path} names no directory inside another", "give its own name")
+    parent = os.open(path.parent, os.O_RDONLY | os.O_DIRECTORY)
+    try:
+        shutil.rmtree(path.name, dir_fd=parent)
+        os.fsync(parent)
+    except FileNotFoundError:
+        pass
+    except OSError as error:
+        raise ArtifactError(
+            f"{path} cannot be deleted: {error}", "look at what it is, and delete it yourself"
+        ) from error
+    finally:
+        os.close(parent)
 
 
 @contextlib.contextmanager

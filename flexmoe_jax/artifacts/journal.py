@@ -9,18 +9,21 @@ import datetime
 import hashlib
 import json
 import pathlib
+from collections.abc import Mapping
 from typing import Any
 
 from flexmoe_jax.artifacts.digest import (
     MAX_TEXT_BYTES,
     check_fields,
     check_seal,
+    is_sha256,
     parse_json,
     read_bytes,
     seal,
     write_bytes,
 )
-from flexmoe_jax.errors import ArtifactError
+from flexmoe_jax.errors import ArtifactError, FlexMoEError
+from flexmoe_jax.tree import ExpertName, expert_name
 
 FILE = "journal.jsonl"
 FIRST = "0" * 64
@@ -40,20 +43,26 @@ _FIELDS = {
 class Entry:
     """One event; `experts` are the model's after it, `model` is the digest of its model.json after it.
 
-    `sha256` is that of the line: whoever keeps the last one notices a history that was cut or written anew.
+    `manifests` are the experts' manifest digests by name; a journal line written by an earlier version has none.
+    `sha256` is that of the line: keep the last one elsewhere to detect truncation or a rewrite.
     """
 
     seq: int
     event: str
-    experts: tuple[str, ...]
+    experts: tuple[ExpertName, ...]
+    manifests: dict[ExpertName, str]
     details: dict[str, Any]
     model: str
     time: str
     sha256: str
 
 
-def append_entry(folder: pathlib.Path, event: str, experts: tuple[str, ...], model: str, **details) -> None:
-    """Adds one line to the journal of the model directory `folder`, atomically; the first one begins the journal."""
+def append_entry(folder: pathlib.Path, event: str, manifests: Mapping[str, str], model: str, **details) -> None:
+    """Adds one line to the journal of the model directory `folder`, atomically; the first one begins the journal.
+
+    `manifests` are the manifest digests of the model's experts after the event, in canonical order; `model` is the
+    digest of its model.json.
+    """
     path = folder / FILE
     raw = read_bytes(path, MAX_TEXT_BYTES) if path.exists() else b""
     lines = raw.splitlines(keepends=True)
@@ -61,8 +70,8 @@ def append_entry(folder: pathlib.Path, event: str, experts: tuple[str, ...], mod
         "seq": len(_parse(raw, path)),
         "prev": hashlib.sha256(lines[-1]).hexdigest() if lines else FIRST,
         "event": event,
-        "experts": list(experts),
-        "details": details,
+        "experts": list(manifests),
+        "details": {**details, "manifests": dict(manifests)},
         "model": model,
         "time": datetime.datetime.now(datetime.UTC).isoformat(timespec="seconds"),
     }
@@ -87,11 +96,13 @@ def _parse(raw: bytes, path: pathlib.Path) -> list[Entry]:
         if (fields["seq"], fields["prev"]) != (number, prev) or not line.endswith(b"\n"):
             raise ArtifactError(f"{where} does not follow the line before it", "restore the journal from its source")
         prev = hashlib.sha256(line).hexdigest()
+        experts, manifests = _parse_experts(fields, where)
         entries.append(
             Entry(
                 number,
                 fields["event"],
-                tuple(fields["experts"]),
+                experts,
+                manifests,
                 fields["details"],
                 fields["model"],
                 fields["time"],
@@ -99,3 +110,15 @@ def _parse(raw: bytes, path: pathlib.Path) -> list[Entry]:
             )
         )
     return entries
+
+
+def _parse_experts(fields: dict, where: str) -> tuple[tuple[ExpertName, ...], dict[ExpertName, str]]:
+    """The experts that a line names, and their manifest digests; ArtifactError for what no model could hold."""
+    try:
+        experts = tuple(expert_name(name) for name in fields["experts"])
+    except FlexMoEError as error:
+        raise ArtifactError(f"{where}: {error.what}", "do not use this model") from error
+    stated = fields["details"].get("manifests", {})
+    if not isinstance(stated, dict) or (stated and {*stated} != {*experts}) or not all(map(is_sha256, stated.values())):
+        raise ArtifactError(f"{where}: the manifests are {stated!r}", "do not use this model")
+    return experts, {name: stated[name] for name in experts if stated}

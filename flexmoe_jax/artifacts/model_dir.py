@@ -50,7 +50,7 @@ from flexmoe_jax.artifacts.signature import FILE as SIGNATURE
 from flexmoe_jax.artifacts.signature import Trust, write_signature
 from flexmoe_jax.config import ModelConfig, canonical_json
 from flexmoe_jax.errors import ArtifactError, FlexMoEError
-from flexmoe_jax.tree import PUBLIC, TRUNK, Params, canonical_order, check_known, check_owner_name, union
+from flexmoe_jax.tree import PUBLIC, TRUNK, Params, canonical_order, check_known, expert_name, union
 
 FORMAT = "flexmoe-model-2"
 TOKENIZER, TOKENIZER_CONFIG = "tokenizer.json", "tokenizer_config.json"
@@ -73,6 +73,11 @@ class ModelDir:
     def experts(self) -> tuple[str, ...]:
         """Names in canonical order: `public` first, then alphabetical."""
         return tuple(name for name in self.manifests if name != TRUNK)
+
+    @property
+    def expert_digests(self) -> dict[str, str]:
+        """The manifest digest of every expert, as the journal records it."""
+        return {name: self.manifests[name].digest for name in self.experts}
 
     @property
     def top_k(self) -> int:
@@ -121,9 +126,9 @@ def create_public_model(
         base |= {owner: read_manifest(folder / owner, owner).content for owner in (TRUNK, PUBLIC)}
         for owner, params in others.items():
             write_package(folder / owner, owner=owner, params=params, config=config, base=base, record=record)
-        experts = canonical_order((PUBLIC, *others))
-        append_entry(folder, "created", experts, write_model_json(folder, experts, top_k))
+        write_model_json(folder, canonical_order((PUBLIC, *others)), top_k)
         model = open_model(folder)
+        append_entry(folder, "created", model.expert_digests, model.digest)
     return dataclasses.replace(model, path=pathlib.Path(path))
 
 
@@ -146,9 +151,9 @@ def assemble(
         sources = {TRUNK: (release.package(TRUNK), release.manifests[TRUNK]), **packages}
         for name, (source, manifest) in sources.items():
             copy_package(source, folder / name, manifest, link)
-        experts = canonical_order(packages)
-        append_entry(folder, event, experts, write_model_json(folder, experts, top_k), **details)
+        write_model_json(folder, canonical_order(packages), top_k)
         model = open_model(folder)
+        append_entry(folder, event, model.expert_digests, model.digest, **details)
     return dataclasses.replace(model, path=pathlib.Path(out))
 
 
@@ -207,9 +212,10 @@ def sign_release(path: pathlib.Path | str, key: pathlib.Path | str, version: int
             raise ArtifactError(f"{path} is a model of several owners", "each owner signs the own package, then merge")
         for name in (TRUNK, PUBLIC):
             write_signature(path / name, key, version)
-        digest = write_model_json(path, (PUBLIC,), fields["top_k"])
-        append_entry(path, "signed", (PUBLIC,), digest, version=version)
-        return open_model(path)
+        write_model_json(path, (PUBLIC,), fields["top_k"])
+        model = open_model(path)
+        append_entry(path, "signed", model.expert_digests, model.digest, version=version)
+        return model
 
 
 def load_model(path: pathlib.Path | str, *, mapped: bool = False) -> tuple[ModelDir, Params]:
@@ -296,6 +302,8 @@ def _open(path: pathlib.Path) -> ModelDir:
     check_fields(fields, types, where)
     config = configs.from_mapping(ModelConfig, fields["config"], f"{where}: config")
     digests = {TRUNK: fields["trunk"], **_read_experts(fields["experts"], where)}
+    if not all(map(is_sha256, digests.values())):  # a part of a digest names a directory
+        raise ArtifactError(f"{where}: the manifests {sorted(digests.values())} are no digests", NOT_ALTERED)
     if top_k is not None and not 1 <= top_k < len(digests):
         raise ArtifactError(f"{where}: top_k is {top_k} with {len(digests) - 1} experts", NOT_ALTERED)
     manifests = {}
@@ -340,8 +348,7 @@ def _read_experts(rows: list, where) -> dict[str, str]:
         if not isinstance(row, dict):
             raise ArtifactError(f"{where}: the expert {row!r} is not an object", NOT_ALTERED)
         check_fields(row, {"name": str, "manifest": str}, where)
-        if row["name"] != PUBLIC:
-            check_owner_name(row["name"])
+        expert_name(row["name"])
     names = [row["name"] for row in rows]
     if not names or names[0] != PUBLIC or tuple(names) != canonical_order(names):
         raise ArtifactError(f"{where}: the experts {names} are not in canonical order, public first", NOT_ALTERED)

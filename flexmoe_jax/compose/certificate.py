@@ -5,6 +5,7 @@ can check the two against each other offline, and against a merge of the remaini
 the one that such a merge has. The seal shows alterations, not who wrote it.
 """
 
+import os
 import pathlib
 from collections.abc import Iterable, Iterator, Mapping
 
@@ -23,10 +24,10 @@ from flexmoe_jax.artifacts.digest import (
 )
 from flexmoe_jax.artifacts.journal import FILE as JOURNAL
 from flexmoe_jax.artifacts.model_dir import ModelDir, find_signatures, open_model, seal_model
-from flexmoe_jax.artifacts.package import Finding, load_package
+from flexmoe_jax.artifacts.package import Finding, check_files, load_package, raise_problems
 from flexmoe_jax.artifacts.signature import FILE as SIGNATURE
 from flexmoe_jax.errors import ArtifactError, FlexMoEError
-from flexmoe_jax.tree import PUBLIC, TRUNK, flatten
+from flexmoe_jax.tree import PUBLIC, TRUNK, check_owner_name, expert_name, flatten
 
 FORMAT = "flexmoe-certificate-1"
 WINDOW = 64  # bytes: a run of this length that an expert and the rest have in common is found wherever it lies
@@ -45,6 +46,8 @@ _FIELDS |= {"reason": str, "scan": dict, "digest": str}
 
 def certify(model: ModelDir, name: str, top_k: int | None) -> dict:
     """The certificate of removing the expert `name` from `model`, made while its bytes are still there, sealed."""
+    for part, its in model.manifests.items():  # what is scanned is regular files of the sizes stated
+        raise_problems(model.package(part), check_files(model.package(part), its))
     manifest = model.manifests[name]
     rest = {n: m for n, m in model.manifests.items() if n != name}
     moved = [n for n, m in rest.items() if name in m.tuned_with]
@@ -105,6 +108,12 @@ def read_certificate(path: pathlib.Path | str) -> dict:
     removed: dict[str, type] = {"name": str, "manifest": str, "content": str, "tensors": dict}
     check_fields(fields["removed"], removed, f"{path}: removed")
     check_fields(fields["scan"], {"window_bytes": int, "scanned_bytes": int, "found": list}, f"{path}: scan")
+    try:
+        check_owner_name(fields["removed"]["name"])
+        for name in {*fields["remaining"]} - {TRUNK}:
+            expert_name(name)
+    except FlexMoEError as error:
+        raise ArtifactError(f"{path}: {error.what}", "do not use this certificate") from error
     return fields
 
 
@@ -117,7 +126,7 @@ def verify_certificate(path: pathlib.Path | str, model: pathlib.Path | str) -> l
         return [Finding("certificate", False, error.what)]
     removed, remaining = fields["removed"], {n: m.digest for n, m in opened.manifests.items()}
     same = f"the model is {opened.digest}, the certificate's {fields['model']}"
-    gone = removed["name"] not in opened.manifests and not (opened.path / removed["name"]).exists()
+    gone = removed["name"] not in opened.manifests and not os.path.lexists(opened.path / removed["name"])
     # A tensor that equals one of the public expert's (a bias that stayed 0) is the public trainer's.
     theirs = {t.sha256 for name in (TRUNK, PUBLIC) for t in opened.manifests[name].tensors.values()}
     tensors = {sha256: name for name, sha256 in removed["tensors"].items() if sha256 not in theirs}

@@ -11,6 +11,7 @@ import re
 from flexmoe_jax.artifacts.digest import sync_directory
 from flexmoe_jax.artifacts.files import lock_directory, new_directory, remove_directory
 from flexmoe_jax.artifacts.journal import append_entry, read_journal
+from flexmoe_jax.artifacts.manifest import read_manifest
 from flexmoe_jax.artifacts.model_dir import ModelDir, assemble, open_model, staging_place, write_model_json
 from flexmoe_jax.artifacts.package import copy_package
 from flexmoe_jax.artifacts.signature import FILE as SIGNATURE
@@ -18,7 +19,7 @@ from flexmoe_jax.artifacts.signature import Trust, read_signature
 from flexmoe_jax.compose.certificate import certify, publish, write_pending
 from flexmoe_jax.compose.merge import read_expert
 from flexmoe_jax.errors import ArtifactError
-from flexmoe_jax.tree import PUBLIC, TRUNK, check_known
+from flexmoe_jax.tree import PUBLIC, TRUNK, ExpertName, check_known, expert_name
 
 
 def opt_out(
@@ -61,10 +62,11 @@ def opt_out(
         details, rest_names = _details(opened, name), tuple(n for n in opened.experts if n != name)
         if proof is not None:
             write_pending(proof, certify(opened, name, details["top_k"]), path)
-        digest = write_model_json(path, rest_names, details["top_k"], opened.manifests)
-        _erase(path, name)
-        append_entry(path, "opted_out", rest_names, digest, **details)
-        return _publish(proof, name, open_model(path))
+        write_model_json(path, rest_names, details["top_k"], opened.manifests)
+        _erase(path, expert_name(name), opened.manifests[name].digest)
+        made = open_model(path)
+        append_entry(path, "opted_out", made.expert_digests, made.digest, **details)
+        return _publish(proof, name, made)
 
 
 def replace(model: pathlib.Path | str, package: pathlib.Path | str, *, trust: Trust | None = None) -> ModelDir:
@@ -97,10 +99,10 @@ def replace(model: pathlib.Path | str, package: pathlib.Path | str, *, trust: Tr
             manifests = {**opened.manifests, name: new}
             write_model_json(path, opened.experts, opened.wanted_top_k, manifests)
             _settle(open_model(path), name)
-        digest = open_model(path).digest
-        if read_journal(path)[-1].model != digest:
-            append_entry(path, "replaced", opened.experts, digest, expert=name, content=new.content)
-        return open_model(path)
+        made = open_model(path)
+        if read_journal(path)[-1].model != made.digest:
+            append_entry(path, "replaced", made.expert_digests, made.digest, expert=name, content=new.content)
+        return made
 
 
 def _check_newer(place: pathlib.Path, old: str, package: pathlib.Path, new: str, trust: Trust | None) -> None:
@@ -134,19 +136,36 @@ def _publish(proof: pathlib.Path | None, name: str, model: ModelDir) -> ModelDir
     return model
 
 
-def _finish_opt_outs(path: pathlib.Path) -> list[str]:
-    """Ends opt-outs that were interrupted after model.json was written: erases, records; returns their names."""
+def _finish_opt_outs(path: pathlib.Path) -> list[ExpertName]:
+    """Ends opt-outs that were interrupted after model.json was written: erases, records; returns their names.
+
+    Only a package that the journal's last line names with its manifest digest is erased.
+    """
     model = open_model(path)
-    names = [n for n in read_journal(path)[-1].experts if n not in model.experts]
+    last = read_journal(path)[-1]
+    names = [n for n in last.experts if n not in model.experts]
     for name in names:
-        _erase(path, name)
+        _erase(path, name, last.manifests.get(name))
     if names:
-        append_entry(path, "opted_out", model.experts, model.digest, finished=names)
+        append_entry(path, "opted_out", model.expert_digests, model.digest, finished=names)
     return names
 
 
-def _erase(path: pathlib.Path, name: str) -> None:
-    remove_directory(path / name)
+def _erase(path: pathlib.Path, name: ExpertName, digest: str | None) -> None:
+    """Deletes the package `name`, whose manifest has this digest, and what a replacement left of it.
+
+    It first moves to its staging place, whose name holds the digest: a crash never leaves half a package by its name.
+    """
+    if os.path.lexists(path / name):
+        found = read_manifest(path / name, name).digest
+        if found != digest:
+            raise ArtifactError(
+                f"{path / name} has the manifest digest {found}, the journal names {digest}",
+                "it is not what left this model: move it away, then run the command again",
+            )
+        remove_directory(staging_place(path, name, digest))
+        os.rename(path / name, staging_place(path, name, digest))
+        sync_directory(path)
     _remove_hidden(path, name)
 
 

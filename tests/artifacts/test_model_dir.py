@@ -170,7 +170,7 @@ def test_the_journal_is_a_chain(model):
         (0, "created", ("public",)),
         (1, "merged", ("public", "code", "news")),
     ]
-    append_entry(model, "tested", entries[-1].experts, entries[-1].model, note="é")
+    append_entry(model, "tested", entries[-1].manifests, entries[-1].model, note="é")
     lines = (model / "journal.jsonl").read_bytes().splitlines(keepends=True)
     assert problems(model) == {}
     for altered in ([*lines[:1], lines[2]], lines[1:], [lines[1], lines[0], lines[2]], [*lines[:2], lines[2][:-1]]):

@@ -1,7 +1,7 @@
 """Router tuning: only rows and biases move, and what that means for whoever leaves later."""
 
 import dataclasses
-import json
+import shutil
 
 import numpy as np
 import pytest
@@ -17,6 +17,7 @@ from flexmoe_jax.config import OptimizerConfig
 from flexmoe_jax.errors import ArtifactError, DataError, FlexMoEError
 from flexmoe_jax.train.loop import train
 from flexmoe_jax.tree import PUBLIC, TRUNK
+from tests.faults.hostile import reseal
 from tests.train.tiny import expert_run, public_run, write_documents
 
 STEPS = {"steps": 3, "batch_size": 4, "seq_len": 32, "lr": 0.05}
@@ -169,12 +170,11 @@ def test_impossible_tunings_are_refused(world, proxies, tmp_path, names, message
         tune(world / "model", {"news": tmp_path / "none"}, world / "public" / "data", tmp_path / "o", **STEPS)
 
 
-def test_a_record_that_lies_about_tuning_breaks_nothing(world, tmp_path):
-    """A package's record is whatever its sender wrote."""
-    manifest = read_manifest(world / "news" / "run" / "package")
-    for record in ({"tuned": 3}, {"tuned": {"with": "news"}}, {"tuned": {"with": {"a": 1}}}, {}):
-        object.__setattr__(manifest, "record", record)
-        assert manifest.tuned_with == ()
-    object.__setattr__(manifest, "record", {"tuned": {"with": [1, "news"]}})
-    assert manifest.tuned_with == ("1", "news")
-    json.dumps(manifest.tuned_with)
+@pytest.mark.parametrize("tuned", [3, [], {"with": "news"}, {"with": {"a": 1}}, {"with": [1]}, {"with": ["../news"]}])
+def test_a_record_that_names_no_owners_it_was_tuned_with_is_refused(world, tmp_path, tuned):
+    package = shutil.copytree(world / "news" / "run" / "package", tmp_path / "news")
+    reseal(package, lambda fields: fields["record"].update(tuned={"with": ["news", "public"]}))
+    assert read_manifest(package).tuned_with == ("news", "public")
+    reseal(package, lambda fields: fields["record"].update(tuned=tuned))
+    with pytest.raises(FlexMoEError, match=r"record\.tuned"):
+        read_manifest(package)
