@@ -7,7 +7,7 @@ import pytest
 
 PACKAGE = pathlib.Path(__file__).parent.parent / "flexmoe_jax"
 FLOORS = {
-    **dict.fromkeys(("errors", "config", "tree", "progress"), 0),
+    **dict.fromkeys(("errors", "config", "tree", "progress", "files"), 0),
     "parallel": 0.5,  # what lies where: the model asks it, it knows paths alone
     "model": 1,
     **dict.fromkeys(("data", "artifacts"), 2),

@@ -1,4 +1,4 @@
-"""Digests of files and arrays, and the JSON files that carry them.
+"""Digests of values and arrays, and the JSON files that carry them.
 
 A *sealed* JSON file is an object with a `digest` field: the sha256 of the canonical JSON of all its other fields. Its
 bytes are a function of its value alone, and no other bytes are accepted, so that any altered byte is noticed.
@@ -9,30 +9,18 @@ import json
 import os
 import pathlib
 import stat
-from collections.abc import Callable
 from typing import Any
 
 import numpy as np
 
 from flexmoe_jax.config import canonical_json, digest
 from flexmoe_jax.errors import ArtifactError
+from flexmoe_jax.files import write_bytes
 
 # Sealed files of real models have some kilobytes. JSON of tiny values takes 30 times its size in memory.
 MAX_JSON_BYTES = 2 << 20
 MAX_TEXT_BYTES = 64 << 20
 MAX_JSON_DEPTH = 32
-CHUNK_BYTES = 1 << 20  # a multiple of every dtype's size
-
-
-def sha256_file(path: pathlib.Path, *consumers: Callable[[bytes], Any]) -> str:
-    """sha256 (hex) of a regular file, read as a stream; every `consumers` gets each chunk. Links are not followed."""
-    hasher = hashlib.sha256()
-    with open(os.open(path, os.O_RDONLY | os.O_NOFOLLOW | os.O_NONBLOCK), "rb") as file:
-        while chunk := file.read(CHUNK_BYTES):
-            hasher.update(chunk)
-            for consume in consumers:
-                consume(chunk)
-    return hasher.hexdigest()
 
 
 def sha256_array(array: np.ndarray) -> str:
@@ -42,53 +30,9 @@ def sha256_array(array: np.ndarray) -> str:
     return hashlib.sha256(little.view(np.uint8).data).hexdigest()
 
 
-def list_files(folder: pathlib.Path) -> tuple[dict[str, int], list[str]]:
-    """({relative path: size} of the regular files under `folder`, relative paths of everything else).
-
-    Everything else: links, devices, sockets, and directories that hold nothing. Links are not followed.
-    """
-    files: dict[str, int] = {}
-    others: list[str] = []
-    for parent, subfolders, names in os.walk(folder):
-        for name in sorted((*subfolders, *names)):
-            path = pathlib.Path(parent, name)
-            relative, status = path.relative_to(folder).as_posix(), path.lstat()
-            if stat.S_ISREG(status.st_mode):
-                files[relative] = status.st_size
-            elif not stat.S_ISDIR(status.st_mode) or not any(path.iterdir()):
-                others.append(relative)
-    return dict(sorted(files.items())), sorted(others)
-
-
-def digest_files(folder: pathlib.Path) -> dict[str, dict[str, Any]]:
-    """{relative path: {"size", "sha256"}} of every regular file under `folder`."""
-    return {name: {"size": size, "sha256": sha256_file(folder / name)} for name, size in list_files(folder)[0].items()}
-
-
 def is_sha256(value) -> bool:
     """Whether `value` is a sha256 in lower-case hexadecimal."""
     return isinstance(value, str) and len(value) == 64 and set(value) <= set("0123456789abcdef")
-
-
-def write_bytes(path: pathlib.Path, content: bytes) -> None:
-    """Writes a file so that a reader, or a crash at any moment, sees the old content or the new, never a part."""
-    path = pathlib.Path(path)
-    partial = path.with_name(f".{path.name}.partial")
-    with open(partial, "wb") as file:
-        file.write(content)
-        file.flush()
-        os.fsync(file.fileno())
-    os.replace(partial, path)
-    sync_directory(path.parent)
-
-
-def sync_directory(path: pathlib.Path) -> None:
-    """Makes renames and deletions inside the directory `path` durable."""
-    descriptor = os.open(path, os.O_RDONLY | os.O_DIRECTORY)
-    try:
-        os.fsync(descriptor)
-    finally:
-        os.close(descriptor)
 
 
 def json_bytes(value) -> bytes:

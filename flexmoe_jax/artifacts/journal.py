@@ -20,9 +20,9 @@ from flexmoe_jax.artifacts.digest import (
     parse_json,
     read_bytes,
     seal,
-    write_bytes,
 )
 from flexmoe_jax.errors import ArtifactError, FlexMoEError
+from flexmoe_jax.files import write_bytes
 from flexmoe_jax.tree import ExpertName, expert_name
 
 FILE = "journal.jsonl"

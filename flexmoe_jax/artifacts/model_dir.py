@@ -11,12 +11,14 @@ being replaced may lie in `.news-<first 12 digits of its manifest digest>` for a
 look there first, so they see the model before the change or after it.
 """
 
+import contextlib
 import dataclasses
 import hashlib
 import json
 import os
 import pathlib
-from collections.abc import Callable, Iterable, Mapping
+import re
+from collections.abc import Callable, Iterable, Iterator, Mapping
 from typing import Any, TypeVar
 
 from flexmoe_jax import config as configs
@@ -25,16 +27,12 @@ from flexmoe_jax.artifacts.digest import (
     check_fields,
     check_format,
     is_sha256,
-    list_files,
     parse_json,
     read_bytes,
     read_sealed,
     seal,
-    sha256_file,
-    write_bytes,
     write_json,
 )
-from flexmoe_jax.artifacts.files import lock_directory, new_directory
 from flexmoe_jax.artifacts.journal import FILE as JOURNAL
 from flexmoe_jax.artifacts.journal import append_entry, read_journal
 from flexmoe_jax.artifacts.package import (
@@ -50,12 +48,22 @@ from flexmoe_jax.artifacts.signature import FILE as SIGNATURE
 from flexmoe_jax.artifacts.signature import Trust, write_signature
 from flexmoe_jax.config import ModelConfig, canonical_json
 from flexmoe_jax.errors import ArtifactError, FlexMoEError
+from flexmoe_jax.files import (
+    lock_directory,
+    new_directory,
+    partial_of,
+    remove_partial_files,
+    sha256_file,
+    write_bytes,
+)
 from flexmoe_jax.tree import PUBLIC, TRUNK, Params, canonical_order, check_known, expert_name, union
 
 FORMAT = "flexmoe-model-2"
 TOKENIZER, TOKENIZER_CONFIG = "tokenizer.json", "tokenizer_config.json"
 T = TypeVar("T")
 NOT_ALTERED = "restore the model from its source, or merge it again"
+_INTERRUPTED = "was left by an interrupted command: run it again"
+_UNKNOWN = "no command of flexmoe put it there: move it away"
 
 
 @dataclasses.dataclass(frozen=True)
@@ -203,12 +211,27 @@ def open_model(path: pathlib.Path | str) -> ModelDir:
     return _steadily(path, lambda: _open(path))
 
 
+@contextlib.contextmanager
+def changing(path: pathlib.Path) -> Iterator[None]:
+    """Holds the model directory `path` for a change in place.
+
+    Refuses a directory with entries that no command of this package makes: whoever put them there may want them
+    followed or deleted. Deletes what interrupted writes of files left.
+    """
+    with lock_directory(path):
+        for finding in _strange_entries(path):
+            if finding.detail != _INTERRUPTED:
+                raise ArtifactError(f"{path / finding.subject}: {finding.detail}", "then run the command again")
+        remove_partial_files(path)
+        yield
+
+
 def sign_release(path: pathlib.Path | str, key: pathlib.Path | str, version: int) -> ModelDir:
     """Signs trunk and public expert of the public release `path`, in place, and writes both into model.json."""
     path = pathlib.Path(path)
-    with lock_directory(path):
-        fields = read_sealed(path / "model.json")
-        if [row.get("name") for row in fields.get("experts", ())] != [PUBLIC]:
+    with changing(path):
+        fields, digests = _read_model_json(path)
+        if {*digests} != {TRUNK, PUBLIC}:
             raise ArtifactError(f"{path} is a model of several owners", "each owner signs the own package, then merge")
         for name in (TRUNK, PUBLIC):
             write_signature(path / name, key, version)
@@ -262,7 +285,7 @@ def verify_model(path: pathlib.Path | str, *, quick: bool = False, trust: Trust 
         rows = verify_package(model.package(name), name, quick=quick, trust=trust)
         findings += [dataclasses.replace(row, subject=f"{name}/{row.subject}") for row in rows]
     findings.append(_check_journal(model))
-    return findings + _leftovers(model)
+    return findings + _strange_entries(path)
 
 
 def locate_package(path: pathlib.Path, name: str, digest: str) -> pathlib.Path:
@@ -292,7 +315,8 @@ def _steadily(path: pathlib.Path, read: Callable[[], T]) -> T:
                 raise
 
 
-def _open(path: pathlib.Path) -> ModelDir:
+def _read_model_json(path: pathlib.Path) -> tuple[dict[str, Any], dict[str, str]]:
+    """(the fields of model.json, {name: manifest digest} of trunk and experts), each checked by itself."""
     where = path / "model.json"
     fields = read_sealed(where)
     check_format(fields, FORMAT, where)
@@ -300,12 +324,17 @@ def _open(path: pathlib.Path) -> ModelDir:
     types: dict[str, type] = {**dict.fromkeys(("config", "tokenizer", "signatures"), dict), "experts": list}
     types |= {**dict.fromkeys(("format", "trunk", "digest"), str), "top_k": int if top_k is not None else type(None)}
     check_fields(fields, types, where)
-    config = configs.from_mapping(ModelConfig, fields["config"], f"{where}: config")
     digests = {TRUNK: fields["trunk"], **_read_experts(fields["experts"], where)}
     if not all(map(is_sha256, digests.values())):  # a part of a digest names a directory
         raise ArtifactError(f"{where}: the manifests {sorted(digests.values())} are no digests", NOT_ALTERED)
     if top_k is not None and not 1 <= top_k < len(digests):
         raise ArtifactError(f"{where}: top_k is {top_k} with {len(digests) - 1} experts", NOT_ALTERED)
+    return fields, digests
+
+
+def _open(path: pathlib.Path) -> ModelDir:
+    fields, digests = _read_model_json(path)
+    config = configs.from_mapping(ModelConfig, fields["config"], f"{path / 'model.json'}: config")
     manifests = {}
     for name, digest in digests.items():
         if locate_package(path, name, digest).is_symlink():
@@ -318,7 +347,7 @@ def _open(path: pathlib.Path) -> ModelDir:
     _check_tokenizer(path, fields["tokenizer"])
     if lines := configs.differences(find_signatures(path, manifests), fields["signatures"]):
         raise ArtifactError(f"{path}: signatures found != those of model.json: {'; '.join(lines)}", NOT_ALTERED)
-    model = ModelDir(path, config, manifests, fields["tokenizer"], top_k, fields["digest"])
+    model = ModelDir(path, config, manifests, fields["tokenizer"], fields["top_k"], fields["digest"])
     for name, manifest in manifests.items():
         check_belongs(manifest, model, path / name)
     return model
@@ -387,11 +416,29 @@ def _check_journal(model: ModelDir) -> Finding:
     return Finding(JOURNAL, True, f"{len(entries)} entries")
 
 
-def _leftovers(model: ModelDir) -> list[Finding]:
-    known = {"model.json", JOURNAL, *model.tokenizer, *(model.package(name).name for name in model.manifests)}
-    files, others = list_files(model.path)
-    left = sorted({name.split("/")[0] for name in (*files, *others)} - known)
-    return [
-        Finding(name, False, "model.json does not name it: run the interrupted command again, or remove it")
-        for name in left
-    ]
+def _strange_entries(path: pathlib.Path) -> list[Finding]:
+    """Findings on entries of the model directory `path` that are no part of the model that model.json names."""
+    fields, digests = _read_model_json(path)
+    files, folders = {"model.json", JOURNAL, *fields["tokenizer"]}, {*digests}
+    staged = {locate_package(path, name, digest).name for name, digest in digests.items()}
+    try:
+        left = {*read_journal(path)[-1].experts} - folders
+    except ArtifactError:  # `_check_journal` and the change itself say so
+        left = set()
+    findings = []
+    for entry in sorted(os.scandir(path), key=lambda entry: entry.name):
+        target, detail = partial_of(entry.name) or entry.name, ""
+        staging = re.fullmatch(r"\.(.+)-[0-9a-f]{12}", target)
+        if entry.is_symlink():
+            detail = "is a link: do not use this directory, or put there what it leads to"
+        elif entry.is_dir():
+            if target in left or (staging and staging[1] in folders | left and entry.name not in staged):
+                detail = _INTERRUPTED
+            elif entry.name not in folders | staged:
+                detail = _UNKNOWN
+        elif not entry.is_file() or target not in files:
+            detail = _UNKNOWN
+        elif target != entry.name:
+            detail = _INTERRUPTED
+        findings += [Finding(entry.name, False, detail)] if detail else []
+    return findings

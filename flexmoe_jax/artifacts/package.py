@@ -35,8 +35,7 @@ from flexmoe_jax.artifacts.arrays import (
     save_arrays,
     tensor_file,
 )
-from flexmoe_jax.artifacts.digest import digest_files, list_files, read_bytes, sha256_array, sha256_file, write_sealed
-from flexmoe_jax.artifacts.files import copy_file, new_directory
+from flexmoe_jax.artifacts.digest import read_bytes, sha256_array, write_sealed
 from flexmoe_jax.artifacts.manifest import (
     FETCH_AGAIN,
     FORMAT,
@@ -51,6 +50,7 @@ from flexmoe_jax.artifacts.signature import FILE as SIGNATURE
 from flexmoe_jax.artifacts.signature import Trust, check_signature
 from flexmoe_jax.config import ModelConfig
 from flexmoe_jax.errors import ArtifactError, FlexMoEError
+from flexmoe_jax.files import copy_file, digest_files, list_files, new_directory, sha256_file
 from flexmoe_jax.tree import Params, flatten, unflatten
 
 __all__ = [

@@ -22,17 +22,10 @@ from typing import Any
 import jax
 
 from flexmoe_jax.artifacts import arrays  # noqa: F401 - quietens Orbax
-from flexmoe_jax.artifacts.digest import (
-    check_fields,
-    digest_files,
-    list_files,
-    read_sealed,
-    sha256_file,
-    write_sealed,
-)
-from flexmoe_jax.artifacts.files import lock_directory
+from flexmoe_jax.artifacts.digest import check_fields, read_sealed, write_sealed
 from flexmoe_jax.artifacts.package import Finding
 from flexmoe_jax.errors import ArtifactError
+from flexmoe_jax.files import digest_files, list_files, lock_directory, sha256_file
 from flexmoe_jax.parallel.processes import barrier, from_lead, is_lead
 
 _NONE = -1  # no step

@@ -22,13 +22,12 @@ from flexmoe_jax.artifacts.digest import (
     json_bytes,
     parse_json,
     read_bytes,
-    sync_directory,
-    write_bytes,
     write_json,
 )
 from flexmoe_jax.artifacts.manifest import check_owner, read_manifest
 from flexmoe_jax.config import canonical_json
 from flexmoe_jax.errors import ArtifactError
+from flexmoe_jax.files import sync_directory, write_bytes
 from flexmoe_jax.tree import PUBLIC, TRUNK
 
 FILE = "signature.json"

@@ -11,22 +11,13 @@ from collections.abc import Iterable, Iterator, Mapping
 
 import numpy as np
 
-from flexmoe_jax.artifacts.digest import (
-    CHUNK_BYTES,
-    check_fields,
-    check_format,
-    list_files,
-    read_sealed,
-    seal,
-    sha256_file,
-    sync_directory,
-    write_json,
-)
+from flexmoe_jax.artifacts.digest import check_fields, check_format, read_sealed, seal, write_json
 from flexmoe_jax.artifacts.journal import FILE as JOURNAL
 from flexmoe_jax.artifacts.model_dir import ModelDir, find_signatures, open_model, seal_model
 from flexmoe_jax.artifacts.package import Finding, check_files, load_package, raise_problems
 from flexmoe_jax.artifacts.signature import FILE as SIGNATURE
 from flexmoe_jax.errors import ArtifactError, FlexMoEError
+from flexmoe_jax.files import CHUNK_BYTES, list_files, sha256_file, sync_directory
 from flexmoe_jax.tree import PUBLIC, TRUNK, check_owner_name, expert_name, flatten
 
 FORMAT = "flexmoe-certificate-1"
@@ -80,11 +71,16 @@ def certify(model: ModelDir, name: str, top_k: int | None) -> dict:
 
 def write_pending(path: pathlib.Path, certificate: dict, model: pathlib.Path) -> None:
     """Keeps a certificate beside `path` until the opt-out is done (`publish`)."""
-    if path.exists():
+    if os.path.lexists(path):
         raise ArtifactError(f"{path} already exists", "give another path for the certificate")
     if path.resolve().is_relative_to(model.resolve()):
         raise ArtifactError(f"{path} lies in the model it is about", "give a path outside")
-    write_json(_pending(path), certificate)
+    try:
+        write_json(_pending(path), certificate)
+    except OSError as error:
+        raise ArtifactError(
+            f"{path} cannot be written: {error.strerror}", "give a file in a folder that exists"
+        ) from error
 
 
 def publish(path: pathlib.Path, name: str, model: ModelDir) -> bool:

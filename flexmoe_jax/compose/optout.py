@@ -8,17 +8,16 @@ import os
 import pathlib
 import re
 
-from flexmoe_jax.artifacts.digest import sync_directory
-from flexmoe_jax.artifacts.files import lock_directory, new_directory, remove_directory
 from flexmoe_jax.artifacts.journal import append_entry, read_journal
 from flexmoe_jax.artifacts.manifest import read_manifest
-from flexmoe_jax.artifacts.model_dir import ModelDir, assemble, open_model, staging_place, write_model_json
+from flexmoe_jax.artifacts.model_dir import ModelDir, assemble, changing, open_model, staging_place, write_model_json
 from flexmoe_jax.artifacts.package import copy_package
 from flexmoe_jax.artifacts.signature import FILE as SIGNATURE
 from flexmoe_jax.artifacts.signature import Trust, read_signature
 from flexmoe_jax.compose.certificate import certify, publish, write_pending
 from flexmoe_jax.compose.merge import read_expert
 from flexmoe_jax.errors import ArtifactError
+from flexmoe_jax.files import new_directory, remove_directory, sync_directory
 from flexmoe_jax.tree import PUBLIC, TRUNK, ExpertName, check_known, expert_name
 
 
@@ -50,7 +49,7 @@ def opt_out(
             write_pending(proof, certify(opened, name, details["top_k"]), pathlib.Path(out))
         made = assemble(out, opened, rest, details["top_k"], "opted_out", details)
         return _publish(proof, name, made)
-    with lock_directory(path):
+    with changing(path):
         finished = _finish_opt_outs(path)
         opened = open_model(path)
         if name not in opened.experts:
@@ -76,7 +75,7 @@ def replace(model: pathlib.Path | str, package: pathlib.Path | str, *, trust: Tr
     the place of a signed package goes only one of a higher version, signed with the same key or one in `trust`.
     """
     path, package = pathlib.Path(model), pathlib.Path(package)
-    with lock_directory(path):
+    with changing(path):
         _finish_opt_outs(path)
         opened = open_model(path)
         new = read_expert(package, opened, trust=trust)

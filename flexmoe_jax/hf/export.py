@@ -13,12 +13,12 @@ from typing import Any
 import numpy as np
 
 from flexmoe_jax.artifacts.arrays import tensor_file
-from flexmoe_jax.artifacts.digest import read_bytes, write_bytes
-from flexmoe_jax.artifacts.files import new_directory
+from flexmoe_jax.artifacts.digest import read_bytes
 from flexmoe_jax.artifacts.model_dir import TOKENIZER, TOKENIZER_CONFIG, ModelDir
 from flexmoe_jax.artifacts.package import check_files, raise_problems
 from flexmoe_jax.data.tokenizer import load_tokenizer
 from flexmoe_jax.errors import ArtifactError
+from flexmoe_jax.files import new_directory, write_bytes
 from flexmoe_jax.hf import card
 from flexmoe_jax.hf.check import compare_logits
 from flexmoe_jax.hf.configuration import Architecture, architecture_of, write_config

@@ -22,9 +22,9 @@ from collections.abc import Callable, Sequence
 
 import numpy as np
 
-from flexmoe_jax.artifacts.digest import write_bytes
 from flexmoe_jax.config import RunConfig
 from flexmoe_jax.errors import FlexMoEError
+from flexmoe_jax.files import write_bytes
 
 OF_TIME = ("time", "step_seconds", "tokens_per_second", "mfu", "peak_flops")  # what differs between equal runs
 

@@ -11,12 +11,12 @@ import pytest
 from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 
-from flexmoe_jax.artifacts.digest import list_files
 from flexmoe_jax.artifacts.manifest import read_manifest
 from flexmoe_jax.artifacts.model_dir import create_public_model, open_model, verify_model
 from flexmoe_jax.artifacts.package import load_package, verify_package, write_package
 from flexmoe_jax.compose.merge import merge
 from flexmoe_jax.errors import FlexMoEError
+from flexmoe_jax.files import list_files
 from tests.artifacts.tiny import CONFIG, TOKENIZER, make_expert, make_release, random_params, same_tree
 from tests.faults.hostile import ATTACKS, limits, places, reseal, snapshot
 

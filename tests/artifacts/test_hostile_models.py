@@ -14,34 +14,38 @@ from hypothesis import strategies as st
 
 from flexmoe_jax.artifacts.digest import json_bytes, seal
 from flexmoe_jax.artifacts.journal import FIRST, read_journal
-from flexmoe_jax.artifacts.model_dir import open_model
+from flexmoe_jax.artifacts.model_dir import open_model, verify_model
+from flexmoe_jax.artifacts.package import load_package, read_manifest, write_package
 from flexmoe_jax.cli.main import main
 from flexmoe_jax.compose.merge import merge
 from flexmoe_jax.compose.optout import opt_out
 from flexmoe_jax.errors import FlexMoEError
-from tests.artifacts.tiny import contents, make_expert, make_release
+from tests.artifacts.tiny import contents
 from tests.faults.hostile import reseal
 
 Attack = Callable[[pathlib.Path], object]
 
 
 @pytest.fixture(scope="module")
-def home(tmp_path_factory):
+def home(world, tmp_path_factory):
     """A folder of somebody who received `model` and `release`, with things of their own beside them."""
     root = tmp_path_factory.mktemp("home")
-    release = make_release(root / "release")
+    shutil.copytree(world / "public" / "run" / "model", root / "release")
     for name in ("code", "news"):
-        make_expert(root / name, name, release)
-    make_expert(root / "code2", "code", release, seed=2)
+        shutil.copytree(world / name / "run" / "package", root / name)
+    manifest, params = read_manifest(root / "code"), load_package(root / "code")
+    params["bias"] = params["bias"] - 1
+    write_package(root / "code2", owner="code", params=params, config=manifest.config, base=manifest.base, record={})
+    shutil.copy(world / "news" / "domain.json", root / "domain.json")
     merge(root / "release", [root / "code", root / "news"], root / "model")
     merge(root / "release", [root / "code", root / "news"], root / "before")
     opt_out(root / "before", "news", root / "other", certificate=root / "proof.json")
     shutil.rmtree(root / "before")
     shutil.rmtree(root / "other")
     assert main(["keygen", str(root / "key"), "--owner", "public"]) == 0
-    (root / "victim").mkdir()
+    shutil.copytree(world / "news" / "data", root / "victim")
     shutil.copytree(root / "news", root / "victim" / "package")
-    (root / "victim" / "notes.txt").write_text("mine")
+    shutil.copytree(world / "news" / "data", root / "proxies" / "news")
     (root / "victim.txt").write_text("mine")
     return root
 
@@ -66,7 +70,7 @@ VERBS = {
     "export-hf": ["export-hf", "model", "--out", "out/hf", "--no-logits", "--custom-code"],
     "generate": ["generate", "model", "--prompt", "a", "--max-new-tokens", "1"],
     "eval": ["eval", "model", "--data", "victim", "--seq-len", "8"],
-    "tune": ["tune", "model", "--proxies", "victim", "--public-data", "victim", "--out", "out/tuned"],
+    "tune": ["tune", "model", "--proxies", "proxies", "--public-data", "victim", "--out", "out/tuned", "--steps", "1"],
     "train": ["train", "--config=run.py"],
 }
 SLOW = ("export-hf", "generate", "eval", "tune", "train")
@@ -100,6 +104,7 @@ def strike(home: pathlib.Path, attacks: list[Attack], verb: str) -> str:
         root = pathlib.Path(folder) / "home"
         shutil.copytree(home, root, symlinks=True)
         (root / "run.py").write_text(RUN)
+        (root / "out").mkdir()
         attacked = "release" if "release" in VERBS[verb] else "model"
         for attack in attacks:
             attack(root / attacked)
@@ -118,6 +123,7 @@ def strike(home: pathlib.Path, attacks: list[Attack], verb: str) -> str:
             "proof.json",
             "hf",
             "tuned",
+            "run",
             ".proof.json.pending",
         }
         return "refused" if code else "done"
@@ -207,14 +213,68 @@ def resolved(make: Callable[..., Attack], name) -> Attack:
     return lambda model: make(str(model.parent / "victim") if name == "ABSOLUTE" else name)(model)
 
 
+def link(place: str, target: str = "victim.txt") -> Attack:
+    """A symbolic link in the model directory to something of the victim's; NEWS and CODE2 stand for digests.
+
+    What is in its place is moved into the victim's folder, so that the link leads to the right bytes.
+    """
+
+    def attack(model):
+        home = model.parent
+        path = model / _with_digests(place, home)
+        if not path.parent.is_dir():
+            return
+        if target == "SELF" and path.exists() and not path.is_symlink():
+            moved = home / "victim" / place.replace("/", "_")
+            path.rename(moved)
+            path.symlink_to(moved)
+        elif not os.path.lexists(path):
+            path.symlink_to(home / target)
+
+    return attack
+
+
+def _with_digests(place: str, home: pathlib.Path) -> str:
+    for name in ("news", "code", "code2"):
+        digest = json.loads((home / name / "manifest.json").read_text())["digest"]
+        place = place.replace(name.upper() + ".", digest[:12])
+    return place
+
+
+def hard_link(place: str) -> Attack:
+    """A hard link to a file of the victim's (an archive unpacked without care makes those)."""
+    return lambda model: os.path.lexists(model / place) or os.link(model.parent / "victim.txt", model / place)
+
+
+LINKED_FILES = (
+    ".model.json.partial", ".journal.jsonl.partial", ".tokenizer.json.partial", ".model.json.partial-00000000",
+    ".journal.jsonl.partial-0123abcd", "tokenizer_config.json", "news/signature.json", "news/.signature.json.partial",
+    "trunk/signature.json", "public/.signature.json.partial", "public/signature.json", "news/arrays/x", "extra",
+)  # fmt: skip
+LINKED_FOLDERS = (
+    ".news-NEWS.", ".code-CODE.", ".code-CODE2.", "..code-CODE2..partial-00000000", "law", ".trunk-000000000000",
+    "news/arrays/extra", ".model.partial-00000000", "extra",
+)  # fmt: skip
+MOVED = ("model.json", "journal.jsonl", "tokenizer.json", "trunk", "public", "news", "code", "news/arrays",
+         "news/manifest.json", "public/arrays/w_up", "trunk/arrays/embed/0.0")  # fmt: skip
+links = (
+    st.builds(link, st.sampled_from(LINKED_FILES))
+    | st.builds(link, st.sampled_from(LINKED_FOLDERS), st.sampled_from(("victim", "victim/package")))
+    | st.builds(link, st.sampled_from(MOVED), st.just("SELF"))
+    | st.builds(hard_link, st.sampled_from((".model.json.partial-00000000", "extra")))
+)
 named = st.builds(resolved, st.sampled_from((journal_names, model_names, tuned_with)), names)
-attacks = st.lists(named, min_size=1, max_size=2)
+attacks = st.lists(named | links, min_size=1, max_size=2)
 
 
-@settings(max_examples=150)
+@settings(max_examples=120)
 @given(attacks=attacks, verb=st.sampled_from(QUICK))
 @example(attacks=[resolved(journal_names, "ABSOLUTE")], verb="optout code")
 @example(attacks=[resolved(journal_names, "../victim")], verb="replace")
+@example(attacks=[link(".model.json.partial")], verb="optout")
+@example(attacks=[link(".journal.jsonl.partial")], verb="replace")
+@example(attacks=[link("trunk", "SELF")], verb="sign")
+@example(attacks=[link("public/.signature.json.partial")], verb="sign")
 def test_nothing_outside_a_hostile_model_directory_changes(home, attacks, verb):
     strike(home, attacks, verb)
 
@@ -223,6 +283,61 @@ def test_nothing_outside_a_hostile_model_directory_changes(home, attacks, verb):
 @pytest.mark.parametrize("verb", ["optout code", "replace", "verify", "inspect --journal"])
 def test_a_journal_that_names_what_is_no_expert_is_refused(home, verb, name):
     assert strike(home, [resolved(journal_names, name)], verb) == "refused"
+
+
+@pytest.mark.parametrize("verb", SLOW)
+@pytest.mark.parametrize("place", ["tokenizer.json", "news", "news/arrays", "journal.jsonl", "extra"])
+def test_commands_that_compute_leave_everything_outside_as_it_was(home, verb, place):
+    strike(home, [link(place, "SELF" if place != "extra" else "victim")], verb)
+
+
+@pytest.mark.parametrize("verb", ["optout", "optout code", "replace", "sign"])
+@pytest.mark.parametrize("attack", [link("extra"), link(".model.json.partial-00000000"), link("extra", "victim"),
+                                    lambda model: (model / "notes.txt").write_text("mine")])  # fmt: skip
+def test_a_change_in_place_refuses_entries_that_no_command_makes(home, verb, attack, capsys):
+    assert strike(home, [attack], verb) == "refused"
+    said = capsys.readouterr().err
+    assert "move it away" in said or "do not use this directory" in said
+
+
+def test_verify_says_what_to_do_about_each_entry(home, tmp_path):
+    model = shutil.copytree(home / "model", tmp_path / "model")
+    (model / ".model.json.partial-00000000").symlink_to(home / "victim.txt")
+    (model / ".journal.jsonl.partial-00000000").write_text("")
+    (model / "notes.txt").write_text("mine")
+    found = {f.subject: f.detail for f in verify_model(model) if not f.ok}
+    assert "do not use this directory" in found.pop(".model.json.partial-00000000")
+    assert "run it again" in found.pop(".journal.jsonl.partial-00000000")
+    assert "move it away" in found.pop("notes.txt")
+    assert found == {}
+
+
+@pytest.mark.parametrize("verb", VERBS)
+def test_the_same_commands_do_their_work_where_nothing_is_hostile(home, verb):
+    wants = "refused" if verb in ("sign model", "sign package", "verify, certificate") else "done"
+    assert strike(home, [lambda model: None], verb) == wants
+
+
+def test_a_certificate_in_a_folder_that_is_not_there_is_refused_and_nobody_leaves(home, tmp_path):
+    model = shutil.copytree(home / "model", tmp_path / "model")
+    with pytest.raises(FlexMoEError, match="No such file"):
+        opt_out(model, "news", certificate=tmp_path / "nowhere" / "proof.json")
+    assert contents(model, leave_out=()) == contents(home / "model", leave_out=())
+
+
+def test_what_an_interrupted_write_left_is_removed_by_the_next_change(home, tmp_path):
+    model = shutil.copytree(home / "model", tmp_path / "model")
+    (model / ".model.json.partial-00000000").write_text("")
+    opt_out(model, "news")
+    assert [p.name for p in model.iterdir() if p.name.startswith(".")] == []
+
+
+def test_a_link_named_like_a_partial_folder_blocks_nothing(home, tmp_path):
+    (tmp_path / "victim").mkdir()
+    (tmp_path / "victim" / "mine").write_text("")
+    (tmp_path / ".model.partial-00000000").symlink_to(tmp_path / "victim")
+    merge(home / "release", [home / "news"], tmp_path / "model")
+    assert (tmp_path / "victim" / "mine").exists()
 
 
 def test_what_the_journal_names_without_its_digest_is_not_erased(home, tmp_path):

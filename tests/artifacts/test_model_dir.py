@@ -181,8 +181,8 @@ def test_the_journal_is_a_chain(model):
 
 
 def test_two_writers_at_once_are_refused(model):
-    from flexmoe_jax.artifacts.files import lock_directory
     from flexmoe_jax.compose.optout import opt_out
+    from flexmoe_jax.files import lock_directory
 
     with lock_directory(model), pytest.raises(ArtifactError, match="in use by another process"):
         opt_out(model, "news")

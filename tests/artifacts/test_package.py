@@ -9,9 +9,10 @@ import numpy as np
 import pytest
 
 from flexmoe_jax import config as configs
-from flexmoe_jax.artifacts.digest import json_bytes, seal, sha256_array, sha256_file
+from flexmoe_jax.artifacts.digest import json_bytes, seal, sha256_array
 from flexmoe_jax.artifacts.package import load_package, read_manifest, verify_package, write_package
 from flexmoe_jax.errors import ArtifactError, FlexMoEError
+from flexmoe_jax.files import sha256_file
 from flexmoe_jax.tree import flatten, unflatten
 from tests.artifacts.tiny import CONFIG, contents, flip_bit, random_params, same_tree
 

@@ -10,9 +10,9 @@ import numpy as np
 import optax
 import pytest
 
-from flexmoe_jax.artifacts.digest import list_files
 from flexmoe_jax.artifacts.run import RunCheckpoints, verify_run
 from flexmoe_jax.errors import ArtifactError
+from flexmoe_jax.files import list_files
 from tests.artifacts.tiny import flip_bit, random_params
 
 OPTIMIZER = optax.chain(
@@ -242,7 +242,7 @@ def test_digests_that_cannot_be_written_are_a_failed_save(tmp_path, monkeypatch)
 
 
 def test_a_second_user_of_the_run_is_refused_by_name(tmp_path):
-    code = "import sys, pathlib\nfrom flexmoe_jax.artifacts.files import lock_directory\n"
+    code = "import sys, pathlib\nfrom flexmoe_jax.files import lock_directory\n"
     code += "with lock_directory(pathlib.Path(sys.argv[1]), '.lock'):\n  print('held', flush=True)\n  sys.stdin.read()"
     with subprocess.Popen(
         [sys.executable, "-c", code, str(tmp_path)], stdin=subprocess.PIPE, stdout=subprocess.PIPE, text=True

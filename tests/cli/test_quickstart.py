@@ -11,7 +11,7 @@ import numpy as np
 import pytest
 
 import flexmoe_jax as fm
-from flexmoe_jax.artifacts.digest import list_files, sha256_file
+from flexmoe_jax.files import list_files, sha256_file
 
 pytestmark = pytest.mark.torch
 OWNERS = ("code", "math", "news")

@@ -186,7 +186,7 @@ def test_a_merge_that_fails_while_copying_leaves_nothing(home, tmp_path, monkeyp
 
 
 def test_what_a_killed_merge_left_is_removed_by_the_next_and_what_a_living_one_writes_is_not(home, tmp_path):
-    from flexmoe_jax.artifacts.files import new_directory
+    from flexmoe_jax.files import new_directory
 
     left = tmp_path / ".model.partial-00000000"
     (left / "news").mkdir(parents=True)

@@ -19,8 +19,9 @@ import ml_dtypes
 import numpy as np
 
 from flexmoe_jax import config as configs
-from flexmoe_jax.artifacts.digest import digest_files, json_bytes, seal
+from flexmoe_jax.artifacts.digest import json_bytes, seal
 from flexmoe_jax.artifacts.manifest import MAX_HEADER_BYTES
+from flexmoe_jax.files import digest_files
 
 MANIFEST, TENSOR, HEADER = "manifest.json", "arrays/w_up/0.0.0", "arrays/w_up/.zarray"
 LIMIT_SECONDS, LIMIT_BYTES = 5, 500 << 20

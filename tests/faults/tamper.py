@@ -5,11 +5,11 @@ import random
 import shutil
 from collections.abc import Callable, Iterator
 
-from flexmoe_jax.artifacts.digest import list_files
 from flexmoe_jax.artifacts.model_dir import load_model, verify_model
 from flexmoe_jax.artifacts.package import load_package, verify_package
 from flexmoe_jax.artifacts.run import RunCheckpoints, verify_run
 from flexmoe_jax.errors import FlexMoEError
+from flexmoe_jax.files import list_files
 from tests.artifacts.tiny import flip_bit
 from tests.faults.kills import Fault
 

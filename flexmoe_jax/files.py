@@ -1,0 +1,230 @@
+"""Files and directories that appear whole or not at all, locks, and digests of files.
+
+Everything this package writes goes through here. A file or a directory is written under a random hidden name beside
+its place (`.NAME.partial-<8 hexadecimal digits>`), synced to the disk, and renamed: a reader, or a crash at any moment,
+sees the old content or the new, never a part. No link that somebody else put there is followed.
+"""
+
+import contextlib
+import errno
+import fcntl
+import hashlib
+import os
+import pathlib
+import re
+import secrets
+import shutil
+import stat
+from collections.abc import Callable, Iterator
+from typing import Any
+
+from flexmoe_jax.errors import ArtifactError
+
+CHUNK_BYTES = 1 << 20  # a multiple of every dtype's size
+_PARTIAL = re.compile(r"\.(.+)\.partial-[0-9a-f]{8}")
+
+
+def write_bytes(path: pathlib.Path, content: bytes) -> None:
+    """Writes the file `path`, durably and atomically; a link or a file in its place is replaced, not followed."""
+    path = pathlib.Path(path)
+    partial = _partial_name(path.name)
+    with _opened(path.parent) as folder:
+        try:
+            flags = os.O_WRONLY | os.O_CREAT | os.O_EXCL | os.O_NOFOLLOW
+            with open(os.open(partial, flags, 0o666, dir_fd=folder), "wb") as file:
+                file.write(content)
+                file.flush()
+                os.fsync(file.fileno())
+            os.replace(partial, path.name, src_dir_fd=folder, dst_dir_fd=folder)
+        except BaseException:
+            with contextlib.suppress(FileNotFoundError):
+                os.unlink(partial, dir_fd=folder)
+            raise
+        _sync(folder)
+
+
+def partial_of(name: str) -> str | None:
+    """The file or directory that an entry called `name` was to become, where an interrupted write left it."""
+    match = _PARTIAL.fullmatch(name)
+    return match and match[1]
+
+
+def remove_partial_files(folder: pathlib.Path) -> None:
+    """Deletes what interrupted writes of files left in `folder`. Hold a lock: a living process may be writing."""
+    with _opened(folder) as descriptor:
+        for entry in os.scandir(folder):
+            if partial_of(entry.name) and entry.is_file(follow_symlinks=False):
+                os.unlink(entry.name, dir_fd=descriptor)
+
+
+@contextlib.contextmanager
+def new_directory(target: pathlib.Path) -> Iterator[pathlib.Path]:
+    """Yields an empty directory beside `target` that becomes `target` by one rename when the block ends well.
+
+    Everything in it is on the disk before the rename. When the block raises, nothing is left; what a killed process
+    left for the same `target` is removed. An existing `target` and a failing write are ArtifactErrors.
+    """
+    target = pathlib.Path(target)
+    if os.path.lexists(target):
+        raise ArtifactError(f"{target} already exists", "give another path, or remove it first")
+    partial = target.with_name(_partial_name(target.name))
+    try:
+        target.parent.mkdir(parents=True, exist_ok=True)
+        _remove_partial_directories(target)
+        partial.mkdir()
+        with lock_directory(partial):
+            yield partial
+            _sync_tree(partial)
+            os.rename(partial, target)
+            sync_directory(target.parent)
+    except OSError as error:
+        raise ArtifactError(f"{target} could not be written: {error}", "check free space and permissions") from error
+    finally:
+        shutil.rmtree(partial, ignore_errors=True)
+
+
+def copy_file(
+    source: pathlib.Path,
+    target: pathlib.Path,
+    sha256: str,
+    link: bool = False,
+    check: Callable[[bytes], None] = lambda chunk: None,
+) -> None:
+    """Copies (or hard-links) one regular file whose bytes have `sha256`; parent directories are made.
+
+    `check` sees every chunk, and may raise. Memory: one chunk.
+    """
+    target.parent.mkdir(parents=True, exist_ok=True)
+    if link:
+        os.link(source, target, follow_symlinks=False)
+        found = sha256_file(target, check)
+    else:
+        with open(target, "xb") as writer:
+            found = sha256_file(source, check, writer.write)
+    if found != sha256:
+        raise ArtifactError(f"{source} has sha256 {found}, its manifest says {sha256}", "fetch it again")
+
+
+def remove_directory(path: pathlib.Path) -> None:
+    """Deletes the directory `path` and everything in it, durably; a missing one is fine, a link is refused.
+
+    Only what lies directly in `path.parent`, opened once, is deleted: no link leads elsewhere.
+    """
+    if path.name in ("", "..") or path.parent == path:
+        raise ArtifactError(f"{path} names no directory inside another", "give its own name")
+    with _opened(path.parent) as parent:
+        try:
+            shutil.rmtree(path.name, dir_fd=parent)
+            _sync(parent)
+        except FileNotFoundError:
+            pass
+        except OSError as error:
+            raise ArtifactError(f"{path} cannot be deleted: {error}", "look at it, and delete it yourself") from error
+
+
+@contextlib.contextmanager
+def lock_directory(path: pathlib.Path, file_name: str | None = None) -> Iterator[None]:
+    """Holds the directory `path` exclusively; one that another process holds is refused by name.
+
+    The lock is on the directory itself, or on `file_name` inside it, where the holder's process id is written.
+    """
+    try:
+        if file_name is None:
+            descriptor = os.open(path, os.O_RDONLY | os.O_DIRECTORY)
+        else:
+            descriptor = os.open(path / file_name, os.O_RDWR | os.O_CREAT | os.O_NOFOLLOW, 0o644)
+    except OSError as error:
+        raise ArtifactError(f"{path} cannot be used: {error.strerror}", "give a directory you may write to") from error
+    try:
+        try:
+            fcntl.flock(descriptor, fcntl.LOCK_EX | fcntl.LOCK_NB)
+        except BlockingIOError as error:
+            holder = os.pread(descriptor, 64, 0).decode(errors="replace").strip() if file_name else ""
+            who = f"process {holder}" if holder else "another process"
+            raise ArtifactError(f"{path} is in use by {who}", "wait until it ends, or stop it") from error
+        if file_name is not None:
+            os.ftruncate(descriptor, 0)
+            os.pwrite(descriptor, f"{os.getpid()}\n".encode(), 0)
+        yield
+    finally:
+        os.close(descriptor)
+
+
+def sync_directory(path: pathlib.Path) -> None:
+    """Makes renames and deletions inside the directory `path` durable."""
+    with _opened(path) as descriptor:
+        _sync(descriptor)
+
+
+def list_files(folder: pathlib.Path) -> tuple[dict[str, int], list[str]]:
+    """({relative path: size} of the regular files under `folder`, relative paths of everything else).
+
+    Everything else: links, devices, sockets, and directories that hold nothing. Links are not followed.
+    """
+    files: dict[str, int] = {}
+    others: list[str] = []
+    for parent, subfolders, names in os.walk(folder):
+        for name in sorted((*subfolders, *names)):
+            path = pathlib.Path(parent, name)
+            relative, status = path.relative_to(folder).as_posix(), path.lstat()
+            if stat.S_ISREG(status.st_mode):
+                files[relative] = status.st_size
+            elif not stat.S_ISDIR(status.st_mode) or not any(path.iterdir()):
+                others.append(relative)
+    return dict(sorted(files.items())), sorted(others)
+
+
+def sha256_file(path: pathlib.Path, *consumers: Callable[[bytes], Any]) -> str:
+    """sha256 (hex) of a regular file, read as a stream; every `consumers` gets each chunk. Links are not followed."""
+    hasher = hashlib.sha256()
+    with open(os.open(path, os.O_RDONLY | os.O_NOFOLLOW | os.O_NONBLOCK), "rb") as file:
+        while chunk := file.read(CHUNK_BYTES):
+            hasher.update(chunk)
+            for consume in consumers:
+                consume(chunk)
+    return hasher.hexdigest()
+
+
+def digest_files(folder: pathlib.Path) -> dict[str, dict[str, Any]]:
+    """{relative path: {"size", "sha256"}} of every regular file under `folder`."""
+    return {name: {"size": size, "sha256": sha256_file(folder / name)} for name, size in list_files(folder)[0].items()}
+
+
+def _partial_name(name: str) -> str:
+    return f".{name}.partial-{secrets.token_hex(4)}"
+
+
+def _remove_partial_directories(target: pathlib.Path) -> None:
+    """Deletes what killed processes left of `target`; what is a link, in use, or somebody else's stays."""
+    for entry in os.scandir(target.parent):
+        if partial_of(entry.name) == target.name and entry.is_dir(follow_symlinks=False):
+            with contextlib.suppress(ArtifactError), lock_directory(pathlib.Path(entry.path)):  # a living one is locked
+                remove_directory(pathlib.Path(entry.path))
+
+
+@contextlib.contextmanager
+def _opened(folder: pathlib.Path) -> Iterator[int]:
+    descriptor = os.open(folder, os.O_RDONLY | os.O_DIRECTORY)
+    try:
+        yield descriptor
+    finally:
+        os.close(descriptor)
+
+
+def _sync(descriptor: int) -> None:
+    try:
+        os.fsync(descriptor)
+    except OSError as error:
+        if error.errno not in (errno.EINVAL, errno.ENOTSUP):  # some network file systems have no fsync of directories
+            raise
+
+
+def _sync_tree(folder: pathlib.Path) -> None:
+    for parent, _, names in os.walk(folder):
+        for name in names:
+            descriptor = os.open(os.path.join(parent, name), os.O_RDONLY)
+            try:
+                os.fsync(descriptor)
+            finally:
+                os.close(descriptor)
+        sync_directory(pathlib.Path(parent))
