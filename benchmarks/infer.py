@@ -5,8 +5,8 @@ import torch
 
 from benchmarks.harness import Row, copy, interleaved, require_close
 from flexmoe_jax.config import ModelConfig
-from flexmoe_jax.infer.generate import generate
-from flexmoe_jax.model.spec import count_parameters
+from flexmoe_jax.model.generate import generate
+from flexmoe_jax.params import count_parameters
 from flexmoe_jax.tree import TRUNK, stack
 from tests.model import hf_oracle
 

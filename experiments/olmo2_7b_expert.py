@@ -10,7 +10,7 @@ sequences of 4096, about 4.19 M tokens a step, learning rate 9e-4 with 2000 warm
 import pathlib
 import runpy
 
-from flexmoe_jax.cli.configs import run_config
+from flexmoe_jax.experiment import run_config
 
 MODEL = runpy.run_path(str(pathlib.Path(__file__).with_name("olmo2_7b_public.py")))["MODEL"]
 

@@ -7,7 +7,7 @@ run in the owner's folder, which holds `data/` (train.jsonl), `release/` (the pu
 amount of the owner's own text can teach it (README, "What the router learns").
 """
 
-from flexmoe_jax.cli.configs import run_config
+from flexmoe_jax.experiment import run_config
 
 
 def get_config(arg: str = ""):

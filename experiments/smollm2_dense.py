@@ -5,7 +5,7 @@
         --config.freeze='trunk/.*'
 """
 
-from flexmoe_jax.cli.configs import run_config
+from flexmoe_jax.experiment import run_config
 
 ROOT = "runs/smollm2"
 

@@ -5,7 +5,7 @@ those of `make smollm2`.
     flexmoe train --config=experiments/smollm2_expert.py:math
 """
 
-from flexmoe_jax.cli.configs import run_config
+from flexmoe_jax.experiment import run_config
 
 ROOT = "runs/smollm2"
 

@@ -17,8 +17,7 @@ from flexmoe_jax.errors import DataError
 from flexmoe_jax.evaluate.lm import LM
 from flexmoe_jax.evaluate.perplexity import Score, score
 from flexmoe_jax.evaluate.routing import TokenRouting, route_text
-from flexmoe_jax.infer.generate import stream
-from flexmoe_jax.infer.sampling import Sampling
+from flexmoe_jax.model.generate import Sampling, stream
 from flexmoe_jax.model.transformer import forward
 from flexmoe_jax.parallel.specs import place
 from flexmoe_jax.parallel.stacked import stack_weights

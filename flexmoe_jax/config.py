@@ -4,8 +4,6 @@ Plain Python: nothing here imports JAX, so that the command line can check a con
 """
 
 import dataclasses
-import hashlib
-import json
 import re
 import types
 import typing
@@ -206,30 +204,6 @@ def from_mapping(cls, values: Mapping, where: str = "config"):
 def to_mapping(config) -> dict:
     """The inverse of `from_mapping`: plain nested dictionaries of JSON values."""
     return dataclasses.asdict(config)
-
-
-def digest(value) -> str:
-    """sha256 (hex) of the canonical JSON form of `value`: sorted keys, no spaces."""
-    if dataclasses.is_dataclass(value) and not isinstance(value, type):
-        value = to_mapping(value)
-    return hashlib.sha256(canonical_json(value)).hexdigest()
-
-
-def canonical_json(value) -> bytes:
-    """The one byte form of a JSON value that digests and signatures are taken over."""
-    return json.dumps(value, sort_keys=True, separators=(",", ":"), ensure_ascii=False, allow_nan=False).encode()
-
-
-def differences(ours: Mapping, theirs: Mapping, prefix: str = "") -> list[str]:
-    """Lines `key: ours != theirs` for every leaf where two nested mappings differ."""
-    lines = []
-    for key in sorted({*ours, *theirs}):
-        a, b = ours.get(key), theirs.get(key)
-        if isinstance(a, Mapping) and isinstance(b, Mapping):
-            lines += differences(a, b, f"{prefix}{key}.")
-        elif a != b:
-            lines.append(f"{prefix}{key}: {a!r} != {b!r}")
-    return lines
 
 
 def _convert(hint, value, where: str):

@@ -4,6 +4,8 @@ Every message says what is wrong, with the values that disagree, and what to do 
 message without a traceback and exits with code 1; anything outside this family is a bug and keeps its traceback.
 """
 
+import dataclasses
+
 
 class FlexMoEError(ValueError):
     """Something the caller can mend: `what` is wrong (with both values), and the `remedy`."""
@@ -29,6 +31,21 @@ class ArtifactError(FlexMoEError):
 
 class MachineError(FlexMoEError):
     """Machines, their devices, and how processes were started on them."""
+
+
+@dataclasses.dataclass(frozen=True)
+class Check:
+    """The result of one check: what was checked, whether it passed, what was found, and what to do about it."""
+
+    subject: str
+    ok: bool
+    detail: str
+    remedy: str = ""
+
+    @property
+    def level(self) -> str:
+        """ "ok", "bad" for a check that failed, "warn" for one that passed and still has a remedy."""
+        return "bad" if not self.ok else "warn" if self.remedy else "ok"
 
 
 def did_you_mean(name: str, known) -> str:

@@ -190,6 +190,11 @@ def digest_files(folder: pathlib.Path) -> dict[str, dict[str, Any]]:
     return {name: {"size": size, "sha256": sha256_file(folder / name)} for name, size in list_files(folder)[0].items()}
 
 
+def default_cache() -> pathlib.Path:
+    """Where downloads and built mixes are kept: $FLEXMOE_CACHE, else ~/.cache/flexmoe."""
+    return pathlib.Path(os.environ.get("FLEXMOE_CACHE") or pathlib.Path.home() / ".cache" / "flexmoe")
+
+
 def _partial_name(name: str) -> str:
     return f".{name}.partial-{secrets.token_hex(4)}"
 

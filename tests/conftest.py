@@ -18,8 +18,8 @@ import pytest
 from hypothesis import settings
 
 from flexmoe_jax.config import ModelConfig
-from flexmoe_jax.model.spec import model_spec
 from flexmoe_jax.model.transformer import forward
+from flexmoe_jax.params import model_spec
 from flexmoe_jax.tree import PUBLIC, Params, unflatten
 
 # The same examples on every run (a red test is a change of the code); no deadline, since the first example compiles.

@@ -10,8 +10,7 @@ import flexmoe_jax as fm
 from flexmoe_jax import tree
 from flexmoe_jax.compose.merge import merge
 from flexmoe_jax.errors import FlexMoEError
-from flexmoe_jax.infer.generate import generate
-from flexmoe_jax.infer.sampling import GREEDY, Sampling, sample
+from flexmoe_jax.model.generate import GREEDY, Sampling, generate, sample
 from tests.train.tiny import WORDS
 
 TOKENS = np.arange(40).reshape(2, 20) + 97

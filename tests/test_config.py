@@ -7,16 +7,8 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from flexmoe_jax.config import (
-    ModelConfig,
-    OptimizerConfig,
-    RunConfig,
-    canonical_json,
-    differences,
-    digest,
-    from_mapping,
-    to_mapping,
-)
+from flexmoe_jax.artifacts.sealed import canonical_json, differences, digest
+from flexmoe_jax.config import ModelConfig, OptimizerConfig, RunConfig, from_mapping, to_mapping
 from flexmoe_jax.errors import ConfigError
 from tests.conftest import TINY
 

@@ -8,9 +8,9 @@ import pytest
 
 from flexmoe_jax.cli.configs import parse_config, parse_run
 from flexmoe_jax.config import ModelConfig, RunConfig
-from flexmoe_jax.data.flexmix import DOMAINS
-from flexmoe_jax.model.spec import count_parameters
+from flexmoe_jax.flexmix.build import DOMAINS
 from flexmoe_jax.model.transformer import init_params
+from flexmoe_jax.params import count_parameters
 from flexmoe_jax.study.config import ABLATIONS, StudyConfig
 from flexmoe_jax.train.optimizer import make_optimizer
 from flexmoe_jax.train.state import create_state

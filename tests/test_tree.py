@@ -8,8 +8,8 @@ from hypothesis import strategies as st
 
 from flexmoe_jax import tree
 from flexmoe_jax.errors import ArtifactError, FlexMoEError
-from flexmoe_jax.model.spec import count_parameters, model_spec, owner_spec
 from flexmoe_jax.model.transformer import init_params
+from flexmoe_jax.params import count_parameters, model_spec, owner_spec
 from tests.conftest import TINY, random_params
 
 RESERVED = (

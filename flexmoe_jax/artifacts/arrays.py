@@ -10,7 +10,7 @@ from collections.abc import Mapping
 import ml_dtypes
 import numpy as np
 
-from flexmoe_jax.artifacts.digest import parse_json, read_bytes
+from flexmoe_jax.artifacts.sealed import parse_json, read_bytes
 from flexmoe_jax.errors import ArtifactError
 from flexmoe_jax.tree import unflatten
 

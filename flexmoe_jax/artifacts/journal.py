@@ -12,7 +12,7 @@ import pathlib
 from collections.abc import Mapping
 from typing import Any
 
-from flexmoe_jax.artifacts.digest import (
+from flexmoe_jax.artifacts.sealed import (
     MAX_TEXT_BYTES,
     check_fields,
     check_seal,

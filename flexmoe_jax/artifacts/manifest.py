@@ -7,11 +7,12 @@ from collections.abc import Mapping
 from typing import Any
 
 from flexmoe_jax import config as configs
+from flexmoe_jax.artifacts import sealed
 from flexmoe_jax.artifacts.arrays import ITEM_BYTES, MAX_HEADER_BYTES, METADATA_FILE, header_file, tensor_file
-from flexmoe_jax.artifacts.digest import MAX_JSON_BYTES, check_fields, check_format, is_sha256, read_sealed
+from flexmoe_jax.artifacts.sealed import MAX_JSON_BYTES, check_fields, check_format, is_sha256, read_sealed
 from flexmoe_jax.config import ModelConfig
 from flexmoe_jax.errors import ArtifactError, FlexMoEError
-from flexmoe_jax.model.spec import owner_spec
+from flexmoe_jax.params import owner_spec
 from flexmoe_jax.tree import PUBLIC, TRUNK, ExpertName, check_owner_name, expert_name
 
 FORMAT = "flexmoe-package-1"
@@ -79,7 +80,7 @@ def read_manifest(path: pathlib.Path | str, owner: str | None = None) -> Manifes
     tensors = {name: _read_tensor(name, value, where) for name, value in fields["tensors"].items()}
     files = {name: _read_file(name, value, where) for name, value in fields["files"].items()}
     _check_tuned(fields["record"].get("tuned", {}), where)
-    for name, value in (("config_digest", configs.digest(config)), ("content", configs.digest(fields["tensors"]))):
+    for name, value in (("config_digest", sealed.digest(config)), ("content", sealed.digest(fields["tensors"]))):
         if fields[name] != value:
             raise ArtifactError(f"{where}: {name} is {fields[name]}, what it states has {value}", FETCH_AGAIN)
     check_shapes(fields["owner"], {name: t.shape for name, t in tensors.items()}, config)

@@ -22,8 +22,20 @@ from collections.abc import Callable, Iterable, Iterator, Mapping
 from typing import Any, TypeVar
 
 from flexmoe_jax import config as configs
-from flexmoe_jax.artifacts.digest import (
+from flexmoe_jax.artifacts import sealed
+from flexmoe_jax.artifacts.journal import FILE as JOURNAL
+from flexmoe_jax.artifacts.journal import append_entry, read_journal
+from flexmoe_jax.artifacts.package import (
+    Manifest,
+    copy_package,
+    load_package,
+    read_manifest,
+    verify_package,
+    write_package,
+)
+from flexmoe_jax.artifacts.sealed import (
     MAX_TEXT_BYTES,
+    canonical_json,
     check_fields,
     check_format,
     is_sha256,
@@ -33,21 +45,10 @@ from flexmoe_jax.artifacts.digest import (
     seal,
     write_json,
 )
-from flexmoe_jax.artifacts.journal import FILE as JOURNAL
-from flexmoe_jax.artifacts.journal import append_entry, read_journal
-from flexmoe_jax.artifacts.package import (
-    Finding,
-    Manifest,
-    copy_package,
-    load_package,
-    read_manifest,
-    verify_package,
-    write_package,
-)
 from flexmoe_jax.artifacts.signature import FILE as SIGNATURE
 from flexmoe_jax.artifacts.signature import Trust, write_signature
-from flexmoe_jax.config import ModelConfig, canonical_json
-from flexmoe_jax.errors import ArtifactError, FlexMoEError
+from flexmoe_jax.config import ModelConfig
+from flexmoe_jax.errors import ArtifactError, Check, FlexMoEError
 from flexmoe_jax.files import (
     lock_directory,
     new_directory,
@@ -219,9 +220,9 @@ def changing(path: pathlib.Path) -> Iterator[None]:
     followed or deleted. Deletes what interrupted writes of files left.
     """
     with lock_directory(path):
-        for finding in _strange_entries(path):
-            if finding.detail != _INTERRUPTED:
-                raise ArtifactError(f"{path / finding.subject}: {finding.detail}", "then run the command again")
+        for check in _strange_entries(path):
+            if check.detail != _INTERRUPTED:
+                raise ArtifactError(f"{path / check.subject}: {check.detail}", "then run the command again")
         remove_partial_files(path)
         yield
 
@@ -269,8 +270,8 @@ def load_params(model: ModelDir, experts: Iterable[str] | None = None, *, mapped
     )
 
 
-def verify_model(path: pathlib.Path | str, *, quick: bool = False, trust: Trust | None = None) -> list[Finding]:
-    """Findings on every part of a model directory: digests, what is left over, the journal. Damage is never raised.
+def verify_model(path: pathlib.Path | str, *, quick: bool = False, trust: Trust | None = None) -> list[Check]:
+    """Checks of every part of a model directory: digests, what is left over, the journal. Damage is never raised.
 
     `quick` reads no contents of arrays; `trust` holds the keys of signatures: see `verify_package`.
     """
@@ -278,14 +279,14 @@ def verify_model(path: pathlib.Path | str, *, quick: bool = False, trust: Trust 
     try:
         model = open_model(path)
     except FlexMoEError as error:
-        return [Finding("model", False, error.what)]
-    findings = [Finding("model.json", True, model.digest)]
-    findings += [Finding(name, True, digest) for name, digest in model.tokenizer.items()]
+        return [Check("model", False, error.what)]
+    checks = [Check("model.json", True, model.digest)]
+    checks += [Check(name, True, digest) for name, digest in model.tokenizer.items()]
     for name in model.manifests:
         rows = verify_package(model.package(name), name, quick=quick, trust=trust)
-        findings += [dataclasses.replace(row, subject=f"{name}/{row.subject}") for row in rows]
-    findings.append(_check_journal(model))
-    return findings + _strange_entries(path)
+        checks += [dataclasses.replace(row, subject=f"{name}/{row.subject}") for row in rows]
+    checks.append(_check_journal(model))
+    return checks + _strange_entries(path)
 
 
 def locate_package(path: pathlib.Path, name: str, digest: str) -> pathlib.Path:
@@ -345,7 +346,7 @@ def _open(path: pathlib.Path) -> ModelDir:
             what = f"{path}: the package {name!r} has the manifest digest {found}, model.json names {digest}"
             raise ArtifactError(what, NOT_ALTERED)
     _check_tokenizer(path, fields["tokenizer"])
-    if lines := configs.differences(find_signatures(path, manifests), fields["signatures"]):
+    if lines := sealed.differences(find_signatures(path, manifests), fields["signatures"]):
         raise ArtifactError(f"{path}: signatures found != those of model.json: {'; '.join(lines)}", NOT_ALTERED)
     model = ModelDir(path, config, manifests, fields["tokenizer"], fields["top_k"], fields["digest"])
     for name, manifest in manifests.items():
@@ -364,7 +365,7 @@ def check_belongs(manifest: Manifest, model: ModelDir, where) -> None:
                 f"{manifest.owner!r} ({where}) was trained with the {part} {theirs}, this model's is {ours[name]}",
                 f"train {manifest.owner!r} beside this public model, or use the public model it was trained beside",
             )
-    lines = configs.differences(configs.to_mapping(manifest.config), configs.to_mapping(model.config))
+    lines = sealed.differences(configs.to_mapping(manifest.config), configs.to_mapping(model.config))
     if lines:
         raise ArtifactError(
             f"{manifest.owner!r} ({where}) has another configuration than this model: {'; '.join(lines)}",
@@ -405,19 +406,19 @@ def _read_tokenizer(tokenizer: pathlib.Path | str | bytes) -> dict[str, bytes]:
     return files
 
 
-def _check_journal(model: ModelDir) -> Finding:
+def _check_journal(model: ModelDir) -> Check:
     try:
         entries = read_journal(model.path)
     except ArtifactError as error:
-        return Finding(JOURNAL, False, error.what)
+        return Check(JOURNAL, False, error.what)
     if entries[-1].model != model.digest:
         detail = f"records {entries[-1].model}, model.json has {model.digest}: run the interrupted command again"
-        return Finding(JOURNAL, False, detail)
-    return Finding(JOURNAL, True, f"{len(entries)} entries")
+        return Check(JOURNAL, False, detail)
+    return Check(JOURNAL, True, f"{len(entries)} entries")
 
 
-def _strange_entries(path: pathlib.Path) -> list[Finding]:
-    """Findings on entries of the model directory `path` that are no part of the model that model.json names."""
+def _strange_entries(path: pathlib.Path) -> list[Check]:
+    """Checks of entries of the model directory `path` that are no part of the model that model.json names."""
     fields, digests = _read_model_json(path)
     files, folders = {"model.json", JOURNAL, *fields["tokenizer"]}, {*digests}
     staged = {locate_package(path, name, digest).name for name, digest in digests.items()}
@@ -425,7 +426,7 @@ def _strange_entries(path: pathlib.Path) -> list[Finding]:
         left = {*read_journal(path)[-1].experts} - folders
     except ArtifactError:  # `_check_journal` and the change itself say so
         left = set()
-    findings = []
+    checks = []
     for entry in sorted(os.scandir(path), key=lambda entry: entry.name):
         target, detail = partial_of(entry.name) or entry.name, ""
         staging = re.fullmatch(r"\.(.+)-[0-9a-f]{12}", target)
@@ -440,5 +441,5 @@ def _strange_entries(path: pathlib.Path) -> list[Finding]:
             detail = _UNKNOWN
         elif target != entry.name:
             detail = _INTERRUPTED
-        findings += [Finding(entry.name, False, detail)] if detail else []
-    return findings
+        checks += [Check(entry.name, False, detail)] if detail else []
+    return checks

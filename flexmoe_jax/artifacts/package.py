@@ -11,7 +11,6 @@ files has hashed the tensors, and Orbax is not needed to read them. Nothing depe
 parameters and records give the same bytes.
 """
 
-import dataclasses
 import functools
 import json
 import math
@@ -23,6 +22,7 @@ from typing import Any
 import numpy as np
 
 from flexmoe_jax import config as configs
+from flexmoe_jax.artifacts import sealed
 from flexmoe_jax.artifacts.arrays import (
     ITEM_BYTES,
     METADATA_FILE,
@@ -35,7 +35,6 @@ from flexmoe_jax.artifacts.arrays import (
     save_arrays,
     tensor_file,
 )
-from flexmoe_jax.artifacts.digest import read_bytes, sha256_array, write_sealed
 from flexmoe_jax.artifacts.manifest import (
     FETCH_AGAIN,
     FORMAT,
@@ -46,35 +45,13 @@ from flexmoe_jax.artifacts.manifest import (
     check_shapes,
     read_manifest,
 )
+from flexmoe_jax.artifacts.sealed import read_bytes, sha256_array, write_sealed
 from flexmoe_jax.artifacts.signature import FILE as SIGNATURE
 from flexmoe_jax.artifacts.signature import Trust, check_signature
 from flexmoe_jax.config import ModelConfig
-from flexmoe_jax.errors import ArtifactError, FlexMoEError
+from flexmoe_jax.errors import ArtifactError, Check, FlexMoEError
 from flexmoe_jax.files import copy_file, digest_files, list_files, new_directory, sha256_file
 from flexmoe_jax.tree import Params, flatten, unflatten
-
-__all__ = [
-    "Finding",
-    "Manifest",
-    "check_files",
-    "check_own_files",
-    "content_digest",
-    "copy_package",
-    "load_package",
-    "raise_problems",
-    "read_manifest",
-    "verify_package",
-    "write_package",
-]
-
-
-@dataclasses.dataclass(frozen=True)
-class Finding:
-    """One row of a verification report."""
-
-    subject: str
-    ok: bool
-    detail: str
 
 
 def write_package(
@@ -105,10 +82,10 @@ def write_package(
             "format": FORMAT,
             "owner": owner,
             "config": configs.to_mapping(config),
-            "config_digest": configs.digest(config),
+            "config_digest": sealed.digest(config),
             "tensors": table,
             "files": digest_files(folder),
-            "content": configs.digest(table),
+            "content": sealed.digest(table),
             "base": dict(base),
             "record": record,
         }
@@ -120,7 +97,7 @@ def write_package(
 def content_digest(params: Params) -> str:
     """The identity of an owner's parameters: `content` of the manifest that `write_package` gives them."""
     arrays = {path: np.ascontiguousarray(leaf) for path, leaf in flatten(params).items()}
-    return configs.digest(_to_json(_tensor_records(arrays)))
+    return sealed.digest(_to_json(_tensor_records(arrays)))
 
 
 def load_package(
@@ -152,8 +129,8 @@ def load_package(
 
 def verify_package(
     path: pathlib.Path | str, owner: str | None = None, *, quick: bool = False, trust: Trust | None = None
-) -> list[Finding]:
-    """One finding for the manifest, the signature, every file and every tensor; damage is reported, never raised.
+) -> list[Check]:
+    """One check for the manifest, the signature, every file and every tensor; damage is reported, never raised.
 
     `quick` reads the manifest and the headers of arrays alone: names, kinds and sizes, no contents. `trust` are the
     keys by which a signature must be; without it, one that is there must be valid.
@@ -162,19 +139,19 @@ def verify_package(
     try:
         manifest = read_manifest(path, owner)
     except FlexMoEError as error:
-        return [Finding("manifest.json", False, error.what)]
-    first = [Finding("manifest.json", True, manifest.digest)]
+        return [Check("manifest.json", False, error.what)]
+    first = [Check("manifest.json", True, manifest.digest)]
     try:
         line = check_signature(path, manifest.owner, manifest.digest, trust)
-        first += [Finding(SIGNATURE, True, line)] if line else []
+        first += [Check(SIGNATURE, True, line)] if line else []
     except ArtifactError as error:
-        first.append(Finding(SIGNATURE, False, error.what))
-    findings = check_files(path, manifest)
-    if quick or not all(f.ok for f in findings):
-        return [*first, *findings]
+        first.append(Check(SIGNATURE, False, error.what))
+    checks = check_files(path, manifest)
+    if quick or not all(f.ok for f in checks):
+        return [*first, *checks]
     tensors = {tensor_file(name, t.shape): (name, t) for name, t in manifest.tensors.items()}
     bad: dict[str, int] = dict.fromkeys(manifest.tensors, 0)
-    findings = []
+    checks = []
     for file, record in manifest.files.items():
         name, tensor = tensors.get(file, ("", None))
 
@@ -182,37 +159,35 @@ def verify_package(
             if tensor is not None:
                 bad[name] += not_finite(chunk, tensor.dtype)
 
-        findings.append(_compare(file, _hash(path / file, count), record.sha256))
-    if all(f.ok for f in findings):  # else the files say it already: a tensor's bytes are its file's
+        checks.append(_compare(file, _hash(path / file, count), record.sha256))
+    if all(f.ok for f in checks):  # else the files say it already: a tensor's bytes are its file's
         for name, t in manifest.tensors.items():
             wrong = f": {bad[name]} values are not finite" if bad[name] else ""
-            findings.append(Finding(name, not wrong, f"{t.dtype}{list(t.shape)} {t.sha256}{wrong}"))
-    return [*first, *findings]
+            checks.append(Check(name, not wrong, f"{t.dtype}{list(t.shape)} {t.sha256}{wrong}"))
+    return [*first, *checks]
 
 
-def check_files(path: pathlib.Path, manifest: Manifest) -> list[Finding]:
-    """Findings on a package's files without reading them: none missing, none more, kinds, sizes, array headers."""
+def check_files(path: pathlib.Path, manifest: Manifest) -> list[Check]:
+    """Checks of a package's files without reading them: none missing, none more, kinds, sizes, array headers."""
     found, others = list_files(path)
     for name in ("manifest.json", SIGNATURE):  # have digests of their own
         found.pop(name, None)
-    findings = [Finding(name, False, "a link, an empty directory or a special file") for name in others]
-    findings += [
-        Finding(n, False, "the manifest does not name this file") for n in sorted({*found} - {*manifest.files})
-    ]
+    checks = [Check(name, False, "a link, an empty directory or a special file") for name in others]
+    checks += [Check(n, False, "the manifest does not name this file") for n in sorted({*found} - {*manifest.files})]
     for name, file in manifest.files.items():
         if name not in found:
-            findings.append(Finding(name, False, "missing"))
+            checks.append(Check(name, False, "missing"))
         elif found[name] != file.size:
-            findings.append(Finding(name, False, f"has {found[name]} bytes, the manifest says {file.size}"))
+            checks.append(Check(name, False, f"has {found[name]} bytes, the manifest says {file.size}"))
         elif _is_sparse(path / name):
-            findings.append(Finding(name, False, f"has {file.size} bytes of which next to nothing is on the disk"))
+            checks.append(Check(name, False, f"has {file.size} bytes of which next to nothing is on the disk"))
         else:
-            findings.append(Finding(name, True, f"{file.size} bytes"))
-    if all(f.ok for f in findings):
+            checks.append(Check(name, True, f"{file.size} bytes"))
+    if all(f.ok for f in checks):
         headers = {header_file(n): header_problem(path, n, t.shape, t.dtype) for n, t in manifest.tensors.items()}
         headers[METADATA_FILE] = metadata_problem(path)
-        findings += [Finding(name, False, problem) for name, problem in headers.items() if problem]
-    return findings
+        checks += [Check(name, False, problem) for name, problem in headers.items() if problem]
+    return checks
 
 
 def check_own_files(path: pathlib.Path) -> None:
@@ -242,9 +217,9 @@ def copy_package(source: pathlib.Path, target: pathlib.Path, manifest: Manifest,
         raise ArtifactError(f"{source} changed while it was copied", "try again when nothing writes to it")
 
 
-def raise_problems(path: pathlib.Path, findings: list[Finding]) -> None:
-    """An ArtifactError that names every finding that is not ok, if there is one."""
-    problems = [f"{f.subject}: {f.detail}" for f in findings if not f.ok]
+def raise_problems(path: pathlib.Path, checks: list[Check]) -> None:
+    """An ArtifactError that names every check that is not ok, if there is one."""
+    problems = [f"{f.subject}: {f.detail}" for f in checks if not f.ok]
     if problems:
         raise ArtifactError(f"{path} is damaged:\n    " + "\n    ".join(problems), FETCH_AGAIN)
 
@@ -274,7 +249,7 @@ def _raise_not_finite(owner: str, arrays: Mapping[str, np.ndarray]) -> None:
 
 def _plain_record(owner: str, record: Mapping[str, Any]) -> dict:
     try:
-        return json.loads(configs.canonical_json(dict(record)))
+        return json.loads(sealed.canonical_json(dict(record)))
     except (TypeError, ValueError) as error:
         raise ArtifactError(f"the record of {owner!r} is not JSON: {error}", "give plain JSON values") from error
 
@@ -294,9 +269,9 @@ def _hash(path: pathlib.Path, *consumers) -> str:
         return f"none, it cannot be read ({error.strerror})"
 
 
-def _compare(name: str, found: str, expected: str) -> Finding:
+def _compare(name: str, found: str, expected: str) -> Check:
     ok = found == expected
-    return Finding(name, ok, expected if ok else f"has sha256 {found}, the manifest says {expected}")
+    return Check(name, ok, expected if ok else f"has sha256 {found}, the manifest says {expected}")
 
 
 def _check_chunk(source: pathlib.Path, name: str, dtype: str, chunk: bytes) -> None:

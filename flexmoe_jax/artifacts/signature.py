@@ -15,7 +15,9 @@ import os
 import pathlib
 import stat
 
-from flexmoe_jax.artifacts.digest import (
+from flexmoe_jax.artifacts.manifest import check_owner, read_manifest
+from flexmoe_jax.artifacts.sealed import (
+    canonical_json,
     check_fields,
     check_format,
     is_sha256,
@@ -24,8 +26,6 @@ from flexmoe_jax.artifacts.digest import (
     read_bytes,
     write_json,
 )
-from flexmoe_jax.artifacts.manifest import check_owner, read_manifest
-from flexmoe_jax.config import canonical_json
 from flexmoe_jax.errors import ArtifactError
 from flexmoe_jax.files import sync_directory, write_bytes
 from flexmoe_jax.tree import PUBLIC, TRUNK

@@ -1,32 +1,11 @@
 """ConfigDicts at the edge: experiment files with command-line overrides, turned into frozen configurations."""
 
-import dataclasses
-import pathlib
-import runpy
-
 from absl import flags
-from ml_collections import ConfigDict, config_dict, config_flags
+from ml_collections import config_flags
 
-from flexmoe_jax.config import ModelConfig, RunConfig, from_mapping
+from flexmoe_jax.config import RunConfig, from_mapping
 from flexmoe_jax.errors import ConfigError, did_you_mean
-
-
-def run_config(*, model: ModelConfig | None = None, **values) -> ConfigDict:
-    """A ConfigDict with every key of `RunConfig`, for experiment files; required keys may wait for the command line."""
-    config = ConfigDict()
-    for field in dataclasses.fields(RunConfig):
-        if field.default is dataclasses.MISSING:
-            config[field.name] = config_dict.placeholder(int if field.type is int else str)
-        elif dataclasses.is_dataclass(field.default) and not isinstance(field.default, type):
-            config[field.name] = ConfigDict(dataclasses.asdict(field.default))
-        else:
-            config[field.name] = field.default
-    if model is not None:
-        config.model = ConfigDict(dataclasses.asdict(model))
-    optimizer = values.pop("optimizer", {})
-    config.update(values)
-    config.optimizer.update(optimizer)
-    return config
+from flexmoe_jax.experiment import load_experiment
 
 
 def parse_run(argv: list[str], verb: str) -> RunConfig:
@@ -46,7 +25,7 @@ def parse_mapping(argv: list[str], verb: str) -> dict:
         raise ConfigError(
             f"{len(files)} --config options were given", f"flexmoe {verb} --config=experiments/FILE.py[:ARG]"
         )
-    config = _load(files[0])
+    config = load_experiment(files[0])
     values = flags.FlagValues()
     overrides = [f"flexmoe {verb}", *(a for a in argv if not a.startswith("--config="))]
     known = [f"config.{key}" for key in _keys(config.to_dict())]
@@ -60,18 +39,6 @@ def parse_mapping(argv: list[str], verb: str) -> dict:
         raise ConfigError(f"in {files[0]} or its overrides: {error}", "correct the value") from error
     # A key left at None is one the experiment leaves to the command line.
     return {key: value for key, value in config.to_dict().items() if value is not None}
-
-
-def _load(spec: str) -> ConfigDict:
-    """`FILE[:ARG]` -> the file's `get_config(ARG)`."""
-    name, _, arg = spec.partition(":")
-    path = pathlib.Path(name)
-    if not path.is_file():
-        raise ConfigError(f"the configuration file {name} does not exist", "give the path of an experiment file")
-    module = runpy.run_path(str(path))
-    if "get_config" not in module:
-        raise ConfigError(f"{name} has no get_config", "an experiment file defines get_config(arg) -> ConfigDict")
-    return module["get_config"](arg)
 
 
 def _keys(mapping: dict, prefix: str = "") -> list[str]:

@@ -1,6 +1,7 @@
 """`flexmoe data build|info|tokenize` and `flexmoe embed`."""
 
 import argparse
+import dataclasses
 import pathlib
 
 from flexmoe_jax.cli.common import add_json, emit, names, parser, table
@@ -39,7 +40,7 @@ def embed(argv: list[str]) -> int:
     p.add_argument("--count", type=int, default=1000, help="documents in the sample")
     p.add_argument("--seed", type=int, default=0)
     args = p.parse_args(argv)
-    from flexmoe_jax.data.domains import DEFAULT_ENCODER, domain_vector
+    from flexmoe_jax.data.embedding import DEFAULT_ENCODER, domain_vector
     from flexmoe_jax.data.sources import read_documents
 
     vector = domain_vector(
@@ -53,7 +54,7 @@ def embed(argv: list[str]) -> int:
 
 
 def _build(args: argparse.Namespace) -> int:
-    from flexmoe_jax.data.flexmix import DOMAINS, build
+    from flexmoe_jax.flexmix.build import DOMAINS, build
 
     mix = build(
         args.out,
@@ -67,18 +68,18 @@ def _build(args: argparse.Namespace) -> int:
 
 def _info(args: argparse.Namespace) -> int:
     """Exit code 1 when a check fails."""
-    from flexmoe_jax.data.acceptance import check
-    from flexmoe_jax.data.domains import embed_documents
-    from flexmoe_jax.data.flexmix import read_mix
+    from flexmoe_jax.data.embedding import embed_documents
     from flexmoe_jax.data.tokenizer import load_tokenizer
+    from flexmoe_jax.flexmix.build import read_mix
+    from flexmoe_jax.flexmix.checks import check
 
     mix = read_mix(args.mix)
     encoder = None if args.no_encoder else embed_documents
     checks = check(args.mix, load_tokenizer(args.tokenizer).encode, encoder)
     lines = [*_mix_lines(mix), ""]
-    lines += [f"{'pass' if c.passed else 'FAIL'}  {c.name}: {c.measured} (required: {c.required})" for c in checks]
-    emit({"mix": mix, "checks": [c._asdict() for c in checks]}, lines, args.json)
-    failed = [c.name for c in checks if not c.passed]
+    lines += [f"{'pass' if c.ok else 'FAIL'}  {c.subject}: {c.detail}" for c in checks]
+    emit({"mix": mix, "checks": [dataclasses.asdict(c) for c in checks]}, lines, args.json)
+    failed = [c.subject for c in checks if not c.ok]
     if failed:
         raise DataError(f"{args.mix} fails: {', '.join(failed)}", "build it again, or choose other shares")
     return 0

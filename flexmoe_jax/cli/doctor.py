@@ -4,10 +4,10 @@ import dataclasses
 import os
 
 from flexmoe_jax.cli.common import add_json, emit, parser
-from flexmoe_jax.cli.findings import BAD, OK, Finding, findings
-from flexmoe_jax.cli.machine import Facts, gather
-from flexmoe_jax.cli.rollcall import Roll, call, place_of
-from flexmoe_jax.errors import MachineError
+from flexmoe_jax.doctor.checks import check_machine
+from flexmoe_jax.doctor.facts import Facts, gather
+from flexmoe_jax.doctor.rendezvous import Roll, call, place_of
+from flexmoe_jax.errors import Check, MachineError
 
 GIB = 2**30
 _TEXT = """Looks at this machine: devices, versions, memory, environment, and the usual mistakes, each with a remedy.
@@ -24,21 +24,22 @@ def doctor(argv: list[str]) -> int:
     place = place_of(os.environ)
     facts = gather()
     roll = call(place, _about(facts, place.count)) if place else None
-    found = findings(facts, roll)
+    found = check_machine(facts, roll)
     emit(report(facts, found, roll), lines(facts, found, roll), args.json)
-    bad = [finding.about for finding in found if finding.level == BAD]
+    bad = [check.subject for check in found if not check.ok]
     if bad:
         raise MachineError(f"{len(bad)} of {len(found)} checks are bad: {', '.join(bad)}", "the remedies stand above")
     return 0
 
 
-def report(facts: Facts, found: list[Finding], roll: Roll | None) -> dict:
+def report(facts: Facts, found: list[Check], roll: Roll | None) -> dict:
     """Everything, for programs."""
-    result: dict = {"facts": dataclasses.asdict(facts), "findings": [dataclasses.asdict(one) for one in found]}
+    checks = [{"level": check.level, **dataclasses.asdict(check)} for check in found]
+    result: dict = {"facts": dataclasses.asdict(facts), "checks": checks}
     return result | {"processes": None if roll is None else dataclasses.asdict(roll)}
 
 
-def lines(facts: Facts, found: list[Finding], roll: Roll | None) -> list[str]:
+def lines(facts: Facts, found: list[Check], roll: Roll | None) -> list[str]:
     """Everything, for people."""
     versions = ", ".join(f"{name} {version}" for name, version in facts.versions.items())
     shown = [f"{facts.host}: {facts.system}, {facts.cores} of {facts.machine_cores} cores", f"  {versions}"]
@@ -55,10 +56,10 @@ def lines(facts: Facts, found: list[Finding], roll: Roll | None) -> list[str]:
     shown += [f"  {name}={value}" for name, value in facts.environment.items()]
     for number, about in roll.seen if roll else ():
         shown.append(f"  process {number}: {', '.join(f'{key} {value}' for key, value in about.items())}")
-    for finding in found:
-        shown.append(f"{finding.level:4}  {finding.about}: {finding.what}")
-        if finding.level != OK:
-            shown.append(f"      remedy: {finding.remedy}")
+    for check in found:
+        shown.append(f"{check.level:4}  {check.subject}: {check.detail}")
+        if check.remedy:
+            shown.append(f"      remedy: {check.remedy}")
     return shown
 
 

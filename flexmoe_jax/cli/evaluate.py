@@ -3,7 +3,8 @@
 import pathlib
 
 from flexmoe_jax.cli.common import add_json, emit, names, parser, table
-from flexmoe_jax.errors import ConfigError, DataError
+from flexmoe_jax.errors import ConfigError
+from flexmoe_jax.evaluate.perplexity import describe, heldout_texts
 
 
 def eval(argv: list[str]) -> int:
@@ -163,32 +164,3 @@ def _list_suites(as_json: bool) -> int:
     lines = ["  ".join(cell.ljust(width) for cell, width in zip(row, widths, strict=True)) for row in (header, *rows)]
     emit({"groups": [dict(zip(header, row, strict=True)) for row in rows]}, lines, as_json)
     return 0
-
-
-def heldout_texts(folder: pathlib.Path, max_bytes: int, split: str = "heldout") -> list[str]:
-    """The first documents of a folder's split, at most `max_bytes` of text but at least one document."""
-    from flexmoe_jax.data.sources import read_documents
-
-    texts: list[str] = []
-    size = 0
-    for document in read_documents(folder, split):
-        size += len(document.text.encode())
-        if texts and size > max_bytes:
-            break
-        texts.append(document.text)
-    if not texts:
-        raise DataError(f"{folder} has no document of the split {split!r}", "give a folder with held-out documents")
-    return texts
-
-
-def describe(experts: tuple[str, ...], score) -> dict:
-    """A Score as JSON values."""
-    layers = [dict(zip(experts, map(float, row), strict=True)) for row in score.share_LE]
-    return {
-        "bits_per_byte": score.bits_per_byte,
-        "documents": len(score.nats_D),
-        "bytes": int(score.bytes_D.sum()),
-        "tokens": score.tokens,
-        "share": dict(zip(experts, map(float, score.share_LE.mean(0)), strict=True)),
-        "layers": layers,
-    }

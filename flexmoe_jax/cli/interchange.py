@@ -129,7 +129,7 @@ def _add_common(p: argparse.ArgumentParser) -> None:
 
 
 def _import(args, source, order, keep) -> int:
-    from flexmoe_jax.data.domains import DomainVector
+    from flexmoe_jax.data.embedding import DomainVector
     from flexmoe_jax.hf.load import import_model
 
     model = import_model(
@@ -154,7 +154,7 @@ def _cost_of_zero_bias(path: str, chosen: list[str] | None, folder: pathlib.Path
     import numpy as np
 
     from flexmoe_jax import load
-    from flexmoe_jax.cli.evaluate import heldout_texts
+    from flexmoe_jax.evaluate.perplexity import heldout_texts
 
     model = load(path)
     model = model if chosen is None else model.select(chosen)

@@ -32,7 +32,7 @@ VERBS = {
     "export-hf": ("interchange", "write a checkpoint that transformers loads"),
     "eval": ("evaluate", "held-out bits per byte, the paper's task suites, lm-evaluation-harness"),
     "reproduce": ("reproduce", "the paper's comparison: baselines, ablations, seeds and intervals"),
-    "report": ("report", "a study as one HTML page"),
+    "report": ("reproduce", "a study as one HTML page"),
     "generate": ("generate", "continue a prompt"),
     "plan": ("plan", "what a run would take on chips that are not here, and whether it fits"),
     "doctor": ("doctor", "devices, versions, memory and processes of this machine, and the usual mistakes"),
@@ -81,7 +81,7 @@ def _together(verb: str, arguments: list[str]) -> bool:
 
 def _leads(verb: str) -> bool:
     """Whether this process does alone what is not for many; it then forgets that there are others."""
-    from flexmoe_jax.cli.rollcall import place_of
+    from flexmoe_jax.doctor.rendezvous import place_of
 
     place = place_of(os.environ)
     if place is None:
@@ -99,7 +99,7 @@ def use_compilation_cache() -> None:
     A folder for each kind of processor: a program compiled for one may not run on another that shares the disk. Only
     programs are kept, never data. Takes effect on the import of JAX; whoever sets JAX's own variables decides instead.
     """
-    from flexmoe_jax.data.wheels import default_cache
+    from flexmoe_jax.files import default_cache
 
     folder = default_cache() / "compiled" / _processor()
     os.environ.setdefault("JAX_COMPILATION_CACHE_DIR", str(folder))

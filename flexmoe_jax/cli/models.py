@@ -122,27 +122,27 @@ def verify(argv: list[str]) -> int:
 
     path = pathlib.Path(args.path)
     if _is_model(path):
-        findings = verify_model(path, quick=args.quick, trust=trust)
+        checks = verify_model(path, quick=args.quick, trust=trust)
         if args.certificate:
             from flexmoe_jax.compose.certificate import verify_certificate
 
-            findings += verify_certificate(args.certificate, path)
+            checks += verify_certificate(args.certificate, path)
     elif args.certificate:
         raise ArtifactError(f"{path} is no model directory", "a certificate is about a model: give its directory")
     elif (path / "checkpoints").is_dir():
-        from flexmoe_jax.artifacts.run import verify_run
+        from flexmoe_jax.artifacts.checkpoints import verify_run
 
-        findings = verify_run(path, quick=args.quick)
+        checks = verify_run(path, quick=args.quick)
     else:
-        findings = verify_package(path, quick=args.quick, trust=trust)
-    bad = [finding for finding in findings if not finding.ok]
-    lines = [f"{'ok ' if f.ok else 'BAD'}  {f.subject}  {f.detail}" for f in findings]
-    rows = [{"subject": f.subject, "ok": f.ok, "detail": f.detail} for f in findings]
-    emit({"path": args.path, "ok": not bad, "findings": rows}, lines, args.json)
+        checks = verify_package(path, quick=args.quick, trust=trust)
+    bad = [check for check in checks if not check.ok]
+    lines = [f"{'ok ' if f.ok else 'BAD'}  {f.subject}  {f.detail}" for f in checks]
+    rows = [{"subject": f.subject, "ok": f.ok, "detail": f.detail} for f in checks]
+    emit({"path": args.path, "ok": not bad, "checks": rows}, lines, args.json)
     if bad:
         named = "; ".join(f"{f.subject}: {f.detail}" for f in bad[:3])
         raise ArtifactError(
-            f"{len(bad)} of {len(findings)} checks of {path} failed: {named}", "restore it from its source"
+            f"{len(bad)} of {len(checks)} checks of {path} failed: {named}", "restore it from its source"
         )
     return 0
 

@@ -71,7 +71,7 @@ def _work(args: argparse.Namespace, argv: list[str]):
 
 
 def _smallest(work, as_json: bool) -> int:
-    from flexmoe_jax.plan.chips import CHIPS
+    from flexmoe_jax.parallel.chips import CHIPS
     from flexmoe_jax.plan.search import smallest
 
     found = {name: smallest(work, chip) for name, chip in CHIPS.items()}
@@ -82,8 +82,8 @@ def _smallest(work, as_json: bool) -> int:
 
 
 def _plan(work, args: argparse.Namespace) -> int:
+    from flexmoe_jax.parallel.chips import parse_topology
     from flexmoe_jax.parallel.mesh import check_mesh
-    from flexmoe_jax.plan.chips import parse_topology
     from flexmoe_jax.plan.costs import estimate
     from flexmoe_jax.plan.search import Choice, choices
 
@@ -177,7 +177,7 @@ def _spec(spec) -> list:
 def _lines(choice) -> list[str]:
     from flexmoe_jax.plan.costs import ATTAINABLE, activations, tokens_of
     from flexmoe_jax.plan.work import params_shapes
-    from flexmoe_jax.train.state import freezing_table
+    from flexmoe_jax.train.freezing import freezing_table
 
     work, costs, run = choice.work, choice.costs, choice.work.run
     shown = []

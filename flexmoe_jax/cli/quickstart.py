@@ -11,10 +11,10 @@ import subprocess
 import sys
 import time
 
-from flexmoe_jax.artifacts.digest import write_json
+from flexmoe_jax.artifacts.sealed import write_json
 from flexmoe_jax.cli.common import parser, table
-from flexmoe_jax.cli.evaluate import describe, heldout_texts
 from flexmoe_jax.errors import ArtifactError, FlexMoEError
+from flexmoe_jax.evaluate.perplexity import describe, heldout_texts
 
 OWNERS = ("code", "math", "news")
 LEAVER = "news"

@@ -1,10 +1,12 @@
 """`flexmoe reproduce`: the paper's comparison of merging methods, its ablations, with seeds and intervals."""
 
 import argparse
+import pathlib
 import sys
 
-from flexmoe_jax.cli.common import table
+from flexmoe_jax.cli.common import parser, table
 from flexmoe_jax.cli.configs import parse_config
+from flexmoe_jax.errors import ArtifactError
 
 _HELP = """usage: flexmoe reproduce --config=experiments/reproduction.py:small [--config.KEY=VALUE ...]
            [--vary=KEY=VALUE,VALUE,...]
@@ -28,8 +30,8 @@ def reproduce(argv: list[str]) -> int:
         print(_HELP)
         return 0 if argv else 2
     from flexmoe_jax.study.config import StudyConfig
-    from flexmoe_jax.study.results import reproduce as run
-    from flexmoe_jax.study.results import vary
+    from flexmoe_jax.study.reproduce import reproduce as run
+    from flexmoe_jax.study.reproduce import vary
 
     p = argparse.ArgumentParser(prog="flexmoe reproduce", add_help=False, allow_abbrev=False)
     p.add_argument("--vary")
@@ -41,6 +43,25 @@ def reproduce(argv: list[str]) -> int:
         print("\n".join(varied_lines(key, vary(config, key, values.split(","), report))))
     else:
         print("\n".join(lines(run(config, report))))
+    return 0
+
+
+def report(argv: list[str]) -> int:
+    """Writes the page; it opens offline, on a phone as well, in light and dark."""
+    p = parser("report", "One self-contained page about a study.", "flexmoe report runs/reproduction-small")
+    p.add_argument("run", help="the folder of a finished `flexmoe reproduce`, or its results.json")
+    p.add_argument("--out", help="the page; RUN/report.html by default")
+    args = p.parse_args(argv)
+    from flexmoe_jax.study.page import read_study, render
+
+    run = pathlib.Path(args.run)
+    out = pathlib.Path(args.out) if args.out else (run if run.is_dir() else run.parent) / "report.html"
+    page = render(*read_study(run))
+    try:
+        out.write_text(page, encoding="utf-8")
+    except OSError as error:
+        raise ArtifactError(f"{out} cannot be written: {error}", "give a file in a folder that exists") from error
+    print(out)
     return 0
 
 
@@ -63,7 +84,7 @@ def lines(results: dict) -> list[str]:
 
 def varied_lines(key: str, results: dict[str, dict]) -> list[str]:
     """A row for each value: mean bits per byte of what matters, and the public expert's share of public text."""
-    from flexmoe_jax.study.plan import METHOD
+    from flexmoe_jax.study.train import METHOD
 
     shown, rows = ("public", METHOD, "uniform mixing", "oracle expert, frozen trunk", "oracle dense expert"), []
     for value, result in results.items():

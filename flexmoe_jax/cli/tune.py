@@ -18,7 +18,7 @@ def classify(argv: list[str]) -> int:
     p.add_argument("--count", type=int, default=1000, help="documents of either kind in the sample")
     p.add_argument("--seed", type=int, default=0)
     args = p.parse_args(argv)
-    from flexmoe_jax.data.domains import DEFAULT_ENCODER
+    from flexmoe_jax.data.embedding import DEFAULT_ENCODER
     from flexmoe_jax.data.proxies import train_classifier
     from flexmoe_jax.data.sources import read_documents
 
@@ -46,7 +46,7 @@ def proxies(argv: list[str]) -> int:
     p.add_argument("--seed", type=int, default=0)
     p.add_argument("--out", required=True, help="folder for one new folder per owner")
     args = p.parse_args(argv)
-    from flexmoe_jax.data.domains import DEFAULT_ENCODER
+    from flexmoe_jax.data.embedding import DEFAULT_ENCODER
     from flexmoe_jax.data.proxies import Classifier, find_proxies
     from flexmoe_jax.data.sources import read_documents
 

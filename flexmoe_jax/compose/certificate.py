@@ -11,12 +11,12 @@ from collections.abc import Iterable, Iterator, Mapping
 
 import numpy as np
 
-from flexmoe_jax.artifacts.digest import check_fields, check_format, read_sealed, seal, write_json
 from flexmoe_jax.artifacts.journal import FILE as JOURNAL
 from flexmoe_jax.artifacts.model_dir import ModelDir, find_signatures, open_model, seal_model
-from flexmoe_jax.artifacts.package import Finding, check_files, load_package, raise_problems
+from flexmoe_jax.artifacts.package import check_files, load_package, raise_problems
+from flexmoe_jax.artifacts.sealed import check_fields, check_format, read_sealed, seal, write_json
 from flexmoe_jax.artifacts.signature import FILE as SIGNATURE
-from flexmoe_jax.errors import ArtifactError, FlexMoEError
+from flexmoe_jax.errors import ArtifactError, Check, FlexMoEError
 from flexmoe_jax.files import CHUNK_BYTES, list_files, sha256_file, sync_directory
 from flexmoe_jax.tree import PUBLIC, TRUNK, check_owner_name, expert_name, flatten
 
@@ -113,13 +113,13 @@ def read_certificate(path: pathlib.Path | str) -> dict:
     return fields
 
 
-def verify_certificate(path: pathlib.Path | str, model: pathlib.Path | str) -> list[Finding]:
-    """Findings on the certificate at `path` and the model directory it is said to be about."""
+def verify_certificate(path: pathlib.Path | str, model: pathlib.Path | str) -> list[Check]:
+    """Checks of the certificate at `path` and the model directory it is said to be about."""
     try:
         fields = read_certificate(path)
         opened = open_model(model)
     except FlexMoEError as error:
-        return [Finding("certificate", False, error.what)]
+        return [Check("certificate", False, error.what)]
     removed, remaining = fields["removed"], {n: m.digest for n, m in opened.manifests.items()}
     same = f"the model is {opened.digest}, the certificate's {fields['model']}"
     gone = removed["name"] not in opened.manifests and not os.path.lexists(opened.path / removed["name"])
@@ -130,12 +130,12 @@ def verify_certificate(path: pathlib.Path | str, model: pathlib.Path | str) -> l
     left = [f"{file} is {removed['name']}/{tensors[sha256]}" for file, sha256 in found.items() if sha256 in tensors]
     shared, label = fields["scan"]["found"], f"{fields['label']} {fields['reason']}".strip()
     return [
-        Finding("certificate", True, f"{removed['name']} ({removed['manifest']}) was removed: {label}"),
-        Finding("certificate: model", opened.digest == fields["model"], same),
-        Finding("certificate: remaining", remaining == fields["remaining"], f"{', '.join(remaining)}"),
-        Finding("certificate: removed", gone, f"{removed['name']} is {'not' if gone else 'still'} there"),
-        Finding("certificate: tensors", not left, "; ".join(left) or "no removed tensor is in any file"),
-        Finding("certificate: scan", not shared, "; ".join(map(str, shared)) or "no bytes in common when removed"),
+        Check("certificate", True, f"{removed['name']} ({removed['manifest']}) was removed: {label}"),
+        Check("certificate: model", opened.digest == fields["model"], same),
+        Check("certificate: remaining", remaining == fields["remaining"], f"{', '.join(remaining)}"),
+        Check("certificate: removed", gone, f"{removed['name']} is {'not' if gone else 'still'} there"),
+        Check("certificate: tensors", not left, "; ".join(left) or "no removed tensor is in any file"),
+        Check("certificate: scan", not shared, "; ".join(map(str, shared)) or "no bytes in common when removed"),
     ]
 
 

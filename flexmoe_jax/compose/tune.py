@@ -12,11 +12,11 @@ import pathlib
 from collections.abc import Mapping
 from typing import Any
 
-from flexmoe_jax.artifacts.digest import parse_json, read_bytes, write_json
 from flexmoe_jax.artifacts.manifest import Manifest
 from flexmoe_jax.artifacts.model_dir import ModelDir, assemble, open_model
 from flexmoe_jax.artifacts.package import load_package, read_manifest, write_package
-from flexmoe_jax.config import OptimizerConfig, RunConfig, differences
+from flexmoe_jax.artifacts.sealed import differences, parse_json, read_bytes, write_json
+from flexmoe_jax.config import OptimizerConfig, RunConfig
 from flexmoe_jax.data.sources import blend, content_digest
 from flexmoe_jax.errors import ArtifactError, DataError
 from flexmoe_jax.train.loop import train

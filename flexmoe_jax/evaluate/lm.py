@@ -15,7 +15,7 @@ import numpy as np
 from flexmoe_jax.config import ModelConfig
 from flexmoe_jax.data.tokenizer import Tokenizer
 from flexmoe_jax.errors import DataError
-from flexmoe_jax.infer.generate import stream
+from flexmoe_jax.model.generate import stream
 from flexmoe_jax.model.transformer import head, hidden_states
 from flexmoe_jax.progress import track
 from flexmoe_jax.tree import Params

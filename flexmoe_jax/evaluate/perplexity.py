@@ -4,6 +4,7 @@ import contextlib
 import dataclasses
 import functools
 import math
+import pathlib
 
 import jax
 import numpy as np
@@ -84,6 +85,35 @@ def score(
     bytes_D = np.array([len(text.encode()) for text in texts])
     joined = [np.concatenate(rows) for rows in token_nats]
     return Score(joined, bytes_D, share_LE / sum(map(len, joined)))
+
+
+def heldout_texts(folder: pathlib.Path, max_bytes: int, split: str = "heldout") -> list[str]:
+    """The first documents of a folder's split, at most `max_bytes` of text but at least one document."""
+    from flexmoe_jax.data.sources import read_documents
+
+    texts: list[str] = []
+    size = 0
+    for document in read_documents(folder, split):
+        size += len(document.text.encode())
+        if texts and size > max_bytes:
+            break
+        texts.append(document.text)
+    if not texts:
+        raise DataError(f"{folder} has no document of the split {split!r}", "give a folder with held-out documents")
+    return texts
+
+
+def describe(experts: tuple[str, ...], score) -> dict:
+    """A Score as JSON values."""
+    layers = [dict(zip(experts, map(float, row), strict=True)) for row in score.share_LE]
+    return {
+        "bits_per_byte": score.bits_per_byte,
+        "documents": len(score.nats_D),
+        "bytes": int(score.bytes_D.sum()),
+        "tokens": score.tokens,
+        "share": dict(zip(experts, map(float, score.share_LE.mean(0)), strict=True)),
+        "layers": layers,
+    }
 
 
 @functools.partial(jax.jit, static_argnums=(0, 1, 2, 3))

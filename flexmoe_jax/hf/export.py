@@ -13,9 +13,9 @@ from typing import Any
 import numpy as np
 
 from flexmoe_jax.artifacts.arrays import tensor_file
-from flexmoe_jax.artifacts.digest import read_bytes
 from flexmoe_jax.artifacts.model_dir import TOKENIZER, TOKENIZER_CONFIG, ModelDir
 from flexmoe_jax.artifacts.package import check_files, raise_problems
+from flexmoe_jax.artifacts.sealed import read_bytes
 from flexmoe_jax.data.tokenizer import load_tokenizer
 from flexmoe_jax.errors import ArtifactError
 from flexmoe_jax.files import new_directory, write_bytes

@@ -14,18 +14,19 @@ from typing import Any
 import numpy as np
 
 from flexmoe_jax import config as configs
-from flexmoe_jax.artifacts.digest import parse_json, sha256_array
+from flexmoe_jax.artifacts import sealed
 from flexmoe_jax.artifacts.manifest import Manifest, TensorRecord
 from flexmoe_jax.artifacts.model_dir import TOKENIZER, ModelDir, assemble, create_public_model
 from flexmoe_jax.artifacts.package import content_digest, read_manifest, write_package
-from flexmoe_jax.config import ModelConfig, canonical_json
-from flexmoe_jax.data.domains import DomainVector, projection_record, router_row
+from flexmoe_jax.artifacts.sealed import canonical_json, parse_json, sha256_array
+from flexmoe_jax.config import ModelConfig
+from flexmoe_jax.data.embedding import DomainVector, projection_record, router_row
 from flexmoe_jax.data.tokenizer import load_tokenizer
 from flexmoe_jax.errors import ArtifactError
 from flexmoe_jax.hf.configuration import PROVENANCE
 from flexmoe_jax.hf.mapping import Slot, check_tensors, slots
 from flexmoe_jax.hf.source import Source
-from flexmoe_jax.model.spec import owner_spec
+from flexmoe_jax.params import owner_spec
 from flexmoe_jax.tree import PUBLIC, TRUNK, Params, check_known, check_owner_name, flatten, unflatten
 
 ROUTER_SCALE = 0.1  # norm of a new router row, as `RunConfig.router_scale` has it
@@ -148,7 +149,7 @@ def import_expert(
     order = expert_names(source, named or ((PUBLIC, expert) if source.config.experts == 2 else None))
     check_known([expert], order)
     check_owner_name(expert)
-    lines = configs.differences(configs.to_mapping(source.config.model), configs.to_mapping(public.config))
+    lines = sealed.differences(configs.to_mapping(source.config.model), configs.to_mapping(public.config))
     if lines:
         raise ArtifactError(
             f"{source.where} has another configuration than {public.path}: {'; '.join(lines)}",

@@ -9,7 +9,7 @@ import numpy as np
 from flexmoe_jax.config import ModelConfig
 from flexmoe_jax.errors import ArtifactError
 from flexmoe_jax.hf.configuration import Architecture
-from flexmoe_jax.model.spec import owner_spec
+from flexmoe_jax.params import owner_spec
 from flexmoe_jax.tree import TRUNK
 
 _ATTENTION = {f"self_attn.{n}_proj": f"blocks/w_{n}" for n in "qkvo"}

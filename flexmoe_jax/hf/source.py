@@ -4,8 +4,8 @@ import dataclasses
 import pathlib
 from typing import Any
 
-from flexmoe_jax.artifacts.digest import parse_json, read_bytes
 from flexmoe_jax.artifacts.model_dir import TOKENIZER, TOKENIZER_CONFIG
+from flexmoe_jax.artifacts.sealed import parse_json, read_bytes
 from flexmoe_jax.hf.configuration import Read, read_config
 from flexmoe_jax.hf.tensors import Tensor, read_checkpoint
 

@@ -15,7 +15,7 @@ from collections.abc import Callable, Mapping
 import ml_dtypes  # noqa: F401 - makes numpy know bfloat16
 import numpy as np
 
-from flexmoe_jax.artifacts.digest import parse_json, read_bytes
+from flexmoe_jax.artifacts.sealed import parse_json, read_bytes
 from flexmoe_jax.errors import ArtifactError
 from flexmoe_jax.files import write_bytes
 

@@ -3,7 +3,7 @@
 from collections.abc import Mapping
 
 from flexmoe_jax.config import ModelConfig
-from flexmoe_jax.model.spec import count_parameters
+from flexmoe_jax.params import count_parameters
 from flexmoe_jax.tree import TRUNK
 
 

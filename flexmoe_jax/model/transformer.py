@@ -19,9 +19,9 @@ from flexmoe_jax.model.expert_parallel import sparse_on_mesh
 from flexmoe_jax.model.experts import DISPATCH, FFN_WEIGHTS
 from flexmoe_jax.model.norm import rms_norm
 from flexmoe_jax.model.rope import rope_table
-from flexmoe_jax.model.spec import LeafSpec, owner_spec
 from flexmoe_jax.parallel.mesh import current_mesh, split_batch
 from flexmoe_jax.parallel.stacked import STACKED, with_stacked_rows
+from flexmoe_jax.params import LeafSpec, owner_spec
 from flexmoe_jax.tree import PUBLIC, TRUNK, Params, canonical_order, is_stacked
 
 

@@ -8,8 +8,8 @@ from typing import Any
 import jax
 
 from flexmoe_jax.errors import MachineError
+from flexmoe_jax.parallel.chips import Topology
 from flexmoe_jax.parallel.mesh import make_mesh
-from flexmoe_jax.plan.chips import Topology
 from flexmoe_jax.plan.hlo import collectives
 from flexmoe_jax.plan.work import Work, lower
 

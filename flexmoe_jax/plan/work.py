@@ -16,13 +16,12 @@ from jax.sharding import Mesh, NamedSharding
 from jax.sharding import PartitionSpec as P
 
 from flexmoe_jax.config import ModelConfig, RunConfig
-from flexmoe_jax.infer.generate import decode, prefill
-from flexmoe_jax.infer.sampling import GREEDY
 from flexmoe_jax.model.cache import init_cache
-from flexmoe_jax.model.spec import model_spec
+from flexmoe_jax.model.generate import GREEDY, decode, prefill
 from flexmoe_jax.parallel.mesh import EXPERT, replicated
 from flexmoe_jax.parallel.specs import BATCH_SPEC, CACHE_SPEC, leaf_spec, path_text, tree_shardings
 from flexmoe_jax.parallel.stacked import stack_weights
+from flexmoe_jax.params import model_spec
 from flexmoe_jax.train.optimizer import make_optimizer
 from flexmoe_jax.train.state import state_shapes
 from flexmoe_jax.train.step import make_train_step

@@ -3,8 +3,8 @@
 import dataclasses
 
 from flexmoe_jax.config import ModelConfig
-from flexmoe_jax.data.flexmix import DOMAINS
 from flexmoe_jax.errors import ConfigError
+from flexmoe_jax.flexmix.build import DOMAINS
 from flexmoe_jax.tree import PUBLIC
 
 PAPER = {"public_data": "", "public_fraction": 0.0, "router_contrast": 0.0}
@@ -25,7 +25,7 @@ class StudyConfig:
     `ablations` are names of `ABLATIONS`, comma-separated, or "all". Held-out text is in bytes per domain; a document
     gives its first `document_chars` characters, since intervals want many documents. `systems` is "all", or "method"
     for the method and the dense experts it is held against. `public` is a public model to begin with (empty: one is
-    trained); `public_share` the part of each closed domain's text that is public, not its owner's (data/flexmix.py);
+    trained); `public_share` the part of each closed domain's text that is public, not its owner's (flexmix/build.py);
     router rows begin at norm `router_scale`.
     """
 

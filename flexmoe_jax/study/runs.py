@@ -12,11 +12,11 @@ import numpy as np
 
 from flexmoe_jax.api import load
 from flexmoe_jax.artifacts.model_dir import create_public_model, open_model
-from flexmoe_jax.compose.average import branch_train_mix
 from flexmoe_jax.compose.merge import merge
 from flexmoe_jax.compose.tune import tune
 from flexmoe_jax.config import OptimizerConfig, RunConfig
-from flexmoe_jax.data.domains import DomainVector
+from flexmoe_jax.data.embedding import DomainVector
+from flexmoe_jax.study.baselines import branch_train_mix
 from flexmoe_jax.study.config import StudyConfig
 from flexmoe_jax.train.loop import train
 from flexmoe_jax.tree import PUBLIC, TRUNK, Params

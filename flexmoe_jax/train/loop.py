@@ -1,7 +1,6 @@
 """The thin loop around the step: data, checkpoints, metrics, and the package at the end."""
 
 import contextlib
-import json
 import pathlib
 import signal
 import time
@@ -12,47 +11,30 @@ import jax.numpy as jnp
 import numpy as np
 from jax.sharding import Mesh
 
-from flexmoe_jax.artifacts.digest import sha256_array, write_json
+from flexmoe_jax.artifacts.checkpoints import RunCheckpoints
 from flexmoe_jax.artifacts.model_dir import create_public_model
 from flexmoe_jax.artifacts.package import write_package
-from flexmoe_jax.artifacts.run import RunCheckpoints
-from flexmoe_jax.config import RunConfig, differences, digest, to_mapping
+from flexmoe_jax.artifacts.sealed import digest
+from flexmoe_jax.config import RunConfig
 from flexmoe_jax.data.pipeline import make_batches, make_iterator, mix_batches
-from flexmoe_jax.data.sources import content_digest, read_documents
+from flexmoe_jax.data.sources import read_documents
 from flexmoe_jax.data.store import TokenStore, write_store
-from flexmoe_jax.errors import ArtifactError, ConfigError, DataError, FlexMoEError, did_you_mean
+from flexmoe_jax.errors import DataError, FlexMoEError
+from flexmoe_jax.parallel.chips import peak_flops
 from flexmoe_jax.parallel.mesh import mesh_of_all, replicated
-from flexmoe_jax.parallel.peaks import peak_flops
 from flexmoe_jax.parallel.processes import Agreement, barrier, is_lead, to_host
 from flexmoe_jax.parallel.specs import place_batch
 from flexmoe_jax.parallel.stacked import STACKED, unstack_weights
 from flexmoe_jax.progress import track
+from flexmoe_jax.train.freezing import freezing_mask, freezing_table
 from flexmoe_jax.train.metrics import Meter, MetricsFile, Recorder
 from flexmoe_jax.train.optimizer import make_optimizer
 from flexmoe_jax.train.profile import Profile, parse_steps
-from flexmoe_jax.train.stage import Stage, prepare
-from flexmoe_jax.train.state import TrainState, create_state, flops_per_token, freezing_mask, freezing_table
+from flexmoe_jax.train.resume import check_identity, identity_of
+from flexmoe_jax.train.start import Stage, prepare
+from flexmoe_jax.train.state import TrainState, create_state, flops_per_token
 from flexmoe_jax.train.step import make_train_step
-from flexmoe_jax.tree import PUBLIC, TRUNK, canonical_order, combine, flatten, partition
-
-# Keys that may differ between a run and its resumption: they change neither the data nor the mathematics.
-RESUMABLE = (
-    "out",
-    "data",
-    "public",
-    "public_data",
-    "domain_vector",
-    "expert",
-    "mesh",
-    "log_every",
-    "save_every",
-    "save_minutes",
-    "keep_checkpoints",
-    "max_bad_steps",
-    "licence",
-    "contact",
-)
-
+from flexmoe_jax.tree import PUBLIC, TRUNK, canonical_order, combine, partition
 
 _COUNTERS = ("step", "bad_steps", "skipped")
 
@@ -82,8 +64,8 @@ def train(run: RunConfig, report=lambda line: None, allow: Collection[str] = (),
         stores = [_open_tokens(run.data, "data", stage, out / "tokens")]
         if run.public_sequences:
             stores.append(_open_tokens(run.public_data, "public_data", stage, out / "public_tokens"))
-        identity = _identity(run, stage, stores)
-        _check_identity(out / "run.json", identity, allow, report)
+        identity = identity_of(run, stage, stores)
+        check_identity(out / "run.json", identity, allow, report)
         if product.exists():
             report(f"{product} is already there: nothing to do")
             return product
@@ -207,44 +189,6 @@ def _open_tokens(data: str, key: str, stage: Stage, tokens: pathlib.Path) -> Tok
         write_store((document.text for document in read_documents(folder)), stage.tokenizer, tokens)
     barrier(f"tokens of {key}")
     return TokenStore.open(tokens, stage.tokenizer.digest)
-
-
-def _identity(run: RunConfig, stage: Stage, stores: list[TokenStore]) -> dict:
-    """What must not change between a run and its resumption. Paths may: what they lead to is known by digest."""
-    config = {key: value for key, value in to_mapping(run).items() if key not in RESUMABLE}
-    data = {
-        name: {"tokens": store.digest, "documents": _documents_digest(pathlib.Path(path))}
-        for name, path, store in zip(("own", "public"), (run.data, run.public_data), stores, strict=False)
-    }
-    router = stage.router | {"rows": sha256_array(stage.params["experts"][run.owner]["router"])}
-    digests = {"data": data, "tokenizer": stage.tokenizer.digest, "base": stage.base}
-    start = {"start": stage.history["start"]} if "start" in stage.history else {}
-    return {"config": config, "router": router, **digests, **start}
-
-
-def _documents_digest(folder: pathlib.Path) -> str | None:
-    """Of the documents as they are now: the run's tokens were made of what they were at its start."""
-    return None if (folder / "index.json").exists() or any(folder.glob("*.npy")) else content_digest(folder)
-
-
-def _check_identity(path: pathlib.Path, identity: dict, allow: Collection[str], report) -> None:
-    identity = json.loads(json.dumps(identity))
-    lines = differences(json.loads(path.read_text()), identity) if path.exists() else []
-    changed = {line.partition(": ")[0]: line for line in lines}
-    known = {*(key.replace("/", ".") for key in flatten(identity)), *changed}
-    for key in allow:
-        if key not in known:
-            raise ConfigError(f"--allow={key} names nothing that a run keeps to", did_you_mean(key, known))
-    if refused := [line for key, line in changed.items() if key not in allow]:
-        raise ArtifactError(
-            f"the run directory {path.parent} belongs to another run (there != now):\n    " + "\n    ".join(refused),
-            "give another config.out, the configuration and data this run was started with, or --allow=KEY",
-        )
-    for line in lines:
-        report(f"changed as allowed: {line}")
-    if (lines or not path.exists()) and is_lead():
-        write_json(path, identity)
-    barrier("identity")
 
 
 def _write_product(product: pathlib.Path, run: RunConfig, stage: Stage, trained, skipped: int, identity: dict):

@@ -149,13 +149,13 @@ def test_a_mutated_package_is_refused_or_holds_the_very_same_parameters(home, mu
         before = snapshot(root)
         good = read_manifest(home / "news")
         with limits():
-            findings = verify_package(package)
+            checks = verify_package(package)
             try:
                 model = merge(home / "public", [package], root / "model")
             except FlexMoEError:
                 assert snapshot(root) == before
                 return
-        assert all(f.ok for f in findings)
+        assert all(f.ok for f in checks)
         found = read_manifest(package)
         assert (found.content, found.base, found.config, found.tensors) == (
             good.content,

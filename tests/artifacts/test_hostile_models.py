@@ -12,10 +12,10 @@ import pytest
 from hypothesis import example, given, settings
 from hypothesis import strategies as st
 
-from flexmoe_jax.artifacts.digest import json_bytes, seal
 from flexmoe_jax.artifacts.journal import FIRST, read_journal
 from flexmoe_jax.artifacts.model_dir import open_model, verify_model
 from flexmoe_jax.artifacts.package import load_package, read_manifest, write_package
+from flexmoe_jax.artifacts.sealed import json_bytes, seal
 from flexmoe_jax.cli.main import main
 from flexmoe_jax.compose.merge import merge
 from flexmoe_jax.compose.optout import opt_out
@@ -130,7 +130,7 @@ def strike(home: pathlib.Path, attacks: list[Attack], verb: str) -> str:
 
 
 RUN = """
-from flexmoe_jax.cli.configs import run_config
+from flexmoe_jax.experiment import run_config
 
 def get_config(arg):
     return run_config(owner="law", public="model", data="victim", domain_vector="domain.json", out="out/run", steps=1,

@@ -6,11 +6,10 @@ import shutil
 
 import pytest
 
-from flexmoe_jax.artifacts.digest import json_bytes, seal
 from flexmoe_jax.artifacts.journal import append_entry, read_journal
 from flexmoe_jax.artifacts.model_dir import create_public_model, load_params, open_model, verify_model
+from flexmoe_jax.artifacts.sealed import canonical_json, json_bytes, seal
 from flexmoe_jax.compose.merge import merge
-from flexmoe_jax.config import canonical_json
 from flexmoe_jax.errors import ArtifactError, FlexMoEError
 from tests.artifacts.tiny import (
     CONFIG,

@@ -8,9 +8,9 @@ import ml_dtypes
 import numpy as np
 import pytest
 
-from flexmoe_jax import config as configs
-from flexmoe_jax.artifacts.digest import json_bytes, seal, sha256_array
+from flexmoe_jax.artifacts import sealed
 from flexmoe_jax.artifacts.package import load_package, read_manifest, verify_package, write_package
+from flexmoe_jax.artifacts.sealed import json_bytes, seal, sha256_array
 from flexmoe_jax.errors import ArtifactError, FlexMoEError
 from flexmoe_jax.files import sha256_file
 from flexmoe_jax.tree import flatten, unflatten
@@ -48,7 +48,7 @@ def reseal(package, change):
     fields = json.loads((package / "manifest.json").read_text())
     del fields["digest"]
     change(fields)
-    fields["content"] = configs.digest(fields["tensors"])
+    fields["content"] = sealed.digest(fields["tensors"])
     (package / "manifest.json").write_bytes(json_bytes(seal(fields)))
 
 

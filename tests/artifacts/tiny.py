@@ -10,7 +10,7 @@ from flexmoe_jax.artifacts.model_dir import ModelDir, create_public_model
 from flexmoe_jax.artifacts.package import write_package
 from flexmoe_jax.config import ModelConfig
 from flexmoe_jax.files import list_files
-from flexmoe_jax.model.spec import owner_spec
+from flexmoe_jax.params import owner_spec
 from flexmoe_jax.tree import PUBLIC, TRUNK, flatten, unflatten
 
 CONFIG = ModelConfig(

@@ -172,7 +172,7 @@ def test_training_by_command_and_sigterm_exit_code(world, tmp_path):
     (tmp_path / "domain.json").write_text((world / "news" / "domain.json").read_text())
     config = tmp_path / "expert.py"
     config.write_text(
-        "from flexmoe_jax.cli.configs import run_config\n"
+        "from flexmoe_jax.experiment import run_config\n"
         "def get_config(arg):\n"
         f"    return run_config(owner=arg, data={str(tmp_path / 'data')!r},\n"
         f"        public={str(world / 'public' / 'run' / 'model')!r},\n"

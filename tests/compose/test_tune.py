@@ -85,9 +85,9 @@ def test_opting_out_of_a_model_tuned_together_is_labelled_approximate(world, pro
     certificate = read_certificate(tmp_path / "proof.json")
     assert certificate["label"] == "approximate"
     assert certificate["reason"] == "'news' had a part in training code"
-    finding = verify_certificate(tmp_path / "proof.json", left.path)[0]
-    assert finding.ok
-    assert finding.detail.endswith("was removed: approximate " + certificate["reason"])
+    check = verify_certificate(tmp_path / "proof.json", left.path)[0]
+    assert check.ok
+    assert check.detail.endswith("was removed: approximate " + certificate["reason"])
     # It says so because it is so: the row that stays is not the one that tuning without news gives.
     opt_out(world / "model", "news", tmp_path / "never")
     never = tune(tmp_path / "never", {"code": proxies["code"]}, data, tmp_path / "alone", together=True, **STEPS)

@@ -6,7 +6,7 @@ import json
 import numpy as np
 import pytest
 
-from flexmoe_jax.data.domains import embed_documents
+from flexmoe_jax.data.embedding import embed_documents
 from flexmoe_jax.data.proxies import Classifier, find_proxies, train_classifier
 from flexmoe_jax.data.sources import read_documents
 from flexmoe_jax.errors import DataError, FlexMoEError

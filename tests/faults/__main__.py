@@ -9,10 +9,10 @@ import tempfile
 import time
 from collections.abc import Iterator
 
-from flexmoe_jax.artifacts.run import RunCheckpoints
+from flexmoe_jax.artifacts.checkpoints import RunCheckpoints
 from flexmoe_jax.compose.merge import merge
 from flexmoe_jax.errors import FlexMoEError
-from tests.artifacts.test_run import advance, save, start
+from tests.artifacts.test_checkpoints import advance, save, start
 from tests.faults import hostile, kills, optouts, tamper
 from tests.faults.kills import Fault
 from tests.train.tiny import build_world

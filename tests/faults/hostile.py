@@ -18,9 +18,9 @@ from collections.abc import Callable, Iterator
 import ml_dtypes
 import numpy as np
 
-from flexmoe_jax import config as configs
-from flexmoe_jax.artifacts.digest import json_bytes, seal
+from flexmoe_jax.artifacts import sealed
 from flexmoe_jax.artifacts.manifest import MAX_HEADER_BYTES
+from flexmoe_jax.artifacts.sealed import json_bytes, seal
 from flexmoe_jax.files import digest_files
 
 MANIFEST, TENSOR, HEADER = "manifest.json", "arrays/w_up/0.0.0", "arrays/w_up/.zarray"
@@ -35,7 +35,7 @@ def reseal(package: pathlib.Path, change: Callable[[dict], object] = lambda fiel
     if files:
         fields["files"] = {name: row for name, row in digest_files(package).items() if name != MANIFEST}
     change(fields)
-    fields["content"], fields["config_digest"] = configs.digest(fields["tensors"]), configs.digest(fields["config"])
+    fields["content"], fields["config_digest"] = sealed.digest(fields["tensors"]), sealed.digest(fields["config"])
     (package / MANIFEST).write_bytes(json_bytes(seal(fields)))
 
 

@@ -17,8 +17,8 @@ import time
 import warnings
 from collections.abc import Callable, Iterator
 
+from flexmoe_jax.artifacts.checkpoints import verify_run
 from flexmoe_jax.artifacts.model_dir import load_model, open_model, verify_model
-from flexmoe_jax.artifacts.run import verify_run
 from flexmoe_jax.compose.certificate import verify_certificate
 from flexmoe_jax.compose.merge import merge
 from flexmoe_jax.compose.optout import opt_out, replace
@@ -124,7 +124,7 @@ SAVING = """
 import hashlib, pathlib, sys
 import jax.numpy as jnp
 import numpy as np
-from flexmoe_jax.artifacts.run import RunCheckpoints
+from flexmoe_jax.artifacts.checkpoints import RunCheckpoints
 from flexmoe_jax.errors import ArtifactError
 
 def state(step):  # of its own for every step, and incompressible

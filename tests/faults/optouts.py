@@ -16,7 +16,7 @@ from flexmoe_jax.compose.certificate import verify_certificate
 from flexmoe_jax.compose.merge import merge
 from flexmoe_jax.compose.optout import opt_out
 from flexmoe_jax.config import ModelConfig
-from flexmoe_jax.model.spec import owner_spec
+from flexmoe_jax.params import owner_spec
 from flexmoe_jax.tree import PUBLIC, TRUNK, unflatten
 from tests.artifacts.tiny import base_of, contents, make_expert, make_release
 from tests.faults.kills import Fault

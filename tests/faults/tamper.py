@@ -5,9 +5,9 @@ import random
 import shutil
 from collections.abc import Callable, Iterator
 
+from flexmoe_jax.artifacts.checkpoints import RunCheckpoints, verify_run
 from flexmoe_jax.artifacts.model_dir import load_model, verify_model
 from flexmoe_jax.artifacts.package import load_package, verify_package
-from flexmoe_jax.artifacts.run import RunCheckpoints, verify_run
 from flexmoe_jax.errors import FlexMoEError
 from flexmoe_jax.files import list_files
 from tests.artifacts.tiny import flip_bit
@@ -77,7 +77,7 @@ def tamper(
         if what == "run":
             newest = max((path / "checkpoints").iterdir(), key=lambda p: int(p.name))
             name = damage(newest, kind, rng)
-            findings = verify_run(path)
+            checks = verify_run(path)
             with RunCheckpoints(path) as checkpoints:
                 restored = checkpoints.restore(*like)
             assert restored is not None
@@ -86,12 +86,12 @@ def tamper(
             verify, load = readers[what]
             # Who only loads has no need of the journal, and does not read what else lies there.
             name = damage(path, kind, rng, leave=("journal.jsonl",))
-            findings = verify(path)
+            checks = verify(path)
             try:
                 load(path)
                 refused = kind == "extra"
             except FlexMoEError:
                 refused = True
-        told = " ".join(f"{f.subject} {f.detail}" for f in findings if not f.ok)
+        told = " ".join(f"{f.subject} {f.detail}" for f in checks if not f.ok)
         yield Fault(f"{kind}, {what}", any(part in told for part in name.split("|")), refused)
         shutil.rmtree(path)

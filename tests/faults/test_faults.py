@@ -2,7 +2,7 @@
 
 import pytest
 
-from tests.artifacts.test_run import start
+from tests.artifacts.test_checkpoints import start
 from tests.faults import kills, optouts, tamper
 from tests.faults.__main__ import saved_run
 

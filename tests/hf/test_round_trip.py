@@ -21,7 +21,7 @@ from flexmoe_jax.hf.load import import_expert, import_model, read_tree
 from flexmoe_jax.hf.mapping import slots
 from flexmoe_jax.hf.source import open_folder
 from flexmoe_jax.hf.tensors import read_checkpoint, write_checkpoint
-from flexmoe_jax.infer.generate import generate
+from flexmoe_jax.model.generate import generate
 from tests.artifacts.tiny import contents
 from tests.conftest import jit_forward
 from tests.hf.tiny import CONFIG, SHAPES, checkpoint, edit_config, our_model, tokenizer
@@ -282,8 +282,8 @@ def test_a_dense_public_model_has_no_router_row_to_compare(tmp_path, ours):
 
 
 def test_owners_can_train_beside_a_dense_public_model_given_a_domain_vector(tmp_path):
-    from flexmoe_jax.data.domains import DomainVector
-    from flexmoe_jax.train.stage import prepare
+    from flexmoe_jax.data.embedding import DomainVector
+    from flexmoe_jax.train.start import prepare
     from tests.train.tiny import expert_run, write_vector
 
     checkpoint(tmp_path / "theirs", "llama")

@@ -7,7 +7,8 @@ import pytest
 
 import flexmoe_jax as fm
 from flexmoe_jax.artifacts.model_dir import open_model
-from flexmoe_jax.data.wheels import Wheel, default_cache, fetch
+from flexmoe_jax.data.wheels import Wheel, fetch
+from flexmoe_jax.files import default_cache
 from flexmoe_jax.hf.check import TOLERANCE, compare_logits
 from flexmoe_jax.hf.export import export
 from flexmoe_jax.hf.gguf_file import open_gguf

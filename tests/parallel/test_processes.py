@@ -14,10 +14,10 @@ import flexmoe_jax as fm
 from flexmoe_jax.artifacts.manifest import read_manifest
 from flexmoe_jax.artifacts.model_dir import load_params, open_model, verify_model
 from flexmoe_jax.artifacts.package import load_package, verify_package
-from flexmoe_jax.cli.evaluate import heldout_texts
 from flexmoe_jax.compose.merge import merge
 from flexmoe_jax.config import RunConfig
 from flexmoe_jax.errors import ConfigError
+from flexmoe_jax.evaluate.perplexity import heldout_texts
 from flexmoe_jax.parallel import processes
 from flexmoe_jax.train.loop import train
 from flexmoe_jax.tree import PUBLIC, TRUNK, flatten

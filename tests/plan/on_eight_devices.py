@@ -14,12 +14,12 @@ import numpy as np
 
 from flexmoe_jax.cli.main import use_compilation_cache
 from flexmoe_jax.config import ModelConfig, OptimizerConfig, RunConfig
-from flexmoe_jax.infer.generate import generate
+from flexmoe_jax.model.generate import generate
 from flexmoe_jax.model.transformer import init_params
+from flexmoe_jax.parallel.chips import parse_topology
 from flexmoe_jax.parallel.mesh import EXPERT, make_mesh, parse_mesh
 from flexmoe_jax.parallel.specs import place, place_batch
 from flexmoe_jax.parallel.stacked import stack_weights
-from flexmoe_jax.plan.chips import parse_topology
 from flexmoe_jax.plan.compiled import read
 from flexmoe_jax.plan.costs import estimate, part_bytes
 from flexmoe_jax.plan.work import Work, leaves, lower

@@ -19,9 +19,9 @@ from flexmoe_jax.cli.main import main
 from flexmoe_jax.config import ModelConfig
 from flexmoe_jax.errors import ConfigError, MachineError
 from flexmoe_jax.model.flops import training_flops
+from flexmoe_jax.parallel.chips import CHIPS, Chip, Topology, meshes, parse_topology
 from flexmoe_jax.parallel.mesh import parse_mesh
 from flexmoe_jax.parallel.specs import RULES
-from flexmoe_jax.plan.chips import CHIPS, Chip, Topology, meshes, parse_topology
 from flexmoe_jax.plan.compiled import devices_of, read
 from flexmoe_jax.plan.costs import estimate
 from flexmoe_jax.plan.hlo import collectives

@@ -8,10 +8,10 @@ import pytest
 from flexmoe_jax.artifacts.model_dir import open_model
 from flexmoe_jax.cli.reproduce import varied_lines
 from flexmoe_jax.config import ModelConfig
-from flexmoe_jax.report.page import read_study, render
 from flexmoe_jax.study.config import StudyConfig
-from flexmoe_jax.study.plan import ALONE, FITTED, METHOD, TOGETHER
-from flexmoe_jax.study.results import reproduce, vary
+from flexmoe_jax.study.page import read_study, render
+from flexmoe_jax.study.reproduce import reproduce, vary
+from flexmoe_jax.study.train import ALONE, FITTED, METHOD, TOGETHER
 
 MODEL = ModelConfig(
     vocab_size=8192, num_layers=1, d_model=32, num_heads=1, num_kv_heads=1, head_dim=32, d_ff=48, max_seq_len=64

@@ -191,7 +191,7 @@ def test_metrics_of_a_resumed_run_are_rewritten_whole_or_not_at_all(tmp_path, mo
     lines = [json.dumps({"step": step}) for step in range(4)]
     path.write_text("\n".join(lines) + '\n{"step": 4, "lo')
 
-    def crash(*_):
+    def crash(*_, **__):
         raise KeyboardInterrupt
 
     with monkeypatch.context() as patch:

@@ -11,7 +11,7 @@ import pytest
 from flexmoe_jax.errors import ConfigError
 from flexmoe_jax.model.flops import forward_flops, products, training_flops
 from flexmoe_jax.model.transformer import init_params
-from flexmoe_jax.parallel import peaks
+from flexmoe_jax.parallel import chips
 from flexmoe_jax.train import loop, metrics
 from flexmoe_jax.train.profile import parse_steps
 from flexmoe_jax.train.state import flops_per_token
@@ -90,7 +90,7 @@ def test_rates_fit_one_another_and_the_peak(tmp_path, monkeypatch):
     for line in others:
         assert line["tokens_per_second"] * line["step_seconds"] == pytest.approx(tokens)
         assert not {"mfu", "peak_flops"} & set(line)
-    monkeypatch.setitem(peaks.PEAK_FLOPS, jax.devices()[0].device_kind, 1e12)
+    monkeypatch.setitem(chips.PEAK_FLOPS, jax.devices()[0].device_kind, 1e12)
     said: list[str] = []
     run = public_run(tmp_path / "b", steps=6, log_every=3)
     loop.train(run, said.append)

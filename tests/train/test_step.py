@@ -13,8 +13,9 @@ from flexmoe_jax.config import OptimizerConfig, RunConfig
 from flexmoe_jax.model.flops import products
 from flexmoe_jax.model.transformer import forward, hidden_states, init_params
 from flexmoe_jax.train import step as step_module
+from flexmoe_jax.train.freezing import freezing_mask, freezing_table
 from flexmoe_jax.train.optimizer import learning_rate, make_optimizer
-from flexmoe_jax.train.state import create_state, freezing_mask, freezing_table
+from flexmoe_jax.train.state import create_state
 from flexmoe_jax.train.step import make_train_step
 from flexmoe_jax.tree import PUBLIC, combine, flatten, partition
 from tests.train.tiny import MODEL

@@ -7,7 +7,7 @@ import pathlib
 import numpy as np
 
 from flexmoe_jax.config import ModelConfig, OptimizerConfig, RunConfig
-from flexmoe_jax.data.domains import DomainVector
+from flexmoe_jax.data.embedding import DomainVector
 
 MODEL = ModelConfig(
     vocab_size=512, num_layers=2, d_model=16, num_heads=2, num_kv_heads=1, head_dim=8, d_ff=24, max_seq_len=32

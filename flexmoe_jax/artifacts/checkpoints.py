@@ -1,0 +1,255 @@
+"""Run checkpoints: the private state of one training run, resumable bit for bit.
+
+    run/
+      .lock                 held while a process uses the run
+      checkpoints/<step>/   Orbax CheckpointManager: trainable, optimizer, data, meta
+      digests/<step>.json   sealed sha256 of every file of that step, written when Orbax has committed it
+      damaged/<step>/       steps that were found damaged and passed over
+
+Orbax restores flipped bits without a word, so a step counts as saved when its digests are written, and is checked
+against them before it is used. Frozen leaves are not here: they are those of the public model, which the caller names
+by digest in `meta` or in its `run.json`.
+"""
+
+import concurrent.futures
+import contextlib
+import dataclasses
+import os
+import pathlib
+import shutil
+from typing import Any
+
+import jax
+
+from flexmoe_jax.artifacts import arrays  # noqa: F401 - quietens Orbax
+from flexmoe_jax.artifacts.sealed import check_fields, read_sealed, write_sealed
+from flexmoe_jax.errors import ArtifactError, Check
+from flexmoe_jax.files import digest_files, list_files, lock_directory, sha256_file
+from flexmoe_jax.parallel.processes import barrier, from_lead, is_lead
+
+_NONE = -1  # no step
+
+
+@dataclasses.dataclass(frozen=True)
+class Restored:
+    """A restored step; `skipped` are newer steps that were passed over, newest first, as (step, reason)."""
+
+    step: int
+    trainable: Any
+    opt_state: Any
+    data_state: dict
+    meta: dict
+    skipped: tuple[tuple[int, str], ...]
+
+
+class RunCheckpoints:
+    """The checkpoints of the run directory `path`, held exclusively; use it in a `with` block.
+
+    `keep` newest steps stay on disk; with fewer than 2 there is nothing to fall back to.
+    """
+
+    def __init__(self, path: pathlib.Path | str, keep: int = 2):
+        import orbax.checkpoint as ocp
+
+        self._ocp = ocp
+        self.path = pathlib.Path(path).absolute()
+        self._steps, self._digests = self.path / "checkpoints", self.path / "digests"
+        self._digests.mkdir(parents=True, exist_ok=True)
+        self._lead = is_lead()
+        with contextlib.ExitStack() as stack:
+            if self._lead:
+                stack.enter_context(lock_directory(self.path, ".lock"))
+            self._manager = ocp.CheckpointManager(
+                self._steps,
+                item_names=("trainable", "optimizer", "data", "meta"),
+                options=ocp.CheckpointManagerOptions(max_to_keep=keep, cleanup_tmp_directories=True),
+            )
+            self._worker = stack.enter_context(concurrent.futures.ThreadPoolExecutor(1, "digests"))
+            self._held = stack.pop_all()
+        self._pending: concurrent.futures.Future | None = None
+
+    def __enter__(self) -> "RunCheckpoints":
+        return self
+
+    def __exit__(self, kind, *_) -> None:
+        with self._held:
+            try:
+                self.wait()
+            except ArtifactError:
+                if kind is None:  # else the first error is the one to show
+                    raise
+            finally:
+                with contextlib.suppress(Exception):  # what it reports was reported by `wait`
+                    self._manager.close()
+
+    def save(self, step: int, trainable, opt_state, data_state: dict, meta: dict) -> None:
+        """Begins to save `step`; the arrays may be donated or changed when this returns.
+
+        A failure is raised by the next call, or by `wait`; only when `wait` returns is the step saved. After a failure
+        this object saves nothing more: leave the `with` block.
+        """
+        self.wait()
+        args = self._ocp.args
+        items = args.Composite(
+            trainable=args.StandardSave(trainable),
+            optimizer=args.StandardSave(opt_state),
+            data=args.JsonSave(data_state),
+            meta=args.JsonSave(meta),
+        )
+        with self._named_errors(step):
+            if not self._manager.save(step, args=items, force=True):
+                raise OSError(f"Orbax declined step {step}")
+        self._pending = self._worker.submit(self._commit, step)
+
+    def wait(self) -> None:
+        """Returns when the last `save` is on disk with its digests; raises ArtifactError if it failed."""
+        pending, self._pending = self._pending, None
+        if pending is not None:
+            pending.result()
+
+    def latest(self) -> int | None:
+        """The newest saved step, or None; whether it is damaged is not looked at."""
+        self.wait()
+        saved = [step for step in self._manager.all_steps() if self._digest_file(step).exists()]
+        return max(saved, default=None)
+
+    def restore(self, like_trainable, like_opt, step: int | None = None) -> Restored | None:
+        """The newest undamaged step (or `step`), bit for bit; None if nothing was ever saved.
+
+        `like_*` are trees of the same structure with the shape, dtype and sharding of each leaf: arrays or
+        `jax.ShapeDtypeStruct`. Damaged steps are moved to `damaged/` and named in `skipped`. ArtifactError if every
+        step is damaged, or the structure is another.
+        """
+        self.wait()
+        skipped: list[tuple[int, str]] = []
+        chosen = self._choose(step, skipped) if self._lead else None
+        # The lead has looked; the others do as it says.
+        number = from_lead(_NONE if chosen is None else chosen)
+        if number != _NONE:
+            self._set_aside(skipped)
+            return self._read(number, like_trainable, like_opt, tuple(skipped))
+        if skipped:
+            reasons = "".join(f"\n    step {number}: {reason}" for number, reason in skipped)
+            raise ArtifactError(
+                f"no checkpoint of {self.path} can be used:{reasons}", "restore the directory, or start a new run"
+            )
+        return None
+
+    def _choose(self, step: int | None, skipped: list[tuple[int, str]]) -> int | None:
+        """The newest undamaged step (or `step`, if it is), or None; `skipped` gets the others, with reasons."""
+        for candidate in sorted(self._manager.all_steps(), reverse=True) if step is None else [step]:
+            problem = self._problem(candidate)
+            if problem is None:
+                return candidate
+            skipped.append((candidate, problem))
+        return None
+
+    def _read(self, step, like_trainable, like_opt, skipped) -> Restored:
+        args = self._ocp.args
+        items = args.Composite(
+            trainable=args.StandardRestore(_abstract(like_trainable)),
+            optimizer=args.StandardRestore(_abstract(like_opt)),
+            data=args.JsonRestore(),
+            meta=args.JsonRestore(),
+        )
+        try:
+            found = self._manager.restore(step, args=items)
+        except (ValueError, KeyError, TypeError, OSError) as error:
+            raise ArtifactError(
+                f"step {step} of {self.path} does not fit this model and optimizer: {error}",
+                "resume with the configuration the run was started with",
+            ) from error
+        return Restored(step, found.trainable, found.optimizer, found.data, found.meta, skipped)
+
+    def _commit(self, step: int) -> None:
+        with self._named_errors(step):
+            self._manager.wait_until_finished()
+            if not self._lead:
+                return
+            write_sealed(self._digest_file(step), {"step": step, "files": digest_files(self._steps / str(step))})
+            kept = {f"{number}.json" for number in self._manager.all_steps()}
+            for file in self._digests.glob("*.json"):
+                if file.name not in kept:
+                    file.unlink()
+
+    def _problem(self, step: int) -> str | None:
+        return "; ".join(f"{f.subject}: {f.detail}" for f in _check_step(self.path, step) if not f.ok) or None
+
+    def _set_aside(self, skipped: list[tuple[int, str]]) -> None:
+        """Moves the damaged steps away (the lead, which alone knows of any)."""
+        for step, _ in skipped:
+            target = self.path / "damaged" / str(step)
+            shutil.rmtree(target, ignore_errors=True)
+            target.parent.mkdir(exist_ok=True)
+            os.rename(self._steps / str(step), target)
+            self._digest_file(step).unlink(missing_ok=True)
+        barrier("damaged steps")
+        if skipped or not self._lead:
+            self._manager.reload()
+
+    def _digest_file(self, step: int) -> pathlib.Path:
+        return self._digests / f"{step}.json"
+
+    @contextlib.contextmanager
+    def _named_errors(self, step: int):
+        try:
+            yield
+        except Exception as error:
+            raise ArtifactError(
+                f"saving step {step} to {self.path} failed: {error}",
+                "check free space and permissions, then run the same command: it goes on from the last good step",
+            ) from error
+
+
+def verify_run(path: pathlib.Path | str, *, quick: bool = False) -> list[Check]:
+    """Checks of every file of every checkpoint of the run directory `path`; `quick` reads names and sizes alone."""
+    path = pathlib.Path(path)
+    folders = sorted((path / "checkpoints").iterdir(), key=lambda folder: folder.name)
+    checks = []
+    for folder in folders:
+        if folder.name.isdecimal():
+            rows = _check_step(path, int(folder.name), quick)
+            checks += [dataclasses.replace(f, subject=f"checkpoints/{folder.name}/{f.subject}") for f in rows]
+        else:
+            detail = "what an interrupted save left; the next start of the run removes it"
+            checks.append(Check(f"checkpoints/{folder.name}", False, detail))
+    for file in sorted((path / "digests").iterdir()):
+        if not (path / "checkpoints" / file.stem).is_dir():
+            checks.append(Check(f"digests/{file.name}", False, f"there is no checkpoints/{file.stem}"))
+    return checks
+
+
+def _check_step(path: pathlib.Path, step: int, quick: bool = False) -> list[Check]:
+    """Checks of every file of one saved step against its digests."""
+    folder, digests = path / "checkpoints" / str(step), path / "digests" / f"{step}.json"
+    if not digests.exists():
+        return [Check("digests", False, "it has no digests: the save was interrupted")]
+    try:
+        fields = read_sealed(digests)
+        check_fields(fields, {"step": int, "files": dict, "digest": str}, digests)
+    except ArtifactError as error:
+        return [Check("digests", False, error.what)]
+    if fields["step"] != step:
+        return [Check("digests", False, f"its digests are those of step {fields['step']}")]
+    sizes, others = list_files(folder)
+    checks = [Check(name, False, "a link, an empty directory or a special file") for name in others]
+    for name in sorted({*sizes, *fields["files"]}):
+        expected = fields["files"].get(name)
+        if name not in sizes or expected is None:
+            checks.append(Check(name, False, "missing" if name not in sizes else "foreign"))
+            continue
+        found = {"size": sizes[name], "sha256": expected["sha256"] if quick else sha256_file(folder / name)}
+        detail = f"{found['size']} bytes {'' if quick else found['sha256']}".strip()
+        checks.append(Check(name, found == expected, detail if found == expected else f"altered: {detail}"))
+    return checks
+
+
+def _abstract(tree):
+    """Leaves as shape, dtype and sharding; those without a sharding are put on the first device."""
+    here = jax.sharding.SingleDeviceSharding(jax.local_devices()[0])
+
+    def describe(leaf):
+        sharding = getattr(leaf, "sharding", None) or here
+        return jax.ShapeDtypeStruct(leaf.shape, leaf.dtype, sharding=sharding)
+
+    return jax.tree.map(describe, tree)

@@ -1,0 +1,170 @@
+"""Digests of values and arrays, and the JSON files that carry them.
+
+A *sealed* JSON file is an object with a `digest` field: the sha256 of the canonical JSON of all its other fields. Its
+bytes are a function of its value alone, and no other bytes are accepted, so that any altered byte is noticed.
+"""
+
+import dataclasses
+import hashlib
+import json
+import os
+import pathlib
+import stat
+from collections.abc import Mapping
+from typing import Any
+
+import numpy as np
+
+from flexmoe_jax.config import to_mapping
+from flexmoe_jax.errors import ArtifactError
+from flexmoe_jax.files import write_bytes
+
+# Sealed files of real models have some kilobytes. JSON of tiny values takes 30 times its size in memory.
+MAX_JSON_BYTES = 2 << 20
+MAX_TEXT_BYTES = 64 << 20
+MAX_JSON_DEPTH = 32
+
+
+def digest(value) -> str:
+    """sha256 (hex) of the canonical JSON form of `value`: sorted keys, no spaces."""
+    if dataclasses.is_dataclass(value) and not isinstance(value, type):
+        value = to_mapping(value)
+    return hashlib.sha256(canonical_json(value)).hexdigest()
+
+
+def canonical_json(value) -> bytes:
+    """The one byte form of a JSON value that digests and signatures are taken over."""
+    return json.dumps(value, sort_keys=True, separators=(",", ":"), ensure_ascii=False, allow_nan=False).encode()
+
+
+def differences(ours: Mapping, theirs: Mapping, prefix: str = "") -> list[str]:
+    """Lines `key: ours != theirs` for every leaf where two nested mappings differ."""
+    lines = []
+    for key in sorted({*ours, *theirs}):
+        a, b = ours.get(key), theirs.get(key)
+        if isinstance(a, Mapping) and isinstance(b, Mapping):
+            lines += differences(a, b, f"{prefix}{key}.")
+        elif a != b:
+            lines.append(f"{prefix}{key}: {a!r} != {b!r}")
+    return lines
+
+
+def sha256_array(array: np.ndarray) -> str:
+    """sha256 (hex) of an array's little-endian C-order bytes; its dtype and shape are recorded beside the digest."""
+    flat = np.ascontiguousarray(array).reshape(-1)
+    little = flat.astype(flat.dtype.newbyteorder("<"), copy=False)
+    return hashlib.sha256(little.view(np.uint8).data).hexdigest()
+
+
+def is_sha256(value) -> bool:
+    """Whether `value` is a sha256 in lower-case hexadecimal."""
+    return isinstance(value, str) and len(value) == 64 and set(value) <= set("0123456789abcdef")
+
+
+def json_bytes(value) -> bytes:
+    """Readable JSON: sorted keys, two spaces, a newline at the end. The same value always gives the same bytes."""
+    return (json.dumps(value, indent=2, sort_keys=True, ensure_ascii=False, allow_nan=False) + "\n").encode()
+
+
+def write_json(path: pathlib.Path, value) -> None:
+    """Writes `value` as readable JSON, atomically."""
+    write_bytes(path, json_bytes(value))
+
+
+def parse_json(raw: bytes, where, limit: int = MAX_JSON_BYTES) -> dict[str, Any]:
+    """A JSON object from `raw`; doubled keys, NaN, anything but an object, too long and too deep are ArtifactErrors."""
+    if len(raw) > limit:
+        raise ArtifactError(f"{where} has over {limit} bytes", "this is not a file this library wrote")
+    try:
+        value = json.loads(raw.decode(), object_pairs_hook=_no_doubled_keys, parse_constant=_no_constant)
+        canonical_json(value)  # refuses what has no canonical form: infinite numbers, lone surrogates
+    except (ValueError, RecursionError) as error:
+        raise ArtifactError(f"{where} is not valid JSON: {error}", "restore the file from its source") from error
+    if not isinstance(value, dict):
+        raise ArtifactError(f"{where} holds a {type(value).__name__}, not an object", "restore it from its source")
+    level: list = [value]
+    for _ in range(MAX_JSON_DEPTH):
+        level = [v for c in level for v in (c.values() if isinstance(c, dict) else c) if isinstance(v, dict | list)]
+    if level:
+        raise ArtifactError(f"{where} is nested more than {MAX_JSON_DEPTH} deep", "this is not a file of this library")
+    return value
+
+
+def read_bytes(path: pathlib.Path, limit: int = MAX_JSON_BYTES) -> bytes:
+    """A regular file of at most `limit` bytes; a link, a missing or a longer file is an ArtifactError."""
+    try:
+        with open(os.open(path, os.O_RDONLY | os.O_NOFOLLOW | os.O_NONBLOCK), "rb") as file:
+            status = os.fstat(file.fileno())
+            if not stat.S_ISREG(status.st_mode):
+                raise ArtifactError(f"{path} is not a regular file", "do not use this directory")
+            raw = file.read(min(status.st_size, limit) + 1)  # as much as is asked for is allocated
+    except OSError as error:
+        raise ArtifactError(f"{path} cannot be read: {error.strerror}", "give the directory that holds it") from error
+    if len(raw) > limit:
+        raise ArtifactError(f"{path} has over {limit} bytes", "this is not a file this library wrote")
+    return raw
+
+
+def seal(value: dict) -> dict:
+    """`value` with its `digest` field."""
+    return {**value, "digest": digest(value)}
+
+
+def check_seal(value: dict, where) -> dict:
+    """`value` if its `digest` field is right."""
+    found, expected = value.get("digest"), digest({key: v for key, v in value.items() if key != "digest"})
+    if found != expected:
+        raise ArtifactError(
+            f"{where} was altered: it states the digest {found} and has {expected}", "restore it from its source"
+        )
+    return value
+
+
+def write_sealed(path: pathlib.Path, value: dict) -> str:
+    """Writes `value` sealed, atomically; returns the digest."""
+    sealed = seal(value)
+    write_json(path, sealed)
+    return sealed["digest"]
+
+
+def read_sealed(path: pathlib.Path) -> dict[str, Any]:
+    """The object that `write_sealed` wrote, with its `digest`; any altered byte is an ArtifactError."""
+    raw = read_bytes(path)
+    value = check_seal(parse_json(raw, path), path)
+    if json_bytes(value) != raw:
+        raise ArtifactError(f"{path} is not in canonical form", "restore it from its source, do not edit it")
+    return value
+
+
+def check_fields(value: dict, fields: dict[str, type], where) -> None:
+    """Raises unless the object has exactly these keys, with values of exactly these types."""
+    for name in sorted({*value, *fields}):
+        if name not in value or name not in fields:
+            problem = "is missing" if name in fields else "is not known"
+            raise ArtifactError(f"{where}: the key {name!r} {problem}", "it was not written by this version")
+        if type(value[name]) is not fields[name]:
+            raise ArtifactError(
+                f"{where}: {name} is a {type(value[name]).__name__}, not a {fields[name].__name__}",
+                "restore it from its source",
+            )
+
+
+def check_format(value: dict, known: str, where) -> None:
+    """Raises unless the object states the format this code reads."""
+    if value.get("format") != known:
+        raise ArtifactError(
+            f"{where} has the format {value.get('format')!r}, this version reads {known!r}",
+            "use the version of flexmoe_jax that wrote it",
+        )
+
+
+def _no_doubled_keys(pairs):
+    value = dict(pairs)
+    if len(value) != len(pairs):
+        names = [name for name, _ in pairs]
+        raise ValueError(f"the key {next(n for n in names if names.count(n) > 1)!r} is given twice")
+    return value
+
+
+def _no_constant(name):
+    raise ValueError(f"the number {name} is not JSON")

@@ -1,0 +1,40 @@
+"""Experiment files: Python files that define `get_config(arg) -> ConfigDict`, and the configurations made of them."""
+
+import dataclasses
+import pathlib
+import runpy
+
+from ml_collections import ConfigDict, config_dict
+
+from flexmoe_jax.config import ModelConfig, RunConfig
+from flexmoe_jax.errors import ConfigError
+
+
+def run_config(*, model: ModelConfig | None = None, **values) -> ConfigDict:
+    """A ConfigDict with every key of `RunConfig`, for experiment files; required keys may wait for the command line."""
+    config = ConfigDict()
+    for field in dataclasses.fields(RunConfig):
+        if field.default is dataclasses.MISSING:
+            config[field.name] = config_dict.placeholder(int if field.type is int else str)
+        elif dataclasses.is_dataclass(field.default) and not isinstance(field.default, type):
+            config[field.name] = ConfigDict(dataclasses.asdict(field.default))
+        else:
+            config[field.name] = field.default
+    if model is not None:
+        config.model = ConfigDict(dataclasses.asdict(model))
+    optimizer = values.pop("optimizer", {})
+    config.update(values)
+    config.optimizer.update(optimizer)
+    return config
+
+
+def load_experiment(spec: str) -> ConfigDict:
+    """`FILE[:ARG]` -> the file's `get_config(ARG)`."""
+    name, _, arg = spec.partition(":")
+    path = pathlib.Path(name)
+    if not path.is_file():
+        raise ConfigError(f"the configuration file {name} does not exist", "give the path of an experiment file")
+    module = runpy.run_path(str(path))
+    if "get_config" not in module:
+        raise ConfigError(f"{name} has no get_config", "an experiment file defines get_config(arg) -> ConfigDict")
+    return module["get_config"](arg)

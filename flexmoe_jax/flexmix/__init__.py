@@ -1,0 +1,1 @@
+"""The mini-FlexMix: eight domains of real text rebuilt out of pinned packages."""

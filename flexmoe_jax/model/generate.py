@@ -1,0 +1,147 @@
+"""Batched generation with a key/value cache: one prefill over the prompts, then one token of every row per step."""
+
+import dataclasses
+import functools
+from collections.abc import Collection, Iterator
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+
+from flexmoe_jax.config import ModelConfig
+from flexmoe_jax.errors import ConfigError, DataError
+from flexmoe_jax.model.transformer import head, hidden_states
+from flexmoe_jax.tree import Params
+
+_LENGTH_STEP = 64  # prompts and caches are padded to multiples of this, so that few shapes are compiled
+
+
+@dataclasses.dataclass(frozen=True)
+class Sampling:
+    """Temperature 0 is greedy. `top_k` keeps the k likeliest tokens, `top_p` the smallest set of at least that mass."""
+
+    temperature: float = 0.0
+    top_k: int | None = None
+    top_p: float | None = None
+
+    def __post_init__(self):
+        if self.temperature < 0:
+            raise ConfigError(f"temperature is {self.temperature}", "give 0 (greedy) or more")
+        if self.top_k is not None and self.top_k < 1:
+            raise ConfigError(f"the sampling top-k is {self.top_k}", "give at least 1, or leave it out")
+        if self.top_p is not None and not 0 < self.top_p <= 1:
+            raise ConfigError(f"the sampling top-p is {self.top_p}", "give a mass above 0 and at most 1")
+
+
+GREEDY = Sampling()
+
+
+def sample(key, logits_BV, sampling: Sampling):
+    """float32 logits [B, V] -> int32 token ids [B]."""
+    if sampling.temperature == 0:
+        return jnp.argmax(logits_BV, axis=-1).astype(jnp.int32)
+    logits_BV = logits_BV / sampling.temperature
+    if sampling.top_k is not None:
+        kth_B1 = jax.lax.top_k(logits_BV, min(sampling.top_k, logits_BV.shape[-1]))[0][:, -1:]
+        logits_BV = jnp.where(logits_BV < kth_B1, -jnp.inf, logits_BV)
+    if sampling.top_p is not None:
+        sorted_BV = jnp.sort(logits_BV, axis=-1, descending=True)
+        probs_BV = jax.nn.softmax(sorted_BV, axis=-1)
+        before_BV = jnp.cumsum(probs_BV, axis=-1) - probs_BV
+        least_B1 = jnp.where(before_BV < sampling.top_p, sorted_BV, jnp.inf).min(axis=-1, keepdims=True)
+        logits_BV = jnp.where(logits_BV < least_B1, -jnp.inf, logits_BV)
+    return jax.random.categorical(key, logits_BV, axis=-1).astype(jnp.int32)
+
+
+def generate(config: ModelConfig, params: Params, prompts: list[list[int]], **kwargs) -> list[list[int]]:
+    """Continues token-id prompts of any lengths: what `stream` yields for each, joined."""
+    rows: list[list[int]] = [[] for _ in prompts]
+    for tokens in stream(config, params, prompts, **kwargs):
+        for row, token in tokens.items():
+            rows[row].append(token)
+    return rows
+
+
+def stream(
+    config: ModelConfig,
+    params: Params,
+    prompts: list[list[int]],
+    *,
+    max_new_tokens: int,
+    stop_ids: Collection[int],
+    sampling: Sampling = GREEDY,
+    seed: int = 0,
+    top_k: int | None = None,
+    dispatch: str = "dense",
+    dtype=jnp.float32,
+) -> Iterator[dict[int, int]]:
+    """Yields {row: next token} of the rows that go on, step by step, as soon as they are known.
+
+    A row ends before the first of `stop_ids` or after `max_new_tokens`. `top_k`, `dispatch` and `dtype` (of the
+    cache too) are those of `forward`. Rows do not influence one another.
+    """
+    lengths = np.array([len(prompt) for prompt in prompts])
+    if not prompts or lengths.min() < 1:
+        raise DataError("a prompt has no token", "give at least one token, the end-of-text token for an empty start")
+    if lengths.max() + max_new_tokens > config.max_seq_len:
+        raise DataError(
+            f"a prompt of {lengths.max()} tokens and {max_new_tokens} new ones exceed the model's {config.max_seq_len}",
+            f"shorten the prompt or ask for at most {max(config.max_seq_len - int(lengths.max()), 0)} new tokens",
+        )
+    run = (config, sampling, top_k, dispatch, jnp.dtype(dtype))
+    return _stream(run, params, prompts, lengths, max_new_tokens, frozenset(stop_ids), seed)
+
+
+def _stream(run, params, prompts, lengths, max_new_tokens, stop_ids, seed):
+    # Right-padding is harmless: its cache slots lie after every position in use, until they are overwritten.
+    tokens_BT = np.zeros((len(prompts), _round_up(lengths.max())), np.int32)
+    for row, prompt in enumerate(prompts):
+        tokens_BT[row, : len(prompt)] = prompt
+    length = max(_round_up(lengths.max() + max_new_tokens), tokens_BT.shape[1])
+    key = jax.random.key(seed)
+    token_B, cache = prefill(*run, length, params, jax.random.fold_in(key, 0), tokens_BT, lengths)
+    open_rows = list(range(len(prompts)))
+    for n in range(max_new_tokens):
+        tokens = np.asarray(token_B)
+        open_rows = [row for row in open_rows if int(tokens[row]) not in stop_ids]
+        if not open_rows:
+            return
+        last = n + 1 == max_new_tokens
+        if not last:  # dispatched before this step's tokens are handed out
+            position_B = (lengths + n).astype(np.int32)
+            token_B, cache = decode(*run, params, jax.random.fold_in(key, n + 1), token_B, position_B, cache)
+        yield {row: int(tokens[row]) for row in open_rows}
+
+
+@functools.partial(jax.jit, static_argnums=(0, 1, 2, 3, 4, 5))
+def prefill(config, sampling, top_k, dispatch, dtype, length, params, key, tokens_BT, lengths_B):
+    """(first new token of each row [B], cache): the head sees the last token of each prompt only."""
+    x_BTD, _, cache = hidden_states(
+        config, params, tokens_BT, cache_length=length, top_k=top_k, dispatch=dispatch, dtype=dtype
+    )
+    x_BD = jnp.take_along_axis(x_BTD, (lengths_B - 1)[:, None, None], axis=1)[:, 0]
+    return sample(key, _logits(config, params, x_BD), sampling), cache
+
+
+@functools.partial(jax.jit, static_argnums=(0, 1, 2, 3, 4), donate_argnums=(9,))
+def decode(config, sampling, top_k, dispatch, dtype, params, key, token_B, position_B, cache):
+    """(next token of each row [B], cache) after one token of each row at its position."""
+    x_B1D, _, cache = hidden_states(
+        config,
+        params,
+        token_B[:, None],
+        positions_BT=position_B[:, None],
+        kv_cache=cache,
+        top_k=top_k,
+        dispatch=dispatch,
+        dtype=dtype,
+    )
+    return sample(key, _logits(config, params, x_B1D[:, 0]), sampling), cache
+
+
+def _logits(config, params, x_BD):
+    return jnp.matmul(x_BD, head(config, params).astype(x_BD.dtype), preferred_element_type=jnp.float32)
+
+
+def _round_up(n) -> int:
+    return -(-int(n) // _LENGTH_STEP) * _LENGTH_STEP

