@@ -2,24 +2,39 @@
 
     flexmoe train --config=experiments/olmo2_7b_expert.py:news --config.public=MODEL --config.data=STORE \
         --config.domain_vector=domain.json
+    flexmoe train --config=experiments/olmo2_7b_expert.py:news,gpu=80gb ...     # one GPU, a billion tokens
+    flexmoe train --config=experiments/olmo2_7b_expert.py:news,gpu=141gb ...
 
-Runtime: not run here; builds and lowers in `tests/test_experiments.py`. Values of the paper (section 4): 50 B tokens in
+Not run here; it builds and lowers in `tests/test_experiments.py`. Values of the paper (section 4): 50 B tokens in
 sequences of 4096, about 4.19 M tokens a step, learning rate 9e-4 with 2000 warm-up steps, no weight decay.
+
+`flexmoe plan --config=experiments/olmo2_7b_expert.py:news,gpu=80gb --topology h100:1` puts the 80 GB form at 70 GB:
+15 of frozen bfloat16 weights, 17 of trained float32 ones and 9 of their bfloat16 copy, 26 of gradients (a sum, and
+those of one sequence), 3 of activations: it is tight. AdamW's moments would be 35 more: the second one is factored and
+there is no first. The 141 GB form (`--topology h200:1`) takes 113 GB, 12 of them activations of four sequences;
+AdamW is whole, in float32. At half of the GPU's peak a step of either takes 170 seconds, the run 47 hours.
 """
 
 import pathlib
 import runpy
 
+from flexmoe_jax.errors import ConfigError, did_you_mean
 from flexmoe_jax.experiment import run_config
 
 MODEL = runpy.run_path(str(pathlib.Path(__file__).with_name("olmo2_7b_public.py")))["MODEL"]
+ONE_GPU = {"steps": 1000, "batch_size": 256, "save_every": 50}
+GPUS = {
+    "80gb": ({**ONE_GPU, "accumulation": 256}, {"b1": 0.0, "second_moment": "factored"}),
+    "141gb": ({**ONE_GPU, "accumulation": 64}, {}),
+}
 
 
 def get_config(arg: str = ""):
-    """`arg` is the owner's name."""
-    return run_config(
-        owner=arg,
-        out=f"runs/olmo2_7b_{arg}",
+    """`arg` is the owner's name, then `,gpu=80gb` or `,gpu=141gb` for one GPU."""
+    owner, _, gpu = arg.partition(",gpu=")
+    config = run_config(
+        owner=owner,
+        out=f"runs/olmo2_7b_{owner}{gpu and '_'}{gpu}",
         model=MODEL,
         steps=11_921,
         batch_size=1024,
@@ -31,3 +46,10 @@ def get_config(arg: str = ""):
         compute_dtype="bfloat16",
         remat=True,
     )
+    if gpu:
+        if gpu not in GPUS:
+            raise ConfigError(f"there is no configuration for gpu={gpu}", did_you_mean(gpu, GPUS))
+        changes, optimizer = GPUS[gpu]
+        config.update(changes)
+        config.optimizer.update(warmup_steps=100, **optimizer)
+    return config

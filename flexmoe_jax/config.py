@@ -3,35 +3,66 @@
 Plain Python: nothing here imports JAX, so that the command line can check a configuration before it starts anything.
 """
 
+import ast
 import dataclasses
+import enum
+import inspect
+import itertools
 import re
+import textwrap
 import types
 import typing
 from collections.abc import Mapping
 
 from flexmoe_jax.errors import ConfigError, did_you_mean
+from flexmoe_jax.tree import PUBLIC, check_owner_name
 
 
 @dataclasses.dataclass(frozen=True)
 class ModelConfig:
-    """Shape of a FlexMoE decoder (method: FlexOlmo, arXiv 2507.07024, section 3; OLMo-2 blocks).
+    """The shape of a FlexMoE decoder (FlexOlmo, arXiv 2507.07024, section 3; OLMo-2 blocks).
 
     The defaults are the OLMo-2/FlexOlmo block. Llama-style anchors set `pre_norm=True, qk_norm=False`.
     """
 
     vocab_size: int
+    """Rows of the embedding; at least the tokenizer's number of ids."""
+
     num_layers: int
+    """Transformer blocks."""
+
     d_model: int
+    """Width of the residual stream."""
+
     num_heads: int
+    """Query heads of attention."""
+
     num_kv_heads: int
+    """Key and value heads; divides `num_heads`, equal to it without grouped-query attention."""
+
     head_dim: int
+    """Width of one head; even, since rotary embeddings rotate pairs."""
+
     d_ff: int
+    """Hidden width of every expert's feed-forward network."""
+
     max_seq_len: int
+    """Longest sequence in tokens that the model is trained for and run with."""
+
     rope_theta: float = 5e5
+    """Base of the rotary embedding's wavelengths. OLMo-2's; Llama 2 has 1e4."""
+
     norm_eps: float = 1e-6
+    """Added to the mean square in RMSNorm. OLMo-2's."""
+
     pre_norm: bool = False
+    """Normalize the inputs of attention and experts (Llama) instead of their outputs (OLMo-2)."""
+
     qk_norm: bool = True
+    """RMSNorm over the whole query and the whole key projection before the split into heads (OLMo-2)."""
+
     tie_embeddings: bool = False
+    """The head is the transposed embedding (small Llama-style models)."""
 
     def __post_init__(self):
         sizes = ("vocab_size", "num_layers", "d_model", "num_heads", "num_kv_heads", "head_dim", "d_ff", "max_seq_len")
@@ -49,23 +80,41 @@ class ModelConfig:
 
 @dataclasses.dataclass(frozen=True)
 class OptimizerConfig:
-    """AdamW with linear warm-up and cosine decay (paper section 4; reference training scripts).
+    """AdamW with linear warm-up and cosine decay (paper section 4; its published training scripts).
 
-    Of a trained parameter AdamW keeps 8 bytes. `first_moment="bfloat16"` makes that 6. `second_moment="factored"` keeps
-    of a matrix the means of its rows and of its columns alone, as Adafactor does (arXiv 1804.04235), whose decay and
-    bound on an update it takes over (`b2` and `eps` have no part): 4 bytes, or 2; and next to nothing with `b1=0`.
+    AdamW keeps 8 bytes per trained parameter; `first_moment` and `second_moment` can lower that.
     """
 
     lr: float = 9e-4
+    """Peak learning rate. The paper's for a 7B expert; the quickstart's small models use 1.5e-3 to 3e-3."""
+
     warmup_steps: int = 2000
+    """Steps of linear warm-up from 0 to `lr`; at most `steps - 1` are used. The paper's."""
+
     end_lr_fraction: float = 0.1
+    """Learning rate at the last step, as a fraction of `lr`. OLMo-2's schedule."""
+
     b1: float = 0.9
+    """Decay of the first moment. The paper's; 0 keeps no first moment where the second is factored."""
+
     b2: float = 0.95
+    """Decay of the second moment. The paper's. Not used where the second moment is factored."""
+
     eps: float = 1e-8
+    """Added to the root of the second moment. Not used where the second moment is factored."""
+
     weight_decay: float = 0.0
+    """Decoupled weight decay per unit of learning rate, of trained parameters only. The paper's is 0."""
+
     clip_norm: float = 1.0
+    """Largest global norm of a step's gradient; larger ones are scaled down. The paper's."""
+
     first_moment: str = "float32"
+    """Dtype in which the first moment is kept: float32, or bfloat16 for 6 bytes per parameter instead of 8."""
+
     second_moment: str = "full"
+    """`full`, or `factored`: the means of a matrix's rows and of its columns instead of all its entries, with
+    Adafactor's decay and bound on an update (arXiv 1804.04235): 4 bytes per parameter, next to none with `b1=0`."""
 
     def __post_init__(self):
         for name, known in (("first_moment", ("float32", "bfloat16")), ("second_moment", ("full", "factored"))):
@@ -73,61 +122,167 @@ class OptimizerConfig:
                 raise ConfigError(f"optimizer.{name} is {getattr(self, name)!r}", f"use one of: {', '.join(known)}")
 
 
+class Kind(enum.Enum):
+    """What a run trains; the values complete "this run trains ..."."""
+
+    PUBLIC = "a new public model"
+    JOINT = "all experts of an existing model together"
+    EXPERT = "a new expert beside the public one"
+    CONTINUED = "an owner's existing expert further"
+
+
+# What each kind of run needs and what it has no use for.
+_NEEDS = {
+    Kind.PUBLIC: ("model", "domain_vector"),
+    Kind.JOINT: ("public",),
+    Kind.EXPERT: ("public", "domain_vector"),
+    Kind.CONTINUED: ("public", "expert"),
+}
+_FORBIDS = {
+    Kind.PUBLIC: ("expert", "router_contrast"),
+    Kind.JOINT: ("model", "domain_vector", "expert", "router_contrast"),
+    Kind.EXPERT: (),
+    Kind.CONTINUED: ("domain_vector",),
+}
+_REMEDIES = {
+    "model": "a public run defines a model's shape, or trains the model in config.public further: set one of them",
+    "public": "an expert is trained beside a public model: set config.public to its directory",
+    "domain_vector": "a new router row starts from a domain vector: make one with `flexmoe embed DATA --out FILE`; "
+    "a run that trains an existing model or package further keeps the rows it has",
+    "expert": "set config.expert to the owner's package; a public run has none",
+    "router_contrast": "only an owner's expert beside the public one has odds to train: set it to 0",
+}
+
+
 @dataclasses.dataclass(frozen=True)
 class RunConfig:
-    """One training run: the public model (`owner="public"`) or one owner's expert (any other name).
+    """One training run: a public model (`owner="public"`) or one owner's expert (any other name).
 
-    Paths are strings. `batch_size` is sequences per optimizer step, split into `accumulation` equal microbatches. An
-    owner may mix in public documents: `public_fraction` of each batch's sequences come from `public_data`, and
-    `router_contrast` weighs a loss by which the router tells the two apart.
-
-    An owner's run begins with the public feed-forward network and a `domain_vector`, or goes on from its package
-    `expert`. A public run defines `model`, or goes on from the model directory `public` and trains all its experts
-    together; an owner's run may say in `model` what shape its public model must have. `freeze` is a pattern of
-    parameter paths that stay as they began, besides those that the stage freezes; `top_k` the experts active per
-    token (0: all); `load_balance` weighs the loss that spreads tokens over experts. The control `coordinate=False`
-    trains an owner's feed-forward network without the public expert beside it. `mesh` deals the work out over devices
-    ("data=2,fsdp=4"; parallel/mesh.py); all devices there are, by `fsdp`, when it is empty.
+    What it trains (`kind`) follows from `owner`, `public` and `expert`. Paths are strings; a key that is off is None.
     """
 
     owner: str
+    """Whose parameters are trained: `public`, or a data owner's name (the expert's name in every merged model)."""
+
     data: str
+    """The owner's training data: a folder of documents, a token store, or OLMo token files."""
+
     out: str
+    """The run directory: checkpoints, metrics, and at the end `model/` (public runs) or `package/` (owners' runs)."""
+
     steps: int
+    """Optimizer steps."""
+
     batch_size: int
+    """Sequences per optimizer step."""
+
     seq_len: int
+    """Tokens per sequence; at most `model.max_seq_len`."""
+
     model: ModelConfig | None = None
-    public: str = ""
-    public_data: str = ""
+    """Shape of a new public model. An owner's run may state the shape that its public model must have."""
+
+    public: str | None = None
+    """Directory of the public model that an expert is trained beside, or of the model whose experts are all trained
+    together."""
+
+    public_data: str | None = None
+    """Public documents to mix into an owner's batches; needs `public_fraction`."""
+
     public_fraction: float = 0.0
-    domain_vector: str = ""
-    expert: str = ""
+    """Share of each batch's sequences that come from `public_data`. Public text teaches an expert to do no harm outside
+    its domain; the quickstart uses a quarter."""
+
+    domain_vector: str | None = None
+    """File of the domain embedding that a new router row starts from (`flexmoe embed`; paper section 3.3)."""
+
+    expert: str | None = None
+    """An owner's package to train further, in the place of a new expert."""
+
     tokenizer: str = "cl100k:8192"
+    """Tokenizer of a new public model: `cl100k:N` (the first N ranks of cl100k), `dolma2`, or a tokenizer.json.
+    All other runs use the public model's."""
+
     optimizer: OptimizerConfig = OptimizerConfig()
+    """See the keys of `optimizer`."""
+
     accumulation: int = 1
+    """Equal microbatches that a step's batch is split into, to save memory; they change no result but rounding."""
+
     z_loss: float = 1e-5
+    """Weight of the squared log-partition of the vocabulary logits, which keeps them small. The paper's."""
+
     router_z_loss: float = 1e-3
+    """Weight of the squared log-partition of the router logits, mean over layers. The paper's."""
+
     router_contrast: float = 0.0
+    """Weight of a loss by which every layer's router tells the owner's text from `public_data` (cross-entropy of its
+    odds, which merging keeps). The quickstart uses 0.1; the paper has none."""
+
     load_balance: float = 0.0
-    top_k: int = 0
-    freeze: str = ""
+    """Weight of the loss that spreads tokens evenly over experts (Switch Transformers, arXiv 2101.03961), for models
+    whose experts are trained together. The paper's owners use 0."""
+
+    top_k: int | None = None
+    """Experts active per token in training; None: all."""
+
+    freeze: str | None = None
+    """Regular expression of parameter paths (`trunk/.*`) to freeze besides those that the run freezes anyway."""
+
     coordinate: bool = True
+    """Train an owner's expert beside the public one. False trains it alone: the control that shows what coordination
+    is worth (paper section 4.3)."""
+
     router_scale: float = 0.1
-    mesh: str = ""
+    """L2 norm that the router rows of a new public model, and of every expert beside it, start with. At norm 1 (the
+    paper's) the random start drowns what a short training learns; 0.1 is measured (guide: the router)."""
+
+    mesh: str | None = None
+    """How devices share the work, as `data=2,fsdp=4`; axes: data, fsdp, expert, tensor. None: all devices by fsdp."""
+
     compute_dtype: str = "float32"
+    """Dtype of activations and of frozen weights: float32, or bfloat16 on accelerators. Trained weights and moments are
+    always float32."""
+
     remat: bool = False
+    """Recompute each layer in the backward pass: activations take the memory of a layer's inputs, for a third more
+    computation."""
+
     seed: int = 0
+    """Seed of initial weights and of the order of data."""
+
     log_every: int = 10
+    """Steps between lines of `metrics.jsonl`."""
+
     save_every: int = 500
+    """Steps between checkpoints: what a crash can cost at most."""
+
     save_minutes: float = 10.0
+    """Minutes after which a checkpoint is saved even before `save_every` steps."""
+
     keep_checkpoints: int = 2
+    """Newest checkpoints kept; with fewer than 2 there is nothing to fall back to when one is damaged."""
+
     max_bad_steps: int = 10
-    licence: str = ""
-    contact: str = ""
+    """Steps in a row with a loss or gradient that is not finite (each is skipped) after which the run stops."""
+
+    licence: str | None = None
+    """Licence of the trained parameters, recorded in the package."""
+
+    contact: str | None = None
+    """Whom to ask about them, recorded in the package."""
+
+    @property
+    def kind(self) -> Kind:
+        """What this run trains."""
+        if self.is_public:
+            return Kind.PUBLIC if self.public is None else Kind.JOINT
+        return Kind.EXPERT if self.expert is None else Kind.CONTINUED
 
     @property
     def is_public(self) -> bool:
-        return self.owner == "public"
+        """Whether the whole model is trained, not one owner's expert."""
+        return self.owner == PUBLIC
 
     @property
     def public_sequences(self) -> int:
@@ -135,6 +290,21 @@ class RunConfig:
         return round(self.public_fraction * self.batch_size)
 
     def __post_init__(self):
+        if not self.owner:
+            raise ConfigError("config.owner is empty", "add :OWNER to the experiment file, as in expert.py:news")
+        if not self.is_public:
+            check_owner_name(self.owner)
+        self._check_numbers()
+        for name in _NEEDS[self.kind]:
+            if getattr(self, name) is None:
+                raise ConfigError(f"config.{name} is missing: this run trains {self.kind.value}", _REMEDIES[name])
+        for name in _FORBIDS[self.kind]:
+            if getattr(self, name):
+                what = f"config.{name} is {getattr(self, name)!r}: this run trains {self.kind.value}"
+                raise ConfigError(what, _REMEDIES[name])
+        self._check_public_text()
+
+    def _check_numbers(self) -> None:
         for name in ("steps", "batch_size", "seq_len", "accumulation", "log_every", "save_every", "max_bad_steps"):
             if getattr(self, name) < 1:
                 raise ConfigError(f"config.{name} is {getattr(self, name)}", "give a number of at least 1")
@@ -145,19 +315,16 @@ class RunConfig:
             )
         if self.compute_dtype not in ("float32", "bfloat16"):
             raise ConfigError(f"config.compute_dtype is {self.compute_dtype!r}", "use 'float32' or 'bfloat16'")
-        if self.top_k < 0 or self.load_balance < 0:
-            raise ConfigError(
-                f"config.top_k is {self.top_k}, config.load_balance {self.load_balance}", "give 0 or more"
-            )
+        if self.top_k is not None and self.top_k < 1:
+            raise ConfigError(f"config.top_k is {self.top_k}", "give at least 1, or leave it out for all experts")
+        if self.load_balance < 0:
+            raise ConfigError(f"config.load_balance is {self.load_balance}", "give 0 or more")
         try:
-            re.compile(self.freeze)
+            re.compile(self.freeze or "")
         except re.error as error:
-            raise ConfigError(f"config.freeze {self.freeze!r} is no pattern: {error}", "correct it") from error
-        if self.is_public and (self.model is None) == (not self.public):
-            raise ConfigError(
-                f"config.model is {'missing' if self.model is None else 'set'} and config.public {self.public!r}",
-                "a public run defines a model's shape, or goes on from the model in config.public: set one of them",
-            )
+            raise ConfigError(f"config.freeze {self.freeze!r} is not a pattern: {error}", "correct it") from error
+
+    def _check_public_text(self) -> None:
         if not 0 <= self.public_fraction < 1 or (self.public_sequences > 0) != bool(self.public_data):
             raise ConfigError(
                 f"config.public_fraction is {self.public_fraction} of {self.batch_size} sequences, public_data is "
@@ -167,25 +334,21 @@ class RunConfig:
         if self.router_contrast and not self.public_sequences:
             raise ConfigError(
                 f"config.router_contrast is {self.router_contrast} and config.public_fraction {self.public_fraction}",
-                "the router can be told apart from public text only where there is some: set both, or neither",
+                "the router learns to tell the owner's text from public text, so it needs some: set both, or neither",
             )
-        if self.router_contrast and (self.is_public or not self.coordinate):
-            raise ConfigError(
-                f"config.router_contrast is {self.router_contrast} in a run without a pair {{public, owner}}",
-                "only an owner's expert beside the public one has odds to train: set it to 0",
-            )
-        if not self.is_public and not self.public:
-            raise ConfigError(
-                f"config.public is empty in the run of owner {self.owner!r}",
-                "an expert is trained beside a public model: set config.public to its directory",
-            )
-        if self.expert and (self.is_public or self.domain_vector):
-            raise ConfigError(
-                f"config.expert is {self.expert!r} in the run of {self.owner!r}, config.domain_vector is "
-                f"{self.domain_vector!r}",
-                "an owner's package goes on with the router row it has, a new expert begins with a domain vector: "
-                "set one of them",
-            )
+        if self.router_contrast and not self.coordinate:
+            what = f"config.router_contrast is {self.router_contrast} and config.coordinate is False"
+            raise ConfigError(what, _REMEDIES["router_contrast"])
+
+
+def field_docs(cls: type) -> dict[str, str]:
+    """{field: the docstring under it} of a dataclass in which every field has one."""
+    definition = ast.parse(textwrap.dedent(inspect.getsource(cls))).body[0]
+    docs: dict[str, str] = {}
+    for statement, after in itertools.pairwise(definition.body):  # type: ignore[attr-defined]
+        if isinstance(statement, ast.AnnAssign) and isinstance(statement.target, ast.Name):
+            docs[statement.target.id] = inspect.cleandoc(ast.literal_eval(after.value))  # type: ignore[attr-defined]
+    return docs
 
 
 def from_mapping(cls, values: Mapping, where: str = "config"):
@@ -208,7 +371,7 @@ def to_mapping(config) -> dict:
 
 def _convert(hint, value, where: str):
     options = typing.get_args(hint) if isinstance(hint, types.UnionType) else (hint,)
-    if value is None and type(None) in options:
+    if type(None) in options and (value is None or value == ""):  # the command line has no other word for None
         return None
     kind = next(o for o in options if o is not type(None))
     if dataclasses.is_dataclass(kind):

@@ -3,6 +3,7 @@
 import dataclasses
 import pathlib
 import runpy
+import typing
 
 from ml_collections import ConfigDict, config_dict
 
@@ -15,7 +16,10 @@ def run_config(*, model: ModelConfig | None = None, **values) -> ConfigDict:
     config = ConfigDict()
     for field in dataclasses.fields(RunConfig):
         if field.default is dataclasses.MISSING:
-            config[field.name] = config_dict.placeholder(int if field.type is int else str)
+            config[field.name] = config_dict.placeholder(field.type)
+        elif field.default is None:
+            kinds = [kind for kind in typing.get_args(field.type) if kind in (str, int)]
+            config[field.name] = config_dict.placeholder(kinds[0]) if kinds else None
         elif dataclasses.is_dataclass(field.default) and not isinstance(field.default, type):
             config[field.name] = ConfigDict(dataclasses.asdict(field.default))
         else:

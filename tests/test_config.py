@@ -8,12 +8,13 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from flexmoe_jax.artifacts.sealed import canonical_json, differences, digest
-from flexmoe_jax.config import ModelConfig, OptimizerConfig, RunConfig, from_mapping, to_mapping
-from flexmoe_jax.errors import ConfigError
+from flexmoe_jax.config import ModelConfig, OptimizerConfig, RunConfig, field_docs, from_mapping, to_mapping
+from flexmoe_jax.errors import ConfigError, FlexMoEError
 from tests.conftest import TINY
 
 MODEL = to_mapping(TINY)
-RUN = {"owner": "public", "data": "d", "out": "o", "steps": 3, "batch_size": 4, "seq_len": 8, "model": MODEL}
+RUN = {"owner": "public", "data": "d", "out": "o", "steps": 3, "batch_size": 4, "seq_len": 8, "model": MODEL,
+       "domain_vector": "v"}  # fmt: skip
 
 
 def refused(values: dict, what: str, remedy: str, cls=RunConfig):
@@ -109,19 +110,26 @@ def test_impossible_shapes_are_refused(change, what):
         ({"steps": 0}, "config.steps is 0"),
         ({"batch_size": 5, "accumulation": 2}, "batch_size 5 is not a multiple of config.accumulation 2"),
         ({"compute_dtype": "float16"}, "compute_dtype is 'float16'"),
-        ({"model": None}, "config.model is missing and config.public"),
-        ({"owner": "news"}, "config.public is empty in the run of owner 'news'"),
+        ({"model": None}, "config.model is missing: this run trains a new public model"),
+        ({"domain_vector": None}, "config.domain_vector is missing: this run trains a new public model"),
+        ({"owner": ""}, "config.owner is empty"),
+        ({"owner": "trunk"}, "'trunk' is reserved"),
+        ({"owner": "news"}, "config.public is missing: this run trains a new expert"),
+        (
+            {"owner": "news", "public": "p", "expert": "e"},
+            "domain_vector is 'v': this run trains an owner's existing expert",
+        ),
         ({"top_k": -1}, "config.top_k is -1"),
-        ({"freeze": "experts/("}, "config.freeze .* is no pattern"),
-        ({"public": "release"}, "config.model is set and config.public .release."),
+        ({"freeze": "experts/("}, "config.freeze .* is not a pattern"),
+        ({"public": "release"}, "config.model is .*: this run trains all experts of an existing model"),
         (
             {"router_contrast": 0.1, "public_data": "x", "public_fraction": 0.5, "batch_size": 4},
-            "in a run without a pair",
+            "router_contrast is 0.1: this run trains a new public model",
         ),
     ],
 )
 def test_impossible_runs_are_refused(change, what):
-    with pytest.raises(ConfigError, match=what):
+    with pytest.raises(FlexMoEError, match=what):
         from_mapping(RunConfig, {**RUN, **change})
 
 
@@ -176,3 +184,17 @@ def test_digest_is_the_stored_one_and_sees_every_value():
 def test_digest_refuses_what_json_cannot_say():
     with pytest.raises(ValueError, match="not JSON compliant"):
         digest({"x": float("nan")})
+
+
+@pytest.mark.parametrize("cls", [ModelConfig, OptimizerConfig, RunConfig])
+def test_every_key_has_a_docstring(cls):
+    docs = field_docs(cls)
+    assert list(docs) == [field.name for field in dataclasses.fields(cls)]
+    assert all(len(doc) > 10 for doc in docs.values())
+
+
+def test_an_empty_value_of_an_optional_key_is_none():
+    values = {**RUN, "owner": "news", "public": "p", "model": None}
+    run = from_mapping(RunConfig, {**values, "mesh": "", "freeze": "", "expert": "", "top_k": None})
+    assert run == from_mapping(RunConfig, values)
+    assert (run.mesh, run.freeze, run.expert, run.top_k) == (None, None, None, None)

@@ -8,6 +8,7 @@ import pytest
 
 from flexmoe_jax.cli.configs import parse_config, parse_run
 from flexmoe_jax.config import ModelConfig, RunConfig
+from flexmoe_jax.errors import ConfigError
 from flexmoe_jax.flexmix.build import DOMAINS
 from flexmoe_jax.model.transformer import init_params
 from flexmoe_jax.params import count_parameters
@@ -19,11 +20,14 @@ from flexmoe_jax.tree import PUBLIC, TRUNK, canonical_order
 
 EXPERIMENTS = pathlib.Path(__file__).parents[1] / "experiments"
 RUNS = sorted({*EXPERIMENTS.glob("*.py")} - {EXPERIMENTS / "reproduction.py"})
-LEFT_OPEN = ["--config.data=data", "--config.domain_vector=domain.json"]
 
 
 def load(name: str, *overrides: str) -> RunConfig:
-    return parse_run([f"--config={EXPERIMENTS / name}", *LEFT_OPEN, *overrides], "train")
+    """The run of an experiment file, with what it leaves to the command line."""
+    open_keys = ["--config.data=data"]
+    if "dense" not in name:  # it trains an existing model further, whose router rows exist
+        open_keys.append("--config.domain_vector=domain.json")
+    return parse_run([f"--config={EXPERIMENTS / name}", *open_keys, *overrides], "train")
 
 
 @pytest.mark.parametrize("size", ["tiny", "small", "full"])
@@ -52,8 +56,24 @@ def test_every_experiment_is_a_valid_run_and_says_how_to_run_it(path):
     assert f"--config=experiments/{path.name}" in path.read_text()
 
 
+@pytest.mark.parametrize(("gpu", "moment"), [("80gb", "factored"), ("141gb", "full")])
+def test_the_7b_expert_has_a_form_for_one_gpu(gpu, moment):
+    run = load(f"olmo2_7b_expert.py:news,gpu={gpu}", "--config.public=public")
+    assert (run.owner, run.optimizer.second_moment) == ("news", moment)
+    assert run.steps * run.batch_size * run.seq_len > 1e9
+    assert f"gpu={gpu}" in (EXPERIMENTS / "olmo2_7b_expert.py").read_text()
+    with pytest.raises(ConfigError, match="no configuration for gpu=90gb"):
+        load("olmo2_7b_expert.py:news,gpu=90gb")
+
+
+def test_an_expert_without_an_owner_is_told_so():
+    with pytest.raises(ConfigError, match="owner is empty") as error:
+        load("quickstart_expert.py", "--config.public=public")
+    assert ":OWNER" in error.value.remedy
+
+
 def test_the_7b_model_has_the_papers_size():
-    """Method notes: 7.30 B with one expert, 4.33 B more for each; 33.27 B with seven."""
+    """The paper's table: 7.30 B with one expert, 4.33 B more for each; 33.27 B with seven."""
     model = model_7b()
     trunk, expert = count_parameters(model, TRUNK), count_parameters(model, "news")
     assert round((trunk + expert) / 1e9, 2) == 7.30

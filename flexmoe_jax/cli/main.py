@@ -3,6 +3,7 @@
 import contextlib
 import hashlib
 import importlib
+import logging
 import os
 import pathlib
 import platform
@@ -54,6 +55,7 @@ def main(argv: list[str] | None = None) -> int:
         print(f"flexmoe {__version__}")
         return 0
     use_compilation_cache()
+    _log_to_stderr()
     verb, *rest = argv
     if verb not in VERBS:
         print(f"flexmoe: unknown verb {verb!r}: {did_you_mean(verb, VERBS)}", file=sys.stderr)
@@ -91,6 +93,19 @@ def _leads(verb: str) -> bool:
         )
     del os.environ["FLEXMOE_PROCESSES"]
     return place.number == 0
+
+
+def _log_to_stderr() -> None:
+    """What the library logs goes to stderr, a line each."""
+    logger = logging.getLogger("flexmoe_jax")
+    if not logger.handlers:
+        logger.addHandler(_Stderr())
+    logger.setLevel(logging.INFO)
+
+
+class _Stderr(logging.Handler):
+    def emit(self, record: logging.LogRecord) -> None:
+        print(record.getMessage(), file=sys.stderr, flush=True)
 
 
 def use_compilation_cache() -> None:

@@ -48,10 +48,12 @@ def _work(args: argparse.Namespace, argv: list[str]):
     values = {"data": "-", **parse_mapping(argv, "plan")}
     if values.get("owner") != PUBLIC:
         values["public"] = values.get("public") or "-"
+    if not values.get("expert") and (values.get("owner") != PUBLIC or not values.get("public")):
+        values["domain_vector"] = values.get("domain_vector") or "-"
     run = from_mapping(RunConfig, values)
     model = run.model
     experts: tuple[str, ...] = (PUBLIC,) if run.is_public else (PUBLIC, run.owner)
-    if pathlib.Path(run.public).is_dir() and run.public:
+    if run.public and pathlib.Path(run.public).is_dir():
         from flexmoe_jax.artifacts.model_dir import open_model
 
         opened = open_model(run.public)

@@ -2,7 +2,6 @@
 
 import argparse
 import pathlib
-import sys
 
 from flexmoe_jax.cli.common import parser, table
 from flexmoe_jax.cli.configs import parse_config
@@ -37,12 +36,11 @@ def reproduce(argv: list[str]) -> int:
     p.add_argument("--vary")
     options, rest = p.parse_known_args(argv)
     config = parse_config(rest, "reproduce", StudyConfig)
-    report = lambda line: print(line, file=sys.stderr, flush=True)  # noqa: E731
     if options.vary is not None:
         key, _, values = options.vary.partition("=")
-        print("\n".join(varied_lines(key, vary(config, key, values.split(","), report))))
+        print("\n".join(varied_lines(key, vary(config, key, values.split(",")))))
     else:
-        print("\n".join(lines(run(config, report))))
+        print("\n".join(lines(run(config))))
     return 0
 
 

@@ -1,7 +1,7 @@
 """`flexmoe pretrain` and `flexmoe train`: one command per role, driven by an experiment file."""
 
 import argparse
-import sys
+import logging
 
 from flexmoe_jax.cli.configs import parse_run
 from flexmoe_jax.errors import ConfigError
@@ -40,16 +40,17 @@ def _run(argv, verb, what, example, *, public: bool) -> int:
         return 0 if argv else 2
     p = argparse.ArgumentParser(prog=f"flexmoe {verb}", add_help=False, allow_abbrev=False)
     p.add_argument("--allow", action="append", default=[])
-    p.add_argument("--profile", default="")
+    p.add_argument("--profile", default=None)
     options, rest = p.parse_known_args(argv)
     run = parse_run(rest, verb)
     if run.is_public != public:
         other = "train" if public else "pretrain"
         raise ConfigError(f"config.owner is {run.owner!r}: not a run of flexmoe {verb}", f"use flexmoe {other}")
-    from flexmoe_jax.parallel.processes import join
+    from flexmoe_jax.parallel.processes import is_lead, join
     from flexmoe_jax.train.loop import train
 
     join()
-    report = lambda line: print(line, file=sys.stderr, flush=True)  # noqa: E731
-    print(train(run, report=report, allow=options.allow, profile=options.profile))
+    if not is_lead():
+        logging.getLogger("flexmoe_jax").setLevel(logging.WARNING)
+    print(train(run, allow=options.allow, profile=options.profile))
     return 0

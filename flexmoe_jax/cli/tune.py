@@ -1,7 +1,6 @@
 """`flexmoe classify|proxies|tune`: router tuning on public documents that look like the owners' (paper section 3.3)."""
 
 import pathlib
-import sys
 
 from flexmoe_jax.cli.common import add_json, emit, parser
 from flexmoe_jax.errors import DataError, did_you_mean
@@ -97,7 +96,6 @@ def tune(argv: list[str]) -> int:
     model = run(
         args.model, folders, args.public_data, args.out, together=args.together, steps=args.steps,
         batch_size=args.batch_size, seq_len=args.seq_len, lr=args.lr, seed=args.seed,
-        report=lambda line: print(line, file=sys.stderr, flush=True),
     )  # fmt: skip
     form = "together: opting out is approximate" if args.together else "each owner's alone: opting out is exact"
     result = {"model": str(model.path), "digest": model.digest, "tuned": list(folders), "together": args.together}

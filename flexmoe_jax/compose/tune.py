@@ -8,6 +8,7 @@ row never moves; softmax knows rows by their differences alone, so nothing is lo
 Whatever is tuned is a new package of its owner. The untuned ones stay where they are.
 """
 
+import logging
 import pathlib
 from collections.abc import Mapping
 from typing import Any
@@ -22,6 +23,7 @@ from flexmoe_jax.errors import ArtifactError, DataError
 from flexmoe_jax.train.loop import train
 from flexmoe_jax.tree import PUBLIC, check_known
 
+log = logging.getLogger(__name__)
 TOGETHER = "together"
 FROZEN = "trunk/.*|experts/public/.*|experts/.*/w_(gate|up|down)"
 
@@ -38,7 +40,6 @@ def tune(
     seq_len: int | None = None,
     lr: float = 2e-3,
     seed: int = 0,
-    report=lambda line: None,
 ) -> ModelDir:
     """Tunes the router of the model directory `model`; `out`/model is the tuned one, `out`/packages its owners' parts.
 
@@ -58,7 +59,7 @@ def tune(
     }  # fmt: skip
     _check_same(out / "tuning.json", details)
     if (out / "model").exists():
-        report(f"{out / 'model'} is already there: nothing to do")
+        log.info(f"{out / 'model'} is already there: nothing to do")
         return open_model(out / "model")
     options: dict[str, Any] = {
         "public": str(model), "steps": steps, "batch_size": batch_size, "seq_len": details["seq_len"],
@@ -71,8 +72,8 @@ def tune(
         blend([*(pathlib.Path(proxies[name]) for name in owners), pathlib.Path(public_data)], data)
         others = [f"|experts/{name}/.*" for name in opened.experts if name not in (PUBLIC, *owners)]
         run = RunConfig(owner=PUBLIC, data=str(data.parent), out=str(out / "runs" / TOGETHER),
-                        top_k=opened.wanted_top_k or 0, **options | {"freeze": FROZEN + "".join(others)})  # fmt: skip
-        made = open_model(train(run, report))
+                        top_k=opened.wanted_top_k, **options | {"freeze": FROZEN + "".join(others)})  # fmt: skip
+        made = open_model(train(run))
         tuned = {name: (made.package(name), made.manifests[name], owners) for name in owners}
     else:
         tuned = {}
@@ -81,7 +82,7 @@ def tune(
                 owner=name, expert=str(opened.package(name)), data=str(proxies[name]), public_data=str(public_data),
                 public_fraction=0.5, out=str(out / "runs" / name), **options,
             )  # fmt: skip
-            package = train(run, report)
+            package = train(run)
             tuned[name] = (package, read_manifest(package, name), [name])
     for name, (path, manifest, moved_by) in tuned.items():
         packages[name] = _package(out / "packages" / name, opened.manifests[name], path, manifest, moved_by)

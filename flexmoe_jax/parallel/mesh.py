@@ -21,7 +21,7 @@ BATCH = (DATA, FSDP, EXPERT)  # axes that split the rows of a batch
 
 
 def parse_mesh(text: str) -> dict[str, int]:
-    """ "data=2,fsdp=4" -> {"data": 2, "fsdp": 4, "expert": 1, "tensor": 1}; empty: all axes of size 1."""
+    """ "data=2,fsdp=4" -> {"data": 2, "fsdp": 4, "expert": 1, "tensor": 1}; what is not named has size 1."""
     sizes = dict.fromkeys(AXES, 1)
     for part in filter(None, text.split(",")):
         name, _, size = part.strip().partition("=")
@@ -56,7 +56,7 @@ def make_mesh(text: str, devices=None) -> Mesh:
     return jax.make_mesh(tuple(sizes.values()), AXES, axis_types=types, devices=devices)
 
 
-def mesh_of_all(text: str) -> Mesh | None:
+def mesh_of_all(text: str | None) -> Mesh | None:
     """The mesh of these axis sizes; of all devices by `fsdp` where nothing is said; None for one device and no word."""
     return make_mesh(text or f"fsdp={jax.device_count()}") if text or jax.device_count() > 1 else None
 

@@ -15,7 +15,7 @@ from flexmoe_jax.study.tables import classifiers, compare_never_merged, curves, 
 from flexmoe_jax.study.train import METHOD, OF_PUBLIC, OF_SHARED, make_shared, train_public, train_seed
 
 
-def reproduce(config: StudyConfig, report=lambda line: None, shared: pathlib.Path | None = None) -> dict:
+def reproduce(config: StudyConfig, shared: pathlib.Path | None = None) -> dict:
     """Runs the study, or what is missing of it, in `config.out`; writes and returns `results.json`.
 
     `shared` is the folder of another study of the same domains, with its mix and domain vectors.
@@ -25,12 +25,12 @@ def reproduce(config: StudyConfig, report=lambda line: None, shared: pathlib.Pat
     check_same(config, root)
     make_shared(config, shared)
     texts = make_texts(config, shared / "mix")
-    public = train_public(config, shared, root, report)
+    public = train_public(config, shared, root)
     made, scores = [], []
     for seed in range(config.seeds):
         home = root / f"seed-{seed}"
-        made.append(train_seed(config, shared, public, home, seed, report))
-        scores.append(score_seed(config, made[-1], texts, home, report))
+        made.append(train_seed(config, shared, public, home, seed))
+        scores.append(score_seed(config, made[-1], texts, home))
     results = tabulate(config, texts, scores, made[0].flops)
     results |= {
         "opting_out": [compare_never_merged(artefacts) for artefacts in made],
@@ -43,7 +43,7 @@ def reproduce(config: StudyConfig, report=lambda line: None, shared: pathlib.Pat
     return results
 
 
-def vary(config: StudyConfig, key: str, values: Sequence[str], report=lambda line: None) -> dict[str, dict]:
+def vary(config: StudyConfig, key: str, values: Sequence[str]) -> dict[str, dict]:
     """{value: results} of the study at each value of one of its numbers: the method and its dense experts alone.
 
     Each is a study of its own in `config.out`/KEY-VALUE. They share the text and the public model where these do not
@@ -62,10 +62,10 @@ def vary(config: StudyConfig, key: str, values: Sequence[str], report=lambda lin
         raise ConfigError(f"{key} is varied over {', '.join(values)}: {error}", "give numbers") from error
     if key not in OF_PUBLIC:
         make_shared(base, root)
-        public = str(train_public(base, root, root, report))
+        public = str(train_public(base, root, root))
         studies = [dataclasses.replace(study, public=public) for study in studies]
     shared = None if key in OF_SHARED else root
-    return {value: reproduce(study, report, shared) for value, study in zip(values, studies, strict=True)}
+    return {value: reproduce(study, shared) for value, study in zip(values, studies, strict=True)}
 
 
 def check_same(config: StudyConfig, root: pathlib.Path) -> None:

@@ -3,6 +3,7 @@
 import dataclasses
 import functools
 import json
+import logging
 import pathlib
 import re
 from collections.abc import Callable
@@ -21,6 +22,8 @@ from flexmoe_jax.study.config import StudyConfig
 from flexmoe_jax.train.loop import train
 from flexmoe_jax.tree import PUBLIC, TRUNK, Params
 
+log = logging.getLogger(__name__)
+
 RANDOM_ROW_SEED = 1000
 
 
@@ -32,7 +35,6 @@ class Runs:
     shared: pathlib.Path
     home: pathlib.Path
     seed: int
-    report: Callable[[str], None]
 
     def train(self, name: str, *, data: str, steps: int, **changes) -> pathlib.Path:
         """The product of a run, trained or found; `data` is a domain of the mix, or a folder beside it."""
@@ -46,7 +48,7 @@ class Runs:
             "save_every": 200,
         }
         product = train(RunConfig(data=str(folder), steps=steps, **options | changes))
-        self.report(f"seed {self.seed}: {name}: {product}")
+        log.info(f"seed {self.seed}: {name}: {product}")
         return product
 
     def merged(self, name: str, release: pathlib.Path, changes: dict, random_rows: bool) -> pathlib.Path:
@@ -74,7 +76,7 @@ class Runs:
         sizes = {"batch_size": self.config.batch_size, "seq_len": self.config.seq_len, "steps": self.config.tune_steps}
         made = tune(model, proxies, self.shared / "mix" / PUBLIC, self._place("made", name), together=together,
                     seed=self.seed, **sizes)  # fmt: skip
-        self.report(f"seed {self.seed}: {name}: {made.path}")
+        log.info(f"seed {self.seed}: {name}: {made.path}")
         return made.path
 
     def at_norm(self, release: pathlib.Path, scale: float | None) -> pathlib.Path:

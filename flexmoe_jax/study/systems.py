@@ -7,6 +7,7 @@ four-way continuation task; domains like "code + math" are documents that interl
 import dataclasses
 import functools
 import itertools
+import logging
 import math
 import pathlib
 import re
@@ -23,6 +24,8 @@ from flexmoe_jax.study.config import StudyConfig
 from flexmoe_jax.study.continuation import make_items
 from flexmoe_jax.study.train import METHOD, Artefacts
 from flexmoe_jax.tree import PUBLIC
+
+log = logging.getLogger(__name__)
 
 PIECE = 400  # characters of one domain before the other's turn, in a document of two
 KINDS = ("heldout", "choice")
@@ -65,14 +68,14 @@ def make_texts(config: StudyConfig, mix: pathlib.Path) -> Texts:
     return Texts(heldout, choice)
 
 
-def score_seed(config: StudyConfig, artefacts: Artefacts, texts: Texts, home: pathlib.Path, report):
+def score_seed(config: StudyConfig, artefacts: Artefacts, texts: Texts, home: pathlib.Path):
     """{system: SystemScore} of one seed; systems that are already scored are read from `home/scores`."""
     scores: dict[str, SystemScore] = {}
     for name, model in _models(config, artefacts).items():
         path = home / "scores" / f"{re.sub('[ /]', '_', name)}.npz"
         if not path.exists():
             _save(path, _score(model(), texts, uniform=name == "uniform mixing"))
-            report(f"scored {name}")
+            log.info(f"scored {name}")
         scores[name] = _load(path)
     frozen = {PUBLIC: scores["public"], **{owner: scores[f"frozen trunk {owner}"] for owner in config.owners}}
     dense = {PUBLIC: scores["public"], **{owner: scores[f"dense {owner}"] for owner in config.owners}}

@@ -39,11 +39,11 @@ class Artefacts:
     flops: dict[str, float]
 
 
-def train_public(config: StudyConfig, shared: pathlib.Path, home: pathlib.Path, report) -> pathlib.Path:
+def train_public(config: StudyConfig, shared: pathlib.Path, home: pathlib.Path) -> pathlib.Path:
     """The public model every seed begins with, trained or found: as in the paper, there is one."""
     if config.public:
         return pathlib.Path(config.public)
-    return Runs(config, shared, home, 0, report).train(
+    return Runs(config, shared, home, 0).train(
         "public", owner=PUBLIC, data=PUBLIC, model=config.model, steps=config.public_steps,
         optimizer=OptimizerConfig(lr=3e-3, warmup_steps=20, weight_decay=0.1), router_z_loss=0.0,
         domain_vector=str(shared / "domains" / "public.json"),
@@ -51,10 +51,10 @@ def train_public(config: StudyConfig, shared: pathlib.Path, home: pathlib.Path, 
 
 
 def train_seed(
-    config: StudyConfig, shared: pathlib.Path, public: pathlib.Path, home: pathlib.Path, seed: int, report
+    config: StudyConfig, shared: pathlib.Path, public: pathlib.Path, home: pathlib.Path, seed: int
 ) -> Artefacts:
     """Trains what is not there yet. `shared` holds what `make_shared` makes."""
-    runs, costs = Runs(config, shared, home, seed, report), _Costs(config)
+    runs, costs = Runs(config, shared, home, seed), _Costs(config)
     public = runs.at_norm(public, config.router_scale)
     merged = {METHOD: runs.merged(METHOD, public, {}, False)}
     flops = {METHOD: costs.owners("expert"), "dense": costs.owners("joint"), "frozen trunk": costs.owners("alone")}

@@ -5,7 +5,7 @@ import math
 from flexmoe_jax.tree import PUBLIC, Params, flatten, match_rules
 
 
-def freezing_rules(params: Params, owner: str, freeze: str = "") -> list[tuple[str, bool]]:
+def freezing_rules(params: Params, owner: str, freeze: str | None = None) -> list[tuple[str, bool]]:
     """Ordered (path pattern, trainable?) rules of a stage; the first match wins and every leaf must be covered.
 
     Public stage: everything but the public bias (0 by definition). Expert stage: the owner's expert and nothing else
@@ -19,12 +19,12 @@ def freezing_rules(params: Params, owner: str, freeze: str = "") -> list[tuple[s
     return [*rules, (f"experts/{owner}/.*", True), ("trunk/.*", False), ("experts/public/.*", False)]
 
 
-def freezing_mask(params: Params, owner: str, freeze: str = "") -> dict[str, bool]:
+def freezing_mask(params: Params, owner: str, freeze: str | None = None) -> dict[str, bool]:
     """{path: trainable?} for every leaf of `params`."""
     return match_rules(flatten(params), freezing_rules(params, owner, freeze))
 
 
-def freezing_table(params: Params, owner: str, freeze: str = "") -> list[tuple[str, bool, int, int]]:
+def freezing_table(params: Params, owner: str, freeze: str | None = None) -> list[tuple[str, bool, int, int]]:
     """The rules as applied: (pattern, trainable?, leaves, parameters) per rule that decides a leaf, in order."""
     rows = []
     flat, rules = flatten(params), freezing_rules(params, owner, freeze)

@@ -1,6 +1,7 @@
 """The thin loop around the step: data, checkpoints, metrics, and the package at the end."""
 
 import contextlib
+import logging
 import pathlib
 import signal
 import time
@@ -36,6 +37,7 @@ from flexmoe_jax.train.state import TrainState, create_state, flops_per_token
 from flexmoe_jax.train.step import make_train_step
 from flexmoe_jax.tree import PUBLIC, TRUNK, canonical_order, combine, partition
 
+log = logging.getLogger(__name__)
 _COUNTERS = ("step", "bad_steps", "skipped")
 
 
@@ -45,10 +47,10 @@ class Stopped(FlexMoEError):
     exit_code = 75  # EX_TEMPFAIL of sysexits.h: try again
 
 
-def train(run: RunConfig, report=lambda line: None, allow: Collection[str] = (), profile: str = "") -> pathlib.Path:
+def train(run: RunConfig, allow: Collection[str] = (), profile: str | None = None) -> pathlib.Path:
     """Runs or resumes `run` and returns what it made: a public model directory, or the owner's package.
 
-    `report` is given lines for people. `allow` are keys of `run.json` (`config.steps`, `data.own.documents`) that may
+    What happens is logged. `allow` are keys of `run.json` (`config.steps`, `data.own.documents`) that may
     differ from when the run was started: it then goes on with the new ones, but with the tokens made at its start.
     `profile` ("10:13") are steps of which every process writes an XLA trace into `profile/<its number>/`. The run
     directory `run.out` holds `run.json` (identity), `tokens/` (unless the data already is a token store),
@@ -57,22 +59,20 @@ def train(run: RunConfig, report=lambda line: None, allow: Collection[str] = (),
     out, traced = pathlib.Path(run.out), parse_steps(profile, run.steps)
     product = out / ("model" if run.is_public else "package")
     mesh = mesh_of_all(run.mesh)
-    if not is_lead():
-        report = lambda line: None  # noqa: E731
     stage = prepare(run, mesh)
     with RunCheckpoints(out, keep=run.keep_checkpoints) as checkpoints:
         stores = [_open_tokens(run.data, "data", stage, out / "tokens")]
-        if run.public_sequences:
+        if run.public_data is not None:
             stores.append(_open_tokens(run.public_data, "public_data", stage, out / "public_tokens"))
         identity = identity_of(run, stage, stores)
-        check_identity(out / "run.json", identity, allow, report)
+        check_identity(out / "run.json", identity, allow)
         if product.exists():
-            report(f"{product} is already there: nothing to do")
+            log.info(f"{product} is already there: nothing to do")
             return product
         for pattern, trainable, leaves, count in freezing_table(stage.params, run.owner, run.freeze):
-            report(f"{'trained' if trainable else 'frozen ':8} {pattern:34} {leaves:3} leaves {count:14,} parameters")
+            log.info(f"{'trained' if trainable else 'frozen ':8} {pattern:34} {leaves:3} leaves {count:14,} parameters")
         with contextlib.nullcontext() if mesh is None else jax.set_mesh(mesh):
-            state = _fit(run, stage, mesh, stores, checkpoints, out, report, traced)
+            state = _fit(run, stage, mesh, stores, checkpoints, out, traced)
         trained = _to_host(state.trainable, stage)
         if is_lead():
             _write_product(product, run, stage, trained, int(state.skipped), identity)
@@ -81,20 +81,20 @@ def train(run: RunConfig, report=lambda line: None, allow: Collection[str] = (),
 
 
 def _fit(
-    run: RunConfig, stage: Stage, mesh: Mesh | None, stores: list[TokenStore], checkpoints: RunCheckpoints, out, report,
+    run: RunConfig, stage: Stage, mesh: Mesh | None, stores: list[TokenStore], checkpoints: RunCheckpoints, out,
     traced: range,
 ) -> TrainState:  # fmt: skip
     optimizer = make_optimizer(run.optimizer, run.steps)
     state, frozen = create_state(stage.params, run.owner, optimizer, jnp.dtype(run.compute_dtype), run.freeze, mesh)
     iterator = make_iterator(_batches(run, stores))
     shardings = None if mesh is None else (jax.tree.map(lambda leaf: leaf.sharding, state), replicated(mesh))
-    state = _restore(checkpoints, state, iterator, report)
+    state = _restore(checkpoints, state, iterator)
     begin = int(state.step)
     step = make_train_step(stage.model, run, shardings)
     names = canonical_order(stage.params["experts"])
-    meter = _meter(run, stage, mesh, report)
+    meter = _meter(run, stage, mesh)
     if traced and begin >= traced.stop:
-        report(f"steps {traced[0]} to {traced[-1]} are done: there is nothing to profile")
+        log.info(f"steps {traced[0]} to {traced[-1]} are done: there is nothing to profile")
     stop, agreement = _StopSignal(), Agreement(mesh)
     saved_at, answer = time.monotonic(), None
     profile = Profile(traced, out / "profile" / str(jax.process_index()))
@@ -126,11 +126,11 @@ def _fit(
     return state
 
 
-def _meter(run: RunConfig, stage: Stage, mesh: Mesh | None, report) -> Meter:
+def _meter(run: RunConfig, stage: Stage, mesh: Mesh | None) -> Meter:
     flops, devices = flops_per_token(stage.model, run, stage.params), 1 if mesh is None else mesh.size
     peak, kind = peak_flops(devices), jax.devices()[0].device_kind
     known = "its peak is not known" if peak is None else f"{peak / devices:.4g} bfloat16 FLOP/s at most each"
-    report(f"{flops:.4g} FLOPs per token of a step on {devices} x {kind}, {known}")
+    log.info(f"{flops:.4g} FLOPs per token of a step on {devices} x {kind}, {known}")
     return Meter(run.batch_size * run.seq_len, flops, peak)
 
 
@@ -152,13 +152,13 @@ def _save(checkpoints: RunCheckpoints, state: TrainState, iterator) -> None:
     checkpoints.save(counters["step"], state.trainable, state.opt_state, iterator.get_state(), counters)
 
 
-def _restore(checkpoints: RunCheckpoints, state: TrainState, iterator, report) -> TrainState:
+def _restore(checkpoints: RunCheckpoints, state: TrainState, iterator) -> TrainState:
     restored = checkpoints.restore(state.trainable, state.opt_state)
     if restored is None:
         return state
     for step, reason in restored.skipped:
-        report(f"checkpoint {step} is damaged and was not used: {reason}")
-    report(f"resumed at step {restored.step}")
+        log.info(f"checkpoint {step} is damaged and was not used: {reason}")
+    log.info(f"resumed at step {restored.step}")
     iterator.set_state(restored.data_state)
     counters = {name: jnp.full_like(getattr(state, name), restored.meta[name]) for name in _COUNTERS}
     own = lambda tree: jax.tree.map(jnp.array, tree)  # noqa: E731 - a copy: the state is donated
@@ -213,7 +213,6 @@ def _write_product(product: pathlib.Path, run: RunConfig, stage: Stage, trained,
         tokenizer = product.with_name("tokenizer.json")
         stage.tokenizer.save(tokenizer)
         others = {name: expert for name, expert in params["experts"].items() if name != PUBLIC}
-        top_k = run.top_k or None
         create_public_model(
             product,
             params[TRUNK],
@@ -222,7 +221,7 @@ def _write_product(product: pathlib.Path, run: RunConfig, stage: Stage, trained,
             tokenizer,
             record,
             others=others,
-            top_k=top_k,
+            top_k=run.top_k,
         )
         tokenizer.unlink()
     else:

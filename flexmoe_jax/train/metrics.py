@@ -6,8 +6,8 @@
     time                 seconds on this machine's clock when the step was dispatched
     step_seconds         wall time of a step: the mean of the steps since the line before
     tokens_per_second    positions of a batch over `step_seconds`
-    mfu, peak_flops      model FLOP/s over `peak_flops`, those of all devices together (parallel/chips.py); absent where the peak
-                         of a device is not known, as of CPUs
+    mfu, peak_flops      model FLOP/s over `peak_flops`, those of all devices together (parallel/chips.py); absent where
+                         the peak of a device is not known, as of CPUs
 
 A step ends when its metrics can be read, and lasts from the end of the one before: waiting for data counts, and so does
 waiting for other processes. Saving and the writing of profiles do not, nor does the first step of a process, which is

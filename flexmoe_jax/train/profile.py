@@ -10,8 +10,8 @@ import jax
 from flexmoe_jax.errors import ConfigError
 
 
-def parse_steps(text: str, steps: int) -> range:
-    """ "10:13" -> the steps 10, 11, 12 and 13 of a run of `steps`; empty: none. ConfigError for anything else."""
+def parse_steps(text: str | None, steps: int) -> range:
+    """ "10:13" -> the steps 10, 11, 12 and 13 of a run of `steps`; None: no steps. ConfigError for anything else."""
     if not text:
         return range(0)
     match = re.fullmatch(r"(\d+):(\d+)", text)

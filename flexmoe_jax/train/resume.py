@@ -1,6 +1,7 @@
 """What a run directory belongs to: the configuration and data that must not change between a run and its resumption."""
 
 import json
+import logging
 import pathlib
 from collections.abc import Collection
 
@@ -12,6 +13,8 @@ from flexmoe_jax.errors import ArtifactError, ConfigError, did_you_mean
 from flexmoe_jax.parallel.processes import barrier, is_lead
 from flexmoe_jax.train.start import Stage
 from flexmoe_jax.tree import flatten
+
+log = logging.getLogger(__name__)
 
 # Keys that may differ between a run and its resumption: they change neither the data nor the mathematics.
 RESUMABLE = (
@@ -36,7 +39,7 @@ def identity_of(run: RunConfig, stage: Stage, stores: list[TokenStore]) -> dict:
     """What must not change between a run and its resumption. Paths may: what they lead to is known by digest."""
     config = {key: value for key, value in to_mapping(run).items() if key not in RESUMABLE}
     data = {
-        name: {"tokens": store.digest, "documents": _documents_digest(pathlib.Path(path))}
+        name: {"tokens": store.digest, "documents": _documents_digest(pathlib.Path(path or ""))}
         for name, path, store in zip(("own", "public"), (run.data, run.public_data), stores, strict=False)
     }
     router = stage.router | {"rows": sha256_array(stage.params["experts"][run.owner]["router"])}
@@ -50,7 +53,7 @@ def _documents_digest(folder: pathlib.Path) -> str | None:
     return None if (folder / "index.json").exists() or any(folder.glob("*.npy")) else content_digest(folder)
 
 
-def check_identity(path: pathlib.Path, identity: dict, allow: Collection[str], report) -> None:
+def check_identity(path: pathlib.Path, identity: dict, allow: Collection[str]) -> None:
     identity = json.loads(json.dumps(identity))
     lines = differences(json.loads(path.read_text()), identity) if path.exists() else []
     changed = {line.partition(": ")[0]: line for line in lines}
@@ -64,7 +67,7 @@ def check_identity(path: pathlib.Path, identity: dict, allow: Collection[str], r
             "give another config.out, the configuration and data this run was started with, or --allow=KEY",
         )
     for line in lines:
-        report(f"changed as allowed: {line}")
+        log.info(f"changed as allowed: {line}")
     if (lines or not path.exists()) and is_lead():
         write_json(path, identity)
     barrier("identity")

@@ -11,13 +11,13 @@ from jax.sharding import Mesh
 from flexmoe_jax.artifacts.model_dir import ModelDir, check_belongs, load_params, open_model
 from flexmoe_jax.artifacts.package import Manifest, load_package, read_manifest
 from flexmoe_jax.artifacts.sealed import differences
-from flexmoe_jax.config import ModelConfig, RunConfig, to_mapping
+from flexmoe_jax.config import Kind, ModelConfig, RunConfig, to_mapping
 from flexmoe_jax.data.embedding import DomainVector, projection_record, router_row
 from flexmoe_jax.data.tokenizer import Tokenizer, load_tokenizer
 from flexmoe_jax.errors import ArtifactError, ConfigError
 from flexmoe_jax.model.transformer import init_params
 from flexmoe_jax.parallel.specs import tree_shardings
-from flexmoe_jax.tree import PUBLIC, TRUNK, Params, check_owner_name
+from flexmoe_jax.tree import PUBLIC, TRUNK, Params
 
 PROJECTION_SEED = 0
 
@@ -39,21 +39,22 @@ class Stage:
 
 
 def prepare(run: RunConfig, mesh: Mesh | None = None) -> Stage:
-    """The stage of `run`: a public model, fresh or going on, or an owner's hybrid that begins as the public one.
+    """What `run` starts from, by its kind.
 
     On a mesh no host holds all of it: fresh parameters are made in their places, others are mapped files.
     """
-    if run.is_public and run.public:
+    if run.kind is Kind.JOINT:
         return _continued_stage(run, mesh)
-    if run.expert:
+    if run.kind is Kind.CONTINUED:
         return _further_stage(run, mesh)
-    if run.domain_vector == "":
-        raise ConfigError(
-            f"config.domain_vector is empty in the run of {run.owner!r}",
-            "a router row begins as a domain embedding: make one with `flexmoe embed DATA --out FILE`",
-        )
-    vector = DomainVector.load(pathlib.Path(run.domain_vector))
-    return _public_stage(run, vector, mesh) if run.is_public else _new_expert_stage(run, vector, mesh)
+    vector = DomainVector.load(_given(run.domain_vector))
+    return _public_stage(run, vector, mesh) if run.kind is Kind.PUBLIC else _new_expert_stage(run, vector, mesh)
+
+
+def _given(path: str | None) -> pathlib.Path:
+    """The path in a key that the run's kind needs."""
+    assert path is not None  # RunConfig refuses the run without it
+    return pathlib.Path(path)
 
 
 def _public_stage(run: RunConfig, vector: DomainVector, mesh: Mesh | None) -> Stage:
@@ -76,9 +77,9 @@ def _public_stage(run: RunConfig, vector: DomainVector, mesh: Mesh | None) -> St
 
 def _continued_stage(run: RunConfig, mesh: Mesh | None) -> Stage:
     """All of an existing model, to be trained on together."""
-    model = open_model(pathlib.Path(run.public))
+    model = open_model(_given(run.public))
     _check_length(run, model.config)
-    if run.top_k > len(model.experts):
+    if run.top_k is not None and run.top_k > len(model.experts):
         raise ConfigError(
             f"config.top_k is {run.top_k}, the model has {len(model.experts)} experts", "set config.top_k lower"
         )
@@ -94,7 +95,7 @@ def _continued_stage(run: RunConfig, mesh: Mesh | None) -> Stage:
 
 def _new_expert_stage(run: RunConfig, vector: DomainVector, mesh: Mesh | None) -> Stage:
     """The public feed-forward network once more, with the router row of `vector`."""
-    public = open_model(pathlib.Path(run.public))
+    public = open_model(_given(run.public))
     theirs = public.manifests[PUBLIC].record.get("router")
     if theirs is None:
         raise ArtifactError(
@@ -116,7 +117,7 @@ def _new_expert_stage(run: RunConfig, vector: DomainVector, mesh: Mesh | None) -
 
 def _further_stage(run: RunConfig, mesh: Mesh | None) -> Stage:
     """What the owner's package holds, beside the public model it was trained beside."""
-    public, path = open_model(pathlib.Path(run.public)), pathlib.Path(run.expert)
+    public, path = open_model(_given(run.public)), _given(run.expert)
     manifest = read_manifest(path, run.owner)
     check_belongs(manifest, public, path)
     expert = load_package(path, digest=manifest.digest, mapped=mesh is not None)
@@ -128,7 +129,6 @@ def _expert_stage(
     run: RunConfig, mesh: Mesh | None, public: ModelDir, expert: Params, router: dict, history: dict | None = None
 ) -> Stage:
     """The pair {public, owner}; what `expert` does not hold is the public expert's."""
-    owner = check_owner_name(run.owner)
     if run.model not in (None, public.config):
         lines = differences(to_mapping(run.model), to_mapping(public.config))
         raise ConfigError(
@@ -138,7 +138,7 @@ def _expert_stage(
     _check_length(run, public.config)
     params = load_params(public, (PUBLIC,), mapped=mesh is not None)
     beside = {PUBLIC: params["experts"][PUBLIC]} if run.coordinate else {}
-    params = {**params, "experts": {**beside, owner: params["experts"][PUBLIC] | expert}}
+    params = {**params, "experts": {**beside, run.owner: params["experts"][PUBLIC] | expert}}
     tokenizer = load_tokenizer(str(public.tokenizer_path))
     base = {name: public.manifests[name].content for name in (TRUNK, PUBLIC)} | {"tokenizer": public.tokenizer_digest}
     return Stage(public.config, params, tokenizer, base, router, history or {})

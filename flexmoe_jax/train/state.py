@@ -57,7 +57,7 @@ def create_state(
     owner: str,
     optimizer: optax.GradientTransformation,
     frozen_dtype=jnp.float32,
-    freeze: str = "",
+    freeze: str | None = None,
     mesh: Mesh | None = None,
 ):
     """(TrainState, frozen leaves): trainable leaves are float32 and have moments, frozen ones are `frozen_dtype`.
@@ -75,7 +75,9 @@ def create_state(
     return TrainState(zero, trainable, optimizer.init(trainable), zero + 0, zero + 0), frozen
 
 
-def state_shapes(params: Params, owner: str, optimizer, frozen_dtype=jnp.float32, freeze: str = "", groups: int = 1):
+def state_shapes(
+    params: Params, owner: str, optimizer, frozen_dtype=jnp.float32, freeze: str | None = None, groups: int = 1
+):
     """What `create_state` makes of parameters of these shapes, as shapes: nothing is allocated.
 
     `groups` is the size of the mesh's `expert` axis.
@@ -99,7 +101,7 @@ def _begun_shapes(trainable, optimizer: optax.GradientTransformation) -> TrainSt
     return jax.eval_shape(begin, trainable)
 
 
-def split_state(params: Params, owner: str, freeze: str, groups: int) -> tuple[Params, Params]:
+def split_state(params: Params, owner: str, freeze: str | None, groups: int) -> tuple[Params, Params]:
     """(trainable leaves, frozen ones); several experts on an axis of `groups` > 1 devices are stacked."""
     trainable, frozen = partition(params, freezing_mask(params, owner, freeze))
     if groups == 1 or len(params["experts"]) == 1:

@@ -95,7 +95,7 @@ def _losses(model: ModelConfig, run: RunConfig, trainable: Params, frozen: Param
         params,
         batch["tokens"],
         segments_BT=batch["segments"],
-        top_k=run.top_k or None,
+        top_k=run.top_k,
         dispatch="sparse" if STACKED in params["experts"] else "dense",
         dtype=dtype,
         remat=run.remat,
@@ -125,7 +125,7 @@ def _losses(model: ModelConfig, run: RunConfig, trainable: Params, frozen: Param
     return total, metrics
 
 
-def _balance(router_logits_LNE, weights_N, top_k: int):
+def _balance(router_logits_LNE, weights_N, top_k: int | None):
     """E * sum over experts of (share of tokens' choices) * (mean probability), mean over layers; 1 when balanced.
 
     Fedus et al., Switch Transformers, arXiv 2101.03961, equation 4, with choices counted over all k. It is taken over

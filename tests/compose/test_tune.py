@@ -147,13 +147,12 @@ def test_owners_without_proxies_keep_their_rows(world, proxies, tmp_path):
         assert not (out / "packages" / "code").exists()
 
 
-def test_done_again_it_is_found_and_another_tuning_in_its_place_refused(world, tuned, proxies):
+def test_done_again_it_is_found_and_another_tuning_in_its_place_refused(world, tuned, proxies, caplog):
     out, together = tuned
-    lines: list[str] = []
-    options = {"together": together, "report": lines.append}
-    again = tune(world / "model", proxies, world / "public" / "data", out, **STEPS, **options)
+    caplog.set_level("INFO", "flexmoe_jax")
+    again = tune(world / "model", proxies, world / "public" / "data", out, **STEPS, together=together)
     assert again.path == out / "model"
-    assert lines == [f"{out / 'model'} is already there: nothing to do"]
+    assert caplog.messages == [f"{out / 'model'} is already there: nothing to do"]
     for change in ({"together": not together}, {"steps": 4}, {"proxies": {"news": proxies["news"]}}):
         arguments = {"proxies": proxies, "together": together, **STEPS} | change
         with pytest.raises(ArtifactError, match="holds another tuning"):

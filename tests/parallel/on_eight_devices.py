@@ -108,7 +108,7 @@ def main(root: pathlib.Path) -> dict:
 
     def joint(tag):
         return dataclasses.replace(
-            public_run(root / "j" / tag, **steps), model=None, public=str(root / "model"), domain_vector="", top_k=2
+            public_run(root / "j" / tag, **steps), model=None, public=str(root / "model"), domain_vector=None, top_k=2
         )
 
     result["joint"] = compare(joint, JOINT_MESHES, lambda path: load_params(open_model(path)))

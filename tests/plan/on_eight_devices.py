@@ -31,7 +31,16 @@ MODEL = ModelConfig(
     vocab_size=512, num_layers=3, d_model=128, num_heads=4, num_kv_heads=2, head_dim=32, d_ff=256, max_seq_len=128
 )
 PUBLIC_RUN = RunConfig(
-    owner="public", data="-", out="-", model=MODEL, steps=10, batch_size=16, seq_len=128, accumulation=2, remat=True
+    owner="public",
+    data="-",
+    out="-",
+    model=MODEL,
+    domain_vector="-",
+    steps=10,
+    batch_size=16,
+    seq_len=128,
+    accumulation=2,
+    remat=True,
 )
 OWNER_RUN = dataclasses.replace(
     PUBLIC_RUN, owner="news", model=None, public="-"

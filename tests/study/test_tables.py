@@ -134,8 +134,8 @@ def test_a_varied_study_has_text_and_vectors_of_its_own_where_they_depend_on_the
 ):
     given = []
     monkeypatch.setattr(study, "make_shared", lambda config, shared: None)
-    monkeypatch.setattr(study, "train_public", lambda config, shared, home, report: shared / "public")
-    monkeypatch.setattr(study, "reproduce", lambda config, report, shared: given.append((config.public, shared)))
+    monkeypatch.setattr(study, "train_public", lambda config, shared, home: shared / "public")
+    monkeypatch.setattr(study, "reproduce", lambda config, shared: given.append((config.public, shared)))
     vary(dataclasses.replace(CONFIG, out=str(tmp_path)), key, ["0.2" if key == "public_share" else "5"])
     assert given == [("", None) if own else (str(tmp_path / "public"), tmp_path)]
 

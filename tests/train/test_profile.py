@@ -33,7 +33,7 @@ def traced_steps(run) -> list[list[int]]:
     return found
 
 
-def test_a_profile_names_its_steps_and_a_resumed_run_has_what_is_left(tmp_path, monkeypatch):
+def test_a_profile_names_its_steps_and_a_resumed_run_has_what_is_left(tmp_path, monkeypatch, caplog):
     run = public_run(tmp_path, steps=8)
     save = loop._save
 
@@ -48,15 +48,15 @@ def test_a_profile_names_its_steps_and_a_resumed_run_has_what_is_left(tmp_path, 
         with pytest.raises(KeyboardInterrupt):
             loop.train(run, profile="1:2")
     assert traced_steps(run) == [[1, 2]]
-    said: list[str] = []
+    caplog.set_level("INFO", "flexmoe_jax")
     with monkeypatch.context() as patch:
         patch.setattr(loop, "_save", lambda *a: (save(*a), stop_at(a[1], 6)))
         with pytest.raises(KeyboardInterrupt):
-            loop.train(run, said.append, profile="3:6")  # step 3 is done, and the run is stopped after 5
-    assert "resumed at step 4" in said
+            loop.train(run, profile="3:6")  # step 3 is done, and the run is stopped after 5
+    assert "resumed at step 4" in caplog.messages
     assert traced_steps(run) == [[1, 2], [4, 5]]
-    loop.train(run, said.append, profile="3:5")
-    assert "steps 3 to 5 are done: there is nothing to profile" in said
+    loop.train(run, profile="3:5")
+    assert "steps 3 to 5 are done: there is nothing to profile" in caplog.messages
     assert len(traced_steps(run)) == 2
     assert [line["step"] for line in lines_of(run)] == list(range(8))
 
@@ -80,7 +80,7 @@ def test_ranges_hold_both_ends():
     assert not parse_steps("", 8)
 
 
-def test_rates_fit_one_another_and_the_peak(tmp_path, monkeypatch):
+def test_rates_fit_one_another_and_the_peak(tmp_path, monkeypatch, caplog):
     """Of a kind of device whose peak is known; this machine's is not, and then there is no utilisation."""
     run = public_run(tmp_path / "a", steps=6)
     loop.train(run)
@@ -91,10 +91,10 @@ def test_rates_fit_one_another_and_the_peak(tmp_path, monkeypatch):
         assert line["tokens_per_second"] * line["step_seconds"] == pytest.approx(tokens)
         assert not {"mfu", "peak_flops"} & set(line)
     monkeypatch.setitem(chips.PEAK_FLOPS, jax.devices()[0].device_kind, 1e12)
-    said: list[str] = []
+    caplog.set_level("INFO", "flexmoe_jax")
     run = public_run(tmp_path / "b", steps=6, log_every=3)
-    loop.train(run, said.append)
-    assert any("1 x cpu, 1e+12 bfloat16 FLOP/s" in line for line in said)
+    loop.train(run)
+    assert any("1 x cpu, 1e+12 bfloat16 FLOP/s" in line for line in caplog.messages)
     _, *others = lines_of(run)
     assert [line["step"] for line in others] == [3, 5]
     for line in others:
@@ -134,7 +134,7 @@ def test_flops_are_of_what_trains(tmp_path):
     T = public.seq_len
     assert flops_per_token(MODEL, public, alone) == training_flops(MODEL, T, "joint")
     assert flops_per_token(MODEL, owner, pair) == training_flops(MODEL, T, "expert")
-    joint = dataclasses.replace(public, model=None, public="model")
+    joint = dataclasses.replace(public, model=None, domain_vector=None, public="model")
     assert flops_per_token(MODEL, joint, pair) == training_flops(MODEL, T, "joint", 2)
     assert flops_per_token(MODEL, dataclasses.replace(joint, top_k=1), pair) == training_flops(MODEL, T, "joint", 1)
     rows = dataclasses.replace(joint, freeze="trunk/.*|experts/.*/w_.*")

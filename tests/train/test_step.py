@@ -25,6 +25,7 @@ RUN = RunConfig(
     data="",
     out="",
     public="public",
+    domain_vector="-",
     steps=10,
     batch_size=4,
     seq_len=16,
@@ -72,7 +73,7 @@ def test_frozen_leaves_keep_every_bit_with_weight_decay_on():
 
 def test_public_stage_trains_all_but_the_public_router_row_and_bias():
     params = init_params(MODEL, jax.random.key(0))
-    run = dataclasses.replace(RUN, owner=PUBLIC, model=MODEL, public="")
+    run = dataclasses.replace(RUN, owner=PUBLIC, model=MODEL, public=None)
     state, frozen = start(run, params)
     step = make_train_step(MODEL, run)
     for n in range(3):
@@ -329,7 +330,7 @@ def test_a_pattern_freezes_more():
 
 def test_joint_training_moves_all_but_the_public_bias():
     params = hybrid()
-    run = dataclasses.replace(RUN, owner=PUBLIC, public="public", top_k=1, load_balance=0.01)
+    run = dataclasses.replace(RUN, owner=PUBLIC, domain_vector=None, top_k=1, load_balance=0.01)
     state, frozen = start(run, params)
     step = make_train_step(MODEL, run)
     for n in range(3):
@@ -348,7 +349,12 @@ def test_load_balance_is_one_when_even_and_the_number_of_experts_when_one_takes_
         news = {**experts["news"], "router": jnp.zeros_like(experts["news"]["router"]), "bias": jnp.full(2, -row)}
         public = {**experts[PUBLIC], "router": jnp.zeros_like(news["router"])}
         run = dataclasses.replace(
-            RUN, owner=PUBLIC, top_k=0 if row == 0 else 1, load_balance=0.01, accumulation=accumulation
+            RUN,
+            owner=PUBLIC,
+            domain_vector=None,
+            top_k=None if row == 0 else 1,
+            load_balance=0.01,
+            accumulation=accumulation,
         )
         state, frozen = start(run, {**params, "experts": {PUBLIC: public, "news": news}})
         _, metrics = make_train_step(MODEL, run)(state, frozen, batch())
