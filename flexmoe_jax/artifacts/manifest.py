@@ -12,7 +12,7 @@ from flexmoe_jax.artifacts.arrays import ITEM_BYTES, MAX_HEADER_BYTES, METADATA_
 from flexmoe_jax.artifacts.sealed import MAX_JSON_BYTES, check_fields, check_format, is_sha256, read_sealed
 from flexmoe_jax.config import ModelConfig
 from flexmoe_jax.errors import ArtifactError, FlexMoEError
-from flexmoe_jax.params import owner_spec
+from flexmoe_jax.params import owner_leaves
 from flexmoe_jax.tree import PUBLIC, TRUNK, ExpertName, check_owner_name, expert_name
 
 FORMAT = "flexmoe-package-1"
@@ -112,7 +112,7 @@ def check_base(owner: str, base: Mapping[str, str]) -> None:
 
 
 def check_shapes(owner: str, shapes: Mapping[str, tuple[int, ...]], config: ModelConfig) -> None:
-    spec = owner_spec(config, owner)
+    spec = owner_leaves(config, owner)
     for path in sorted({*spec, *shapes}):
         if path not in shapes or path not in spec:
             problem = "is missing" if path in spec else "does not belong there"

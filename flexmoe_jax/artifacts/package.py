@@ -65,7 +65,7 @@ def write_package(
 ) -> str:
     """Writes the package of `owner` at the new directory `path`; returns the manifest digest.
 
-    `params` is the owner's subtree (numpy or JAX arrays of float32, bfloat16 or float16, shapes of `owner_spec`).
+    `params` is the owner's subtree (numpy or JAX arrays of float32, bfloat16 or float16, shapes of `owner_leaves`).
     `base` are content digests of what it belongs to: `tokenizer`, and for a data owner's expert `trunk` and `public`.
     `record` is any JSON (training, router, licence, contact). Raises ArtifactError for an existing path and for
     parameters that are missing, too many, of another shape or dtype, or not finite.

@@ -26,7 +26,7 @@ from flexmoe_jax.errors import ArtifactError
 from flexmoe_jax.hf.configuration import PROVENANCE
 from flexmoe_jax.hf.mapping import Slot, check_tensors, slots
 from flexmoe_jax.hf.source import Source
-from flexmoe_jax.params import owner_spec
+from flexmoe_jax.params import owner_leaves
 from flexmoe_jax.tree import PUBLIC, TRUNK, Params, check_known, check_owner_name, flatten, unflatten
 
 ROUTER_SCALE = 0.1  # norm of a new router row, as `RunConfig.router_scale` has it
@@ -36,7 +36,7 @@ def read_owner(source: Source, names: tuple[str, ...], owner: str) -> Params:
     """The subtree of `trunk` or of one expert as numpy arrays; `names` are the experts in the checkpoint's order."""
     model, table = source.config.model, slots(source.config.model, source.config.architecture, names)
     check_tensors(source.tensors, table, source.where)
-    spec = owner_spec(model, owner)
+    spec = owner_leaves(model, owner)
     leaves: dict[str, np.ndarray] = {}
     for name, slot in table.items():
         if owner in slot.owners:

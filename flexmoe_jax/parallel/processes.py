@@ -70,7 +70,7 @@ def to_host(leaf) -> np.ndarray:
 class Agreement:
     """Decisions that must be the same everywhere: each process asks for some, and all get what any asked for."""
 
-    def __init__(self, mesh: Mesh | None):
+    def __init__(self, mesh: Mesh):
         self._mesh = mesh if jax.process_count() > 1 else None
         self.shared = self._mesh is not None
         self._any = jax.jit(lambda asked: asked.max(0), out_shardings=self._sharding(P()))

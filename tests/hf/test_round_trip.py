@@ -8,7 +8,6 @@ import numpy as np
 import pytest
 
 import flexmoe_jax as fm
-from flexmoe_jax import tree
 from flexmoe_jax.artifacts.model_dir import open_model, verify_model
 from flexmoe_jax.artifacts.package import content_digest, load_package
 from flexmoe_jax.compose.merge import merge
@@ -21,9 +20,11 @@ from flexmoe_jax.hf.load import import_expert, import_model, read_tree
 from flexmoe_jax.hf.mapping import slots
 from flexmoe_jax.hf.source import open_folder
 from flexmoe_jax.hf.tensors import read_checkpoint, write_checkpoint
+from flexmoe_jax.model.decoder import Decoder
 from flexmoe_jax.model.generate import generate
+from flexmoe_jax.parallel.mesh import mesh_of_one
 from tests.artifacts.tiny import contents
-from tests.conftest import jit_forward
+from tests.conftest import jit_forward, stacked
 from tests.hf.tiny import CONFIG, SHAPES, checkpoint, edit_config, our_model, tokenizer
 
 torch = pytest.importorskip("torch")
@@ -155,10 +156,10 @@ def test_top_k_is_clamped_to_what_is_exported(tmp_path, ours):
 def test_greedy_tokens_agree_with_transformers(tmp_path, ours):
     export(open_model(ours / "model"), tmp_path / "theirs")
     model, theirs = fm.load(ours / "model"), load_theirs(tmp_path / "theirs")
-    params = {**model.params, "experts": tree.stack(model.params["experts"])}
+    params = stacked(model.params)
     prompts = [[5, 100, 7], [42], [9, 8, 7, 6, 5, 4]]
-    common = {"max_new_tokens": 12, "stop_ids": (), "top_k": model.top_k, "dispatch": "sparse"}
-    mine = generate(model.config, params, prompts, **common)
+    common = {"max_new_tokens": 12, "stop_ids": ()}
+    mine = generate(Decoder(model.config, model.top_k, "sparse"), params, prompts, **common)
     for prompt, continued in zip(prompts, mine, strict=True):
         ids = torch.tensor([prompt])
         out = theirs.generate(ids, max_new_tokens=12, do_sample=False, eos_token_id=None, pad_token_id=0)
@@ -290,7 +291,7 @@ def test_owners_can_train_beside_a_dense_public_model_given_a_domain_vector(tmp_
     source = open_folder(tmp_path / "theirs")
     domain = DomainVector.load(write_vector(tmp_path / "domain.json", 1))
     public = import_model(source, tmp_path / "public", domain=domain)
-    stage = prepare(expert_run(tmp_path, "news", tmp_path / "public"))
+    stage = prepare(expert_run(tmp_path, "news", tmp_path / "public"), mesh_of_one())
     rows = [stage.params["experts"][name]["router"] for name in ("public", "news")]
     np.testing.assert_allclose([np.linalg.norm(row[0]) for row in rows], 0.1, rtol=1e-5)
     assert stage.base["trunk"] == public.manifests["trunk"].content
