@@ -84,7 +84,7 @@ def export(
     architecture = architecture_of(model.config, mixture, with_bias)
     tensors = {name: _plan(slot, leaves) for name, slot in slots(model.config, architecture, names).items()}
     provenance = _provenance(model, names, zero_bias if biased else None)
-    source = model.manifests[TRUNK].record.get("imported", {})
+    source = model.manifests[TRUNK].record.fields.get("imported", {})
     dtypes = {tensor.dtype for tensor in tensors.values()}
     config = write_config(
         architecture,
@@ -146,7 +146,7 @@ def _plan(slot: Slot, leaves: Mapping[str, Mapping[str, np.ndarray]]) -> Tensor:
 def _provenance(model: ModelDir, names: tuple[str, ...], zero_bias: Mapping[str, Any] | None) -> dict[str, Any]:
     """What config.json says of the origin: a function of the packages exported, not of the model's history."""
     owners = {
-        name: {"content": model.manifests[name].content, "record": model.manifests[name].record}
+        name: {"content": model.manifests[name].content, "record": model.manifests[name].record.fields}
         for name in (TRUNK, *names)
     }
     wanted = None if model.wanted_top_k is None else min(model.wanted_top_k, len(names))

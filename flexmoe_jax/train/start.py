@@ -9,7 +9,7 @@ import numpy as np
 from jax.sharding import Mesh
 
 from flexmoe_jax.artifacts.model_dir import ModelDir, check_belongs, load_params, open_model
-from flexmoe_jax.artifacts.package import Manifest, load_package, read_manifest
+from flexmoe_jax.artifacts.package import load_package, read_manifest
 from flexmoe_jax.artifacts.sealed import differences
 from flexmoe_jax.config import Kind, ModelConfig, RunConfig, to_mapping
 from flexmoe_jax.data.embedding import DomainVector, projection_record, router_row
@@ -83,9 +83,9 @@ def _continued_stage(run: RunConfig) -> Stage:
         )
     base = {name: manifest.content for name, manifest in model.manifests.items()}
     tokenizer = load_tokenizer(str(model.tokenizer_path))
-    router = _router_record(model.manifests[PUBLIC])
+    router = model.manifests[PUBLIC].record.router or {}
     # Whoever's expert is there has a part in all that is trained from here.
-    parts = {*model.experts, *(name for m in model.manifests.values() for name in m.tuned_with)} - {PUBLIC}
+    parts = {*model.experts, *(name for m in model.manifests.values() for name in m.record.tuned_with)} - {PUBLIC}
     history = {"tuned": {"with": sorted(parts)}} if parts else {}
     base |= {"tokenizer": model.tokenizer_digest}
     return Stage(model.config, load_params(model, mapped=True), tokenizer, base, router, history)
@@ -94,7 +94,7 @@ def _continued_stage(run: RunConfig) -> Stage:
 def _new_expert_stage(run: RunConfig, vector: DomainVector) -> Stage:
     """The public feed-forward network once more, with the router row of `vector`."""
     public = open_model(_given(run.public))
-    theirs = public.manifests[PUBLIC].record.get("router")
+    theirs = public.manifests[PUBLIC].record.router
     if theirs is None:
         raise ArtifactError(
             f"the public model {run.public} has no domain vector: its router row was not made from one",
@@ -119,8 +119,8 @@ def _further_stage(run: RunConfig) -> Stage:
     manifest = read_manifest(path, run.owner)
     check_belongs(manifest, public, path)
     expert = load_package(path, digest=manifest.digest, mapped=True)
-    tuned = {"tuned": {"with": list(manifest.tuned_with)}} if manifest.tuned_with else {}
-    return _expert_stage(run, public, expert, _router_record(manifest), {"start": manifest.digest} | tuned)
+    tuned = {"tuned": {"with": list(manifest.record.tuned_with)}} if manifest.record.tuned_with else {}
+    return _expert_stage(run, public, expert, manifest.record.router or {}, {"start": manifest.digest} | tuned)
 
 
 def _expert_stage(run: RunConfig, public: ModelDir, expert: Params, router: dict, history: dict | None = None) -> Stage:
@@ -138,12 +138,6 @@ def _expert_stage(run: RunConfig, public: ModelDir, expert: Params, router: dict
     tokenizer = load_tokenizer(str(public.tokenizer_path))
     base = {name: public.manifests[name].content for name in (TRUNK, PUBLIC)} | {"tokenizer": public.tokenizer_digest}
     return Stage(public.config, params, tokenizer, base, router, history or {})
-
-
-def _router_record(manifest: Manifest) -> dict:
-    """Where a package's router row is from, if it says so: records are what their senders wrote."""
-    router = manifest.record.get("router")
-    return router if isinstance(router, dict) else {}
 
 
 def _rows(vector: DomainVector, model: ModelConfig, router: dict) -> np.ndarray:

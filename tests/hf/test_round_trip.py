@@ -130,7 +130,7 @@ def test_a_record_is_not_kept_for_parameters_that_changed(tmp_path, ours):
     theirs.save_pretrained(tmp_path / "tuned")
     tokenizer(tmp_path / "tuned")
     back = import_model(open_folder(tmp_path / "tuned"), tmp_path / "back")
-    records = {name: manifest.record for name, manifest in back.manifests.items()}
+    records = {name: manifest.record.fields for name, manifest in back.manifests.items()}
     assert records["news"] == {"licence": "news-licence", "contact": "someone@news"}  # its bytes are still news's
     assert records["code"]["imported"] == {"architecture": "FlexOlmoForCausalLM"}
     assert records["code"]["contact"] == ""
@@ -297,7 +297,7 @@ def test_owners_can_train_beside_a_dense_public_model_given_a_domain_vector(tmp_
     assert stage.base["trunk"] == public.manifests["trunk"].content
     import_model(source, tmp_path / "bare")
     with pytest.raises(FlexMoEError, match="no domain vector"):
-        prepare(expert_run(tmp_path / "again", "news", tmp_path / "bare"))
+        prepare(expert_run(tmp_path / "again", "news", tmp_path / "bare"), mesh_of_one())
 
 
 def test_old_spelling_of_the_configuration(tmp_path):
