@@ -5,6 +5,7 @@ the number of processes, with FLEXMOE_PROCESS_ID (0 to N-1) and FLEXMOE_COORDINA
 """
 
 import os
+from typing import Any
 
 import jax
 import numpy as np
@@ -58,7 +59,7 @@ def from_lead(value: int) -> int:
     return int(multihost_utils.broadcast_one_to_all(np.int64(value)))
 
 
-def to_host(leaf) -> np.ndarray:
+def to_host(leaf: Any) -> np.ndarray:
     """A whole array on every process, wherever its parts lie."""
     if isinstance(leaf, jax.Array) and not leaf.is_fully_addressable and not leaf.is_fully_replicated:
         from jax.experimental import multihost_utils
@@ -75,16 +76,16 @@ class Agreement:
         self.shared = self._mesh is not None
         self._any = jax.jit(lambda asked: asked.max(0), out_shardings=self._sharding(P()))
 
-    def ask(self, *wishes: bool):
+    def ask(self, *wishes: bool) -> Any:
         """Begins to ask; give what it returns to `read`, when there has been time for the answer."""
         if self._mesh is None:
             return np.array(wishes)
         asked = np.array([wishes], np.int32)
-        shape, sharding = (self._mesh.size, len(wishes)), self._sharding(P(self._mesh.axis_names))
+        shape, sharding = (self._mesh.size, len(wishes)), NamedSharding(self._mesh, P(self._mesh.axis_names))
         return self._any(jax.make_array_from_callback(shape, sharding, lambda _: asked))
 
-    def read(self, answer) -> list[bool]:
+    def read(self, answer: Any) -> list[bool]:
         return [bool(value) for value in np.asarray(answer)]
 
-    def _sharding(self, spec: P):
+    def _sharding(self, spec: P) -> NamedSharding | None:
         return None if self._mesh is None else NamedSharding(self._mesh, spec)
