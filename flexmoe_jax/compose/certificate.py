@@ -75,12 +75,7 @@ def write_pending(path: pathlib.Path, certificate: dict, model: pathlib.Path) ->
         raise ArtifactError(f"{path} already exists", "give another path for the certificate")
     if path.resolve().is_relative_to(model.resolve()):
         raise ArtifactError(f"{path} lies in the model it is about", "give a path outside")
-    try:
-        write_json(_pending(path), certificate)
-    except OSError as error:
-        raise ArtifactError(
-            f"{path} cannot be written: {error.strerror}", "give a file in a folder that exists"
-        ) from error
+    write_json(_pending(path), certificate)
 
 
 def publish(path: pathlib.Path, name: str, model: ModelDir) -> bool:
