@@ -17,7 +17,7 @@ import numpy as np
 
 from flexmoe_jax.config import to_mapping
 from flexmoe_jax.errors import ArtifactError
-from flexmoe_jax.files import write_bytes
+from flexmoe_jax.files import json_bytes, write_json
 
 # Sealed files of real models have some kilobytes. JSON of tiny values takes 30 times its size in memory.
 MAX_JSON_BYTES = 2 << 20
@@ -59,16 +59,6 @@ def sha256_array(array: np.ndarray) -> str:
 def is_sha256(value: Any) -> bool:
     """Whether `value` is a sha256 in lower-case hexadecimal."""
     return isinstance(value, str) and len(value) == 64 and set(value) <= set("0123456789abcdef")
-
-
-def json_bytes(value: Any) -> bytes:
-    """Readable JSON: sorted keys, two spaces, a newline at the end. The same value always gives the same bytes."""
-    return (json.dumps(value, indent=2, sort_keys=True, ensure_ascii=False, allow_nan=False) + "\n").encode()
-
-
-def write_json(path: pathlib.Path, value: Any) -> None:
-    """Writes `value` as readable JSON, atomically."""
-    write_bytes(path, json_bytes(value))
 
 
 def parse_json(raw: bytes, where: object, limit: int = MAX_JSON_BYTES) -> dict[str, Any]:
