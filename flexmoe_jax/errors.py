@@ -5,6 +5,7 @@ message without a traceback and exits with code 1; anything outside this family 
 """
 
 import dataclasses
+from collections.abc import Iterable
 
 
 class FlexMoEError(ValueError):
@@ -48,7 +49,7 @@ class Check:
         return "bad" if not self.ok else "warn" if self.remedy else "ok"
 
 
-def did_you_mean(name: str, known) -> str:
+def did_you_mean(name: str, known: Iterable[str]) -> str:
     """A hint for a misspelt `name`: the closest of `known`, else the list of all of them."""
     import difflib
 

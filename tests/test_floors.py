@@ -1,4 +1,4 @@
-"""The floors of the package, read from the source: who imports whom, and who prints."""
+"""The floors of the package, read from the source: who imports whom, who prints, and how large things may be."""
 
 import ast
 import pathlib
@@ -102,3 +102,66 @@ def test_what_is_allowed():
     assert faults(pathlib.Path("train/x.py"), allowed) == []
     assert faults(pathlib.Path("cli/x.py"), "import flexmoe_jax\nprint(1)") == []
     assert faults(pathlib.Path("hf/x.py"), "def f():\n    import transformers") == []
+
+
+MAX_FILE_LINES, MAX_FUNCTION_LINES, MAX_PARAMETERS = 400, 60, 8
+
+
+def functions(tree: ast.AST) -> list[ast.FunctionDef | ast.AsyncFunctionDef]:
+    return [node for node in ast.walk(tree) if isinstance(node, ast.FunctionDef | ast.AsyncFunctionDef)]
+
+
+def parameters(function: ast.FunctionDef | ast.AsyncFunctionDef) -> list[ast.arg]:
+    """All parameters but a method's own object."""
+    args = function.args
+    every = [*args.posonlyargs, *args.args, args.vararg, *args.kwonlyargs, args.kwarg]
+    return [arg for arg in every if arg is not None and arg.arg not in ("self", "cls")]
+
+
+def too_large(source: str) -> list[str]:
+    """What in a file is larger than it may be, in words."""
+    found = []
+    if (lines := source.count("\n")) > MAX_FILE_LINES:
+        found.append(f"{lines} lines")
+    for function in functions(ast.parse(source)):
+        assert function.end_lineno is not None
+        if (lines := function.end_lineno - function.lineno + 1) > MAX_FUNCTION_LINES:
+            found.append(f"{function.name} has {lines} lines")
+        if (count := len(parameters(function))) > MAX_PARAMETERS:
+            found.append(f"{function.name} has {count} parameters")
+    return found
+
+
+def not_annotated(source: str) -> list[str]:
+    """Public functions, and public methods of public classes, with a parameter or a result without annotation."""
+    tree, found = ast.parse(source), []
+    classes = [node for node in tree.body if isinstance(node, ast.ClassDef) and not node.name.startswith("_")]
+    for holder in (tree, *classes):
+        for function in (node for node in holder.body if isinstance(node, ast.FunctionDef)):
+            if function.name.startswith("_"):
+                continue
+            names = [arg.arg for arg in parameters(function) if arg.annotation is None and arg.arg != "kwargs"]
+            names += [] if function.returns is not None else ["result"]
+            found += [f"{function.name}: {', '.join(names)}"] if names else []
+    return found
+
+
+@pytest.mark.parametrize("path", FILES, ids=str)
+def test_files_functions_and_parameter_lists_stay_short(path):
+    assert too_large((PACKAGE / path).read_text()) == []
+
+
+@pytest.mark.parametrize("path", FILES, ids=str)
+def test_public_functions_are_annotated(path):
+    assert not_annotated((PACKAGE / path).read_text()) == []
+
+
+def test_what_is_too_large_or_not_annotated_is_found():
+    long = "def f():\n" + "    x = 1\n" * 60
+    assert too_large(long) == ["f has 61 lines"]
+    assert too_large("def f(a, b, c, d, e, f, g, h, i): ...\n") == ["f has 9 parameters"]
+    assert too_large("class A:\n    def f(self, a, b, c, d, e, f, g, h): ...\n") == []
+    assert too_large("x = 1\n" * 401) == ["401 lines"]
+    assert not_annotated("def f(a, *, b: int): ...\n") == ["f: a, result"]
+    assert not_annotated("class A:\n    def f(self, a: int): ...\n") == ["f: result"]
+    assert not_annotated("class _A:\n    def f(self, a): ...\ndef _f(a): ...\n") == []

@@ -57,7 +57,7 @@ class Entry:
     sha256: str
 
 
-def append_entry(folder: pathlib.Path, event: str, manifests: Mapping[str, str], model: str, **details) -> None:
+def append_entry(folder: pathlib.Path, event: str, manifests: Mapping[str, str], model: str, **details: Any) -> None:
     """Adds one line to the journal of the model directory `folder`, atomically; the first one begins the journal.
 
     `manifests` are the manifest digests of the model's experts after the event, in canonical order; `model` is the

@@ -11,26 +11,23 @@ being replaced may lie in `.news-<first 12 digits of its manifest digest>` for a
 look there first, so they see the model before the change or after it.
 """
 
-import contextlib
 import dataclasses
 import hashlib
 import json
 import os
 import pathlib
-import re
-from collections.abc import Callable, Iterable, Iterator, Mapping
+from collections.abc import Callable, Iterable, Mapping
 from typing import Any, TypeVar
 
 from flexmoe_jax import config as configs
 from flexmoe_jax.artifacts import sealed
 from flexmoe_jax.artifacts.journal import FILE as JOURNAL
-from flexmoe_jax.artifacts.journal import append_entry, read_journal
+from flexmoe_jax.artifacts.journal import append_entry
 from flexmoe_jax.artifacts.package import (
     Manifest,
     copy_package,
     load_package,
     read_manifest,
-    verify_package,
     write_package,
 )
 from flexmoe_jax.artifacts.sealed import (
@@ -46,14 +43,10 @@ from flexmoe_jax.artifacts.sealed import (
     write_json,
 )
 from flexmoe_jax.artifacts.signature import FILE as SIGNATURE
-from flexmoe_jax.artifacts.signature import Trust, write_signature
 from flexmoe_jax.config import ModelConfig
-from flexmoe_jax.errors import ArtifactError, Check, FlexMoEError
+from flexmoe_jax.errors import ArtifactError
 from flexmoe_jax.files import (
-    lock_directory,
     new_directory,
-    partial_of,
-    remove_partial_files,
     sha256_file,
     write_bytes,
 )
@@ -63,8 +56,6 @@ FORMAT = "flexmoe-model-2"
 TOKENIZER, TOKENIZER_CONFIG = "tokenizer.json", "tokenizer_config.json"
 T = TypeVar("T")
 NOT_ALTERED = "restore the model from its source, or merge it again"
-_INTERRUPTED = "was left by an interrupted command: run it again"
-_UNKNOWN = "no command of flexmoe put it there: move it away"
 
 
 @dataclasses.dataclass(frozen=True)
@@ -212,36 +203,6 @@ def open_model(path: pathlib.Path | str) -> ModelDir:
     return _steadily(path, lambda: _open(path))
 
 
-@contextlib.contextmanager
-def changing(path: pathlib.Path) -> Iterator[None]:
-    """Holds the model directory `path` for a change in place.
-
-    Refuses a directory with entries that no command of this package makes: whoever put them there may want them
-    followed or deleted. Deletes what interrupted writes of files left.
-    """
-    with lock_directory(path):
-        for check in _strange_entries(path):
-            if check.detail != _INTERRUPTED:
-                raise ArtifactError(f"{path / check.subject}: {check.detail}", "then run the command again")
-        remove_partial_files(path)
-        yield
-
-
-def sign_release(path: pathlib.Path | str, key: pathlib.Path | str, version: int) -> ModelDir:
-    """Signs trunk and public expert of the public release `path`, in place, and writes both into model.json."""
-    path = pathlib.Path(path)
-    with changing(path):
-        fields, digests = _read_model_json(path)
-        if {*digests} != {TRUNK, PUBLIC}:
-            raise ArtifactError(f"{path} is a model of several owners", "each owner signs the own package, then merge")
-        for name in (TRUNK, PUBLIC):
-            write_signature(path / name, key, version)
-        write_model_json(path, (PUBLIC,), fields["top_k"])
-        model = open_model(path)
-        append_entry(path, "signed", model.expert_digests, model.digest, version=version)
-        return model
-
-
 def load_model(path: pathlib.Path | str, *, mapped: bool = False) -> tuple[ModelDir, Params]:
     """A model directory and its whole tree, both before or both after a change that another process makes to it.
 
@@ -268,25 +229,6 @@ def load_params(model: ModelDir, experts: Iterable[str] | None = None, *, mapped
             for name in (TRUNK, *names)
         }
     )
-
-
-def verify_model(path: pathlib.Path | str, *, quick: bool = False, trust: Trust | None = None) -> list[Check]:
-    """Checks of every part of a model directory: digests, what is left over, the journal. Damage is never raised.
-
-    `quick` reads no contents of arrays; `trust` holds the keys of signatures: see `verify_package`.
-    """
-    path = pathlib.Path(path)
-    try:
-        model = open_model(path)
-    except FlexMoEError as error:
-        return [Check("model", False, error.what)]
-    checks = [Check("model.json", True, model.digest)]
-    checks += [Check(name, True, digest) for name, digest in model.tokenizer.items()]
-    for name in model.manifests:
-        rows = verify_package(model.package(name), name, quick=quick, trust=trust)
-        checks += [dataclasses.replace(row, subject=f"{name}/{row.subject}") for row in rows]
-    checks.append(_check_journal(model))
-    return checks + _strange_entries(path)
 
 
 def locate_package(path: pathlib.Path, name: str, digest: str) -> pathlib.Path:
@@ -316,7 +258,7 @@ def _steadily(path: pathlib.Path, read: Callable[[], T]) -> T:
                 raise
 
 
-def _read_model_json(path: pathlib.Path) -> tuple[dict[str, Any], dict[str, str]]:
+def read_model_json(path: pathlib.Path) -> tuple[dict[str, Any], dict[str, str]]:
     """(the fields of model.json, {name: manifest digest} of trunk and experts), each checked by itself."""
     where = path / "model.json"
     fields = read_sealed(where)
@@ -334,7 +276,7 @@ def _read_model_json(path: pathlib.Path) -> tuple[dict[str, Any], dict[str, str]
 
 
 def _open(path: pathlib.Path) -> ModelDir:
-    fields, digests = _read_model_json(path)
+    fields, digests = read_model_json(path)
     config = configs.from_mapping(ModelConfig, fields["config"], f"{path / 'model.json'}: config")
     manifests = {}
     for name, digest in digests.items():
@@ -404,42 +346,3 @@ def _read_tokenizer(tokenizer: pathlib.Path | str | bytes) -> dict[str, bytes]:
     if (neighbour := path.with_name(TOKENIZER_CONFIG)).is_file():
         files[TOKENIZER_CONFIG] = json.dumps(parse_json(read_bytes(neighbour), neighbour), indent=2).encode()
     return files
-
-
-def _check_journal(model: ModelDir) -> Check:
-    try:
-        entries = read_journal(model.path)
-    except ArtifactError as error:
-        return Check(JOURNAL, False, error.what)
-    if entries[-1].model != model.digest:
-        detail = f"records {entries[-1].model}, model.json has {model.digest}: run the interrupted command again"
-        return Check(JOURNAL, False, detail)
-    return Check(JOURNAL, True, f"{len(entries)} entries")
-
-
-def _strange_entries(path: pathlib.Path) -> list[Check]:
-    """Checks of entries of the model directory `path` that are no part of the model that model.json names."""
-    fields, digests = _read_model_json(path)
-    files, folders = {"model.json", JOURNAL, *fields["tokenizer"]}, {*digests}
-    staged = {locate_package(path, name, digest).name for name, digest in digests.items()}
-    try:
-        left = {*read_journal(path)[-1].experts} - folders
-    except ArtifactError:  # `_check_journal` and the change itself say so
-        left = set()
-    checks = []
-    for entry in sorted(os.scandir(path), key=lambda entry: entry.name):
-        target, detail = partial_of(entry.name) or entry.name, ""
-        staging = re.fullmatch(r"\.(.+)-[0-9a-f]{12}", target)
-        if entry.is_symlink():
-            detail = "is a link: do not use this directory, or put there what it leads to"
-        elif entry.is_dir():
-            if target in left or (staging and staging[1] in folders | left and entry.name not in staged):
-                detail = _INTERRUPTED
-            elif entry.name not in folders | staged:
-                detail = _UNKNOWN
-        elif not entry.is_file() or target not in files:
-            detail = _UNKNOWN
-        elif target != entry.name:
-            detail = _INTERRUPTED
-        checks += [Check(entry.name, False, detail)] if detail else []
-    return checks

@@ -117,7 +117,7 @@ def verify(argv: list[str]) -> int:
     add_json(p)
     args = p.parse_args(argv)
     trust = _trust(args)
-    from flexmoe_jax.artifacts.model_dir import verify_model
+    from flexmoe_jax.artifacts.model_checks import verify_model
     from flexmoe_jax.artifacts.package import verify_package
 
     path = pathlib.Path(args.path)
@@ -172,7 +172,7 @@ def sign(argv: list[str]) -> int:
     args = p.parse_args(argv)
     path = pathlib.Path(args.package)
     if _is_model(path):
-        from flexmoe_jax.artifacts.model_dir import sign_release
+        from flexmoe_jax.artifacts.model_changes import sign_release
 
         sign_release(path, args.key, args.version)
     else:

@@ -12,7 +12,8 @@ from typing import Any
 
 from flexmoe_jax.artifacts.journal import append_entry, read_journal
 from flexmoe_jax.artifacts.manifest import Manifest, read_manifest
-from flexmoe_jax.artifacts.model_dir import ModelDir, assemble, changing, open_model, staging_place, write_model_json
+from flexmoe_jax.artifacts.model_changes import changing
+from flexmoe_jax.artifacts.model_dir import ModelDir, assemble, open_model, staging_place, write_model_json
 from flexmoe_jax.artifacts.package import copy_package
 from flexmoe_jax.artifacts.signature import FILE as SIGNATURE
 from flexmoe_jax.artifacts.signature import Trust, read_signature

@@ -12,7 +12,8 @@ from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 
 from flexmoe_jax.artifacts.manifest import read_manifest
-from flexmoe_jax.artifacts.model_dir import create_public_model, open_model, verify_model
+from flexmoe_jax.artifacts.model_checks import verify_model
+from flexmoe_jax.artifacts.model_dir import create_public_model, open_model
 from flexmoe_jax.artifacts.package import load_package, verify_package, write_package
 from flexmoe_jax.compose.merge import merge
 from flexmoe_jax.errors import FlexMoEError

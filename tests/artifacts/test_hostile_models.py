@@ -13,7 +13,8 @@ from hypothesis import example, given, settings
 from hypothesis import strategies as st
 
 from flexmoe_jax.artifacts.journal import FIRST, read_journal
-from flexmoe_jax.artifacts.model_dir import open_model, verify_model
+from flexmoe_jax.artifacts.model_checks import verify_model
+from flexmoe_jax.artifacts.model_dir import open_model
 from flexmoe_jax.artifacts.package import load_package, read_manifest, write_package
 from flexmoe_jax.artifacts.sealed import json_bytes, seal
 from flexmoe_jax.cli.main import main

@@ -6,7 +6,8 @@ import shutil
 import numpy as np
 import pytest
 
-from flexmoe_jax.artifacts.model_dir import open_model, verify_model
+from flexmoe_jax.artifacts.model_checks import verify_model
+from flexmoe_jax.artifacts.model_dir import open_model
 from flexmoe_jax.artifacts.sealed import json_bytes, seal
 from flexmoe_jax.cli.main import main
 from flexmoe_jax.compose import certificate as certificates

@@ -5,7 +5,8 @@ import shutil
 
 import pytest
 
-from flexmoe_jax.artifacts.model_dir import load_params, open_model, verify_model
+from flexmoe_jax.artifacts.model_checks import verify_model
+from flexmoe_jax.artifacts.model_dir import load_params, open_model
 from flexmoe_jax.artifacts.package import load_package, write_package
 from flexmoe_jax.compose.merge import merge
 from flexmoe_jax.errors import ArtifactError, FlexMoEError

@@ -7,7 +7,8 @@ import shutil
 import pytest
 
 from flexmoe_jax.artifacts.journal import read_journal
-from flexmoe_jax.artifacts.model_dir import load_model, load_params, open_model, verify_model
+from flexmoe_jax.artifacts.model_checks import verify_model
+from flexmoe_jax.artifacts.model_dir import load_model, load_params, open_model
 from flexmoe_jax.artifacts.package import load_package, read_manifest
 from flexmoe_jax.compose.merge import merge
 from flexmoe_jax.compose.optout import opt_out, replace

@@ -18,7 +18,8 @@ import warnings
 from collections.abc import Callable, Iterator
 
 from flexmoe_jax.artifacts.checkpoints import verify_run
-from flexmoe_jax.artifacts.model_dir import load_model, open_model, verify_model
+from flexmoe_jax.artifacts.model_checks import verify_model
+from flexmoe_jax.artifacts.model_dir import load_model, open_model
 from flexmoe_jax.compose.certificate import verify_certificate
 from flexmoe_jax.compose.merge import merge
 from flexmoe_jax.compose.optout import opt_out, replace

@@ -10,7 +10,8 @@ from collections.abc import Iterator
 
 import numpy as np
 
-from flexmoe_jax.artifacts.model_dir import create_public_model, verify_model
+from flexmoe_jax.artifacts.model_checks import verify_model
+from flexmoe_jax.artifacts.model_dir import create_public_model
 from flexmoe_jax.artifacts.package import write_package
 from flexmoe_jax.compose.certificate import verify_certificate
 from flexmoe_jax.compose.merge import merge

@@ -6,7 +6,8 @@ import shutil
 from collections.abc import Callable, Iterator
 
 from flexmoe_jax.artifacts.checkpoints import RunCheckpoints, verify_run
-from flexmoe_jax.artifacts.model_dir import load_model, verify_model
+from flexmoe_jax.artifacts.model_checks import verify_model
+from flexmoe_jax.artifacts.model_dir import load_model
 from flexmoe_jax.artifacts.package import load_package, verify_package
 from flexmoe_jax.errors import FlexMoEError
 from flexmoe_jax.files import list_files

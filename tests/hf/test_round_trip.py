@@ -8,7 +8,8 @@ import numpy as np
 import pytest
 
 import flexmoe_jax as fm
-from flexmoe_jax.artifacts.model_dir import open_model, verify_model
+from flexmoe_jax.artifacts.model_checks import verify_model
+from flexmoe_jax.artifacts.model_dir import open_model
 from flexmoe_jax.artifacts.package import content_digest, load_package
 from flexmoe_jax.compose.merge import merge
 from flexmoe_jax.compose.optout import opt_out

@@ -12,7 +12,8 @@ import pytest
 
 import flexmoe_jax as fm
 from flexmoe_jax.artifacts.manifest import read_manifest
-from flexmoe_jax.artifacts.model_dir import load_params, open_model, verify_model
+from flexmoe_jax.artifacts.model_checks import verify_model
+from flexmoe_jax.artifacts.model_dir import load_params, open_model
 from flexmoe_jax.artifacts.package import load_package, verify_package
 from flexmoe_jax.compose.merge import merge
 from flexmoe_jax.config import RunConfig

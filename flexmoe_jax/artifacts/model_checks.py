@@ -1,0 +1,42 @@
+"""Verification of a model directory: every digest, what is left over, and the journal."""
+
+import dataclasses
+import pathlib
+
+from flexmoe_jax.artifacts.journal import FILE as JOURNAL
+from flexmoe_jax.artifacts.journal import read_journal
+from flexmoe_jax.artifacts.model_changes import strange_entries
+from flexmoe_jax.artifacts.model_dir import ModelDir, open_model
+from flexmoe_jax.artifacts.package import verify_package
+from flexmoe_jax.artifacts.signature import Trust
+from flexmoe_jax.errors import ArtifactError, Check, FlexMoEError
+
+
+def verify_model(path: pathlib.Path | str, *, quick: bool = False, trust: Trust | None = None) -> list[Check]:
+    """Checks of every part of a model directory: digests, what is left over, the journal. Damage is never raised.
+
+    `quick` reads no contents of arrays; `trust` holds the keys of signatures: see `verify_package`.
+    """
+    path = pathlib.Path(path)
+    try:
+        model = open_model(path)
+    except FlexMoEError as error:
+        return [Check("model", False, error.what)]
+    checks = [Check("model.json", True, model.digest)]
+    checks += [Check(name, True, digest) for name, digest in model.tokenizer.items()]
+    for name in model.manifests:
+        rows = verify_package(model.package(name), name, quick=quick, trust=trust)
+        checks += [dataclasses.replace(row, subject=f"{name}/{row.subject}") for row in rows]
+    checks.append(_check_journal(model))
+    return checks + strange_entries(path)
+
+
+def _check_journal(model: ModelDir) -> Check:
+    try:
+        entries = read_journal(model.path)
+    except ArtifactError as error:
+        return Check(JOURNAL, False, error.what)
+    if entries[-1].model != model.digest:
+        detail = f"records {entries[-1].model}, model.json has {model.digest}: run the interrupted command again"
+        return Check(JOURNAL, False, detail)
+    return Check(JOURNAL, True, f"{len(entries)} entries")
