@@ -23,16 +23,16 @@ from flexmoe_jax.config import ModelConfig
 from flexmoe_jax.data.embedding import DomainVector, projection_record, router_row
 from flexmoe_jax.data.tokenizer import load_tokenizer
 from flexmoe_jax.errors import ArtifactError
+from flexmoe_jax.hf.checkpoint import Checkpoint
 from flexmoe_jax.hf.configuration import PROVENANCE
 from flexmoe_jax.hf.mapping import Slot, check_tensors, slots
-from flexmoe_jax.hf.source import Source
 from flexmoe_jax.params import owner_spec
 from flexmoe_jax.tree import PUBLIC, TRUNK, Params, check_known, check_owner_name, flatten, unflatten
 
 ROUTER_SCALE = 0.1  # norm of a new router row, as `RunConfig.router_scale` has it
 
 
-def read_owner(source: Source, names: tuple[str, ...], owner: str) -> Params:
+def read_owner(source: Checkpoint, names: tuple[str, ...], owner: str) -> Params:
     """The subtree of `trunk` or of one expert as numpy arrays; `names` are the experts in the checkpoint's order."""
     model, table = source.config.model, slots(source.config.model, source.config.architecture, names)
     check_tensors(source.tensors, table, source.where)
@@ -46,14 +46,14 @@ def read_owner(source: Source, names: tuple[str, ...], owner: str) -> Params:
     return unflatten(leaves)
 
 
-def read_tree(source: Source, names: Iterable[str] | None = None) -> tuple[ModelConfig, Params]:
+def read_tree(source: Checkpoint, names: Iterable[str] | None = None) -> tuple[ModelConfig, Params]:
     """(configuration, the whole tree as numpy arrays with named experts)."""
     order = expert_names(source, names)
     experts = {name: read_owner(source, order, name) for name in order}
     return source.config.model, {"trunk": read_owner(source, order, TRUNK), "experts": experts}
 
 
-def expert_names(source: Source, names: Iterable[str] | None = None) -> tuple[str, ...]:
+def expert_names(source: Checkpoint, names: Iterable[str] | None = None) -> tuple[str, ...]:
     """The experts of a checkpoint in its own order: `names`, else those our export recorded, else public, expert_1, ..
 
     Numbers have as many digits as the largest, so that the alphabetical order is that of the checkpoint.
@@ -75,7 +75,7 @@ def expert_names(source: Source, names: Iterable[str] | None = None) -> tuple[st
 
 
 def import_model(
-    source: Source,
+    source: Checkpoint,
     out: pathlib.Path | str,
     *,
     names: Iterable[str] | None = None,
@@ -131,7 +131,7 @@ def import_model(
 
 
 def import_expert(
-    source: Source,
+    source: Checkpoint,
     public: ModelDir,
     out: pathlib.Path | str,
     *,
@@ -200,7 +200,7 @@ def _write_expert(path: pathlib.Path, params: Params, name: str, release: ModelD
     return read_manifest(path, name)
 
 
-def _record(source: Source, owner: str, params: Params, stated: dict[str, Any]) -> dict[str, Any]:
+def _record(source: Checkpoint, owner: str, params: Params, stated: dict[str, Any]) -> dict[str, Any]:
     """The record our export kept of exactly these parameters, else where they come from and what the caller states."""
     kept = source.config.provenance.get("owners", {}).get(owner, {})
     if kept.get("content") == content_digest(params) and not any(stated.values()):
@@ -212,13 +212,13 @@ def _record(source: Source, owner: str, params: Params, stated: dict[str, Any]) 
     return {**stated, "imported": imported}
 
 
-def _wanted_top_k(source: Source, kept: int) -> int | None:
+def _wanted_top_k(source: Checkpoint, kept: int) -> int | None:
     """Null where our export says that every expert was active, else the configuration's, clamped."""
     wanted = source.config.provenance.get("top_k", source.config.top_k)
     return None if wanted is None else min(wanted, kept)
 
 
-def _tokenizer(source: Source, given: str | None, folder: pathlib.Path) -> pathlib.Path:
+def _tokenizer(source: Checkpoint, given: str | None, folder: pathlib.Path) -> pathlib.Path:
     """The folder, now made, that holds the tokenizer files the model gets."""
     folder.mkdir()
     if given is not None:
