@@ -2,12 +2,15 @@
 
 import json
 import math
+import os
 import pathlib
 
 import ml_dtypes
 import numpy as np
 import pytest
 
+from flexmoe_jax.artifacts.journal import read_journal
+from flexmoe_jax.artifacts.model_dir import verify_model
 from flexmoe_jax.errors import FlexMoEError
 from flexmoe_jax.hf.checkpoint import open_folder
 from flexmoe_jax.hf.configuration import FLEX_OLMO, write_config
@@ -106,6 +109,14 @@ def test_configurations_that_do_not_fit_are_refused(tmp_path, changes, message):
 )
 def test_arguments_that_do_not_fit_are_refused(tmp_path, kwargs, message):
     refused(write(tmp_path / "hf", arrays()), message, tmp_path / "out", **kwargs)
+
+
+def test_an_import_makes_no_hard_links(tmp_path, monkeypatch):
+    """Some file systems do not support them."""
+    monkeypatch.setattr(os, "link", lambda *_, **__: pytest.fail("a hard link was made"))
+    model = import_model(open_folder(write(tmp_path / "hf", arrays())), tmp_path / "out", names=NAMES)
+    assert all(check.ok for check in verify_model(model.path))
+    assert [entry.event for entry in read_journal(model.path)] == ["created", "imported"]
 
 
 def test_a_checkpoint_without_tokenizer_needs_one(tmp_path):
