@@ -13,7 +13,7 @@ import numpy as np
 from flexmoe_jax.artifacts.arrays import tensor_file
 from flexmoe_jax.artifacts.model_dir import TOKENIZER, TOKENIZER_CONFIG, ModelDir
 from flexmoe_jax.artifacts.package import check_files, raise_problems
-from flexmoe_jax.artifacts.sealed import read_bytes, write_json
+from flexmoe_jax.artifacts.sealed import MAX_TEXT_BYTES, read_bytes, write_json
 from flexmoe_jax.data.tokenizer import load_tokenizer
 from flexmoe_jax.errors import ArtifactError
 from flexmoe_jax.files import new_directory, write_bytes
@@ -186,7 +186,7 @@ def _write_configs(
 
 def _write_tokenizer(folder: pathlib.Path, model: ModelDir) -> None:
     for name in model.tokenizer:
-        write_bytes(folder / name, read_bytes(model.path / name))
+        write_bytes(folder / name, read_bytes(model.path / name, MAX_TEXT_BYTES))
     if TOKENIZER_CONFIG not in model.tokenizer:
         tokenizer = load_tokenizer(model.path / TOKENIZER)
         write_json(

@@ -19,7 +19,7 @@ from flexmoe_jax.artifacts.journal import append_entry
 from flexmoe_jax.artifacts.manifest import Manifest, TensorRecord
 from flexmoe_jax.artifacts.model_dir import TOKENIZER, ModelDir, create_public_model, open_model, write_model_json
 from flexmoe_jax.artifacts.package import content_digest, read_manifest, write_package
-from flexmoe_jax.artifacts.sealed import canonical_json, parse_json, sha256_array
+from flexmoe_jax.artifacts.sealed import MAX_TEXT_BYTES, canonical_json, parse_json, sha256_array
 from flexmoe_jax.config import ModelConfig, RunConfig
 from flexmoe_jax.data.embedding import DomainVector, projection_record, router_row
 from flexmoe_jax.data.tokenizer import load_tokenizer
@@ -212,7 +212,7 @@ def _check_public(checkpoint: Checkpoint, order: tuple[str, ...], public: ModelD
                     "--experts public",
                 )
     if checkpoint.tokenizer is not None:
-        content = parse_json(checkpoint.tokenizer[TOKENIZER], TOKENIZER)
+        content = parse_json(checkpoint.tokenizer[TOKENIZER], TOKENIZER, MAX_TEXT_BYTES)
         digest = hashlib.sha256(canonical_json(content)).hexdigest()
         if digest != public.tokenizer_digest:
             what = f"{checkpoint.where} has the tokenizer {digest}, {public.path} has {public.tokenizer_digest}"

@@ -11,16 +11,17 @@ import flexmoe_jax as fm
 from flexmoe_jax import tree
 from flexmoe_jax.artifacts.model_dir import open_model, verify_model
 from flexmoe_jax.artifacts.package import content_digest, load_package
+from flexmoe_jax.artifacts.sealed import canonical_json
 from flexmoe_jax.compose.merge import merge
 from flexmoe_jax.compose.optout import opt_out
 from flexmoe_jax.errors import ArtifactError, FlexMoEError
 from flexmoe_jax.hf.check import TOLERANCE, compare_logits
 from flexmoe_jax.hf.checkpoint import open_folder
-from flexmoe_jax.hf.configuration import FLEX_OLMO, read_config
+from flexmoe_jax.hf.configuration import FLEX_OLMO, read_config, write_config
 from flexmoe_jax.hf.export import ExportOptions, _map_leaves, _tensor, export
 from flexmoe_jax.hf.load import import_expert, import_model, read_tree
 from flexmoe_jax.hf.mapping import slots
-from flexmoe_jax.hf.tensors import read_tensors, write_tensors
+from flexmoe_jax.hf.tensors import Tensor, read_tensors, write_tensors
 from flexmoe_jax.model.generate import generate
 from tests.artifacts.tiny import contents
 from tests.conftest import jit_forward
@@ -68,6 +69,25 @@ def test_theirs_to_ours_and_back_is_the_same_file(tmp_path, kind, dtype):
         theirs, back = (json.loads((tmp_path / at / name).read_text()) for at in ("theirs", "back"))
         back.pop("flexmoe", None)
         assert back == theirs
+
+
+def test_a_tokenizer_of_several_megabytes_goes_both_ways(tmp_path):
+    """The tokenizer.json of OLMo-2 has 3 MB."""
+    names, theirs = ("public", "code"), tokenizer(tmp_path / "theirs")
+    path = theirs / "tokenizer.json"
+    fields = json.loads(path.read_text())
+    last = fields["added_tokens"][-1]
+    fields["added_tokens"] += [{**last, "id": 300 + i, "content": f"<{i}{'x' * 40_000}>"} for i in range(60)]
+    path.write_bytes(canonical_json(fields))
+    config = dataclasses.replace(CONFIG, vocab_size=360)
+    table = slots(config, FLEX_OLMO, names)
+    weights = {n: Tensor("float16", s.shape, lambda s=s: np.zeros(s.shape, np.float16)) for n, s in table.items()}
+    write_tensors(theirs, weights, 1 << 30)
+    (theirs / "config.json").write_text(json.dumps(write_config(FLEX_OLMO, config, 2, 2, "float16", {}, {}, {})))
+    public = import_model(open_folder(theirs), tmp_path / "public", names=names, keep=["public"])
+    import_expert(open_folder(theirs), public, tmp_path / "package", expert="code")
+    export(public, tmp_path / "back")
+    assert (tmp_path / "back" / "tokenizer.json").read_bytes() == path.read_bytes()
 
 
 def test_shards_are_read_and_written(tmp_path):
