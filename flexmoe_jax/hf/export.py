@@ -1,6 +1,6 @@
 """Export: from a model directory to a checkpoint that `transformers` loads, tensor by tensor.
 
-Packages' files are mapped into memory, not read: memory use is that of the largest tensor, whatever the model's size.
+Packages' files are mapped into memory, not read: memory use is that of the largest tensor, at any size of the model.
 """
 
 import dataclasses

@@ -2,7 +2,7 @@
 
 The format is the header's length, a JSON header and raw bytes. It has no checksum, and other readers accept duplicate
 names; here a header must account for every byte of its file exactly once. Reading and writing hold one tensor in
-memory at a time, whatever the checkpoint's size. For the same tensors, `write_tensors` writes the bytes of
+memory at a time, at any size of the checkpoint. For the same tensors, `write_tensors` writes the bytes of
 `save_pretrained` of `transformers`.
 """
 
