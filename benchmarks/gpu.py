@@ -15,8 +15,9 @@ import jax.numpy as jnp
 import numpy as np
 
 from flexmoe_jax.config import ModelConfig, OptimizerConfig, RunConfig
+from flexmoe_jax.model.decoder import init_params
 from flexmoe_jax.model.flops import training_flops
-from flexmoe_jax.model.transformer import init_params
+from flexmoe_jax.parallel.mesh import mesh_of_one
 from flexmoe_jax.train.optimizer import make_optimizer
 from flexmoe_jax.train.state import create_state
 from flexmoe_jax.train.step import make_train_step
@@ -71,7 +72,7 @@ def _step(model: ModelConfig, B: int):
         remat=True, compute_dtype="bfloat16", optimizer=OptimizerConfig(lr=1e-4, warmup_steps=1)
     )  # fmt: skip
     params = init_params(model, jax.random.key(0), (PUBLIC, "news"))
-    state, frozen = create_state(params, "news", make_optimizer(run.optimizer, run.steps), jnp.bfloat16)
+    state, frozen = create_state(mesh_of_one(), params, "news", make_optimizer(run.optimizer, run.steps), jnp.bfloat16)
     del params
     tokens = np.random.default_rng(0).integers(0, model.vocab_size, (B, T + 1)).astype(np.int32)
     zeros, ones = np.zeros((B, T), np.int32), np.ones((B, T), np.float32)

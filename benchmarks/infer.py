@@ -5,9 +5,11 @@ import torch
 
 from benchmarks.harness import Row, copy, interleaved, require_close
 from flexmoe_jax.config import ModelConfig
+from flexmoe_jax.model.decoder import Decoder
 from flexmoe_jax.model.generate import generate
 from flexmoe_jax.params import count_parameters
-from flexmoe_jax.tree import TRUNK, stack
+from flexmoe_jax.tree import TRUNK
+from tests.conftest import stacked
 from tests.model import hf_oracle
 
 MODEL = ModelConfig(8192, 6, 512, 8, 8, 64, 1408, 1024)
@@ -21,7 +23,7 @@ def run() -> list[Row]:
     peer.set_attn_implementation("sdpa")
     peer.set_experts_implementation("grouped_mm")
     params = hf_oracle.to_tree("flex_olmo", peer, MODEL)
-    params = {**params, "experts": stack(params["experts"])}
+    params = stacked(params)
     return [row for batch in GOALS for row in _measure(peer, params, batch)]
 
 
@@ -30,9 +32,8 @@ def _measure(peer, params, batch: int) -> list[Row]:
     tokens = torch.from_numpy(prompts)
 
     def ours(new: int):
-        return generate(
-            MODEL, params, prompts.tolist(), max_new_tokens=new, stop_ids=(), top_k=ACTIVE, dispatch="sparse"
-        )
+        run = Decoder(MODEL, ACTIVE, "sparse")
+        return generate(run, params, prompts.tolist(), max_new_tokens=new, stop_ids=())
 
     def theirs(new: int):
         with torch.no_grad():

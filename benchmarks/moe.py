@@ -13,8 +13,9 @@ import torch
 
 from benchmarks.harness import Row, gemm, interleaved, ready, require_close
 from flexmoe_jax.config import ModelConfig
-from flexmoe_jax.model.transformer import forward, moe
-from flexmoe_jax.tree import stack
+from flexmoe_jax.model.decoder import Decoder, forward, moe
+from flexmoe_jax.parallel.stacked import with_stacked_rows
+from tests.conftest import stacked
 from tests.model import hf_oracle
 
 D, F, K, REPEATS = 256, 512, 2, 9
@@ -41,12 +42,12 @@ def _against_peer(N: int, E: int):
     peer.set_experts_implementation("grouped_mm")
     block = peer.model.layers[0].mlp.requires_grad_(True)
     params = hf_oracle.to_tree("flex_olmo", peer, _model())
-    experts = jax.tree.map(lambda leaf: leaf[0], stack(params["experts"]))
+    experts = jax.tree.map(lambda leaf: leaf[0], with_stacked_rows(stacked(params)["experts"]))
     x = np.random.default_rng(0).standard_normal((1, N, D)).astype(np.float32)
     ours, theirs = jnp.asarray(x), torch.from_numpy(x).requires_grad_(True)
-    run_moe = functools.partial(moe, top_k=K, dispatch="sparse")
-    forward_ours = jax.jit(lambda x, experts: run_moe(x, experts)[0])
-    both_ours = jax.jit(jax.grad(lambda x, experts: run_moe(x, experts)[0].sum(), (0, 1)))
+    run_moe = functools.partial(moe, Decoder(_model(), K, "sparse"))
+    forward_ours = jax.jit(lambda x, experts: run_moe(experts, x)[0])
+    both_ours = jax.jit(jax.grad(lambda x, experts: run_moe(experts, x)[0].sum(), (0, 1)))
 
     def forward_peer():
         with torch.no_grad():
@@ -88,11 +89,11 @@ def _compile_time() -> Row:
     model = _model(layers=12)
     peer = hf_oracle.make_model("flex_olmo", model, 8, K)
     params = hf_oracle.to_tree("flex_olmo", peer, model)
-    params = {**params, "experts": stack(params["experts"])}
+    params = stacked(params)
     tokens = jnp.zeros((2, 256), jnp.int32)
 
     def loss(params):
-        return forward(model, params, tokens, top_k=K, dispatch="sparse").logits_BTV.sum()
+        return forward(Decoder(model, K, "sparse"), params, tokens).logits_BTV.sum()
 
     before = jax.config.jax_enable_compilation_cache
     jax.config.update("jax_enable_compilation_cache", False)

@@ -12,6 +12,7 @@ import torch
 from benchmarks.harness import Row, gemm, interleaved, require_close
 from flexmoe_jax.config import ModelConfig, OptimizerConfig, RunConfig
 from flexmoe_jax.model.flops import training_flops
+from flexmoe_jax.parallel.mesh import mesh_of_one
 from flexmoe_jax.train.optimizer import make_optimizer
 from flexmoe_jax.train.state import create_state
 from flexmoe_jax.train.step import make_train_step
@@ -61,7 +62,7 @@ class Step:
             owner=owner, data="", out="", public="" if owner == PUBLIC else "-", model=model, steps=1000,
             batch_size=B, seq_len=T, z_loss=0.0, router_z_loss=0.0, optimizer=OptimizerConfig(lr=1e-4, warmup_steps=1)
         )  # fmt: skip
-        self.state, self.frozen = create_state(params, owner, make_optimizer(run.optimizer, run.steps))
+        self.state, self.frozen = create_state(mesh_of_one(), params, owner, make_optimizer(run.optimizer, run.steps))
         self.step, self.losses = make_train_step(model, run), []
         zeros, ones = np.zeros((B, T), np.int32), np.ones((B, T), np.float32)
         self.batch = {"tokens": tokens[:, :-1], "targets": tokens[:, 1:], "segments": zeros, "weights": ones}

@@ -15,10 +15,11 @@ from flexmoe_jax.config import ModelConfig
 from flexmoe_jax.data.tokenizer import Tokenizer, load_tokenizer
 from flexmoe_jax.errors import DataError
 from flexmoe_jax.evaluate.lm import LM
-from flexmoe_jax.evaluate.perplexity import Score, score
+from flexmoe_jax.evaluate.perplexity import Score, half_window, score
 from flexmoe_jax.evaluate.routing import TokenRouting, route_text
+from flexmoe_jax.model.decoder import Decoder, forward
 from flexmoe_jax.model.generate import Sampling, stream
-from flexmoe_jax.model.transformer import forward
+from flexmoe_jax.parallel.mesh import mesh_of_one
 from flexmoe_jax.parallel.specs import place
 from flexmoe_jax.parallel.stacked import stack_weights
 
@@ -27,18 +28,18 @@ from flexmoe_jax.parallel.stacked import stack_weights
 class Model:
     """A model in memory. `params` is the whole tree with named experts; `top_k` the experts active per token.
 
-    On a `mesh` the devices of all processes hold it in parts, made of `params` when they are first wanted. `score` is
-    for any number of processes, the rest for one.
+    The devices of `mesh` hold it in parts, made of `params` when they are first wanted. `score` is for any number of
+    processes, the rest for one.
 
     `select` and `without` return the model that never had the other experts: the same arrays, run by the same code as a
-    model merged without them, so its outputs are bit-identical (method: compaction, never masking).
+    model merged without them, so its outputs are bit-identical (experts are left out, never masked).
     """
 
     config: ModelConfig
     params: tree.Params
     tokenizer: Tokenizer
     wanted_top_k: int | None = None
-    mesh: Mesh | None = None
+    mesh: Mesh = dataclasses.field(default_factory=mesh_of_one)
 
     @property
     def experts(self) -> tuple[str, ...]:
@@ -75,9 +76,7 @@ class Model:
                 f"{self.config.vocab_size}",
                 "encode the text with this model's own tokenizer",
             )
-        return _logits(self.config, self.top_k, self._dispatch, self._stacked, jnp.atleast_2d(tokens)).reshape(
-            *tokens.shape, -1
-        )
+        return _logits(self.decoder(), self._stacked, jnp.atleast_2d(tokens)).reshape(*tokens.shape, -1)
 
     def generate(self, prompt: str, **kwargs) -> str:
         """Continues `prompt`: what `stream` yields, joined."""
@@ -112,79 +111,68 @@ class Model:
                 seed=seed,
             )
         steps = stream(
-            self.config,
+            dataclasses.replace(self.decoder(), dispatch="sparse"),  # it reads weights in place
             self._stacked,
             [self.tokenizer.encode(prompt) or [self.tokenizer.eos_id]],
             max_new_tokens=max_new_tokens,
             stop_ids={self.tokenizer.eos_id, *stop_ids},
             sampling=Sampling(temperature, top_k, top_p),
             seed=seed,
-            top_k=self.top_k,
-            dispatch="sparse",  # also where all experts are active: it alone reads weights in place
         )
-        return self._pieces(token for tokens in steps for token in tokens.values())
+        pieces = self.tokenizer.pieces(token for tokens in steps for token in tokens.values())
+        return (piece for piece in pieces if piece)
 
-    def _pieces(self, tokens: Iterable[int]) -> Iterator[str]:
-        ids: list[int] = []
-        shown = ""
-        for token in tokens:
-            ids.append(token)
-            text = self.tokenizer.decode(ids)
-            if not text.endswith("\ufffd"):  # the beginning of a character whose other bytes are still to come
-                yield text[len(shown) :]
-                shown = text
-        if ids:
-            yield self.tokenizer.decode(ids)[len(shown) :]
+    def score(
+        self,
+        texts: list[str],
+        *,
+        seq_len: int | None = None,
+        stride: int | None = None,
+        uniform: bool = False,
+        batch_size: int = 8,
+    ) -> Score:
+        """Bits per byte and routed shares of `texts`; windows of `max_seq_len`, moved by half of it, unless told.
 
-    def score(self, texts: list[str], *, seq_len: int | None = None, stride: int | None = None, **kwargs) -> Score:
-        """Bits per byte and routed shares of `texts`; windows of `max_seq_len`, moved by half of it, unless told."""
+        `uniform` ignores the router: every expert has equal weight.
+        """
         seq_len = seq_len or self.config.max_seq_len
+        run = self.decoder(uniform)
+        stride = half_window(seq_len) if stride is None else stride
         return score(
-            self.config,
-            self._stacked,
-            texts,
-            self.tokenizer,
-            seq_len=seq_len,
-            stride=stride or max(seq_len // 2, 1),
-            top_k=self.top_k,
-            dispatch=self._dispatch,
-            mesh=self.mesh,
-            **kwargs,
+            run, self._stacked, texts, self.tokenizer, self.mesh, seq_len=seq_len, stride=stride, batch_size=batch_size
         )
 
     def routing(self, text: str) -> TokenRouting:
         """Each token of the beginning of `text` and the experts that every layer sends it to."""
-        return route_text(self.config, self._stacked, text, self.tokenizer, top_k=self.top_k, dispatch=self._dispatch)
+        return route_text(self.decoder(), self._stacked, text, self.tokenizer)
 
     def lm(self, batch_size: int = 8) -> LM:
-        """This selection of experts as what benchmarks ask: log-likelihoods and text until a stop string."""
-        return LM(self.config, self._stacked, self.tokenizer, self.top_k, self._dispatch, batch_size)
+        """This selection of experts as benchmarks call it: log-likelihoods and text until a stop string."""
+        return LM(self.decoder(), self._stacked, self.tokenizer, batch_size)
+
+    def decoder(self, uniform: bool = False) -> Decoder:
+        """How this model is run: top-k of its experts, or all of them with equal weights (`uniform`)."""
+        sparse = self.mesh.size > 1 or self.top_k < len(self.experts)
+        return Decoder(self.config, self.top_k, "sparse" if sparse else "dense", uniform)
 
     @functools.cached_property
     def _stacked(self) -> tree.Params:
-        """The run-time form: experts stacked, once per selection."""
-        if self.mesh is not None:
-            return place(self.mesh, {**self.params, "experts": stack_weights(self.params["experts"])})
-        return {
-            **jax.tree.map(jnp.asarray, {"trunk": self.params["trunk"]}),
-            "experts": tree.stack(self.params["experts"]),
-        }
-
-    @property
-    def _dispatch(self) -> str:
-        return "sparse" if self.mesh is not None or self.top_k < len(self.experts) else "dense"
+        """The run-time form on the devices: experts stacked, once per selection."""
+        return place(self.mesh, {**self.params, "experts": stack_weights(self.params["experts"])})
 
 
 def load(path: str | pathlib.Path, mesh: Mesh | None = None) -> Model:
     """Opens a model directory; every digest is checked before anything is used.
 
-    For a `mesh` (`parallel.mesh.make_mesh`) arrays are mapped files: a process reads into memory what its devices hold.
+    `mesh` (`parallel.mesh.make_mesh`) splits the model over devices, the first device holds it by default. For several
+    devices arrays are mapped files: a process reads into memory what its devices hold.
     """
-    directory, params = load_model(path, mapped=mesh is not None)
+    mesh = mesh or mesh_of_one()
+    directory, params = load_model(path, mapped=mesh.size > 1)
     tokenizer = load_tokenizer(str(directory.tokenizer_path))
     return Model(directory.config, params, tokenizer, directory.top_k, mesh)
 
 
-@functools.partial(jax.jit, static_argnums=(0, 1, 2))
-def _logits(config, top_k, dispatch, params, tokens_BT):
-    return forward(config, params, tokens_BT, top_k=top_k, dispatch=dispatch).logits_BTV
+@functools.partial(jax.jit, static_argnums=0)
+def _logits(run: Decoder, params: tree.Params, tokens_BT: jax.Array) -> jax.Array:
+    return forward(run, params, tokens_BT).logits_BTV

@@ -1,4 +1,7 @@
-"""Every parameter, declared once: its shape and how it begins. Initialisation and checks derive from it."""
+"""Every parameter, declared once: its shape, how it starts, and which mesh axes split it.
+
+Legend: L layers, D width, H query heads, G key/value heads, K head size, F feed-forward width, V vocabulary, E experts.
+"""
 
 import dataclasses
 import math
@@ -6,63 +9,84 @@ import math
 from flexmoe_jax.config import ModelConfig
 from flexmoe_jax.tree import PUBLIC, TRUNK
 
+# The axes of the device mesh (parallel/mesh.py says what each is for).
+AXES = DATA, FSDP, EXPERT, TENSOR = ("data", "fsdp", "expert", "tensor")
+Axes = tuple[str | None, ...]
+
 
 @dataclasses.dataclass(frozen=True)
-class LeafSpec:
-    """Shape, and the initial distribution: normal with standard deviation `std`, or the constant `value`."""
+class Leaf:
+    """Shape, mesh axes, and initial values: normal with standard deviation `std`, or the constant `value`.
+
+    `axes` name the mesh axis that splits each dimension, None where none does; empty: the leaf is everywhere.
+    """
 
     shape: tuple[int, ...]
+    axes: Axes = ()
     std: float = 0.0
     value: float = 0.0
 
 
-def owner_spec(config: ModelConfig, owner: str) -> dict[str, LeafSpec]:
-    """{path inside the owner's subtree: LeafSpec} for `trunk` or any expert."""
-    return _trunk_spec(config) if owner == TRUNK else _expert_spec(config)
+def owner_leaves(config: ModelConfig, owner: str) -> dict[str, Leaf]:
+    """{path inside the owner's subtree: Leaf} for `trunk` or any expert."""
+    return _trunk_leaves(config) if owner == TRUNK else _expert_leaves(config)
 
 
-def model_spec(config: ModelConfig, experts: tuple[str, ...] = (PUBLIC,)) -> dict[str, LeafSpec]:
-    """{path in the whole tree: LeafSpec} for a model of the trunk and the named experts."""
-    spec = {f"trunk/{path}": leaf for path, leaf in owner_spec(config, TRUNK).items()}
+def model_leaves(config: ModelConfig, experts: tuple[str, ...] = (PUBLIC,)) -> dict[str, Leaf]:
+    """{path in the whole tree: Leaf} for a model of the trunk and the named experts."""
+    leaves = {f"trunk/{path}": leaf for path, leaf in owner_leaves(config, TRUNK).items()}
     for name in experts:
-        spec |= {f"experts/{name}/{path}": leaf for path, leaf in owner_spec(config, name).items()}
-    return spec
+        leaves |= {f"experts/{name}/{path}": leaf for path, leaf in owner_leaves(config, name).items()}
+    return leaves
 
 
 def count_parameters(config: ModelConfig, owner: str) -> int:
     """Parameters in one owner's subtree."""
-    return sum(math.prod(leaf.shape) for leaf in owner_spec(config, owner).values())
+    return sum(math.prod(leaf.shape) for leaf in owner_leaves(config, owner).values())
 
 
-# Normal(0, 0.02) everywhere, as OLMo-2 begins (OLMo-core `InitMethod.normal`); norms begin at one.
+def is_matrix(path: str) -> bool:
+    """Whether the leaf at `path` is a weight matrix of a block, which is multiplied in the compute dtype."""
+    return path.rpartition("/")[2].startswith("w_")
+
+
+# Normal(0, 0.02) everywhere, as OLMo-2 starts (OLMo-core `InitMethod.normal`); norms start at one.
 _STD = 0.02
 
 
-def _trunk_spec(c: ModelConfig) -> dict[str, LeafSpec]:
+def _trunk_leaves(c: ModelConfig) -> dict[str, Leaf]:
     L, D, H, G, K, V = c.num_layers, c.d_model, c.num_heads, c.num_kv_heads, c.head_dim, c.vocab_size
-    spec = {
-        "embed": LeafSpec((V, D), std=_STD),
-        "blocks/w_q": LeafSpec((L, D, H, K), std=_STD),
-        "blocks/w_k": LeafSpec((L, D, G, K), std=_STD),
-        "blocks/w_v": LeafSpec((L, D, G, K), std=_STD),
-        "blocks/w_o": LeafSpec((L, H, K, D), std=_STD),
-        "blocks/attn_norm": LeafSpec((L, D), value=1.0),
-        "blocks/ffn_norm": LeafSpec((L, D), value=1.0),
-        "final_norm": LeafSpec((D,), value=1.0),
+    leaves = {
+        "embed": Leaf((V, D), (TENSOR, FSDP), std=_STD),
+        "blocks/w_q": Leaf((L, D, H, K), (None, FSDP, TENSOR, None), std=_STD),
+        "blocks/w_k": Leaf((L, D, G, K), (None, FSDP, TENSOR, None), std=_STD),
+        "blocks/w_v": Leaf((L, D, G, K), (None, FSDP, TENSOR, None), std=_STD),
+        "blocks/w_o": Leaf((L, H, K, D), (None, TENSOR, None, FSDP), std=_STD),
+        "blocks/attn_norm": Leaf((L, D), value=1.0),
+        "blocks/ffn_norm": Leaf((L, D), value=1.0),
+        "final_norm": Leaf((D,), value=1.0),
     }
     if c.qk_norm:
-        spec |= {"blocks/q_norm": LeafSpec((L, H * K), value=1.0), "blocks/k_norm": LeafSpec((L, G * K), value=1.0)}
+        leaves |= {"blocks/q_norm": Leaf((L, H * K), value=1.0), "blocks/k_norm": Leaf((L, G * K), value=1.0)}
     if not c.tie_embeddings:
-        spec["head"] = LeafSpec((D, V), std=_STD)
-    return spec
+        leaves["head"] = Leaf((D, V), (FSDP, TENSOR), std=_STD)
+    return leaves
 
 
-def _expert_spec(c: ModelConfig) -> dict[str, LeafSpec]:
+def _expert_leaves(c: ModelConfig) -> dict[str, Leaf]:
     L, D, F = c.num_layers, c.d_model, c.d_ff
     return {
-        "w_gate": LeafSpec((L, D, F), std=_STD),
-        "w_up": LeafSpec((L, D, F), std=_STD),
-        "w_down": LeafSpec((L, F, D), std=_STD),
-        "router": LeafSpec((L, D), std=_STD),
-        "bias": LeafSpec((L,)),
+        "w_gate": Leaf((L, D, F), (None, FSDP, TENSOR), std=_STD),
+        "w_up": Leaf((L, D, F), (None, FSDP, TENSOR), std=_STD),
+        "w_down": Leaf((L, F, D), (None, TENSOR, FSDP), std=_STD),
+        "router": Leaf((L, D), std=_STD),
+        "bias": Leaf((L,)),
     }
+
+
+# Shapes do not matter to what lies where: the axes of every leaf there can be.
+_ANY = ModelConfig(1, 1, 2, 1, 1, 2, 1, 1)
+TRUNK_AXES: dict[str, Axes] = {path: leaf.axes for path, leaf in _trunk_leaves(_ANY).items()}
+EXPERT_AXES: dict[str, Axes] = {path: leaf.axes for path, leaf in _expert_leaves(_ANY).items()}
+# Of experts stacked [L, E, ...] (parallel/stacked.py): the second dimension is split by `expert`.
+STACKED_AXES: dict[str, Axes] = {p: (axes[0], EXPERT, *axes[1:]) for p, axes in EXPERT_AXES.items() if axes}

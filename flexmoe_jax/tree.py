@@ -3,7 +3,7 @@
     params = {"trunk": {...}, "experts": {"public": {...}, "news": {...}}}
 
 Every leaf belongs to exactly one owner. Owners are names, never positions; their one canonical order is `public` first,
-then alphabetical. Functions here move references: no leaf is copied or changed (`stack` and `unstack` excepted).
+then alphabetical. Functions here move references: no leaf is copied or changed.
 """
 
 import re
@@ -109,27 +109,6 @@ def check_known(names: Iterable[str], known: Iterable[str]) -> tuple[str, ...]:
     if not order:
         raise FlexMoEError("no expert is left", f"keep at least one of: {', '.join(canonical_order(known))}")
     return order
-
-
-def stack(experts: Mapping[str, Params]) -> Params:
-    """Named experts {name: {w_gate [L,D,F], ...}} -> one set of leaves [L,E,...], experts in canonical order."""
-    import jax.numpy as jnp
-
-    order = canonical_order(experts)
-    return {leaf: jnp.stack([experts[name][leaf] for name in order], axis=1) for leaf in experts[order[0]]}
-
-
-def unstack(stacked: Params, names: Sequence[str]) -> dict[str, Params]:
-    """The inverse of `stack`; `names` in canonical order, as many as the stacked axis holds."""
-    size = next(iter(stacked.values())).shape[1]
-    if tuple(names) != canonical_order(names) or len(names) != size:
-        raise FlexMoEError(f"names {tuple(names)} do not fit {size} stacked experts", "give them in canonical order")
-    return {name: {leaf: value[:, i] for leaf, value in stacked.items()} for i, name in enumerate(names)}
-
-
-def is_stacked(experts: Mapping) -> bool:
-    """Whether `experts` is the stacked form (leaves at the first level) rather than the named one."""
-    return not isinstance(next(iter(experts.values())), Mapping)
 
 
 def match_rules(paths: Iterable[str], rules: Sequence[tuple[str, Any]]) -> dict[str, Any]:

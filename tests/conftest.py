@@ -18,8 +18,11 @@ import pytest
 from hypothesis import settings
 
 from flexmoe_jax.config import ModelConfig
-from flexmoe_jax.model.transformer import forward
-from flexmoe_jax.params import model_spec
+from flexmoe_jax.model.decoder import Decoder, Output, decode, forward, logits
+from flexmoe_jax.parallel.mesh import mesh_of_one
+from flexmoe_jax.parallel.specs import place
+from flexmoe_jax.parallel.stacked import stack_weights
+from flexmoe_jax.params import model_leaves
 from flexmoe_jax.tree import PUBLIC, Params, unflatten
 
 # The same examples on every run (a red test is a change of the code); no deadline, since the first example compiles.
@@ -30,9 +33,27 @@ TINY = ModelConfig(
     vocab_size=24, num_layers=2, d_model=16, num_heads=4, num_kv_heads=2, head_dim=4, d_ff=12, max_seq_len=32
 )
 
-jit_forward = functools.partial(
-    jax.jit, static_argnums=0, static_argnames=("top_k", "dispatch", "uniform", "dtype", "remat")
-)(forward)
+_forward = jax.jit(forward, static_argnums=0)
+
+
+def jit_forward(
+    config: ModelConfig, params: Params, tokens_BT, *, segments_BT=None, positions_BT=None, **how
+) -> Output:
+    """`forward` of the decoder that `how` describes, compiled."""
+    arrays = {"segments_BT": segments_BT, "positions_BT": positions_BT}
+    return _forward(Decoder(config, **how), params, tokens_BT, **arrays)
+
+
+@functools.partial(jax.jit, static_argnums=0)
+def jit_decode(run: Decoder, params: Params, tokens_BT, positions_BT, kv_cache):
+    """(logits [B, T, V], cache) of tokens written at `positions_BT` of the cache."""
+    x_BTD, kv_cache = decode(run, params, tokens_BT, positions_BT, kv_cache)
+    return logits(run, params, x_BTD), kv_cache
+
+
+def stacked(params: Params) -> Params:
+    """Named parameters as models are run: on one device, experts stacked."""
+    return place(mesh_of_one(), {**params, "experts": stack_weights(params["experts"])})
 
 
 @pytest.fixture
@@ -58,7 +79,7 @@ def random_params(config: ModelConfig, experts: tuple[str, ...] = (PUBLIC,), see
             values = normal / math.sqrt(fan_in)
         return jnp.asarray(values, jnp.float32)
 
-    return unflatten({path: draw(path, leaf.shape) for path, leaf in model_spec(config, experts).items()})
+    return unflatten({path: draw(path, leaf.shape) for path, leaf in model_leaves(config, experts).items()})
 
 
 def random_tokens(config: ModelConfig, batch: int, length: int, seed: int = 0):

@@ -7,10 +7,11 @@ import numpy as np
 import pytest
 
 import flexmoe_jax as fm
-from flexmoe_jax import tree
 from flexmoe_jax.compose.merge import merge
 from flexmoe_jax.errors import FlexMoEError
+from flexmoe_jax.model.decoder import Decoder
 from flexmoe_jax.model.generate import GREEDY, Sampling, generate, sample
+from tests.conftest import stacked
 from tests.train.tiny import WORDS
 
 TOKENS = np.arange(40).reshape(2, 20) + 97
@@ -78,11 +79,12 @@ def test_unknown_experts_are_refused_with_a_hint(model):
 def test_greedy_generation_is_the_argmax_of_the_logits(model, dispatch):
     """The cached path against one full forward per token; ragged prompts in one batch, each as if it were alone."""
     prompts = [model.tokenizer.encode(text) for text in ("the king of", "a", "police said election vote")]
-    params = {**model.params, "experts": tree.stack(model.params["experts"])}
-    common = {"max_new_tokens": 6, "stop_ids": [model.tokenizer.eos_id], "dispatch": dispatch}
-    together = generate(model.config, params, prompts, **common)
+    params = stacked(model.params)
+    common = {"max_new_tokens": 6, "stop_ids": [model.tokenizer.eos_id]}
+    run = Decoder(model.config, dispatch=dispatch)
+    together = generate(run, params, prompts, **common)
     for prompt, continued in zip(prompts, together, strict=True):
-        assert generate(model.config, params, [prompt], **common) == [continued]
+        assert generate(run, params, [prompt], **common) == [continued]
         row = list(prompt)
         for token in continued:
             assert token == int(np.argmax(model.logits(row)[-1]))
@@ -91,25 +93,25 @@ def test_greedy_generation_is_the_argmax_of_the_logits(model, dispatch):
 
 
 def test_a_stop_token_ends_the_row_before_it(model):
-    params = {**model.params, "experts": tree.stack(model.params["experts"])}
+    params = stacked(model.params)
     prompts = [model.tokenizer.encode("the king of"), model.tokenizer.encode("a")]
     common = {"max_new_tokens": 6, "sampling": Sampling(1.0), "seed": 3}
-    free = generate(model.config, params, prompts, stop_ids=(), **common)
+    free = generate(Decoder(model.config), params, prompts, stop_ids=(), **common)
     assert [len(row) for row in free] == [6, 6]
     stop = free[0][2]
-    stopped = generate(model.config, params, prompts, stop_ids=[stop], **common)
+    stopped = generate(Decoder(model.config), params, prompts, stop_ids=[stop], **common)
     assert stopped == [row[: row.index(stop)] if stop in row else row for row in free]
     assert len(stopped[0]) <= 2
 
 
 def test_streamed_pieces_are_whole_characters_and_join_to_the_text(model):
     text = "naïve 日本 end"
-    pieces = list(model._pieces(iter(model.tokenizer.encode(text))))
+    pieces = [piece for piece in model.tokenizer.pieces(model.tokenizer.encode(text)) if piece]
     assert "".join(pieces) == text
     assert len(pieces) > 3
     assert not any("\ufffd" in piece for piece in pieces)
     cut = model.tokenizer.encode("日")[:-1]  # the beginning of a character is shown in the end, not lost
-    assert "".join(model._pieces(iter(cut))) == model.tokenizer.decode(cut)
+    assert "".join(model.tokenizer.pieces(cut)) == model.tokenizer.decode(cut)
 
 
 def test_sampling_is_decided_by_its_seed(model):

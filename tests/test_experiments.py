@@ -10,11 +10,11 @@ from flexmoe_jax.cli.configs import parse_config, parse_run
 from flexmoe_jax.config import ModelConfig, RunConfig
 from flexmoe_jax.errors import ConfigError
 from flexmoe_jax.flexmix.build import DOMAINS
-from flexmoe_jax.model.transformer import init_params
+from flexmoe_jax.model.decoder import init_params
 from flexmoe_jax.params import count_parameters
 from flexmoe_jax.study.config import ABLATIONS, StudyConfig
 from flexmoe_jax.train.optimizer import make_optimizer
-from flexmoe_jax.train.state import create_state
+from flexmoe_jax.train.state import state_shapes
 from flexmoe_jax.train.step import make_train_step
 from flexmoe_jax.tree import PUBLIC, TRUNK, canonical_order
 
@@ -89,9 +89,7 @@ def test_the_7b_training_steps_lower(name):
     experts = canonical_order({PUBLIC, run.owner})
     params = jax.eval_shape(lambda: init_params(model, jax.random.key(0), experts))
     optimizer = make_optimizer(run.optimizer, run.steps)
-    state, frozen = jax.eval_shape(
-        lambda p: create_state(p, run.owner, optimizer, jnp.dtype(run.compute_dtype)), params
-    )
+    state, frozen = state_shapes(params, run.owner, optimizer, jnp.dtype(run.compute_dtype))
     shape = (run.batch_size, run.seq_len)
     batch = {key: jax.ShapeDtypeStruct(shape, jnp.int32) for key in ("tokens", "targets", "segments")}
     batch["weights"] = jax.ShapeDtypeStruct(shape, jnp.float32)

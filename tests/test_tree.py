@@ -8,8 +8,8 @@ from hypothesis import strategies as st
 
 from flexmoe_jax import tree
 from flexmoe_jax.errors import ArtifactError, FlexMoEError
-from flexmoe_jax.model.transformer import init_params
-from flexmoe_jax.params import count_parameters, model_spec, owner_spec
+from flexmoe_jax.model.decoder import init_params
+from flexmoe_jax.params import count_parameters, model_leaves, owner_leaves
 from tests.conftest import TINY, random_params
 
 RESERVED = (
@@ -143,29 +143,6 @@ def test_flatten_is_sorted_paths_and_unflatten_its_inverse():
     assert tree.unflatten(flat) == params
 
 
-def test_stack_and_unstack_are_inverse_and_in_canonical_order():
-    experts = random_params(TINY, ("public", "news", "code"))["experts"]
-    shuffled = {name: experts[name] for name in ("news", "public", "code")}
-    stacked = tree.stack(shuffled)
-    assert tree.is_stacked(stacked)
-    assert not tree.is_stacked(experts)
-    L, D, F = TINY.num_layers, TINY.d_model, TINY.d_ff
-    assert stacked["w_gate"].shape == (L, 3, D, F)
-    assert stacked["bias"].shape == (L, 3)
-    assert np.array_equal(stacked["w_gate"][:, 1], experts["code"]["w_gate"])
-    back = tree.unstack(stacked, ("public", "code", "news"))
-    assert list(back) == ["public", "code", "news"]
-    for path, leaf in tree.flatten(experts).items():
-        assert np.array_equal(tree.flatten(back)[path], leaf), path
-
-
-@pytest.mark.parametrize("names", [("public", "news", "code"), ("public", "code"), ("public", "code", "law", "news")])
-def test_unstack_refuses_names_out_of_order_or_number(names):
-    stacked = tree.stack(random_params(TINY, ("public", "news", "code"))["experts"])
-    with pytest.raises(FlexMoEError, match="do not fit 3 stacked experts"):
-        tree.unstack(stacked, names)
-
-
 def test_the_first_rule_that_matches_the_whole_path_wins():
     paths = ["trunk/embed", "experts/public/bias", "experts/news/bias", "experts/news/w_up"]
     rules = [("experts/public/.*", "a"), (".*/bias", "b"), ("experts", "never: not a whole path"), (".*", "c")]
@@ -199,7 +176,7 @@ def test_combine_refuses_a_path_in_two_parts(names, data):
 @given(names=owners)
 def test_every_declared_leaf_belongs_to_one_owner(names):
     assume("experts" not in names)
-    spec = model_spec(TINY, ("public", *names))
+    spec = model_leaves(TINY, ("public", *names))
     for path in spec:
         top, owner = path.split("/")[:2]
         assert top == "trunk" or (top == "experts" and owner in ("public", *names))
@@ -207,7 +184,7 @@ def test_every_declared_leaf_belongs_to_one_owner(names):
 
 def test_initialisation_follows_the_declaration():
     params = init_params(TINY, jax.random.key(0), ("public", "news"))
-    flat, spec = tree.flatten(params), model_spec(TINY, ("public", "news"))
+    flat, spec = tree.flatten(params), model_leaves(TINY, ("public", "news"))
     assert {path: leaf.shape for path, leaf in flat.items()} == {path: leaf.shape for path, leaf in spec.items()}
     for path, leaf in spec.items():
         values = np.asarray(flat[path])
@@ -219,7 +196,7 @@ def test_initialisation_follows_the_declaration():
             assert (values == leaf.value).all(), path
     for owner in ("trunk", "news"):
         assert count_parameters(TINY, owner) == sum(leaf.size for leaf in jax.tree.leaves(tree.split(params)[owner]))
-        assert set(tree.flatten(tree.split(params)[owner])) == set(owner_spec(TINY, owner))
+        assert set(tree.flatten(tree.split(params)[owner])) == set(owner_leaves(TINY, owner))
 
 
 def test_adding_an_expert_leaves_every_other_leaf_bit_identical():

@@ -4,16 +4,16 @@ import dataclasses
 import math
 import pathlib
 from collections.abc import Mapping
-from typing import Any
 
 from flexmoe_jax import config as configs
 from flexmoe_jax.artifacts import sealed
 from flexmoe_jax.artifacts.arrays import ITEM_BYTES, MAX_HEADER_BYTES, METADATA_FILE, header_file, tensor_file
+from flexmoe_jax.artifacts.record import Record, read_record
 from flexmoe_jax.artifacts.sealed import MAX_JSON_BYTES, check_fields, check_format, is_sha256, read_sealed
 from flexmoe_jax.config import ModelConfig
-from flexmoe_jax.errors import ArtifactError, FlexMoEError
-from flexmoe_jax.params import owner_spec
-from flexmoe_jax.tree import PUBLIC, TRUNK, ExpertName, check_owner_name, expert_name
+from flexmoe_jax.errors import ArtifactError
+from flexmoe_jax.params import owner_leaves
+from flexmoe_jax.tree import PUBLIC, TRUNK, check_owner_name
 
 FORMAT = "flexmoe-package-1"
 FETCH_AGAIN = "fetch the package again from its owner"
@@ -50,13 +50,8 @@ class Manifest:
     files: dict[str, FileRecord]
     content: str
     base: dict[str, str]
-    record: dict[str, Any]
+    record: Record
     digest: str
-
-    @property
-    def tuned_with(self) -> tuple[ExpertName, ...]:
-        """The owners who had a part in this package by router tuning or joint training; empty if none is recorded."""
-        return tuple(map(expert_name, self.record.get("tuned", {}).get("with", ())))
 
 
 def read_manifest(path: pathlib.Path | str, owner: str | None = None) -> Manifest:
@@ -79,7 +74,6 @@ def read_manifest(path: pathlib.Path | str, owner: str | None = None) -> Manifes
     config = configs.from_mapping(ModelConfig, fields["config"], f"{where}: config")
     tensors = {name: _read_tensor(name, value, where) for name, value in fields["tensors"].items()}
     files = {name: _read_file(name, value, where) for name, value in fields["files"].items()}
-    _check_tuned(fields["record"].get("tuned", {}), where)
     for name, value in (("config_digest", sealed.digest(config)), ("content", sealed.digest(fields["tensors"]))):
         if fields[name] != value:
             raise ArtifactError(f"{where}: {name} is {fields[name]}, what it states has {value}", FETCH_AGAIN)
@@ -94,7 +88,8 @@ def read_manifest(path: pathlib.Path | str, owner: str | None = None) -> Manifes
         config,
         tensors,
         files,
-        **{name: fields[name] for name in ("content", "base", "record", "digest")},
+        record=read_record(fields["record"], where),
+        **{name: fields[name] for name in ("content", "base", "digest")},
     )
 
 
@@ -112,7 +107,7 @@ def check_base(owner: str, base: Mapping[str, str]) -> None:
 
 
 def check_shapes(owner: str, shapes: Mapping[str, tuple[int, ...]], config: ModelConfig) -> None:
-    spec = owner_spec(config, owner)
+    spec = owner_leaves(config, owner)
     for path in sorted({*spec, *shapes}):
         if path not in shapes or path not in spec:
             problem = "is missing" if path in spec else "does not belong there"
@@ -149,18 +144,6 @@ def _check_names(files: Mapping[str, FileRecord], tensors: Mapping[str, TensorRe
                 f"{where}: the file {name!r} has {files[name].size} bytes, {limits[name]} are allowed",
                 "do not use this package",
             )
-
-
-def _check_tuned(tuned, where) -> None:
-    """Raises unless what the record says of tuning names owners, if it names any."""
-    names = tuned.get("with", []) if isinstance(tuned, dict) else None
-    try:
-        if not isinstance(names, list):
-            raise FlexMoEError(f"it is {tuned!r}")
-        for name in names:
-            expert_name(name)
-    except FlexMoEError as error:
-        raise ArtifactError(f"{where}: record.tuned names no list of owners: {error.what}", FETCH_AGAIN) from error
 
 
 def _read_file(name: str, value, where) -> FileRecord:

@@ -45,6 +45,7 @@ from flexmoe_jax.artifacts.manifest import (
     check_shapes,
     read_manifest,
 )
+from flexmoe_jax.artifacts.record import Record, make_record
 from flexmoe_jax.artifacts.sealed import read_bytes, sha256_array, write_sealed
 from flexmoe_jax.artifacts.signature import FILE as SIGNATURE
 from flexmoe_jax.artifacts.signature import Trust, check_signature
@@ -65,19 +66,19 @@ def write_package(
 ) -> str:
     """Writes the package of `owner` at the new directory `path`; returns the manifest digest.
 
-    `params` is the owner's subtree (numpy or JAX arrays of float32, bfloat16 or float16, shapes of `owner_spec`).
+    `params` is the owner's subtree (numpy or JAX arrays of float32, bfloat16 or float16, shapes of `owner_leaves`).
     `base` are content digests of what it belongs to: `tokenizer`, and for a data owner's expert `trunk` and `public`.
     `record` is any JSON (training, router, licence, contact). Raises ArtifactError for an existing path and for
     parameters that are missing, too many, of another shape or dtype, or not finite.
     """
     arrays = _check_params(owner, params, config)
     check_base(owner, base)
-    record = _plain_record(owner, record)
+    made = make_record(record, owner)
     tensors = _tensor_records(arrays)
     with new_directory(pathlib.Path(path)) as folder:
         save_arrays(folder / "arrays", arrays)
         table = _to_json(tensors)
-        (folder / "card.md").write_text(_card(owner, tensors, base, record))
+        (folder / "card.md").write_text(_card(owner, tensors, base, made))
         fields = {
             "format": FORMAT,
             "owner": owner,
@@ -87,7 +88,7 @@ def write_package(
             "files": digest_files(folder),
             "content": sealed.digest(table),
             "base": dict(base),
-            "record": record,
+            "record": made.fields,
         }
         digest = write_sealed(folder / "manifest.json", fields)
         read_manifest(folder, owner)
@@ -247,13 +248,6 @@ def _raise_not_finite(owner: str, arrays: Mapping[str, np.ndarray]) -> None:
             )
 
 
-def _plain_record(owner: str, record: Mapping[str, Any]) -> dict:
-    try:
-        return json.loads(sealed.canonical_json(dict(record)))
-    except (TypeError, ValueError) as error:
-        raise ArtifactError(f"the record of {owner!r} is not JSON: {error}", "give plain JSON values") from error
-
-
 def _tensor_records(arrays: Mapping[str, np.ndarray]) -> dict[str, TensorRecord]:
     return {path: TensorRecord(a.shape, a.dtype.name, sha256_array(a)) for path, a in arrays.items()}
 
@@ -287,7 +281,7 @@ def _is_sparse(path: pathlib.Path) -> bool:
     return status.st_size > 64 << 20 and status.st_blocks * 512 * 16 < status.st_size
 
 
-def _card(owner: str, tensors: Mapping[str, TensorRecord], base: Mapping[str, str], record: Mapping[str, Any]) -> str:
+def _card(owner: str, tensors: Mapping[str, TensorRecord], base: Mapping[str, str], record: Record) -> str:
     count = sum(math.prod(t.shape) for t in tensors.values())
     rows = [f"| `{path}` | {list(t.shape)} | {t.dtype} |" for path, t in tensors.items()]
     lines = [
@@ -296,8 +290,8 @@ def _card(owner: str, tensors: Mapping[str, TensorRecord], base: Mapping[str, st
         f"The `{owner}` part of a FlexMoE model: {count:,} parameters in {len(tensors)} tensors.",
         "`flexmoe verify` checks every byte of this directory against `manifest.json`.",
         "",
-        f"- licence: {record.get('licence') or 'not stated'}",
-        f"- contact: {record.get('contact') or 'not stated'}",
+        f"- licence: {record.licence or 'not stated'}",
+        f"- contact: {record.contact or 'not stated'}",
         *(f"- made for {name} {digest}" for name, digest in sorted(base.items())),
         "",
         "| tensor | shape | dtype |",
@@ -307,7 +301,7 @@ def _card(owner: str, tensors: Mapping[str, TensorRecord], base: Mapping[str, st
         "Records of its training:",
         "",
         "```json",
-        json.dumps(record, indent=2, sort_keys=True, ensure_ascii=False),
+        json.dumps(record.fields, indent=2, sort_keys=True, ensure_ascii=False),
         "```",
     ]
     return "\n".join(lines) + "\n"

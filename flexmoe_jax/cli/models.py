@@ -84,10 +84,10 @@ def inspect(argv: list[str]) -> int:
     rows = [[name, "x".join(map(str, t.shape)), t.dtype, t.sha256[:12]] for name, t in manifest.tensors.items()]
     lines = [f"package of {manifest.owner!r}, manifest {manifest.digest}", f"content {manifest.content}"]
     lines += [f"trained beside {name} {digest}" for name, digest in manifest.base.items()]
-    lines += [f"{key}: {value}" for key, value in manifest.record.items()]
+    lines += [f"{key}: {value}" for key, value in manifest.record.fields.items()]
     lines += ["", *table(["tensor", "shape", "dtype", "sha256"], rows)]
     result = {"owner": manifest.owner, "digest": manifest.digest, "content": manifest.content, "base": manifest.base}
-    emit(result | {"record": manifest.record, "parameters": _parameters(manifest)}, lines, args.json)
+    emit(result | {"record": manifest.record.fields, "parameters": _parameters(manifest)}, lines, args.json)
     return 0
 
 

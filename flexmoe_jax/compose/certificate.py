@@ -5,6 +5,7 @@ can check the two against each other offline, and against a merge of the remaini
 the one that such a merge has. The seal shows alterations, not who wrote it.
 """
 
+import contextlib
 import os
 import pathlib
 from collections.abc import Iterable, Iterator, Mapping
@@ -41,7 +42,7 @@ def certify(model: ModelDir, name: str, top_k: int | None) -> dict:
         raise_problems(model.package(part), check_files(model.package(part), its))
     manifest = model.manifests[name]
     rest = {n: m for n, m in model.manifests.items() if n != name}
-    moved = [n for n, m in rest.items() if name in m.tuned_with]
+    moved = [n for n, m in rest.items() if name in m.record.tuned_with]
     reason = f"{name!r} had a part in training {', '.join(moved)}" if moved else ""
     files = [model.package(n) / file for n, m in rest.items() for file in ("manifest.json", *m.files)]
     files += [model.package(n) / SIGNATURE for n in find_signatures(model.path, rest)]
@@ -69,12 +70,23 @@ def certify(model: ModelDir, name: str, top_k: int | None) -> dict:
     )
 
 
-def write_pending(path: pathlib.Path, certificate: dict, model: pathlib.Path) -> None:
-    """Keeps a certificate beside `path` until the opt-out is done (`publish`)."""
+@contextlib.contextmanager
+def certified(
+    model: ModelDir, name: str, top_k: int | None, path: pathlib.Path | None, made: pathlib.Path
+) -> Iterator[None]:
+    """Around the removal of the expert `name` from `model`, which makes the model directory `made`.
+
+    The certificate is written beside `path` before, while the expert's bytes are still there, and moves to `path` when
+    the block ends well. None: no certificate.
+    """
+    if path is None:
+        yield
+        return
     if os.path.lexists(path):
         raise ArtifactError(f"{path} already exists", "give another path for the certificate")
-    if path.resolve().is_relative_to(model.resolve()):
+    if path.resolve().is_relative_to(made.resolve()):
         raise ArtifactError(f"{path} lies in the model it is about", "give a path outside")
+    certificate = certify(model, name, top_k)
     try:
         write_json(_pending(path), certificate)
     except OSError as error:
@@ -82,18 +94,30 @@ def write_pending(path: pathlib.Path, certificate: dict, model: pathlib.Path) ->
             f"{path} cannot be written: {error.strerror}", "give a file in a folder that exists"
         ) from error
 
+    yield
+    publish_pending(path, name, open_model(made), must=True)
 
-def publish(path: pathlib.Path, name: str, model: ModelDir) -> bool:
-    """Puts the pending certificate at `path` if it is about `name` and what `model` now is; whether it did."""
+
+def publish_pending(path: pathlib.Path | None, name: str, model: ModelDir, must: bool) -> bool:
+    """Puts the pending certificate at `path` if it is about `name` and what `model` now is; whether `name` has left.
+
+    `must`: it has, so a certificate that was asked for and cannot be had is an ArtifactError.
+    """
+    if path is None:
+        return must
     pending = _pending(path)
-    if not pending.exists():
-        return False
-    fields = read_certificate(pending)
-    if (fields["removed"]["name"], fields["model"]) != (name, model.digest):
-        return False
-    pending.rename(path)
-    sync_directory(path.parent)
-    return True
+    if pending.exists():
+        fields = read_certificate(pending)
+        if (fields["removed"]["name"], fields["model"]) == (name, model.digest):
+            pending.rename(path)
+            sync_directory(path.parent)
+            return True
+    if must:
+        raise ArtifactError(
+            f"{name!r} left {model.path} without a certificate, and cannot have one now that its bytes are gone",
+            "the journal records what was removed: flexmoe inspect --journal",
+        )
+    return False
 
 
 def read_certificate(path: pathlib.Path | str) -> dict:

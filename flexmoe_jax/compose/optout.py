@@ -1,24 +1,53 @@
-"""Opting out and replacing: one expert's directory and `model.json` change, nothing else does (method: section 2.3).
+"""Opting out and replacing: one expert's directory and `model.json` change, nothing else does.
 
-In place, `model.json` is the switch: it is replaced atomically, so whoever opens the model sees it before or after. A
-crash leaves a model that opens, and `verify_model` names what is left over; the same call made again finishes.
+In place, `model.json` is the switch: it is replaced atomically, so a reader sees the model before or after the change.
+A crash leaves a model that opens, and `verify_model` names what is left over; the same call made again finishes.
 """
 
+import dataclasses
 import os
 import pathlib
 import re
+from typing import Any
 
 from flexmoe_jax.artifacts.journal import append_entry, read_journal
-from flexmoe_jax.artifacts.manifest import read_manifest
+from flexmoe_jax.artifacts.manifest import Manifest, read_manifest
 from flexmoe_jax.artifacts.model_dir import ModelDir, assemble, changing, open_model, staging_place, write_model_json
 from flexmoe_jax.artifacts.package import copy_package
 from flexmoe_jax.artifacts.signature import FILE as SIGNATURE
 from flexmoe_jax.artifacts.signature import Trust, read_signature
-from flexmoe_jax.compose.certificate import certify, publish, write_pending
+from flexmoe_jax.compose.certificate import certified, publish_pending
 from flexmoe_jax.compose.merge import read_expert
 from flexmoe_jax.errors import ArtifactError
 from flexmoe_jax.files import new_directory, remove_directory, sync_directory
 from flexmoe_jax.tree import PUBLIC, TRUNK, ExpertName, check_known, expert_name
+
+
+@dataclasses.dataclass(frozen=True)
+class Departure:
+    """The expert `name` that leaves `model`, and what is left without it."""
+
+    model: ModelDir
+    name: ExpertName
+
+    @property
+    def rest(self) -> dict[str, tuple[pathlib.Path, Manifest]]:
+        """The packages that stay."""
+        names = (name for name in self.model.experts if name != self.name)
+        return {name: (self.model.package(name), self.model.manifests[name]) for name in names}
+
+    @property
+    def top_k(self) -> int | None:
+        """The wanted number of active experts, at most as many as are left."""
+        wanted = self.model.wanted_top_k
+        return None if wanted is None else min(wanted, len(self.model.experts) - 1)
+
+    @property
+    def details(self) -> dict[str, Any]:
+        """What the journal tells about it."""
+        content = self.model.manifests[self.name].content
+        before = self.model.wanted_top_k
+        return {"expert": self.name, "content": content, "top_k": self.top_k, "top_k_before": before}
 
 
 def opt_out(
@@ -32,40 +61,25 @@ def opt_out(
 
     The result is, byte for byte outside the journal, what `merge` makes of the other experts with the same top-k, or
     with as many as are left where top-k was more. In place, the expert's bytes leave the directory. A `certificate`
-    is written to that new file when the expert is gone (certificate.py). Raises for `public`, `trunk` and unknown
-    names.
+    is written to that new file when the expert is gone (certificate.py). Raises ArtifactError for `public` and `trunk`,
+    FlexMoEError for unknown names.
     """
     path, proof = pathlib.Path(model), None if certificate is None else pathlib.Path(certificate)
     if name in (PUBLIC, TRUNK):
-        raise ArtifactError(
-            f"{name!r} cannot opt out: every expert was trained beside it", "name a data owner's expert"
-        )
+        remedy = "name a data owner's expert"
+        raise ArtifactError(f"{name!r} cannot opt out: every expert was trained beside it", remedy)
     if out is not None:
-        opened = open_model(path)
-        check_known([name], opened.experts)
-        rest = {n: (opened.package(n), opened.manifests[n]) for n in opened.experts if n != name}
-        details = _details(opened, name)
-        if proof is not None:
-            write_pending(proof, certify(opened, name, details["top_k"]), pathlib.Path(out))
-        made = assemble(out, opened, rest, details["top_k"], "opted_out", details)
-        return _publish(proof, name, made)
+        leaving = _departure(open_model(path), name)
+        with certified(leaving.model, leaving.name, leaving.top_k, proof, pathlib.Path(out)):
+            return assemble(out, leaving.model, leaving.rest, leaving.top_k, "opted_out", leaving.details)
     with changing(path):
-        finished = _finish_opt_outs(path)
+        finished = _finish_interrupted(path)
         opened = open_model(path)
-        if name not in opened.experts:
-            if proof is not None and publish(proof, name, opened):  # only this was left to do
-                return opened
-            if name in finished:
-                return _publish(proof, name, opened)
-        check_known([name], opened.experts)
-        details, rest_names = _details(opened, name), tuple(n for n in opened.experts if n != name)
-        if proof is not None:
-            write_pending(proof, certify(opened, name, details["top_k"]), path)
-        write_model_json(path, rest_names, details["top_k"], opened.manifests)
-        _erase(path, expert_name(name), opened.manifests[name].digest)
-        made = open_model(path)
-        append_entry(path, "opted_out", made.expert_digests, made.digest, **details)
-        return _publish(proof, name, made)
+        if name not in opened.experts and publish_pending(proof, name, opened, must=name in finished):
+            return opened
+        leaving = _departure(opened, name)
+        with certified(opened, leaving.name, leaving.top_k, proof, path):
+            return _erase_in_place(leaving)
 
 
 def replace(model: pathlib.Path | str, package: pathlib.Path | str, *, trust: Trust | None = None) -> ModelDir:
@@ -76,7 +90,7 @@ def replace(model: pathlib.Path | str, package: pathlib.Path | str, *, trust: Tr
     """
     path, package = pathlib.Path(model), pathlib.Path(package)
     with changing(path):
-        _finish_opt_outs(path)
+        _finish_interrupted(path)
         opened = open_model(path)
         new = read_expert(package, opened, trust=trust)
         name = new.owner
@@ -126,16 +140,22 @@ def _check_newer(place: pathlib.Path, old: str, package: pathlib.Path, new: str,
         )
 
 
-def _publish(proof: pathlib.Path | None, name: str, model: ModelDir) -> ModelDir:
-    if proof is not None and not publish(proof, name, model):
-        raise ArtifactError(
-            f"{name!r} left {model.path} without a certificate, and cannot have one now that its bytes are gone",
-            "the journal records what was removed: flexmoe inspect --journal",
-        )
-    return model
+def _departure(model: ModelDir, name: str) -> Departure:
+    check_known([name], model.experts)
+    return Departure(model, expert_name(name))
 
 
-def _finish_opt_outs(path: pathlib.Path) -> list[ExpertName]:
+def _erase_in_place(leaving: Departure) -> ModelDir:
+    """The order is the crash's: a reader never sees a model that names a package which is not there."""
+    path = leaving.model.path
+    write_model_json(path, tuple(leaving.rest), leaving.top_k, leaving.model.manifests)
+    _erase(path, leaving.name, leaving.model.manifests[leaving.name].digest)
+    made = open_model(path)
+    append_entry(path, "opted_out", made.expert_digests, made.digest, **leaving.details)
+    return made
+
+
+def _finish_interrupted(path: pathlib.Path) -> list[ExpertName]:
     """Ends opt-outs that were interrupted after model.json was written: erases, records; returns their names.
 
     Only a package that the journal's last line names with its manifest digest is erased.
@@ -166,18 +186,6 @@ def _erase(path: pathlib.Path, name: ExpertName, digest: str | None) -> None:
         os.rename(path / name, staging_place(path, name, digest))
         sync_directory(path)
     _remove_hidden(path, name)
-
-
-def _details(model: ModelDir, name: str) -> dict:
-    """What the journal tells about the removal of `name`; `top_k` is the wanted one, clamped to the experts left."""
-    left = len(model.experts) - 1
-    top_k = None if model.wanted_top_k is None else min(model.wanted_top_k, left)
-    return {
-        "expert": name,
-        "content": model.manifests[name].content,
-        "top_k": top_k,
-        "top_k_before": model.wanted_top_k,
-    }
 
 
 def _settle(model: ModelDir, name: str) -> None:

@@ -109,9 +109,9 @@ def _package(
     moved = [n for n, t in manifest.tensors.items() if n.startswith("w_") and t.sha256 != before.tensors[n].sha256]
     if moved:
         raise ArtifactError(f"tuning moved {', '.join(moved)} of {before.owner!r}", "do not use what it made")
-    parts = sorted({*before.tuned_with, *moved_by})  # whoever had a part before still has
-    tuned = {"start": before.digest, "with": parts, "training": manifest.record["training"]}
+    parts = sorted({*before.record.tuned_with, *moved_by})  # whoever had a part before still has
+    tuned = {"start": before.digest, "with": parts, "training": manifest.record.training}
     if not path.exists():
         write_package(path, owner=before.owner, params=params, config=before.config, base=before.base,
-                      record={**before.record, "tuned": tuned})  # fmt: skip
+                      record={**before.record.fields, "tuned": tuned})  # fmt: skip
     return path, read_manifest(path, before.owner)

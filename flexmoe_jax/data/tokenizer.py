@@ -12,6 +12,7 @@ import hashlib
 import importlib.metadata
 import json
 import os
+from collections.abc import Iterable, Iterator
 from pathlib import Path
 from typing import Any
 
@@ -84,6 +85,22 @@ class Tokenizer:
     def decode(self, ids) -> str:
         """The text of `ids`; special tokens appear by name, bytes that are no UTF-8 as U+FFFD."""
         return self._engine.decode([int(i) for i in ids], skip_special_tokens=False)
+
+    def pieces(self, ids: Iterable[int]) -> Iterator[str]:
+        """The text of `ids` piece by piece: each id's own, or "" while bytes of a character are still missing.
+
+        One more piece follows the last id's where the text ends within a character.
+        """
+        read: list[int] = []
+        shown = whole = ""
+        for token in ids:
+            read.append(token)
+            whole = self.decode(read)
+            text = shown if whole.endswith("\ufffd") else whole
+            yield text[len(shown) :]
+            shown = text
+        if whole != shown:
+            yield whole[len(shown) :]
 
     def save(self, path: str | Path) -> None:
         """Write the `tokenizer.json` at `path`, which Hugging Face and `load_tokenizer` read.

@@ -49,7 +49,7 @@ class HarnessLM(TemplateLM):
             rolling = get_rolling_token_windows(
                 token_list=self.tok_encode(request.args[0]),
                 prefix_token=self.prefix_token_id,
-                max_seq_len=self.lm.config.max_seq_len,
+                max_seq_len=self.lm.run.config.max_seq_len,
                 context_len=1,
             )
             some = [(None, *make_disjoint_window(window)) for window in rolling]

@@ -12,11 +12,10 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 
-from flexmoe_jax.config import ModelConfig
 from flexmoe_jax.data.tokenizer import Tokenizer
 from flexmoe_jax.errors import DataError
+from flexmoe_jax.model.decoder import Decoder, decode, hidden_states, logits, prefill
 from flexmoe_jax.model.generate import stream
-from flexmoe_jax.model.transformer import head, hidden_states
 from flexmoe_jax.progress import track
 from flexmoe_jax.tree import Params
 
@@ -26,17 +25,15 @@ _CONTEXT_STEP, _CONTINUATION_STEP = 64, 16
 
 @dataclasses.dataclass(frozen=True, eq=False)
 class LM:
-    """A model to be asked. `params` hold stacked experts; `top_k` and `dispatch` are those of `forward`.
+    """A model as benchmarks call it: `params` hold stacked experts, `run` says how they are run.
 
     Continuations of the same context are scored together: the context is read once and its keys and values are shared,
     which makes a question with four answers almost as cheap as one with one.
     """
 
-    config: ModelConfig
+    run: Decoder
     params: Params
     tokenizer: Tokenizer
-    top_k: int
-    dispatch: str = "dense"
     batch_size: int = 8
 
     def encode_pair(self, context: str, continuation: str) -> tuple[list[int], list[int]]:
@@ -52,13 +49,13 @@ class LM:
     def loglikelihoods(self, pairs: Sequence[tuple[list[int], list[int]]]) -> list[tuple[float, bool]]:
         """(sum of the natural log-probabilities, whether greedy decoding would give it) of each continuation after its
         context. What is too long loses tokens on the left of the context."""
-        limit = self.config.max_seq_len + 1
+        limit = self.run.config.max_seq_len + 1
         groups: dict[tuple[int, ...], list[int]] = {}
         for i, (context, continuation) in enumerate(pairs):
             if not context or not continuation or len(continuation) >= limit:
                 raise DataError(
                     f"request {i} has a context of {len(context)} tokens and a continuation of {len(continuation)}, "
-                    f"the model reads {self.config.max_seq_len}",
+                    f"the model reads {self.run.config.max_seq_len}",
                     "give both, and a continuation that fits",
                 )
             longest = limit - len(continuation)
@@ -85,11 +82,11 @@ class LM:
     def continue_until(self, prompts: Sequence[str], stops: Sequence[str], max_new_tokens: int) -> list[str]:
         """Greedy continuations, each cut before the first of `stops` or the end-of-text token. A prompt that leaves no
         room for `max_new_tokens` loses tokens on the left."""
-        room = self.config.max_seq_len - max_new_tokens
+        room = self.run.config.max_seq_len - max_new_tokens
         if room < 1:
             raise DataError(
-                f"{max_new_tokens} new tokens leave no room for a prompt in {self.config.max_seq_len}",
-                f"ask for at most {self.config.max_seq_len - 1}",
+                f"{max_new_tokens} new tokens leave no room for a prompt in {self.run.config.max_seq_len}",
+                f"ask for at most {self.run.config.max_seq_len - 1}",
             )
         ids = [row[-room:] or [self.tokenizer.eos_id] for row in self.tokenizer.encode_batch(list(prompts))]
         order = sorted(range(len(ids)), key=lambda i: len(ids[i]), reverse=True)
@@ -106,13 +103,11 @@ class LM:
         rows: list[list[int]] = [[] for _ in prompts]
         texts: dict[int, str] = {}
         steps = stream(
-            self.config,
+            dataclasses.replace(self.run, dispatch="sparse"),  # it reads weights in place
             self.params,
             prompts,
             max_new_tokens=max_new_tokens,
             stop_ids={self.tokenizer.eos_id},
-            top_k=self.top_k,
-            dispatch="sparse",
         )
         with contextlib.closing(steps):  # type: ignore[type-var]
             for tokens in steps:
@@ -135,7 +130,7 @@ class LM:
             whole = context + continuation
             tokens_BT[b, : len(whole) - 1] = whole[:-1]
             targets_BT[b, len(context) - 1 : len(whole) - 1] = continuation
-        sums, greedy = _whole(self.config, self.top_k, self.dispatch, self.params, tokens_BT, targets_BT)
+        sums, greedy = _whole(self.run, self.params, tokens_BT, targets_BT)
         return _results(sums, greedy, len(rows))
 
     def _score_shared(self, context: list[int], continuations: list[list[int]]) -> list[tuple[float, bool]]:
@@ -149,9 +144,8 @@ class LM:
         for b, continuation in enumerate(continuations):
             tokens_BT[b, : len(continuation)] = [context[-1], *continuation[:-1]]
             targets_BT[b, : len(continuation)] = continuation
-        run = (self.config, self.top_k, self.dispatch)
-        cache = _prefill(*run, before + longest, self.params, tokens_1T)
-        sums, greedy = _after(*run, self.params, cache, len(context) - 1, tokens_BT, targets_BT)
+        cache = _prefill(self.run, before + longest, self.params, tokens_1T)
+        sums, greedy = _after(self.run, self.params, cache, len(context) - 1, tokens_BT, targets_BT)
         return _results(sums, greedy, len(continuations))
 
 
@@ -161,34 +155,30 @@ def cut(text: str, stops: Sequence[str]) -> str:
     return text[: min(found)] if found else text
 
 
-@functools.partial(jax.jit, static_argnums=(0, 1, 2))
-def _whole(config, top_k, dispatch, params, tokens_BT, targets_BT):
-    x_BTD, _, _ = hidden_states(config, params, tokens_BT, top_k=top_k, dispatch=dispatch)
-    return _sums(config, params, x_BTD, targets_BT)
+@functools.partial(jax.jit, static_argnums=0)
+def _whole(run: Decoder, params: Params, tokens_BT, targets_BT):
+    return _sums(run, params, hidden_states(run, params, tokens_BT)[0], targets_BT)
 
 
-@functools.partial(jax.jit, static_argnums=(0, 1, 2, 3))
-def _prefill(config, top_k, dispatch, length, params, tokens_1T):
-    return hidden_states(config, params, tokens_1T, cache_length=length, top_k=top_k, dispatch=dispatch)[2]
+@functools.partial(jax.jit, static_argnums=(0, 1))
+def _prefill(run: Decoder, length: int, params: Params, tokens_1T):
+    return prefill(run, params, tokens_1T, length)[1]
 
 
-@functools.partial(jax.jit, static_argnums=(0, 1, 2))
-def _after(config, top_k, dispatch, params, cache, start, tokens_BT, targets_BT):
+@functools.partial(jax.jit, static_argnums=0)
+def _after(run: Decoder, params: Params, cache, start, tokens_BT, targets_BT):
     B, T = tokens_BT.shape
     cache = jax.tree.map(lambda a: jnp.broadcast_to(a, (a.shape[0], B, *a.shape[2:])), cache)
     positions_BT = jnp.broadcast_to(start + jnp.arange(T), (B, T))
-    x_BTD, _, _ = hidden_states(
-        config, params, tokens_BT, positions_BT=positions_BT, kv_cache=cache, top_k=top_k, dispatch=dispatch
-    )
-    return _sums(config, params, x_BTD, targets_BT)
+    return _sums(run, params, decode(run, params, tokens_BT, positions_BT, cache)[0], targets_BT)
 
 
-def _sums(config, params, x_BTD, targets_BT):
+def _sums(run: Decoder, params: Params, x_BTD, targets_BT):
     """(summed log-probabilities of the targets that are not -1 [B], whether each is the likeliest [B])."""
 
     def of_row(_, row):
         x_TD, target_T = row
-        logits_TV = jnp.matmul(x_TD, head(config, params).astype(x_TD.dtype), preferred_element_type=jnp.float32)
+        logits_TV = logits(run, params, x_TD)
         picked_T = jnp.take_along_axis(logits_TV, jnp.maximum(target_T, 0)[:, None], axis=-1)[:, 0]
         log_p_T = picked_T - jax.nn.logsumexp(logits_TV, axis=-1)
         counts_T = target_T >= 0

@@ -1,6 +1,5 @@
 """Held-out bits per byte, and the routed share of every expert on the same tokens."""
 
-import contextlib
 import dataclasses
 import functools
 import math
@@ -10,13 +9,12 @@ import jax
 import numpy as np
 from jax.sharding import Mesh
 
-from flexmoe_jax.config import ModelConfig
 from flexmoe_jax.data.pipeline import scoring_batches
 from flexmoe_jax.data.tokenizer import Tokenizer
 from flexmoe_jax.errors import DataError
+from flexmoe_jax.model.decoder import Decoder, head, hidden_states
 from flexmoe_jax.model.loss import next_token_loss
 from flexmoe_jax.model.router import route, route_uniform
-from flexmoe_jax.model.transformer import head, hidden_states
 from flexmoe_jax.parallel.mesh import everywhere
 from flexmoe_jax.parallel.specs import batch_parts, place_batch
 from flexmoe_jax.tree import Params
@@ -48,36 +46,37 @@ class Score:
         return float(self.nats_D.sum() / math.log(2) / self.bytes_D.sum())
 
 
+def half_window(seq_len: int) -> int:
+    """The default stride: every token has at least half a window of context, where its document has that much."""
+    return max(seq_len // 2, 1)
+
+
 def score(
-    config: ModelConfig,
+    run: Decoder,
     params: Params,
     texts: list[str],
     tokenizer: Tokenizer,
+    mesh: Mesh,
     *,
     seq_len: int,
     stride: int,
-    batch_size: int = 16,
-    top_k: int | None = None,
-    dispatch: str = "dense",
-    uniform: bool = False,
-    mesh: Mesh | None = None,
+    batch_size: int = 8,
 ) -> Score:
     """Scores every token of every text once, with at least `seq_len - stride` tokens of left context where it has them.
 
-    Documents are scored alone (never packed). The end-of-text token is context for the first token and itself scored.
-    With a `mesh`, on which `params` lie, its devices share the rows of a batch, and every process has the whole result.
+    Documents are scored by themselves (never packed). The end-of-text token is context for the first token and itself
+    scored. The devices of `mesh`, on which `params` lie, share the rows of a batch, and every process has the whole
+    result.
     """
     if not texts:
         raise DataError("there is no document to score", "give at least one held-out document")
     token_nats: list[list[np.ndarray]] = [[] for _ in texts]
     share_LE = np.zeros(())
-    if mesh is not None:
-        batch_size = -(-batch_size // batch_parts(mesh)) * batch_parts(mesh)
-    for batch in scoring_batches(texts, tokenizer, seq_len=seq_len, stride=stride, batch_size=batch_size):
+    rows = -(-batch_size // batch_parts(mesh)) * batch_parts(mesh)
+    for batch in scoring_batches(texts, tokenizer, seq_len=seq_len, stride=stride, batch_size=rows):
         arrays = {name: batch[name] for name in ("tokens", "targets", "segments", "weights")}
-        with contextlib.nullcontext() if mesh is None else jax.set_mesh(mesh):
-            placed = arrays if mesh is None else place_batch(mesh, arrays)
-            nats_BT, batch_share_LE = _score_batch(config, top_k, dispatch, uniform, params, placed)
+        with jax.set_mesh(mesh):
+            nats_BT, batch_share_LE = _score_batch(run, params, place_batch(mesh, arrays))
         for doc, nats_T, weights_T in zip(batch["doc"], np.asarray(nats_BT), batch["weights"], strict=True):
             if doc >= 0:  # a document's rows follow one another
                 token_nats[doc].append(nats_T[weights_T > 0])
@@ -116,15 +115,18 @@ def describe(experts: tuple[str, ...], score) -> dict:
     }
 
 
-@functools.partial(jax.jit, static_argnums=(0, 1, 2, 3))
-def _score_batch(config, top_k, dispatch, uniform, params, batch):
+@functools.partial(jax.jit, static_argnums=0)
+def _score_batch(run: Decoder, params: Params, batch: dict[str, jax.Array]) -> tuple[jax.Array, jax.Array]:
     weights_BT = batch["weights"]
-    x_BTD, router_logits_LNE, _ = hidden_states(
-        config, params, batch["tokens"], segments_BT=batch["segments"], top_k=top_k, dispatch=dispatch, uniform=uniform
-    )
-    _, nats_BT, _ = next_token_loss(x_BTD, head(config, params), batch["targets"], weights_BT)
-    E = router_logits_LNE.shape[-1]
-    chosen = route_uniform if uniform else functools.partial(route, k=min(top_k or E, E))
-    weights_LNE = jax.vmap(lambda logits_NE: chosen(logits_NE).weights_NE)(router_logits_LNE)
-    share_LNE = weights_LNE / weights_LNE.sum(-1, keepdims=True)
+    x_BTD, router_logits_LNE = hidden_states(run, params, batch["tokens"], batch["segments"])
+    _, nats_BT, _ = next_token_loss(x_BTD, head(run.config, params), batch["targets"], weights_BT)
+    share_LNE = routed_share(run, router_logits_LNE)
     return everywhere(nats_BT), everywhere((share_LNE * weights_BT.reshape(-1)[:, None]).sum(1))
+
+
+def routed_share(run: Decoder, router_logits_LNE: jax.Array) -> jax.Array:
+    """Weights of the active experts, normalized so that every token's sum to one: float32 [L, N, E]."""
+    active = run.active(router_logits_LNE.shape[-1])
+    chosen = route_uniform if run.uniform else functools.partial(route, k=active)
+    weights_LNE = jax.vmap(lambda logits_NE: chosen(logits_NE).weights_NE)(router_logits_LNE)
+    return weights_LNE / weights_LNE.sum(-1, keepdims=True)

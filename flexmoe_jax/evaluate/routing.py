@@ -7,11 +7,10 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 
-from flexmoe_jax.config import ModelConfig
 from flexmoe_jax.data.tokenizer import Tokenizer
 from flexmoe_jax.errors import DataError
-from flexmoe_jax.model.router import route
-from flexmoe_jax.model.transformer import hidden_states
+from flexmoe_jax.evaluate.perplexity import routed_share
+from flexmoe_jax.model.decoder import Decoder, hidden_states
 from flexmoe_jax.tree import Params
 
 
@@ -26,31 +25,21 @@ class TokenRouting:
     weights_LTE: np.ndarray
 
 
-def route_text(
-    config: ModelConfig, params: Params, text: str, tokenizer: Tokenizer, *, top_k: int | None = None,
-    dispatch: str = "dense",
-) -> TokenRouting:  # fmt: skip
-    """The routing of the first `config.max_seq_len` tokens of `text`, read after the end-of-text token.
+def route_text(run: Decoder, params: Params, text: str, tokenizer: Tokenizer) -> TokenRouting:
+    """The routing of the first `max_seq_len` tokens of `text`, read after the end-of-text token.
 
     A token's routing is that of the position that reads it. Characters cut in two between tokens belong to the last.
     """
-    ids = tokenizer.encode(text)[: config.max_seq_len - 1]
+    ids = tokenizer.encode(text)[: run.config.max_seq_len - 1]
     if not ids:
         raise DataError("there is no token to route", "give a text")
     tokens_1T = jnp.asarray([[tokenizer.eos_id, *ids]], jnp.int32)
-    weights_LTE = np.asarray(_weights(config, top_k, dispatch, params, tokens_1T))[:, 1:]
-    pieces, shown = [], ""
-    for end in range(1, len(ids) + 1):
-        whole = tokenizer.decode(ids[:end])
-        whole = shown if whole.endswith("\ufffd") and end < len(ids) else whole
-        pieces.append(whole[len(shown) :])
-        shown = whole
+    weights_LTE = np.asarray(_weights(run, params, tokens_1T))[:, 1:]
+    *pieces, rest = [*tokenizer.pieces(ids), ""]
+    pieces[len(ids) - 1 :] = ["".join(pieces[len(ids) - 1 :]) + rest]
     return TokenRouting(pieces, weights_LTE)
 
 
-@functools.partial(jax.jit, static_argnums=(0, 1, 2))
-def _weights(config, top_k, dispatch, params, tokens_1T):
-    _, router_logits_LNE, _ = hidden_states(config, params, tokens_1T, top_k=top_k, dispatch=dispatch)
-    E = router_logits_LNE.shape[-1]
-    weights_LNE = jax.vmap(lambda logits_NE: route(logits_NE, min(top_k or E, E)).weights_NE)(router_logits_LNE)
-    return weights_LNE / weights_LNE.sum(-1, keepdims=True)
+@functools.partial(jax.jit, static_argnums=0)
+def _weights(run: Decoder, params: Params, tokens_1T: jax.Array) -> jax.Array:
+    return routed_share(run, hidden_states(run, params, tokens_1T)[1])

@@ -68,7 +68,7 @@ def _bits_per_byte(lm: LM, examples: Sequence[Example]) -> list[float]:
 
 def _generate(lm: LM, task: Task, examples: Sequence[Example]) -> list[float]:
     stops, longest = examples[0].stops, examples[0].max_new_tokens
-    longest = min(longest, lm.config.max_seq_len // 2)
+    longest = min(longest, lm.run.config.max_seq_len // 2)
     texts = lm.continue_until([e.requests[0][0] for e in examples], stops, longest)
     if task.kind == PROGRAM:
         build = programs.humaneval_program if task.name == "humaneval" else programs.mbpp_program

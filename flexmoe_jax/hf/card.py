@@ -30,7 +30,7 @@ def model_card(
     except ImportError as error:
         raise ConfigError("the model card needs huggingface_hub", "pip install 'flexmoe_jax[hf]'") from error
     manifests = {name: model.manifests[name] for name in (TRUNK, *names)}
-    licenses = sorted({m.record.get("licence") or NOT_STATED for m in manifests.values()})
+    licenses = sorted({m.record.licence or NOT_STATED for m in manifests.values()})
     data = ModelCardData(
         library_name="transformers",
         pipeline_tag="text-generation",
@@ -69,7 +69,7 @@ def model_card(
 
 
 def _opting_out(manifests: Mapping[str, Manifest]) -> list[str]:
-    together = [name for name, manifest in manifests.items() if set(manifest.tuned_with) - {name}]
+    together = [name for name, manifest in manifests.items() if set(manifest.record.tuned_with) - {name}]
     if together:
         return [
             f"Approximate: {', '.join(together)} took part in router tuning or joint training with other owners' data.",
@@ -83,7 +83,7 @@ def _opting_out(manifests: Mapping[str, Manifest]) -> list[str]:
 
 
 def _row(name: str, manifest: Manifest) -> str:
-    record = manifest.record
+    record = manifest.record.fields
     training = record.get("training") or {}
     origin = (record.get("imported") or {}).get("architecture")
     steps = training.get("steps", f"imported from {origin}" if origin else NOT_STATED)

@@ -9,7 +9,7 @@ import numpy as np
 
 from flexmoe_jax.artifacts.model_dir import ModelDir, load_params
 from flexmoe_jax.errors import ArtifactError, ConfigError
-from flexmoe_jax.model.transformer import forward
+from flexmoe_jax.model.decoder import Decoder, forward
 
 # Largest difference relative to the largest logit. Both sides compute in float32 and sum in different orders: about
 # 1e-6 per layer. A wrong layout, head order or rotary base gives differences as large as the logits.
@@ -45,8 +45,8 @@ def compare_logits(
     params = jax.tree.map(lambda leaf: jnp.asarray(leaf, jnp.float32), load_params(model, experts))
     if leave_out_bias:
         params["experts"] = {n: {**e, "bias": jnp.zeros_like(e["bias"])} for n, e in params["experts"].items()}
-    top_k = min(model.top_k, len(params["experts"]))
-    logits = np.asarray(forward(model.config, params, jnp.asarray(tokens, jnp.int32), top_k=top_k).logits_BTV)
+    run = Decoder(model.config, model.top_k)
+    logits = np.asarray(forward(run, params, jnp.asarray(tokens, jnp.int32)).logits_BTV)
     difference = float(np.abs(logits - expected).max() / np.abs(expected).max())
     if not difference <= TOLERANCE:
         raise ArtifactError(

@@ -146,7 +146,7 @@ def _tensor(slot: Slot, leaves: Leaves) -> Tensor:
 def _provenance(model: ModelDir, names: tuple[str, ...], zero_bias: Mapping[str, Any] | None) -> dict[str, Any]:
     """The object under `flexmoe` in config.json: a function of the exported packages, not of the model's history."""
     owners = {
-        name: {"content": model.manifests[name].content, "record": model.manifests[name].record}
+        name: {"content": model.manifests[name].content, "record": model.manifests[name].record.fields}
         for name in (TRUNK, *names)
     }
     wanted = None if model.wanted_top_k is None else min(model.wanted_top_k, len(names))
@@ -165,7 +165,7 @@ def _write_configs(
     provenance: Mapping[str, Any],
 ) -> None:
     """Writes config.json and generation_config.json; keys of an imported model's own files stay."""
-    source = model.manifests[TRUNK].record.get("imported", {})
+    source = model.manifests[TRUNK].record.fields.get("imported", {})
     tokenizer = load_tokenizer(model.path)
     dtypes = {tensor.dtype for tensor in tensors.values()}
     config = write_config(

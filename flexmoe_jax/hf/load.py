@@ -28,7 +28,7 @@ from flexmoe_jax.files import new_directory, write_bytes
 from flexmoe_jax.hf.checkpoint import Checkpoint
 from flexmoe_jax.hf.configuration import PROVENANCE
 from flexmoe_jax.hf.mapping import Slot, check_tensors, slots
-from flexmoe_jax.params import owner_spec
+from flexmoe_jax.params import owner_leaves
 from flexmoe_jax.tree import PUBLIC, TRUNK, Params, check_known, check_owner_name, flatten, unflatten
 
 _OTHER_PUBLIC = "give the public model that this expert was trained beside"
@@ -40,7 +40,7 @@ def read_owner(checkpoint: Checkpoint, names: tuple[str, ...], owner: str) -> Pa
     Raises ArtifactError unless the tensors are exactly those that the configuration implies.
     """
     model, architecture = checkpoint.config.model, checkpoint.config.architecture
-    table, spec = slots(model, architecture, names), owner_spec(model, owner)
+    table, spec = slots(model, architecture, names), owner_leaves(model, owner)
     check_tensors(checkpoint.tensors, table, checkpoint.where)
     leaves: dict[str, np.ndarray] = {}
     for name, slot in table.items():

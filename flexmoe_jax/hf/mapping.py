@@ -10,7 +10,7 @@ from flexmoe_jax.config import ModelConfig
 from flexmoe_jax.errors import ArtifactError
 from flexmoe_jax.hf.configuration import Architecture
 from flexmoe_jax.hf.tensors import Tensor
-from flexmoe_jax.params import owner_spec
+from flexmoe_jax.params import owner_leaves
 from flexmoe_jax.tree import TRUNK
 
 _ATTENTION = {f"self_attn.{n}_proj": f"blocks/w_{n}" for n in "qkvo"}
@@ -61,7 +61,7 @@ class Slot:
 def slots(model: ModelConfig, architecture: Architecture, experts: tuple[str, ...]) -> dict[str, Slot]:
     """{tensor name: Slot} of a whole checkpoint, whose experts have the order of `experts`."""
     table: dict[str, Slot] = {}
-    shapes = {path: leaf.shape for path, leaf in owner_spec(model, TRUNK).items()}
+    shapes = {path: leaf.shape for path, leaf in owner_leaves(model, TRUNK).items()}
     for name, path in _WHOLE.items():
         if path in shapes:
             table[name] = Slot(shapes[path][::-1] if path == "head" else shapes[path], (TRUNK,), path)
@@ -71,7 +71,7 @@ def slots(model: ModelConfig, architecture: Architecture, experts: tuple[str, ..
             table[f"{prefix}.{name}.weight"] = Slot(_matrix(path, shapes[path][1:]), (TRUNK,), path, layer)
         for i, owner in enumerate(experts):
             where = f"{prefix}.mlp.experts.{i}" if architecture.mixture else f"{prefix}.mlp"
-            leaves = owner_spec(model, owner)
+            leaves = owner_leaves(model, owner)
             for name, path in _FFN.items():
                 shape = _matrix(path, leaves[path].shape[1:])
                 table[f"{where}.{name}.weight"] = Slot(shape, (owner,), path, layer)

@@ -13,23 +13,21 @@ from jax.sharding import PartitionSpec as P
 from flexmoe_jax.errors import ConfigError
 from flexmoe_jax.model.experts import FFN_WEIGHTS, run_slots
 from flexmoe_jax.model.router import Routing
-from flexmoe_jax.parallel.mesh import BATCH, EXPERT, FSDP, TENSOR, current_mesh
+from flexmoe_jax.parallel.mesh import BATCH, current_mesh
+from flexmoe_jax.params import EXPERT, FSDP, STACKED_AXES, TENSOR
+from flexmoe_jax.tree import Params
 
 _ROWS = P(BATCH, None)
-# One layer's weights, [E, D, F] and [E, F, D]: parallel/specs.py without the axis of layers.
-_WEIGHTS = {
-    "w_gate": P(EXPERT, FSDP, TENSOR),
-    "w_up": P(EXPERT, FSDP, TENSOR),
-    "w_down": P(EXPERT, TENSOR, FSDP),
-}
+_WEIGHTS = {name: P(*axes[1:]) for name, axes in STACKED_AXES.items()}  # of one layer: [E, D, F] and [E, F, D]
 
 
-def sparse_on_mesh(x_ND, routing: Routing, experts):
-    """`sparse` of stacked experts on the current mesh: x [N, D] -> [N, D], rows split as a batch's.
+def sparse_on_mesh(x_ND: jax.Array, routing: Routing, experts: Params, layer: object = None) -> jax.Array:
+    """`sparse` of one layer's stacked experts on the current mesh: x [N, D] -> [N, D], rows split as a batch's.
 
-    Raises ConfigError when the experts, or the tokens, cannot be dealt out evenly.
+    Raises ConfigError when the experts, or the tokens, cannot be split evenly.
     """
     mesh = current_mesh()
+    assert mesh is not None
     E, groups = experts["w_gate"].shape[0], mesh.shape[EXPERT]
     if E % groups:
         raise ConfigError(

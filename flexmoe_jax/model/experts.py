@@ -5,13 +5,15 @@ one layer's weights, named {name: {w_gate [D, F], w_up [D, F], w_down [F, D]}} o
 `layer` all layers', stacked [L, E, D, F].
 """
 
+from collections.abc import Mapping
+
 import jax
 import jax.numpy as jnp
 
 from flexmoe_jax.errors import FlexMoEError
 from flexmoe_jax.model.router import Routing
 from flexmoe_jax.parallel.mesh import platform
-from flexmoe_jax.tree import canonical_order, is_stacked
+from flexmoe_jax.tree import Params, canonical_order
 
 MIN_TILE_ROWS, MAX_TILE_ROWS = 32, 256
 FFN_WEIGHTS = ("w_gate", "w_up", "w_down")
@@ -56,6 +58,11 @@ def _transposed(x_NF):
 
 
 ffn.defvjp(_ffn_fwd, _ffn_bwd)
+
+
+def is_stacked(experts: Params) -> bool:
+    """Whether experts are stacked (arrays at the first level) rather than named."""
+    return not isinstance(next(iter(experts.values())), Mapping)
 
 
 def dense(x_ND, routing: Routing, experts, layer=None):
@@ -252,4 +259,3 @@ _tiled_vjp.defvjp(_tiled_vjp_fwd, _tiled_vjp_bwd)
 
 # The grouped kernel of each platform. On a CPU `ragged_dot` is a masked dense product: its cost grows with the experts.
 GROUPED = {"cpu": _tiled, "tpu": _ragged, "gpu": _ragged}
-DISPATCH = {"dense": dense, "sparse": sparse}

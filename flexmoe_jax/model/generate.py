@@ -8,9 +8,8 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 
-from flexmoe_jax.config import ModelConfig
 from flexmoe_jax.errors import ConfigError, DataError
-from flexmoe_jax.model.transformer import head, hidden_states
+from flexmoe_jax.model.decoder import Decoder, decode, logits, prefill
 from flexmoe_jax.tree import Params
 
 _LENGTH_STEP = 64  # prompts and caches are padded to multiples of this, so that few shapes are compiled
@@ -53,17 +52,17 @@ def sample(key, logits_BV, sampling: Sampling):
     return jax.random.categorical(key, logits_BV, axis=-1).astype(jnp.int32)
 
 
-def generate(config: ModelConfig, params: Params, prompts: list[list[int]], **kwargs) -> list[list[int]]:
+def generate(run: Decoder, params: Params, prompts: list[list[int]], **kwargs) -> list[list[int]]:
     """Continues token-id prompts of any lengths: what `stream` yields for each, joined."""
     rows: list[list[int]] = [[] for _ in prompts]
-    for tokens in stream(config, params, prompts, **kwargs):
+    for tokens in stream(run, params, prompts, **kwargs):
         for row, token in tokens.items():
             rows[row].append(token)
     return rows
 
 
 def stream(
-    config: ModelConfig,
+    run: Decoder,
     params: Params,
     prompts: list[list[int]],
     *,
@@ -71,35 +70,32 @@ def stream(
     stop_ids: Collection[int],
     sampling: Sampling = GREEDY,
     seed: int = 0,
-    top_k: int | None = None,
-    dispatch: str = "dense",
-    dtype=jnp.float32,
 ) -> Iterator[dict[int, int]]:
-    """Yields {row: next token} of the rows that go on, step by step, as soon as they are known.
+    """Yields {row: next token} of the rows that continue, step by step, as soon as they are known.
 
-    A row ends before the first of `stop_ids` or after `max_new_tokens`. `top_k`, `dispatch` and `dtype` (of the
-    cache too) are those of `forward`. Rows do not influence one another.
+    A row ends before the first of `stop_ids` or after `max_new_tokens`. The cache is in the dtype of `run`. Rows do not
+    influence one another.
     """
     lengths = np.array([len(prompt) for prompt in prompts])
+    limit = run.config.max_seq_len
     if not prompts or lengths.min() < 1:
         raise DataError("a prompt has no token", "give at least one token, the end-of-text token for an empty start")
-    if lengths.max() + max_new_tokens > config.max_seq_len:
+    if lengths.max() + max_new_tokens > limit:
         raise DataError(
-            f"a prompt of {lengths.max()} tokens and {max_new_tokens} new ones exceed the model's {config.max_seq_len}",
-            f"shorten the prompt or ask for at most {max(config.max_seq_len - int(lengths.max()), 0)} new tokens",
+            f"a prompt of {lengths.max()} tokens and {max_new_tokens} new ones exceed the model's {limit}",
+            f"shorten the prompt or ask for at most {max(limit - int(lengths.max()), 0)} new tokens",
         )
-    run = (config, sampling, top_k, dispatch, jnp.dtype(dtype))
-    return _stream(run, params, prompts, lengths, max_new_tokens, frozenset(stop_ids), seed)
+    return _stream(run, sampling, params, prompts, lengths, max_new_tokens, frozenset(stop_ids), seed)
 
 
-def _stream(run, params, prompts, lengths, max_new_tokens, stop_ids, seed):
+def _stream(run, sampling, params, prompts, lengths, max_new_tokens, stop_ids, seed) -> Iterator[dict[int, int]]:
     # Right-padding is harmless: its cache slots lie after every position in use, until they are overwritten.
     tokens_BT = np.zeros((len(prompts), _round_up(lengths.max())), np.int32)
     for row, prompt in enumerate(prompts):
         tokens_BT[row, : len(prompt)] = prompt
     length = max(_round_up(lengths.max() + max_new_tokens), tokens_BT.shape[1])
     key = jax.random.key(seed)
-    token_B, cache = prefill(*run, length, params, jax.random.fold_in(key, 0), tokens_BT, lengths)
+    token_B, cache = first_token(run, sampling, length, params, jax.random.fold_in(key, 0), tokens_BT, lengths)
     open_rows = list(range(len(prompts)))
     for n in range(max_new_tokens):
         tokens = np.asarray(token_B)
@@ -109,38 +105,24 @@ def _stream(run, params, prompts, lengths, max_new_tokens, stop_ids, seed):
         last = n + 1 == max_new_tokens
         if not last:  # dispatched before this step's tokens are handed out
             position_B = (lengths + n).astype(np.int32)
-            token_B, cache = decode(*run, params, jax.random.fold_in(key, n + 1), token_B, position_B, cache)
+            key_n = jax.random.fold_in(key, n + 1)
+            token_B, cache = next_token(run, sampling, params, key_n, token_B, position_B, cache)
         yield {row: int(tokens[row]) for row in open_rows}
 
 
-@functools.partial(jax.jit, static_argnums=(0, 1, 2, 3, 4, 5))
-def prefill(config, sampling, top_k, dispatch, dtype, length, params, key, tokens_BT, lengths_B):
+@functools.partial(jax.jit, static_argnums=(0, 1, 2))
+def first_token(run: Decoder, sampling: Sampling, length: int, params: Params, key, tokens_BT, lengths_B):
     """(first new token of each row [B], cache): the head sees the last token of each prompt only."""
-    x_BTD, _, cache = hidden_states(
-        config, params, tokens_BT, cache_length=length, top_k=top_k, dispatch=dispatch, dtype=dtype
-    )
+    x_BTD, cache = prefill(run, params, tokens_BT, length)
     x_BD = jnp.take_along_axis(x_BTD, (lengths_B - 1)[:, None, None], axis=1)[:, 0]
-    return sample(key, _logits(config, params, x_BD), sampling), cache
+    return sample(key, logits(run, params, x_BD), sampling), cache
 
 
-@functools.partial(jax.jit, static_argnums=(0, 1, 2, 3, 4), donate_argnums=(9,))
-def decode(config, sampling, top_k, dispatch, dtype, params, key, token_B, position_B, cache):
+@functools.partial(jax.jit, static_argnums=(0, 1), donate_argnums=(6,))
+def next_token(run: Decoder, sampling: Sampling, params: Params, key, token_B, position_B, cache):
     """(next token of each row [B], cache) after one token of each row at its position."""
-    x_B1D, _, cache = hidden_states(
-        config,
-        params,
-        token_B[:, None],
-        positions_BT=position_B[:, None],
-        kv_cache=cache,
-        top_k=top_k,
-        dispatch=dispatch,
-        dtype=dtype,
-    )
-    return sample(key, _logits(config, params, x_B1D[:, 0]), sampling), cache
-
-
-def _logits(config, params, x_BD):
-    return jnp.matmul(x_BD, head(config, params).astype(x_BD.dtype), preferred_element_type=jnp.float32)
+    x_B1D, cache = decode(run, params, token_B[:, None], position_B[:, None], cache)
+    return sample(key, logits(run, params, x_B1D[:, 0]), sampling), cache
 
 
 def _round_up(n) -> int:

@@ -1,4 +1,4 @@
-"""The mesh: four axes, always there, of size one where nothing is split.
+"""The mesh: four axes, always there, of size one where nothing is split; one device is a mesh of one.
 
     data     copies of the parameters, each with its part of the batch
     fsdp     parameters, moments and the batch in parts
@@ -11,12 +11,12 @@ Inside `jax.set_mesh(mesh)` the model finds the mesh by itself (`current_mesh`);
 import math
 
 import jax
-from jax.sharding import AxisType, Mesh, NamedSharding
+from jax.sharding import AbstractMesh, AxisType, Mesh, NamedSharding
 from jax.sharding import PartitionSpec as P
 
 from flexmoe_jax.errors import ConfigError, did_you_mean
+from flexmoe_jax.params import AXES, DATA, EXPERT, FSDP
 
-AXES = DATA, FSDP, EXPERT, TENSOR = ("data", "fsdp", "expert", "tensor")
 BATCH = (DATA, FSDP, EXPERT)  # axes that split the rows of a batch
 
 
@@ -48,7 +48,7 @@ def check_mesh(text: str, count: int) -> dict[str, int]:
 def make_mesh(text: str, devices=None) -> Mesh:
     """The mesh of these axis sizes over all devices of all processes (or `devices`); ConfigError if they do not fit.
 
-    Neighbours on the last axes are neighbours on the hardware: `tensor` speaks most, `data` least.
+    Neighbours on the last axes are neighbours on the hardware: `tensor` communicates most, `data` least.
     """
     devices = jax.devices() if devices is None else devices
     sizes = check_mesh(text, len(devices))
@@ -56,15 +56,25 @@ def make_mesh(text: str, devices=None) -> Mesh:
     return jax.make_mesh(tuple(sizes.values()), AXES, axis_types=types, devices=devices)
 
 
-def mesh_of_all(text: str | None) -> Mesh | None:
-    """The mesh of these axis sizes; of all devices by `fsdp` where nothing is said; None for one device and no word."""
-    return make_mesh(text or f"fsdp={jax.device_count()}") if text or jax.device_count() > 1 else None
+def mesh_of_all(text: str | None = None) -> Mesh:
+    """The mesh of these axis sizes over all devices of all processes; by `fsdp` where nothing is said."""
+    return make_mesh(text or f"{FSDP}={jax.device_count()}")
 
 
-def current_mesh():
+def mesh_of_one() -> Mesh:
+    """The mesh of this process's first device."""
+    return make_mesh("", jax.local_devices()[:1])
+
+
+def current_mesh() -> AbstractMesh | None:
     """The abstract mesh of the surrounding `jax.set_mesh`, or None where there is none or it has one device."""
     mesh = jax.sharding.get_abstract_mesh()
     return None if mesh.empty or mesh.size == 1 or mesh.axis_names != AXES else mesh
+
+
+def splits_work() -> bool:
+    """Whether the surrounding mesh has several devices."""
+    return current_mesh() is not None
 
 
 def platform() -> str:
@@ -73,13 +83,13 @@ def platform() -> str:
     return jax.default_backend() if device is None else device.platform
 
 
-def split_batch(x):
+def split_batch(x: jax.Array) -> jax.Array:
     """`x`, its first axis split over the devices that split the batch; as it is without a mesh."""
     mesh = current_mesh()
     return x if mesh is None else jax.lax.with_sharding_constraint(x, P(BATCH))
 
 
-def everywhere(x):
+def everywhere(x: jax.Array) -> jax.Array:
     """`x`, whole on every device; as it is without a mesh."""
     mesh = current_mesh()
     return x if mesh is None else jax.lax.with_sharding_constraint(x, P())

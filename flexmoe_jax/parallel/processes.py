@@ -108,15 +108,13 @@ def to_host(leaf: "jax.Array | np.ndarray") -> np.ndarray:
 class Agreement:
     """Decisions that must be equal on all processes: each one asks for some, and all get those that any asked for."""
 
-    def __init__(self, mesh: "Mesh | None") -> None:
+    def __init__(self, mesh: "Mesh") -> None:
         import jax
         from jax.sharding import NamedSharding, PartitionSpec
 
-        self.shared = False
-        if mesh is not None and jax.process_count() > 1:
-            self.shared, self._size = True, mesh.size
-            self._split = NamedSharding(mesh, PartitionSpec(mesh.axis_names))
-            self._any = jax.jit(lambda asked: asked.max(0), out_shardings=NamedSharding(mesh, PartitionSpec()))
+        self.shared, self._size = jax.process_count() > 1, mesh.size
+        self._split = NamedSharding(mesh, PartitionSpec(mesh.axis_names))
+        self._any = jax.jit(lambda asked: asked.max(0), out_shardings=NamedSharding(mesh, PartitionSpec()))
 
     def ask(self, *wishes: bool) -> "jax.Array | np.ndarray":
         """Starts an all-reduce of the wishes without waiting for it; `read` takes what this returns."""

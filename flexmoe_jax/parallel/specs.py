@@ -15,21 +15,16 @@ from jax.sharding import Mesh, NamedSharding
 from jax.sharding import PartitionSpec as P
 
 from flexmoe_jax.errors import ConfigError
-from flexmoe_jax.parallel.mesh import BATCH, EXPERT, FSDP, TENSOR
+from flexmoe_jax.parallel.mesh import BATCH
+from flexmoe_jax.parallel.stacked import STACKED
+from flexmoe_jax.params import EXPERT_AXES, STACKED_AXES, TENSOR, TRUNK_AXES
 from flexmoe_jax.tree import Params, match_rules
 
 # Scalars, norms, router rows and biases are small and everywhere; every matrix is split by fsdp and by tensor.
 RULES: tuple[tuple[str, P], ...] = (
-    ("trunk/embed", P(TENSOR, FSDP)),  # [V, D]
-    ("trunk/head", P(FSDP, TENSOR)),  # [D, V]
-    ("trunk/blocks/w_[qkv]", P(None, FSDP, TENSOR, None)),  # [L, D, H, K]
-    ("trunk/blocks/w_o", P(None, TENSOR, None, FSDP)),  # [L, H, K, D]
-    ("trunk/(blocks/.*_norm|final_norm)", P()),
-    ("experts/stacked/w_(gate|up)", P(None, EXPERT, FSDP, TENSOR)),  # [L, E, D, F]
-    ("experts/stacked/w_down", P(None, EXPERT, TENSOR, FSDP)),  # [L, E, F, D]
-    ("experts/[^/]+/w_(gate|up)", P(None, FSDP, TENSOR)),  # [L, D, F]
-    ("experts/[^/]+/w_down", P(None, TENSOR, FSDP)),  # [L, F, D]
-    ("experts/[^/]+/(router|bias)", P()),
+    *((f"trunk/{path}", P(*axes)) for path, axes in TRUNK_AXES.items()),
+    *((f"experts/{STACKED}/{path}", P(*axes)) for path, axes in STACKED_AXES.items()),
+    *((f"experts/[^/]+/{path}", P(*axes)) for path, axes in EXPERT_AXES.items()),
 )
 BATCH_SPEC = P(BATCH)  # of every array of a batch: rows first
 CACHE_SPEC = P(None, BATCH, TENSOR)  # of keys and values [L, B, G, S, K]
@@ -84,6 +79,13 @@ def place(mesh: Mesh, tree: Params, dtype=None) -> Params:
     already are on the mesh are copied there. `dtype` converts.
     """
     return jax.tree.map(lambda leaf, sharding: place_leaf(leaf, sharding, dtype), tree, tree_shardings(mesh, tree))
+
+
+def place_at(mesh: Mesh, path: str, leaf: jax.Array) -> jax.Array:
+    """The leaf at `path` of a parameter tree on the mesh, split as the rules say."""
+    spec = leaf_spec(path, leaf.shape)
+    part_shape(path, leaf.shape, spec, mesh.shape)
+    return place_leaf(leaf, NamedSharding(mesh, spec))
 
 
 def place_leaf(leaf, sharding: NamedSharding, dtype=None):

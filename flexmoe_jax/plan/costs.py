@@ -14,8 +14,9 @@ from flexmoe_jax.model.attention import BLOCKS, MIN_BLOCK
 from flexmoe_jax.model.flops import products, step_flops
 from flexmoe_jax.model.loss import ACCELERATOR_CHUNKS
 from flexmoe_jax.parallel.chips import Topology
-from flexmoe_jax.parallel.mesh import BATCH, EXPERT, FSDP, TENSOR
+from flexmoe_jax.parallel.mesh import BATCH
 from flexmoe_jax.parallel.specs import part_shape
+from flexmoe_jax.params import EXPERT, FSDP, TENSOR
 from flexmoe_jax.plan.traffic import Transfer, transfers
 from flexmoe_jax.plan.work import Leaf, Work, leaves
 

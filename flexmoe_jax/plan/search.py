@@ -5,7 +5,7 @@ from collections.abc import Iterator, Mapping
 
 from flexmoe_jax.errors import ConfigError, MachineError
 from flexmoe_jax.parallel.chips import Chip, Topology, meshes, slices_of
-from flexmoe_jax.parallel.mesh import AXES
+from flexmoe_jax.params import AXES
 from flexmoe_jax.plan.costs import Costs, estimate
 from flexmoe_jax.plan.work import Work
 

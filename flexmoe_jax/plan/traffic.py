@@ -29,8 +29,9 @@ import math
 from collections.abc import Mapping
 
 from flexmoe_jax.model.loss import ACCELERATOR_CHUNKS
-from flexmoe_jax.parallel.mesh import AXES, BATCH, DATA, EXPERT, FSDP, TENSOR
+from flexmoe_jax.parallel.mesh import BATCH
 from flexmoe_jax.parallel.specs import part_shape
+from flexmoe_jax.params import AXES, DATA, EXPERT, FSDP, TENSOR
 from flexmoe_jax.plan.work import Leaf, Work
 
 

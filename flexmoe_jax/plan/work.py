@@ -17,11 +17,12 @@ from jax.sharding import PartitionSpec as P
 
 from flexmoe_jax.config import ModelConfig, RunConfig
 from flexmoe_jax.model.cache import init_cache
-from flexmoe_jax.model.generate import GREEDY, decode, prefill
-from flexmoe_jax.parallel.mesh import EXPERT, replicated
+from flexmoe_jax.model.decoder import Decoder
+from flexmoe_jax.model.generate import GREEDY, first_token, next_token
+from flexmoe_jax.parallel.mesh import replicated
 from flexmoe_jax.parallel.specs import BATCH_SPEC, CACHE_SPEC, leaf_spec, path_text, tree_shardings
 from flexmoe_jax.parallel.stacked import stack_weights
-from flexmoe_jax.params import model_spec
+from flexmoe_jax.params import EXPERT, model_leaves
 from flexmoe_jax.train.optimizer import make_optimizer
 from flexmoe_jax.train.state import state_shapes
 from flexmoe_jax.train.step import make_train_step
@@ -68,7 +69,7 @@ class Leaf:
 
 def params_shapes(work: Work) -> Params:
     """Shapes of the whole tree with named experts, float32."""
-    spec = model_spec(work.model, work.experts)
+    spec = model_leaves(work.model, work.experts)
     return unflatten({path: jax.ShapeDtypeStruct(leaf.shape, jnp.float32) for path, leaf in spec.items()})
 
 
@@ -142,8 +143,8 @@ def lower(work: Work, mesh: Mesh) -> jax.stages.Lowered:
         if work.kind == "train":
             step: Any = make_train_step(work.model, work.run, (shardings["state"], everywhere))
             return step.lower(given["state"], given["frozen"], given["batch"])
-        fixed = (work.model, GREEDY, work.run.top_k or None, "sparse", work.dtype)
+        run = Decoder(work.model, work.run.top_k, "sparse", dtype=work.run.compute_dtype)
         key = jax.eval_shape(lambda: jax.random.key(0))
         if work.kind == "prefill":
-            return prefill.lower(*fixed, work.run.seq_len, given["frozen"], key, *given["batch"])
-        return decode.lower(*fixed, given["frozen"], key, *given["batch"], given["cache"])
+            return first_token.lower(run, GREEDY, work.run.seq_len, given["frozen"], key, *given["batch"])
+        return next_token.lower(run, GREEDY, given["frozen"], key, *given["batch"], given["cache"])

@@ -81,7 +81,7 @@ class Runs:
 
     def at_norm(self, release: pathlib.Path, scale: float | None) -> pathlib.Path:
         """`release` with rows that begin at the norm `scale`; itself if it has them, or for None."""
-        if scale in (None, open_model(release).manifests[PUBLIC].record["router"]["scale"]):
+        if scale in (None, open_model(release).manifests[PUBLIC].record.fields["router"]["scale"]):
             return release
         return self.made(f"public, rows of norm {scale}", functools.partial(rescale, release, scale))
 
@@ -107,7 +107,7 @@ def random_row(vector: pathlib.Path, seed: int, owner: int, path: pathlib.Path) 
 def rescale(public: pathlib.Path, scale: float, path: pathlib.Path) -> None:
     """The release with its router row, and so every owner's to come, at another norm."""
     model, release = load(public), open_model(public)
-    record = json.loads(json.dumps(release.manifests[PUBLIC].record))
+    record = json.loads(json.dumps(release.manifests[PUBLIC].record.fields))
     expert = dict(model.params["experts"][PUBLIC])
     expert["router"] = np.asarray(expert["router"] * (scale / record["router"]["scale"]), np.float32)
     record["router"]["scale"] = scale
@@ -136,5 +136,5 @@ def _write_joint(config: StudyConfig, public: pathlib.Path, params: Params, seed
     release = open_model(public)
     create_public_model(
         path, params[TRUNK], experts.pop(PUBLIC), config.model, release.tokenizer_path,
-        dict(release.manifests[PUBLIC].record), others=experts, top_k=config.top_k,
+        dict(release.manifests[PUBLIC].record.fields), others=experts, top_k=config.top_k,
     )  # fmt: skip

@@ -71,7 +71,7 @@ def train(run: RunConfig, allow: Collection[str] = (), profile: str | None = Non
             return product
         for pattern, trainable, leaves, count in freezing_table(stage.params, run.owner, run.freeze):
             log.info(f"{'trained' if trainable else 'frozen ':8} {pattern:34} {leaves:3} leaves {count:14,} parameters")
-        with contextlib.nullcontext() if mesh is None else jax.set_mesh(mesh):
+        with jax.set_mesh(mesh):
             state = _fit(run, stage, mesh, stores, checkpoints, out, traced)
         trained = _to_host(state.trainable, stage)
         if is_lead():
@@ -81,13 +81,13 @@ def train(run: RunConfig, allow: Collection[str] = (), profile: str | None = Non
 
 
 def _fit(
-    run: RunConfig, stage: Stage, mesh: Mesh | None, stores: list[TokenStore], checkpoints: RunCheckpoints, out,
+    run: RunConfig, stage: Stage, mesh: Mesh, stores: list[TokenStore], checkpoints: RunCheckpoints, out,
     traced: range,
 ) -> TrainState:  # fmt: skip
     optimizer = make_optimizer(run.optimizer, run.steps)
-    state, frozen = create_state(stage.params, run.owner, optimizer, jnp.dtype(run.compute_dtype), run.freeze, mesh)
+    state, frozen = create_state(mesh, stage.params, run.owner, optimizer, jnp.dtype(run.compute_dtype), run.freeze)
     iterator = make_iterator(_batches(run, stores))
-    shardings = None if mesh is None else (jax.tree.map(lambda leaf: leaf.sharding, state), replicated(mesh))
+    shardings = (jax.tree.map(lambda leaf: leaf.sharding, state), replicated(mesh))
     state = _restore(checkpoints, state, iterator)
     begin = int(state.step)
     step = make_train_step(stage.model, run, shardings)
@@ -104,7 +104,7 @@ def _fit(
         for n in range(begin, run.steps):
             with profile.step(n, recorder.paused):
                 batch = next(iterator)
-                state, metrics = step(state, frozen, batch if mesh is None else place_batch(mesh, batch))
+                state, metrics = step(state, frozen, place_batch(mesh, batch))
                 recorder.add(n, metrics)
             overdue = is_lead() and (time.monotonic() - saved_at) / 60 >= run.save_minutes
             # With several processes what is asked now is agreed one step later, when the answer costs no wait.
@@ -126,8 +126,8 @@ def _fit(
     return state
 
 
-def _meter(run: RunConfig, stage: Stage, mesh: Mesh | None) -> Meter:
-    flops, devices = flops_per_token(stage.model, run, stage.params), 1 if mesh is None else mesh.size
+def _meter(run: RunConfig, stage: Stage, mesh: Mesh) -> Meter:
+    flops, devices = flops_per_token(stage.model, run, stage.params), mesh.size
     peak, kind = peak_flops(devices), jax.devices()[0].device_kind
     known = "its peak is not known" if peak is None else f"{peak / devices:.4g} bfloat16 FLOP/s at most each"
     log.info(f"{flops:.4g} FLOPs per token of a step on {devices} x {kind}, {known}")

@@ -9,14 +9,14 @@ import numpy as np
 from jax.sharding import Mesh
 
 from flexmoe_jax.artifacts.model_dir import ModelDir, check_belongs, load_params, open_model
-from flexmoe_jax.artifacts.package import Manifest, load_package, read_manifest
+from flexmoe_jax.artifacts.package import load_package, read_manifest
 from flexmoe_jax.artifacts.sealed import differences
 from flexmoe_jax.config import Kind, ModelConfig, RunConfig, to_mapping
 from flexmoe_jax.data.embedding import DomainVector, projection_record, router_row
 from flexmoe_jax.data.tokenizer import Tokenizer, load_tokenizer
 from flexmoe_jax.errors import ArtifactError, ConfigError
-from flexmoe_jax.model.transformer import init_params
-from flexmoe_jax.parallel.specs import tree_shardings
+from flexmoe_jax.model.decoder import init_params
+from flexmoe_jax.parallel.specs import place_at
 from flexmoe_jax.tree import PUBLIC, TRUNK, Params
 
 PROJECTION_SEED = 0
@@ -38,17 +38,17 @@ class Stage:
     history: dict = dataclasses.field(default_factory=dict)
 
 
-def prepare(run: RunConfig, mesh: Mesh | None = None) -> Stage:
+def prepare(run: RunConfig, mesh: Mesh) -> Stage:
     """What `run` starts from, by its kind.
 
-    On a mesh no host holds all of it: fresh parameters are made in their places, others are mapped files.
+    No host holds all of it: new parameters are put on the mesh as they are drawn, others are mapped files.
     """
     if run.kind is Kind.JOINT:
-        return _continued_stage(run, mesh)
+        return _continued_stage(run)
     if run.kind is Kind.CONTINUED:
-        return _further_stage(run, mesh)
+        return _further_stage(run)
     vector = DomainVector.load(_given(run.domain_vector))
-    return _public_stage(run, vector, mesh) if run.kind is Kind.PUBLIC else _new_expert_stage(run, vector, mesh)
+    return _public_stage(run, vector, mesh) if run.kind is Kind.PUBLIC else _new_expert_stage(run, vector)
 
 
 def _given(path: str | None) -> pathlib.Path:
@@ -57,7 +57,7 @@ def _given(path: str | None) -> pathlib.Path:
     return pathlib.Path(path)
 
 
-def _public_stage(run: RunConfig, vector: DomainVector, mesh: Mesh | None) -> Stage:
+def _public_stage(run: RunConfig, vector: DomainVector, mesh: Mesh) -> Stage:
     assert run.model is not None  # RunConfig refuses a public run without one
     tokenizer = load_tokenizer(run.tokenizer)
     if tokenizer.vocab_size > run.model.vocab_size:
@@ -67,15 +67,13 @@ def _public_stage(run: RunConfig, vector: DomainVector, mesh: Mesh | None) -> St
             f"set config.model.vocab_size to at least {tokenizer.vocab_size}",
         )
     _check_length(run, run.model)
-    begin, key = functools.partial(init_params, run.model), jax.random.key(run.seed)
-    shardings = None if mesh is None else tree_shardings(mesh, jax.eval_shape(begin, key))
-    params = begin(key) if mesh is None else jax.jit(begin, out_shardings=shardings)(key)
+    params = init_params(run.model, jax.random.key(run.seed), place=functools.partial(place_at, mesh))
     router = projection_record(vector, run.model.d_model, run.router_scale, PROJECTION_SEED)
     public = {**params["experts"][PUBLIC], "router": _rows(vector, run.model, router)}
     return Stage(run.model, {**params, "experts": {PUBLIC: public}}, tokenizer, {}, router)
 
 
-def _continued_stage(run: RunConfig, mesh: Mesh | None) -> Stage:
+def _continued_stage(run: RunConfig) -> Stage:
     """All of an existing model, to be trained on together."""
     model = open_model(_given(run.public))
     _check_length(run, model.config)
@@ -85,18 +83,18 @@ def _continued_stage(run: RunConfig, mesh: Mesh | None) -> Stage:
         )
     base = {name: manifest.content for name, manifest in model.manifests.items()}
     tokenizer = load_tokenizer(str(model.tokenizer_path))
-    router = _router_record(model.manifests[PUBLIC])
+    router = model.manifests[PUBLIC].record.router or {}
     # Whoever's expert is there has a part in all that is trained from here.
-    parts = {*model.experts, *(name for m in model.manifests.values() for name in m.tuned_with)} - {PUBLIC}
+    parts = {*model.experts, *(name for m in model.manifests.values() for name in m.record.tuned_with)} - {PUBLIC}
     history = {"tuned": {"with": sorted(parts)}} if parts else {}
     base |= {"tokenizer": model.tokenizer_digest}
-    return Stage(model.config, load_params(model, mapped=mesh is not None), tokenizer, base, router, history)
+    return Stage(model.config, load_params(model, mapped=True), tokenizer, base, router, history)
 
 
-def _new_expert_stage(run: RunConfig, vector: DomainVector, mesh: Mesh | None) -> Stage:
+def _new_expert_stage(run: RunConfig, vector: DomainVector) -> Stage:
     """The public feed-forward network once more, with the router row of `vector`."""
     public = open_model(_given(run.public))
-    theirs = public.manifests[PUBLIC].record.get("router")
+    theirs = public.manifests[PUBLIC].record.router
     if theirs is None:
         raise ArtifactError(
             f"the public model {run.public} has no domain vector: its router row was not made from one",
@@ -112,22 +110,20 @@ def _new_expert_stage(run: RunConfig, vector: DomainVector, mesh: Mesh | None) -
     # Scale and map are the public model's: every owner's row must live in the same space.
     router = projection_record(vector, public.config.d_model, theirs["scale"], theirs["projection_seed"])
     expert = {"router": _rows(vector, public.config, router), "bias": np.zeros(public.config.num_layers, np.float32)}
-    return _expert_stage(run, mesh, public, expert, router)
+    return _expert_stage(run, public, expert, router)
 
 
-def _further_stage(run: RunConfig, mesh: Mesh | None) -> Stage:
+def _further_stage(run: RunConfig) -> Stage:
     """What the owner's package holds, beside the public model it was trained beside."""
     public, path = open_model(_given(run.public)), _given(run.expert)
     manifest = read_manifest(path, run.owner)
     check_belongs(manifest, public, path)
-    expert = load_package(path, digest=manifest.digest, mapped=mesh is not None)
-    tuned = {"tuned": {"with": list(manifest.tuned_with)}} if manifest.tuned_with else {}
-    return _expert_stage(run, mesh, public, expert, _router_record(manifest), {"start": manifest.digest} | tuned)
+    expert = load_package(path, digest=manifest.digest, mapped=True)
+    tuned = {"tuned": {"with": list(manifest.record.tuned_with)}} if manifest.record.tuned_with else {}
+    return _expert_stage(run, public, expert, manifest.record.router or {}, {"start": manifest.digest} | tuned)
 
 
-def _expert_stage(
-    run: RunConfig, mesh: Mesh | None, public: ModelDir, expert: Params, router: dict, history: dict | None = None
-) -> Stage:
+def _expert_stage(run: RunConfig, public: ModelDir, expert: Params, router: dict, history: dict | None = None) -> Stage:
     """The pair {public, owner}; what `expert` does not hold is the public expert's."""
     if run.model not in (None, public.config):
         lines = differences(to_mapping(run.model), to_mapping(public.config))
@@ -136,18 +132,12 @@ def _expert_stage(
             "give another config.public; an owner's expert has the shape of the public one",
         )
     _check_length(run, public.config)
-    params = load_params(public, (PUBLIC,), mapped=mesh is not None)
+    params = load_params(public, (PUBLIC,), mapped=True)
     beside = {PUBLIC: params["experts"][PUBLIC]} if run.coordinate else {}
     params = {**params, "experts": {**beside, run.owner: params["experts"][PUBLIC] | expert}}
     tokenizer = load_tokenizer(str(public.tokenizer_path))
     base = {name: public.manifests[name].content for name in (TRUNK, PUBLIC)} | {"tokenizer": public.tokenizer_digest}
     return Stage(public.config, params, tokenizer, base, router, history or {})
-
-
-def _router_record(manifest: Manifest) -> dict:
-    """Where a package's router row is from, if it says so: records are what their senders wrote."""
-    router = manifest.record.get("router")
-    return router if isinstance(router, dict) else {}
 
 
 def _rows(vector: DomainVector, model: ModelConfig, router: dict) -> np.ndarray:

@@ -14,9 +14,9 @@ from jax.sharding import Mesh
 from flexmoe_jax.config import ModelConfig, RunConfig
 from flexmoe_jax.errors import ConfigError
 from flexmoe_jax.model.flops import step_flops
-from flexmoe_jax.parallel.mesh import EXPERT
 from flexmoe_jax.parallel.specs import place, place_leaf, tree_shardings
 from flexmoe_jax.parallel.stacked import stack_weights
+from flexmoe_jax.params import EXPERT
 from flexmoe_jax.train.freezing import freezing_mask
 from flexmoe_jax.tree import Params, flatten, partition
 
@@ -53,26 +53,24 @@ def flops_per_token(model: ModelConfig, run: RunConfig, params: Params) -> float
 
 
 def create_state(
+    mesh: Mesh,
     params: Params,
     owner: str,
     optimizer: optax.GradientTransformation,
-    frozen_dtype=jnp.float32,
+    frozen_dtype: jnp.dtype | type = jnp.float32,
     freeze: str | None = None,
-    mesh: Mesh | None = None,
-):
+) -> tuple[TrainState, Params]:
     """(TrainState, frozen leaves): trainable leaves are float32 and have moments, frozen ones are `frozen_dtype`.
 
-    On a mesh every leaf is created in parts, where the rules say (parallel/specs.py); with experts on an axis of
-    their own, their weights are stacked (parallel/stacked.py).
+    Every leaf is a copy (the state is donated), split over the mesh as the rules say (parallel/specs.py); where the
+    mesh splits experts, their weights are stacked (parallel/stacked.py).
     """
-    trainable, frozen = split_state(params, owner, freeze, 1 if mesh is None else mesh.shape[EXPERT])
-    if mesh is not None:
-        return _state_on_mesh(mesh, trainable, frozen, optimizer, frozen_dtype)
-    # Copied: the state is donated, and an expert begins as the public one: the same buffers as frozen leaves.
-    trainable = jax.tree.map(lambda leaf: jnp.array(leaf, jnp.float32, copy=True), trainable)
-    frozen = jax.tree.map(lambda leaf: jnp.asarray(leaf, frozen_dtype), frozen)
-    zero = jnp.zeros((), jnp.int32)
-    return TrainState(zero, trainable, optimizer.init(trainable), zero + 0, zero + 0), frozen
+    trainable, frozen = split_state(params, owner, freeze, mesh.shape[EXPERT])
+    trainable, frozen = place(mesh, trainable, jnp.float32), place(mesh, frozen, frozen_dtype)
+    shardings = state_shardings(mesh, trainable, optimizer)
+    moments = jax.jit(optimizer.init, out_shardings=shardings.opt_state)(trainable)
+    counters = [place_leaf(np.zeros((), np.int32), shardings.step) for _ in range(3)]
+    return TrainState(counters[0], trainable, moments, *counters[1:]), frozen
 
 
 def state_shapes(
@@ -120,11 +118,3 @@ def split_state(params: Params, owner: str, freeze: str | None, groups: int) -> 
         for part in (trainable, frozen)
     )
     return trainable, frozen
-
-
-def _state_on_mesh(mesh: Mesh, trainable: Params, frozen: Params, optimizer, frozen_dtype):
-    trainable, frozen = place(mesh, trainable, jnp.float32), place(mesh, frozen, frozen_dtype)
-    shardings = state_shardings(mesh, trainable, optimizer)
-    moments = jax.jit(optimizer.init, out_shardings=shardings.opt_state)(trainable)
-    zero = place_leaf(np.zeros((), np.int32), shardings.step)
-    return TrainState(zero, trainable, moments, zero + 0, zero + 0), frozen

@@ -8,11 +8,12 @@ import jax.numpy as jnp
 import optax
 
 from flexmoe_jax.config import ModelConfig, RunConfig
+from flexmoe_jax.model.decoder import Decoder, head, hidden_states
 from flexmoe_jax.model.loss import next_token_loss
 from flexmoe_jax.model.router import route
-from flexmoe_jax.model.transformer import head, hidden_states
 from flexmoe_jax.parallel.mesh import platform
 from flexmoe_jax.parallel.stacked import STACKED
+from flexmoe_jax.params import is_matrix
 from flexmoe_jax.train.optimizer import learning_rate, make_optimizer
 from flexmoe_jax.train.state import TrainState
 from flexmoe_jax.tree import Params, combine
@@ -78,7 +79,7 @@ def _as_used(trainable: Params, dtype):
     """
 
     def cast(path, leaf):
-        return leaf.astype(dtype) if path[-1].key.startswith("w_") else leaf
+        return leaf.astype(dtype) if is_matrix(path[-1].key) else leaf
 
     return jax.tree_util.tree_map_with_path(cast, trainable)
 
@@ -88,19 +89,13 @@ def _losses(model: ModelConfig, run: RunConfig, trainable: Params, frozen: Param
 
     Cross-entropy + `z_loss` * logsumexp(logits)^2 + `router_z_loss` * logsumexp(router logits)^2 (mean over layers).
     """
-    dtype = jnp.dtype(run.compute_dtype)
     params = combine(trainable, frozen)
-    x_BTD, router_logits_LNE, _ = hidden_states(
-        model,
-        params,
-        batch["tokens"],
-        segments_BT=batch["segments"],
-        top_k=run.top_k,
-        dispatch="sparse" if STACKED in params["experts"] else "dense",
-        dtype=dtype,
-        remat=run.remat,
-        # Worth a copy of the weights where layers are few: 8% of a step of 4 layers, 6% of 8 on a CPU.
-        first_apart=not run.is_public and platform() == "cpu",
+    dispatch = "sparse" if STACKED in params["experts"] else "dense"
+    decoder = Decoder(model, run.top_k, dispatch, dtype=run.compute_dtype, remat=run.remat)
+    # Worth a copy of the weights where layers are few: 8% of a step of 4 layers, 6% of 8 on a CPU.
+    first_apart = not run.is_public and platform() == "cpu"
+    x_BTD, router_logits_LNE = hidden_states(
+        decoder, params, batch["tokens"], batch["segments"], first_apart=first_apart
     )
     weights_BT = batch["weights"] / totals["all"]
     total, nll_BT, log_z_BT = next_token_loss(x_BTD, head(model, params), batch["targets"], weights_BT, run.z_loss)

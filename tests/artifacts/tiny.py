@@ -10,7 +10,7 @@ from flexmoe_jax.artifacts.model_dir import ModelDir, create_public_model
 from flexmoe_jax.artifacts.package import write_package
 from flexmoe_jax.config import ModelConfig
 from flexmoe_jax.files import list_files
-from flexmoe_jax.params import owner_spec
+from flexmoe_jax.params import owner_leaves
 from flexmoe_jax.tree import PUBLIC, TRUNK, flatten, unflatten
 
 CONFIG = ModelConfig(
@@ -24,7 +24,7 @@ def random_params(owner: str, seed: int, dtype="float32", config: ModelConfig = 
     rng = np.random.default_rng([seed, *owner.encode()])
     kind = np.dtype(ml_dtypes.bfloat16 if dtype == "bfloat16" else dtype)
     return unflatten(
-        {path: rng.normal(size=leaf.shape).astype(kind) for path, leaf in owner_spec(config, owner).items()}
+        {path: rng.normal(size=leaf.shape).astype(kind) for path, leaf in owner_leaves(config, owner).items()}
     )
 
 

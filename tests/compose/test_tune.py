@@ -52,10 +52,10 @@ def test_only_owners_rows_and_biases_move(world, tuned):
     assert after.manifests[PUBLIC].digest == before.manifests[PUBLIC].digest
     for name in ("code", "news"):
         assert "router" in moved(old["experts"][name], new["experts"][name]) <= ROUTER
-        record = after.manifests[name].record["tuned"]
+        record = after.manifests[name].record.fields["tuned"]
         assert record["start"] == before.manifests[name].digest
         assert set(record["with"]) == ({"code", "news"} if together else {name})
-        assert after.manifests[name].record["training"] == before.manifests[name].record["training"]
+        assert after.manifests[name].record.training == before.manifests[name].record.training
     assert [entry.event for entry in read_journal(out / "model")][-2:] == ["merged", "tuned"]
 
 
@@ -63,7 +63,7 @@ def test_untuned_packages_are_left_and_tuned_ones_merge(world, tuned, tmp_path):
     out, _ = tuned
     merged = merge(world / "public" / "run" / "model", [out / "packages" / n for n in ("news", "code")], tmp_path / "m")
     assert merged.digest == open_model(out / "model").digest
-    assert open_model(world / "model").manifests["news"].tuned_with == ()
+    assert open_model(world / "model").manifests["news"].record.tuned_with == ()
 
 
 def test_opting_out_of_a_model_tuned_alone_equals_tuning_without_that_owner(world, proxies, tmp_path):
@@ -99,10 +99,10 @@ def test_no_later_training_forgets_who_had_a_part(world, proxies, tmp_path):
     data = world / "public" / "data"
     together = tune(world / "model", proxies, data, tmp_path / "together", together=True, **STEPS)
     alone = tune(together.path, proxies, data, tmp_path / "alone", **STEPS)
-    assert alone.manifests["code"].tuned_with == ("code", "news")
+    assert alone.manifests["code"].record.tuned_with == ("code", "news")
     run = expert_run(tmp_path, "code", world / "public" / "run" / "model", domain_vector="",
                      expert=str(alone.package("code")))  # fmt: skip
-    assert read_manifest(train(run), "code").tuned_with == ("code", "news")
+    assert read_manifest(train(run), "code").record.tuned_with == ("code", "news")
     opt_out(alone.path, "news", tmp_path / "left", certificate=tmp_path / "proof.json")
     assert read_certificate(tmp_path / "proof.json")["label"] == "approximate"
 
@@ -110,7 +110,7 @@ def test_no_later_training_forgets_who_had_a_part(world, proxies, tmp_path):
 def test_experts_trained_together_say_so(world, tmp_path):
     run = dataclasses.replace(public_run(tmp_path), model=None, public=str(world / "model"), domain_vector="")
     joint = open_model(train(run))
-    assert joint.manifests["code"].tuned_with == ("code", "news")
+    assert joint.manifests["code"].record.tuned_with == ("code", "news")
     opt_out(joint.path, "news", tmp_path / "left", certificate=tmp_path / "proof.json")
     fields = read_certificate(tmp_path / "proof.json")
     assert (fields["label"], fields["reason"]) == ("approximate", "'news' had a part in training trunk, public, code")
@@ -122,7 +122,7 @@ def test_an_owner_goes_on_from_its_own_package_and_no_other(world, tmp_path):
                      optimizer=OptimizerConfig(lr=0.0, warmup_steps=0, weight_decay=0.1))  # fmt: skip
     made = read_manifest(train(run), "news")
     assert made.content == read_manifest(package).content  # it began where the package ended, and nothing moved it
-    assert made.record["start"] == read_manifest(package).digest
+    assert made.record.fields["start"] == read_manifest(package).digest
     for owner, message in (("code", "this is the package of 'news'"), ("news", "belongs to another run")):
         other = package if owner == "code" else _another_version(package, tmp_path)
         with pytest.raises(ArtifactError, match=message):
@@ -132,7 +132,7 @@ def test_an_owner_goes_on_from_its_own_package_and_no_other(world, tmp_path):
 def _another_version(package, tmp_path):
     manifest, params = read_manifest(package), load_package(package)
     write_package(tmp_path / "other", owner="news", params={**params, "router": params["router"] * 2},
-                  config=manifest.config, base=manifest.base, record=manifest.record)  # fmt: skip
+                  config=manifest.config, base=manifest.base, record=manifest.record.fields)  # fmt: skip
     return tmp_path / "other"
 
 
@@ -173,7 +173,7 @@ def test_impossible_tunings_are_refused(world, proxies, tmp_path, names, message
 def test_a_record_that_names_no_owners_it_was_tuned_with_is_refused(world, tmp_path, tuned):
     package = shutil.copytree(world / "news" / "run" / "package", tmp_path / "news")
     reseal(package, lambda fields: fields["record"].update(tuned={"with": ["news", "public"]}))
-    assert read_manifest(package).tuned_with == ("news", "public")
+    assert read_manifest(package).record.tuned_with == ("news", "public")
     reseal(package, lambda fields: fields["record"].update(tuned=tuned))
     with pytest.raises(FlexMoEError, match=r"record\.tuned"):
         read_manifest(package)

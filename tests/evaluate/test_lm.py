@@ -7,6 +7,7 @@ import pytest
 import flexmoe_jax as fm
 from flexmoe_jax.errors import FlexMoEError
 from flexmoe_jax.evaluate.lm import cut
+from flexmoe_jax.model.decoder import Decoder
 from tests.hf.tiny import our_model
 
 
@@ -91,13 +92,11 @@ def test_a_long_prompt_keeps_its_end(model):
     text = " owner" * 100
     ids = model.tokenizer.encode(text)[-(64 - 8) :]
     expected = fm.api.stream(
-        model.config,
+        Decoder(model.config, 2, "sparse"),
         model._stacked,
         [ids],
         max_new_tokens=8,
         stop_ids={model.tokenizer.eos_id},
-        top_k=2,
-        dispatch="sparse",
     )
     assert model.lm(1).continue_until([text], [], 8) == [
         model.tokenizer.decode([t for s in expected for t in s.values()])

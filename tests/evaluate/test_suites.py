@@ -20,7 +20,7 @@ class Oracle:
 
     likes: object = None
     text: object = None
-    config = type("C", (), {"max_seq_len": 4096})
+    run = type("R", (), {"config": type("C", (), {"max_seq_len": 4096})})
 
     def encode_pair(self, context, continuation):
         return context, continuation

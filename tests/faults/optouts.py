@@ -16,7 +16,7 @@ from flexmoe_jax.compose.certificate import verify_certificate
 from flexmoe_jax.compose.merge import merge
 from flexmoe_jax.compose.optout import opt_out
 from flexmoe_jax.config import ModelConfig
-from flexmoe_jax.params import owner_spec
+from flexmoe_jax.params import owner_leaves
 from flexmoe_jax.tree import PUBLIC, TRUNK, unflatten
 from tests.artifacts.tiny import base_of, contents, make_expert, make_release
 from tests.faults.kills import Fault
@@ -89,7 +89,9 @@ def merge_at_size(folder: pathlib.Path, megabytes: int, counts: tuple[int, ...])
     rng = np.random.default_rng(0)
 
     def write(path, owner, base):
-        params = {name: rng.standard_normal(leaf.shape, np.float32) for name, leaf in owner_spec(config, owner).items()}
+        params = {
+            name: rng.standard_normal(leaf.shape, np.float32) for name, leaf in owner_leaves(config, owner).items()
+        }
         return path, owner, unflatten(params), base
 
     trunk, public = (write(None, owner, None)[2] for owner in (TRUNK, PUBLIC))

@@ -8,7 +8,6 @@ import numpy as np
 import pytest
 
 import flexmoe_jax as fm
-from flexmoe_jax import tree
 from flexmoe_jax.artifacts.model_dir import open_model, verify_model
 from flexmoe_jax.artifacts.package import content_digest, load_package
 from flexmoe_jax.artifacts.sealed import canonical_json
@@ -22,9 +21,11 @@ from flexmoe_jax.hf.export import ExportOptions, _map_leaves, _tensor, export
 from flexmoe_jax.hf.load import import_expert, import_model, read_tree
 from flexmoe_jax.hf.mapping import slots
 from flexmoe_jax.hf.tensors import Tensor, read_tensors, write_tensors
+from flexmoe_jax.model.decoder import Decoder
 from flexmoe_jax.model.generate import generate
+from flexmoe_jax.parallel.mesh import mesh_of_one
 from tests.artifacts.tiny import contents
-from tests.conftest import jit_forward
+from tests.conftest import jit_forward, stacked
 from tests.hf.tiny import CONFIG, SHAPES, checkpoint, edit_config, our_model, tokenizer
 
 torch = pytest.importorskip("torch")
@@ -149,7 +150,7 @@ def test_a_record_is_not_kept_for_parameters_that_changed(tmp_path, ours):
     theirs.save_pretrained(tmp_path / "tuned")
     tokenizer(tmp_path / "tuned")
     back = import_model(open_folder(tmp_path / "tuned"), tmp_path / "back")
-    records = {name: manifest.record for name, manifest in back.manifests.items()}
+    records = {name: manifest.record.fields for name, manifest in back.manifests.items()}
     assert records["news"] == {"licence": "news-licence", "contact": "someone@news"}  # its parameters are unchanged
     assert records["code"]["imported"] == {"architecture": "FlexOlmoForCausalLM"}
     assert records["code"]["contact"] == ""
@@ -175,10 +176,10 @@ def test_top_k_is_clamped_to_what_is_exported(tmp_path, ours):
 def test_greedy_tokens_agree_with_transformers(tmp_path, ours):
     export(open_model(ours / "model"), tmp_path / "theirs")
     model, theirs = fm.load(ours / "model"), load_theirs(tmp_path / "theirs")
-    params = {**model.params, "experts": tree.stack(model.params["experts"])}
+    params = stacked(model.params)
     prompts = [[5, 100, 7], [42], [9, 8, 7, 6, 5, 4]]
-    common = {"max_new_tokens": 12, "stop_ids": (), "top_k": model.top_k, "dispatch": "sparse"}
-    mine = generate(model.config, params, prompts, **common)
+    common = {"max_new_tokens": 12, "stop_ids": ()}
+    mine = generate(Decoder(model.config, model.top_k, "sparse"), params, prompts, **common)
     for prompt, continued in zip(prompts, mine, strict=True):
         ids = torch.tensor([prompt])
         out = theirs.generate(ids, max_new_tokens=12, do_sample=False, eos_token_id=None, pad_token_id=0)
@@ -310,13 +311,13 @@ def test_owners_can_train_beside_a_dense_public_model_given_a_domain_vector(tmp_
     source = open_folder(tmp_path / "theirs")
     domain = DomainVector.load(write_vector(tmp_path / "domain.json", 1))
     public = import_model(source, tmp_path / "public", domain=domain)
-    stage = prepare(expert_run(tmp_path, "news", tmp_path / "public"))
+    stage = prepare(expert_run(tmp_path, "news", tmp_path / "public"), mesh_of_one())
     rows = [stage.params["experts"][name]["router"] for name in ("public", "news")]
     np.testing.assert_allclose([np.linalg.norm(row[0]) for row in rows], 0.1, rtol=1e-5)
     assert stage.base["trunk"] == public.manifests["trunk"].content
     import_model(source, tmp_path / "bare")
     with pytest.raises(FlexMoEError, match="no domain vector"):
-        prepare(expert_run(tmp_path / "again", "news", tmp_path / "bare"))
+        prepare(expert_run(tmp_path / "again", "news", tmp_path / "bare"), mesh_of_one())
 
 
 def test_the_old_spelling_of_a_configuration_is_read(tmp_path):

@@ -12,10 +12,9 @@ import pytest
 from flexmoe_jax.config import ModelConfig
 from flexmoe_jax.model import attention
 from flexmoe_jax.model.cache import init_cache
+from flexmoe_jax.model.decoder import Decoder, forward
 from flexmoe_jax.model.rope import apply_rope, rope_table
-from flexmoe_jax.model.transformer import forward
-from flexmoe_jax.tree import stack
-from tests.conftest import TINY, jit_forward, max_difference, random_params, random_tokens
+from tests.conftest import TINY, jit_decode, jit_forward, max_difference, random_params, random_tokens, stacked
 
 LLAMA = dataclasses.replace(TINY, pre_norm=True, qk_norm=False)
 EXPERTS = ("public", "code", "news")
@@ -26,7 +25,7 @@ def influence(config: ModelConfig, segments=None, **how):
     """[T, T]: the largest |d logits[t] / d embedding of the token at t'|, for a random mix of the logits."""
     params = random_params(config, EXPERTS)
     if how.get("dispatch") == "sparse":
-        params = {**params, "experts": stack(params["experts"])}
+        params = stacked(params)
     tokens = jnp.arange(LENGTH)[None]  # all different: row t' of the embedding is the input at t' and nothing else
     mix = jnp.asarray(np.random.default_rng(0).standard_normal(config.vocab_size), jnp.float32)
 
@@ -34,7 +33,7 @@ def influence(config: ModelConfig, segments=None, **how):
     @jax.jacrev
     def jacobian(embed):
         tree = {**params, "trunk": {**params["trunk"], "embed": embed}}
-        return forward(config, tree, tokens, segments_BT=segments, **how).logits_BTV[0] @ mix
+        return forward(Decoder(config, **how), tree, tokens, segments_BT=segments).logits_BTV[0] @ mix
 
     return np.abs(np.asarray(jacobian(params["trunk"]["embed"])))[:, :LENGTH].max(-1)
 
@@ -105,23 +104,24 @@ def test_decoding_with_a_cache_equals_the_whole(config):
     cache = init_cache(config, 2, LENGTH)
     positions = jnp.broadcast_to(jnp.arange(7), (2, 7))
     padded = tokens[:, :7].at[1, 4:].set(0)
-    out = jit_forward(config, params, padded, positions_BT=positions, kv_cache=cache, top_k=2)
+    run = Decoder(config, 2)
+    logits_BTV, cache = jit_decode(run, params, padded, positions, cache)
     # One new query against cached keys is the same sum over more slots (masked ones add exact zeros): rounding only.
-    assert max_difference(out.logits_BTV[0], whole[0, :7]) < 1e-5
-    assert max_difference(out.logits_BTV[1, :4], whole[1, :4]) < 1e-5
+    assert max_difference(logits_BTV[0], whole[0, :7]) < 1e-5
+    assert max_difference(logits_BTV[1, :4], whole[1, :4]) < 1e-5
     for step in range(5):
         at = jnp.asarray(lengths + step)[:, None]
         token = jnp.take_along_axis(tokens, at, axis=1)
-        out = jit_forward(config, params, token, positions_BT=at, kv_cache=out.cache, top_k=2)
+        logits_BTV, cache = jit_decode(run, params, token, at, cache)
         expected = jnp.take_along_axis(whole, at[:, :, None], axis=1)
-        assert max_difference(out.logits_BTV, expected) < 1e-5, step
+        assert max_difference(logits_BTV, expected) < 1e-5, step
 
 
 def test_a_position_past_the_cache_writes_nothing():
     params, tokens = random_params(TINY), random_tokens(TINY, 1, 1)
     cache = jax.tree.map(lambda leaf: leaf + 1, init_cache(TINY, 1, 4))
-    out = jit_forward(TINY, params, tokens, positions_BT=jnp.full((1, 1), 4), kv_cache=cache)
-    assert jax.tree.all(jax.tree.map(lambda a, b: bool((a == b).all()), cache, out.cache))
+    _, written = jit_decode(Decoder(TINY), params, tokens, jnp.full((1, 1), 4), cache)
+    assert jax.tree.all(jax.tree.map(lambda a, b: bool((a == b).all()), cache, written))
 
 
 @pytest.mark.parametrize(("length", "block"), [(37, 8), (64, 16), (9, 128)])

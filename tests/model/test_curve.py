@@ -12,9 +12,8 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 
-from flexmoe_jax.model.transformer import forward
-from flexmoe_jax.tree import stack
-from tests.conftest import TINY, random_params, random_tokens
+from flexmoe_jax.model.decoder import Decoder, forward
+from tests.conftest import TINY, random_params, random_tokens, stacked
 
 STORED = pathlib.Path(__file__).with_name("curve.json")
 EXPERTS = ("public", "code", "news")
@@ -26,12 +25,12 @@ def curve(dispatch: str) -> list[float]:
     """Next-token losses of 20 steps on one batch of packed documents, two of three experts active."""
     params = random_params(TINY, EXPERTS)
     if dispatch == "sparse":
-        params = {**params, "experts": stack(params["experts"])}
+        params = stacked(params)
     tokens = random_tokens(TINY, 4, 17)
     segments = jnp.asarray([[0] * 9 + [1] * 7] * 4, jnp.int32)
 
     def loss(params):
-        out = forward(TINY, params, tokens[:, :-1], segments_BT=segments, top_k=2, dispatch=dispatch)
+        out = forward(Decoder(TINY, 2, dispatch), params, tokens[:, :-1], segments_BT=segments)
         picked = jnp.take_along_axis(jax.nn.log_softmax(out.logits_BTV), tokens[:, 1:, None], axis=-1)
         return -picked.mean() + 1e-3 * (jax.nn.logsumexp(out.router_logits_LNE, axis=-1) ** 2).mean()
 

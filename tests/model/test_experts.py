@@ -11,11 +11,10 @@ from hypothesis import strategies as st
 
 from flexmoe_jax.errors import FlexMoEError
 from flexmoe_jax.model import experts as experts_module
+from flexmoe_jax.model.decoder import Decoder, moe
 from flexmoe_jax.model.experts import dense, sparse
 from flexmoe_jax.model.router import Routing, route
-from flexmoe_jax.model.transformer import moe
-from flexmoe_jax.tree import unstack
-from tests.conftest import max_difference
+from tests.conftest import TINY, max_difference
 
 D, F = 4, 6
 
@@ -39,7 +38,7 @@ def value_and_gradients(x, experts, mix, *, k: int, dispatch: str, kernel: str =
     """MoE output, and gradients of a random mix of it (and of the router logits) in x and every leaf of the experts."""
 
     def loss(x, experts):
-        y, logits_NE = moe(x, experts, top_k=k, dispatch=dispatch)
+        y, logits_NE = moe(Decoder(TINY, k, dispatch), experts, x)
         return (y * mix).sum() + 0.1 * (logits_NE**2).sum(), y
 
     with pytest.MonkeyPatch.context() as patch:  # read while tracing; both are in the jit key
@@ -106,7 +105,7 @@ def test_gradients_by_finite_differences():
 
     @jax.jit
     def loss(x, experts):
-        y, logits_NE = moe(x, experts, top_k=3)
+        y, logits_NE = moe(Decoder(TINY, 3), experts, x)
         return (y * mix).sum() + 0.1 * (logits_NE**2).sum()
 
     rng = np.random.default_rng(0)
@@ -125,7 +124,7 @@ def test_gradients_by_finite_differences():
 def test_dense_is_the_weighted_sum():
     """Against numpy in float64."""
     x, experts, _ = case_inputs(9, 4, "random", 0)
-    ours, logits_NE = moe(x, experts, top_k=2)
+    ours, logits_NE = moe(Decoder(TINY, 2), experts, x)
     weights = np.asarray(route(logits_NE, 2).weights_NE, np.float64)
     x64, w = np.asarray(x[0], np.float64), {name: np.asarray(value, np.float64) for name, value in experts.items()}
     expected = np.zeros((9, D))
@@ -139,11 +138,11 @@ def test_named_equals_stacked():
     """The position of an expert is its name's in canonical order, in whatever order the mapping holds them."""
     stacked, x = make_experts(4), make_x(21)
     names = ("public", "code", "law", "news")
-    named = unstack({leaf: value[None] for leaf, value in stacked.items()}, names)
-    named = {name: {leaf: value[0] for leaf, value in named[name].items()} for name in reversed(names)}
+    rows = reversed([*enumerate(names)])
+    named = {name: {leaf: value[i] for leaf, value in stacked.items()} for i, name in rows}
     for k in (2, 4):
-        y_named, logits_named = jax.jit(functools.partial(moe, top_k=k))(x, named)
-        y_stacked, logits_stacked = jax.jit(functools.partial(moe, top_k=k))(x, stacked)
+        y_named, logits_named = jax.jit(functools.partial(moe, Decoder(TINY, k)))(named, x)
+        y_stacked, logits_stacked = jax.jit(functools.partial(moe, Decoder(TINY, k)))(stacked, x)
         assert np.array_equal(logits_named, logits_stacked)
         # unrolled against scanned: XLA may fuse the same sums otherwise, one rounding of values of order 1
         assert max_difference(y_named, y_stacked) < 1e-6
@@ -179,9 +178,10 @@ def test_a_layer_of_whole_weights_equals_that_layer_alone(monkeypatch, dispatch,
     layers = [make_experts(5, seed) for seed in (0, 1, 2)]
     whole = {name: jnp.stack([layer[name] for layer in layers]) for name in layers[0]}
     x = make_x(7)
-    alone, _ = jax.jit(functools.partial(moe, top_k=2, dispatch=dispatch))(x, layers[1])
+    run = jax.jit(functools.partial(moe, Decoder(TINY, 2, dispatch)))
+    alone, _ = run(layers[1], x)
     mixed = {**whole, "router": layers[1]["router"], "bias": layers[1]["bias"]}
-    y, _ = jax.jit(functools.partial(moe, top_k=2, dispatch=dispatch))(x, mixed, layer=jnp.int32(1))
+    y, _ = run(mixed, x, layer=jnp.int32(1))
     assert np.array_equal(y, alone)
 
 
@@ -189,7 +189,7 @@ def test_sparse_refuses_named_experts():
     stacked = make_experts(2)
     named = {"public": {n: v[0] for n, v in stacked.items()}, "news": {n: v[1] for n, v in stacked.items()}}
     with pytest.raises(FlexMoEError, match=r"sparse dispatch was given named experts(.|\n)*stack them once"):
-        moe(make_x(3), named, top_k=1, dispatch="sparse")
+        moe(Decoder(TINY, 1, "sparse"), named, make_x(3))
 
 
 def test_sparse_backward_holds_nothing_of_tokens_times_experts():

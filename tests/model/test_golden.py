@@ -8,14 +8,14 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 
-from flexmoe_jax import tree
 from flexmoe_jax.config import ModelConfig
 from flexmoe_jax.model import attention, router
 from flexmoe_jax.model.cache import init_cache
+from flexmoe_jax.model.decoder import Decoder, moe
 from flexmoe_jax.model.norm import rms_norm
 from flexmoe_jax.model.rope import apply_rope, rope_table
-from flexmoe_jax.model.transformer import moe
-from tests.conftest import jit_forward, max_difference, random_tokens
+from flexmoe_jax.parallel.stacked import STACKED, with_stacked_rows
+from tests.conftest import jit_decode, jit_forward, max_difference, random_tokens, stacked
 
 torch = pytest.importorskip("torch")
 pytest.importorskip("transformers")
@@ -62,13 +62,15 @@ flex_cases = pytest.mark.parametrize(
 FORMS = {"named-dense": (False, "dense"), "stacked-dense": (True, "dense"), "stacked-sparse": (True, "sparse")}
 
 
-def in_form(params, stacked: bool):
-    return {**params, "experts": tree.stack(params["experts"])} if stacked else params
+def in_form(params, is_stacked: bool):
+    return stacked(params) if is_stacked else params
 
 
 def layer_of(params, layer: int):
-    """(block, experts) of one layer, without the layer axis."""
-    return jax.tree.map(lambda leaf: leaf[layer], (params["trunk"]["blocks"], params["experts"]))
+    """(block, experts) of one layer, without the layer axis; every leaf of stacked experts is stacked."""
+    experts = params["experts"]
+    experts = with_stacked_rows(experts) if STACKED in experts else experts
+    return jax.tree.map(lambda leaf: leaf[layer], (params["trunk"]["blocks"], experts))
 
 
 def stream(config: ModelConfig, batch: int = 2, length: int = 11, seed: int = 1):
@@ -91,10 +93,10 @@ def causal_inputs(model, x):
 @pytest.mark.parametrize("form", FORMS.values(), ids=FORMS.keys())
 @all_cases
 def test_logits(case, form):
-    stacked, dispatch = form
+    is_stacked, dispatch = form
     model, params = case.oracle
     tokens = random_tokens(case.config, 2, 19)
-    ours = jit_forward(case.config, in_form(params, stacked), tokens, top_k=case.top_k, dispatch=dispatch)
+    ours = jit_forward(case.config, in_form(params, is_stacked), tokens, top_k=case.top_k, dispatch=dispatch)
     theirs = model(to_torch(tokens)).logits
     assert theirs.std() > 0.5  # logits of ordinary size: the absolute tolerance means something
     assert max_difference(ours.logits_BTV, theirs) < TOLERANCE
@@ -111,11 +113,8 @@ def test_decoding_with_a_cache(case):
     cache = init_cache(case.config, 2, 16)
     for start, stop in ((0, 7), *((t, t + 1) for t in range(7, 12))):
         positions = jnp.broadcast_to(jnp.arange(start, stop), (2, stop - start))
-        out = jit_forward(
-            case.config, params, tokens[:, start:stop], positions_BT=positions, kv_cache=cache, top_k=case.top_k
-        )
-        cache = out.cache
-        assert max_difference(out.logits_BTV, theirs[:, start:stop]) < TOLERANCE, start
+        logits, cache = jit_decode(Decoder(case.config, case.top_k), params, tokens[:, start:stop], positions, cache)
+        assert max_difference(logits, theirs[:, start:stop]) < TOLERANCE, start
 
 
 @all_cases
@@ -157,7 +156,7 @@ def test_router_probabilities(case):
     model, params = case.oracle
     x, x_torch = stream(case.config)
     for layer, hf_layer in enumerate(model.model.layers):
-        _, experts = layer_of(in_form(params, stacked=True), layer)
+        _, experts = layer_of(in_form(params, is_stacked=True), layer)
         logits = router.router_logits(x.reshape(-1, x.shape[-1]), experts["router"], experts["bias"])
         ours = router.route(logits, case.top_k)
         hf_logits, scores, index = hf_layer.mlp.gate(x_torch)
@@ -170,13 +169,13 @@ def test_router_probabilities(case):
 @pytest.mark.parametrize("form", FORMS.values(), ids=FORMS.keys())
 @flex_cases
 def test_moe(case, form):
-    stacked, dispatch = form
+    is_stacked, dispatch = form
     model, params = case.oracle
     x, x_torch = stream(case.config)
-    run = jax.jit(functools.partial(moe, top_k=case.top_k, dispatch=dispatch))
+    run = jax.jit(functools.partial(moe, Decoder(case.config, case.top_k, dispatch)))
     for layer, hf_layer in enumerate(model.model.layers):
-        _, experts = layer_of(in_form(params, stacked), layer)
-        ours, _ = run(x, experts)
+        _, experts = layer_of(in_form(params, is_stacked), layer)
+        ours, _ = run(experts, x)
         assert max_difference(ours, hf_layer.mlp(x_torch)) < TOLERANCE, layer
 
 

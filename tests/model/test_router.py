@@ -7,8 +7,8 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
+from flexmoe_jax.model.decoder import Decoder, moe
 from flexmoe_jax.model.router import negative_part, route, route_uniform, router_logits
-from flexmoe_jax.model.transformer import moe
 from tests.conftest import TINY, jit_forward, max_difference, random_params, random_tokens
 
 
@@ -144,6 +144,6 @@ def test_uniform_moe_is_the_mean_of_the_experts():
     names = ("public", "news", "code")
     experts = jax.tree.map(lambda leaf: leaf[0], random_params(TINY, names)["experts"])
     x = logits(6, TINY.d_model, scale=1.0)[None]
-    alone = [moe(x, {name: experts[name]}, top_k=None)[0] for name in names]
+    alone = [moe(Decoder(TINY), {name: experts[name]}, x)[0] for name in names]
     # outputs of order 1 in float32
-    assert max_difference(moe(x, experts, top_k=1, uniform=True)[0], sum(alone) / 3) < 1e-6
+    assert max_difference(moe(Decoder(TINY, 1, uniform=True), experts, x)[0], sum(alone) / 3) < 1e-6

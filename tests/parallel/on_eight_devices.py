@@ -4,6 +4,7 @@ python -m tests.parallel.on_eight_devices FOLDER     prints one JSON object
 """
 
 import dataclasses
+import functools
 import json
 import os
 import pathlib
@@ -15,11 +16,13 @@ import numpy as np
 
 import flexmoe_jax as fm
 from flexmoe_jax.artifacts.model_dir import load_params, open_model
-from flexmoe_jax.artifacts.package import load_package
+from flexmoe_jax.artifacts.package import content_digest, load_package
 from flexmoe_jax.cli.main import use_compilation_cache
 from flexmoe_jax.compose.merge import merge
 from flexmoe_jax.errors import FlexMoEError
+from flexmoe_jax.model.decoder import init_params
 from flexmoe_jax.parallel.mesh import make_mesh
+from flexmoe_jax.parallel.specs import place_at
 from flexmoe_jax.train.loop import train
 from flexmoe_jax.tree import flatten
 from tests.train.tiny import MODEL, WORDS, expert_run, public_run, write_documents
@@ -75,9 +78,22 @@ def scores(path: pathlib.Path) -> dict:
             share = float(np.abs(score.share_LE - expected.share_LE).max())
             found.setdefault(top_k, {})[text] = (expected.bits_per_byte, score.bits_per_byte, token, share)
     tokens = np.arange(20) + 97
-    found["logits"] = float(np.abs(many.logits(tokens) - one.logits(tokens)).max())
+    found["logits"] = float(np.abs(np.asarray(many.logits(tokens)) - np.asarray(one.logits(tokens))).max())
     weights = many._stacked["experts"]["stacked"]["w_up"]
     found["held"] = weights.addressable_shards[0].data.nbytes / weights.nbytes
+    return found
+
+
+def initial() -> dict[str, str]:
+    """{mesh: digest of a new public model's parameters, put on it as they are drawn}."""
+    import jax
+
+    config, key = dataclasses.replace(MODEL, num_kv_heads=2), jax.random.key(3)
+    found = {"one": content_digest(init_params(config, key))}
+    for text in PUBLIC_MESHES:
+        params = init_params(config, key, place=functools.partial(place_at, make_mesh(text)))
+        assert len(params["trunk"]["embed"].sharding.device_set) == 8
+        found[text] = content_digest(params)
     return found
 
 
@@ -113,6 +129,7 @@ def main(root: pathlib.Path) -> dict:
 
     result["joint"] = compare(joint, JOINT_MESHES, lambda path: load_params(open_model(path)))
     result["scores"] = scores(root / "model")
+    result["initial"] = initial()
     result["refused"] = {}
     for mesh in ("fsdp=3", "fsdp=16", "expert=8", "pipe=8"):
         try:

@@ -14,11 +14,12 @@ import numpy as np
 import pytest
 
 from flexmoe_jax.errors import ConfigError, FlexMoEError
-from flexmoe_jax.model.transformer import init_params
-from flexmoe_jax.parallel.mesh import AXES, parse_mesh, platform
+from flexmoe_jax.model.decoder import init_params
+from flexmoe_jax.parallel.mesh import parse_mesh, platform
 from flexmoe_jax.parallel.specs import RULES, spec_of
 from flexmoe_jax.parallel.stacked import stack_weights, unstack_weights, with_stacked_rows
-from flexmoe_jax.tree import flatten, match_rules, stack
+from flexmoe_jax.params import AXES
+from flexmoe_jax.tree import flatten, match_rules
 from tests.conftest import TINY, random_params
 
 PARAMETERS, LOSSES = 5e-4, 1e-5
@@ -57,6 +58,11 @@ def test_a_model_in_parts_scores_what_one_device_scores(found, top_k):
     assert found["scores"]["held"] == 1 / 8  # of the experts' weights on each of 4 x 2 devices
 
 
+def test_a_seed_gives_the_same_initial_bits_on_every_mesh(found):
+    assert {*found["initial"]} == {"one", "fsdp=8", "data=2,fsdp=2,tensor=2", "data=8"}
+    assert len({*found["initial"].values()}) == 1
+
+
 def test_meshes_that_do_not_fit_are_refused_with_both_numbers(found):
     assert found["refused"] == {
         "fsdp=3": "the mesh 'fsdp=3' takes 3 devices, there are 8",
@@ -82,10 +88,12 @@ def test_stacked_weights_are_the_named_ones_in_canonical_order():
     experts = random_params(TINY, ("news", "public", "code"))["experts"]
     stacked = stack_weights(experts)
     whole = with_stacked_rows({**stacked, "stacked": {n: leaf[:, :] for n, leaf in stacked["stacked"].items()}})
-    for name, expected in stack(experts).items():
-        np.testing.assert_array_equal(whole[name], expected)
+    expected = {leaf: np.stack([experts[n][leaf] for n in ("public", "code", "news")], 1) for leaf in experts["news"]}
+    assert {*whole} == {*expected}
+    for name, leaf in expected.items():
+        np.testing.assert_array_equal(whole[name], leaf)
     # A device's part is made of the slices it holds.
-    np.testing.assert_array_equal(stacked["stacked"]["w_up"][0:1, 1:3, 2:5, :], stack(experts)["w_up"][0:1, 1:3, 2:5])
+    np.testing.assert_array_equal(stacked["stacked"]["w_up"][0:1, 1:3, 2:5, :], expected["w_up"][0:1, 1:3, 2:5])
     back = unstack_weights({**stacked, "stacked": {n: leaf[:, :] for n, leaf in stacked["stacked"].items()}}, experts)
     for path, leaf in flatten(back).items():
         np.testing.assert_array_equal(leaf, flatten(experts)[path])

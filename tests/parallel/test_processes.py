@@ -84,7 +84,7 @@ def test_several_processes_train_the_expert_that_one_trains(world, tmp_path, cou
         name: manifest.content for name, manifest in parts.items()
     }
     # As tokens of one and the same order: another order has other losses from the first step on.
-    assert read_manifest(package).record["training"]["tokens"] == 6 * 8 * 32
+    assert read_manifest(package).record.training["tokens"] == 6 * 8 * 32
 
 
 @pytest.mark.slow

@@ -14,18 +14,18 @@ import numpy as np
 
 from flexmoe_jax.cli.main import use_compilation_cache
 from flexmoe_jax.config import ModelConfig, OptimizerConfig, RunConfig
+from flexmoe_jax.model.decoder import Decoder, init_params
 from flexmoe_jax.model.generate import generate
-from flexmoe_jax.model.transformer import init_params
 from flexmoe_jax.parallel.chips import parse_topology
-from flexmoe_jax.parallel.mesh import EXPERT, make_mesh, parse_mesh
+from flexmoe_jax.parallel.mesh import make_mesh, mesh_of_one, parse_mesh
 from flexmoe_jax.parallel.specs import place, place_batch
 from flexmoe_jax.parallel.stacked import stack_weights
+from flexmoe_jax.params import EXPERT
 from flexmoe_jax.plan.compiled import read
 from flexmoe_jax.plan.costs import estimate, part_bytes
 from flexmoe_jax.plan.work import Work, leaves, lower
 from flexmoe_jax.train.optimizer import make_optimizer
 from flexmoe_jax.train.state import create_state
-from flexmoe_jax.tree import stack
 
 MODEL = ModelConfig(
     vocab_size=512, num_layers=3, d_model=128, num_heads=4, num_kv_heads=2, head_dim=32, d_ff=256, max_seq_len=128
@@ -74,7 +74,7 @@ def placed(work: Work, text: str) -> dict[str, tuple[int, int]]:
     mesh, run = make_mesh(text), work.run
     params = init_params(work.model, jax.random.key(0), work.experts)
     optimizer = make_optimizer(run.optimizer, run.steps)
-    state, frozen = create_state(params, run.owner, optimizer, jnp.dtype(run.compute_dtype), run.freeze, mesh)
+    state, frozen = create_state(mesh, params, run.owner, optimizer, jnp.dtype(run.compute_dtype), run.freeze)
     rows = np.zeros((run.batch_size, run.seq_len), np.int32)
     batch = dict.fromkeys(("tokens", "targets", "segments"), rows) | {"weights": rows.astype(np.float32)}
     trees = {
@@ -117,11 +117,9 @@ def generated(text: str) -> tuple[list, list]:
     params = init_params(MODEL, jax.random.key(0), FOUR)
     stacked = {**params, "experts": stack_weights(params["experts"])}
     prompts = [[row + 1, 7, 3 * row] for row in range(8)]
-    continue_ = functools.partial(
-        generate, MODEL, prompts=prompts, max_new_tokens=4, stop_ids=(), top_k=2, dispatch="sparse"
-    )
+    continue_ = functools.partial(generate, Decoder(MODEL, 2, "sparse"), prompts=prompts, max_new_tokens=4, stop_ids=())
     mesh = make_mesh(text)
-    on_one = continue_(params={**params, "experts": stack(params["experts"])})
+    on_one = continue_(params=place(mesh_of_one(), stacked))
     with jax.set_mesh(mesh):
         return on_one, continue_(params=place(mesh, stacked))
 

@@ -71,7 +71,7 @@ def test_a_study_makes_and_scores_every_system_and_goes_on_where_it_stopped(tmp_
     scales = vary(varied, "router_scale", ["1.0"], lines.append)["1.0"]
     assert all(row["equal"] for row in scales["opting_out"][0].values())
     merged = open_model(tmp_path / "varied" / "router_scale-1.0" / "seed-0" / "made" / "merged_FlexMoE")
-    assert merged.manifests["public"].record["router"]["scale"] == 1.0
+    assert merged.manifests["public"].record.router["scale"] == 1.0
     again: list[str] = []
     assert reproduce(dataclasses.replace(config), again.append) == results
     assert not [line for line in again if line.startswith("scored")]

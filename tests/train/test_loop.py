@@ -60,7 +60,7 @@ def test_expert_run_leaves_a_package_bound_to_the_release_and_the_release_untouc
     assert before == {path: path.read_bytes() for path in release.rglob("*") if path.is_file()}
     expert, begun = load_package(package), load_package(release / PUBLIC)
     assert all((expert[leaf] != begun[leaf]).any() for leaf in expert)
-    assert manifest.record["training"]["tokens"] == 6 * 4 * 32
+    assert manifest.record.training["tokens"] == 6 * 4 * 32
     assert merge(release, [package], tmp_path / "model").experts == (PUBLIC, "news")
     lines = metrics_of(run)
     assert [line["step"] for line in lines] == list(range(6))
@@ -182,7 +182,7 @@ def test_a_difference_that_is_allowed_by_name_is_gone_on_with(release, tmp_path,
     package = loop.train(dataclasses.replace(run, steps=6), allow=["config.steps"])
     assert "changed as allowed: config.steps: 4 != 6" in caplog.messages
     assert "resumed at step 4" in caplog.messages
-    assert read_manifest(package).record["training"]["steps"] == 6
+    assert read_manifest(package).record.training["steps"] == 6
     loop.train(dataclasses.replace(run, steps=6))  # run.json was written anew
 
 

@@ -9,8 +9,8 @@ import jax
 import pytest
 
 from flexmoe_jax.errors import ConfigError
+from flexmoe_jax.model.decoder import init_params
 from flexmoe_jax.model.flops import forward_flops, products, training_flops
-from flexmoe_jax.model.transformer import init_params
 from flexmoe_jax.parallel import chips
 from flexmoe_jax.train import loop, metrics
 from flexmoe_jax.train.profile import parse_steps

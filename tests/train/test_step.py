@@ -10,8 +10,9 @@ import numpy as np
 import pytest
 
 from flexmoe_jax.config import OptimizerConfig, RunConfig
+from flexmoe_jax.model.decoder import Decoder, forward, hidden_states, init_params
 from flexmoe_jax.model.flops import products
-from flexmoe_jax.model.transformer import forward, hidden_states, init_params
+from flexmoe_jax.parallel.mesh import mesh_of_one
 from flexmoe_jax.train import step as step_module
 from flexmoe_jax.train.freezing import freezing_mask, freezing_table
 from flexmoe_jax.train.optimizer import learning_rate, make_optimizer
@@ -51,7 +52,7 @@ def batch(seed: int = 0, rows: int = 4):
 
 
 def start(run: RunConfig, params):
-    return create_state(params, run.owner, make_optimizer(run.optimizer, run.steps))
+    return create_state(mesh_of_one(), params, run.owner, make_optimizer(run.optimizer, run.steps))
 
 
 def bits(tree) -> dict:
@@ -143,9 +144,8 @@ def test_the_first_layer_apart_changes_no_gradient():
     trainable, frozen = partition(params, freezing_mask(params, "news"))
 
     def loss(trainable, first_apart):
-        x_BTD, logits_LNE, _ = hidden_states(
-            MODEL, combine(trainable, frozen), batch()["tokens"], first_apart=first_apart
-        )
+        params = combine(trainable, frozen)
+        x_BTD, logits_LNE = hidden_states(Decoder(MODEL), params, batch()["tokens"], first_apart=first_apart)
         return (x_BTD**2).mean() + (logits_LNE**2).mean()
 
     apart, scanned = (jax.jit(jax.grad(loss), static_argnums=1)(trainable, flag) for flag in (True, False))
@@ -173,7 +173,7 @@ def test_hybrid_starts_exactly_as_the_public_model():
     alone = {**params, "experts": {PUBLIC: params["experts"][PUBLIC]}}
     tokens = batch()["tokens"]
     np.testing.assert_allclose(
-        forward(MODEL, params, tokens).logits_BTV, forward(MODEL, alone, tokens).logits_BTV, atol=1e-6
+        forward(Decoder(MODEL), params, tokens).logits_BTV, forward(Decoder(MODEL), alone, tokens).logits_BTV, atol=1e-6
     )
 
 
@@ -283,7 +283,7 @@ def test_contrast_teaches_the_router_what_is_not_the_owners():
         for _ in range(run.steps):
             state, _ = step(state, frozen, mixed())
         trained = combine(state.trainable, frozen)
-        logits = forward(MODEL, trained, data["tokens"]).router_logits_LNE
+        logits = forward(Decoder(MODEL), trained, data["tokens"]).router_logits_LNE
         probs = np.asarray(jax.nn.softmax(logits, axis=-1))[..., 1].mean(0).reshape(4, 16)
         return probs[:2].mean(), probs[2:].mean()
 
