@@ -16,7 +16,7 @@ from flexmoe_jax.model.loss import ACCELERATOR_CHUNKS
 from flexmoe_jax.parallel.chips import Topology
 from flexmoe_jax.parallel.mesh import BATCH
 from flexmoe_jax.parallel.specs import part_shape
-from flexmoe_jax.params import EXPERT, FSDP, TENSOR
+from flexmoe_jax.params import EXPERT, FSDP, TENSOR, is_matrix
 from flexmoe_jax.plan.traffic import Transfer, transfers
 from flexmoe_jax.plan.work import Leaf, Work, leaves
 
@@ -116,7 +116,7 @@ def weight_passes(work: Work) -> int:
 def gathered(work: Work, table: tuple[Leaf, ...], sizes: Mapping[str, int]) -> float:
     """Bytes of the layers' matrices as a device reads them: gathered over `fsdp`, in compute dtype."""
     parts = {**dict(sizes), FSDP: 1}
-    held = [leaf for leaf in table if leaf.part in ("trained", "frozen") and leaf.path.split("/")[-1].startswith("w_")]
+    held = [leaf for leaf in table if leaf.part in ("trained", "frozen") and is_matrix(leaf.path)]
     return sum(math.prod(part_shape(leaf.path, leaf.shape, leaf.spec, parts)) for leaf in held) * work.dtype.itemsize
 
 

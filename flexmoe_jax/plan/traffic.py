@@ -31,7 +31,7 @@ from collections.abc import Mapping
 from flexmoe_jax.model.loss import ACCELERATOR_CHUNKS
 from flexmoe_jax.parallel.mesh import BATCH
 from flexmoe_jax.parallel.specs import part_shape
-from flexmoe_jax.params import AXES, DATA, EXPERT, FSDP, TENSOR
+from flexmoe_jax.params import AXES, DATA, EXPERT, FSDP, TENSOR, is_matrix
 from flexmoe_jax.plan.work import Leaf, Work
 
 
@@ -75,7 +75,7 @@ def transfers(
         return math.prod(part_shape(leaf.path, leaf.shape, leaf.spec, parts)) * c
 
     weights = [leaf for leaf in table if leaf.part in ("trained", "frozen")]
-    layers = [leaf for leaf in weights if leaf.path.rpartition("/")[2].startswith("w_")]
+    layers = [leaf for leaf in weights if is_matrix(leaf.path)]
     head = "trunk/embed" if m.tie_embeddings else "trunk/head"
     whole_head = sum(held(leaf, FSDP) for leaf in weights if leaf.path.endswith(head))
     rows = n * m.d_model * c
