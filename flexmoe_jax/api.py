@@ -7,6 +7,7 @@ from collections.abc import Iterable, Iterator
 
 import jax
 import jax.numpy as jnp
+import numpy.typing as npt
 from jax.sharding import Mesh
 
 from flexmoe_jax import tree
@@ -59,7 +60,7 @@ class Model:
         """The model that never had these experts."""
         return dataclasses.replace(self, params=tree.without(self.params, *names))
 
-    def logits(self, tokens) -> jax.Array:
+    def logits(self, tokens: npt.ArrayLike) -> jax.Array:
         """Integer token ids [T] or [B, T] -> float32 logits [T, V] or [B, T, V]."""
         tokens = jnp.asarray(tokens)
         if tokens.ndim not in (1, 2) or not jnp.issubdtype(tokens.dtype, jnp.integer) or tokens.size == 0:

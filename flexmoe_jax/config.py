@@ -13,6 +13,7 @@ import textwrap
 import types
 import typing
 from collections.abc import Mapping
+from typing import Any
 
 from flexmoe_jax.errors import ConfigError, did_you_mean
 from flexmoe_jax.tree import PUBLIC, check_owner_name
@@ -351,7 +352,7 @@ def field_docs(cls: type) -> dict[str, str]:
     return docs
 
 
-def from_mapping(cls, values: Mapping, where: str = "config"):
+def from_mapping(cls, values: Mapping, where: str = "config") -> Any:
     """Builds the frozen dataclass `cls` from a nested mapping; unknown, missing and mistyped keys are ConfigErrors."""
     fields = {f.name: f for f in dataclasses.fields(cls)}
     hints = typing.get_type_hints(cls)
@@ -364,12 +365,12 @@ def from_mapping(cls, values: Mapping, where: str = "config"):
     return cls(**{key: _convert(hints[key], value, f"{where}.{key}") for key, value in values.items()})
 
 
-def to_mapping(config) -> dict:
+def to_mapping(config: Any) -> dict:
     """The inverse of `from_mapping`: plain nested dictionaries of JSON values."""
     return dataclasses.asdict(config)
 
 
-def _convert(hint, value, where: str):
+def _convert(hint: Any, value: Any, where: str) -> Any:
     options = typing.get_args(hint) if isinstance(hint, types.UnionType) else (hint,)
     if type(None) in options and (value is None or value == ""):  # the command line has no other word for None
         return None
@@ -385,5 +386,5 @@ def _convert(hint, value, where: str):
     return value
 
 
-def _type_name(hint) -> str:
+def _type_name(hint: Any) -> str:
     return getattr(hint, "__name__", str(hint))

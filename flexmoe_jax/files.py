@@ -9,13 +9,14 @@ import contextlib
 import errno
 import fcntl
 import hashlib
+import json
 import os
 import pathlib
 import re
 import secrets
 import shutil
 import stat
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterable, Iterator
 from typing import Any
 
 from flexmoe_jax.errors import ArtifactError
@@ -24,23 +25,42 @@ CHUNK_BYTES = 1 << 20  # a multiple of every dtype's size
 _PARTIAL = re.compile(r"\.(.+)\.partial-[0-9a-f]{8}")
 
 
-def write_bytes(path: pathlib.Path, content: bytes) -> None:
-    """Writes the file `path`, durably and atomically; a link or a file in its place is replaced, not followed."""
+def write_bytes(path: pathlib.Path | str, content: bytes | Iterable[bytes]) -> None:
+    """Writes the file `path`, durably and atomically; a link or a file in its place is replaced, not followed.
+
+    `content` may be given in parts: memory is then one part. A failing write is an ArtifactError.
+    """
     path = pathlib.Path(path)
     partial = _partial_name(path.name)
-    with _opened(path.parent) as folder:
-        try:
-            flags = os.O_WRONLY | os.O_CREAT | os.O_EXCL | os.O_NOFOLLOW
-            with open(os.open(partial, flags, 0o666, dir_fd=folder), "wb") as file:
-                file.write(content)
-                file.flush()
-                os.fsync(file.fileno())
-            os.replace(partial, path.name, src_dir_fd=folder, dst_dir_fd=folder)
-        except BaseException:
-            with contextlib.suppress(FileNotFoundError):
-                os.unlink(partial, dir_fd=folder)
-            raise
-        _sync(folder)
+    try:
+        with _opened(path.parent) as folder:
+            try:
+                flags = os.O_WRONLY | os.O_CREAT | os.O_EXCL | os.O_NOFOLLOW
+                with open(os.open(partial, flags, 0o666, dir_fd=folder), "wb") as file:
+                    file.writelines([content] if isinstance(content, bytes) else content)
+                    file.flush()
+                    os.fsync(file.fileno())
+                os.replace(partial, path.name, src_dir_fd=folder, dst_dir_fd=folder)
+            except BaseException:
+                with contextlib.suppress(FileNotFoundError):
+                    os.unlink(partial, dir_fd=folder)
+                raise
+            _sync(folder)
+    except OSError as error:
+        raise ArtifactError(
+            f"{path} cannot be written: {error.strerror or error}",
+            "give a file in a directory that exists, and check free space and permissions",
+        ) from error
+
+
+def json_bytes(value: Any) -> bytes:
+    """Readable JSON: sorted keys, two spaces, a newline at the end. The same value always gives the same bytes."""
+    return (json.dumps(value, indent=2, sort_keys=True, ensure_ascii=False, allow_nan=False) + "\n").encode()
+
+
+def write_json(path: pathlib.Path | str, value: Any) -> None:
+    """Writes `value` as readable JSON in UTF-8, durably and atomically."""
+    write_bytes(path, json_bytes(value))
 
 
 def partial_of(name: str) -> str | None:
@@ -68,11 +88,13 @@ def new_directory(target: pathlib.Path) -> Iterator[pathlib.Path]:
     if os.path.lexists(target):
         raise ArtifactError(f"{target} already exists", "give another path, or remove it first")
     partial = target.with_name(_partial_name(target.name))
+    unlocked = target.with_name(_partial_name(partial.name))
     try:
         target.parent.mkdir(parents=True, exist_ok=True)
         _remove_partial_directories(target)
-        partial.mkdir()
-        with lock_directory(partial):
+        unlocked.mkdir()
+        with lock_directory(unlocked):
+            os.rename(unlocked, partial)  # locked before it has this name: other processes delete what is not locked
             yield partial
             _sync_tree(partial)
             os.rename(partial, target)
@@ -80,7 +102,8 @@ def new_directory(target: pathlib.Path) -> Iterator[pathlib.Path]:
     except OSError as error:
         raise ArtifactError(f"{target} could not be written: {error}", "check free space and permissions") from error
     finally:
-        shutil.rmtree(partial, ignore_errors=True)
+        for path in (unlocked, partial):
+            shutil.rmtree(path, ignore_errors=True)
 
 
 def copy_file(

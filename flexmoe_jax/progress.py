@@ -3,12 +3,14 @@
 import contextlib
 import sys
 import time
+from collections.abc import Callable, Iterator
 
 PLAIN_INTERVAL_S = 10.0
+Advance = Callable[..., None]  # advance(n=1, note=None)
 
 
 @contextlib.contextmanager
-def track(what: str, total: int | None, unit: str = "", start: int = 0):
+def track(what: str, total: int | None, unit: str = "", start: int = 0) -> Iterator[Advance]:
     """Yields `advance(n=1, note="")`, to call as units are done; `total` None is unknown, `start` are done already."""
     reporter = _bar if sys.stderr.isatty() else _lines
     with reporter(what, total, unit, start) as advance:
@@ -16,7 +18,7 @@ def track(what: str, total: int | None, unit: str = "", start: int = 0):
 
 
 @contextlib.contextmanager
-def _bar(what, total, unit, start):
+def _bar(what: str, total: int | None, unit: str, start: int) -> Iterator[Advance]:
     from rich.console import Console
     from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeRemainingColumn
 
@@ -40,7 +42,7 @@ def _bar(what, total, unit, start):
 
 
 @contextlib.contextmanager
-def _lines(what, total, unit, start):
+def _lines(what: str, total: int | None, unit: str, start: int) -> Iterator[Advance]:
     done, last_note, began, shown = start, "", time.monotonic(), time.monotonic()
 
     def show():

@@ -6,6 +6,7 @@ Written by Orbax's handler itself, which adds neither time nor path: the same ar
 import logging
 import pathlib
 from collections.abc import Mapping
+from typing import Any
 
 import ml_dtypes
 import numpy as np
@@ -64,7 +65,7 @@ def map_array(package: pathlib.Path, path: str, shape: tuple[int, ...], dtype: s
     return np.memmap(package / tensor_file(path, shape), NUMPY_DTYPES[dtype], "r", shape=shape)
 
 
-def not_finite(chunk, dtype: str) -> int:
+def not_finite(chunk: bytes, dtype: str) -> int:
     """How many of the little-endian numbers in `chunk` are NaN or infinite."""
     return int((~np.isfinite(np.frombuffer(chunk, NUMPY_DTYPES[dtype]))).sum())
 
@@ -98,11 +99,11 @@ def header_problem(package: pathlib.Path, path: str, shape: tuple[int, ...], dty
     return None if header == expected else f"is {header}, must be {expected}"
 
 
-def _handler():
+def _handler() -> Any:
     return _orbax().PyTreeCheckpointHandler(use_ocdbt=False, use_compression=False)
 
 
-def _orbax():
+def _orbax() -> Any:
     import orbax.checkpoint
 
     return orbax.checkpoint

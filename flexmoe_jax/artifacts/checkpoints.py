@@ -17,6 +17,7 @@ import dataclasses
 import os
 import pathlib
 import shutil
+from collections.abc import Iterator
 from typing import Any
 
 import jax
@@ -71,7 +72,7 @@ class RunCheckpoints:
     def __enter__(self) -> "RunCheckpoints":
         return self
 
-    def __exit__(self, kind, *_) -> None:
+    def __exit__(self, kind: type[BaseException] | None, *_) -> None:
         with self._held:
             try:
                 self.wait()
@@ -82,7 +83,7 @@ class RunCheckpoints:
                 with contextlib.suppress(Exception):  # what it reports was reported by `wait`
                     self._manager.close()
 
-    def save(self, step: int, trainable, opt_state, data_state: dict, meta: dict) -> None:
+    def save(self, step: int, trainable: Any, opt_state: Any, data_state: dict, meta: dict) -> None:
         """Begins to save `step`; the arrays may be donated or changed when this returns.
 
         A failure is raised by the next call, or by `wait`; only when `wait` returns is the step saved. After a failure
@@ -113,7 +114,7 @@ class RunCheckpoints:
         saved = [step for step in self._manager.all_steps() if self._digest_file(step).exists()]
         return max(saved, default=None)
 
-    def restore(self, like_trainable, like_opt, step: int | None = None) -> Restored | None:
+    def restore(self, like_trainable: Any, like_opt: Any, step: int | None = None) -> Restored | None:
         """The newest undamaged step (or `step`), bit for bit; None if nothing was ever saved.
 
         `like_*` are trees of the same structure with the shape, dtype and sharding of each leaf: arrays or
@@ -144,7 +145,7 @@ class RunCheckpoints:
             skipped.append((candidate, problem))
         return None
 
-    def _read(self, step, like_trainable, like_opt, skipped) -> Restored:
+    def _read(self, step: int, like_trainable: Any, like_opt: Any, skipped: tuple[tuple[int, str], ...]) -> Restored:
         args = self._ocp.args
         items = args.Composite(
             trainable=args.StandardRestore(_abstract(like_trainable)),
@@ -191,7 +192,7 @@ class RunCheckpoints:
         return self._digests / f"{step}.json"
 
     @contextlib.contextmanager
-    def _named_errors(self, step: int):
+    def _named_errors(self, step: int) -> Iterator[None]:
         try:
             yield
         except Exception as error:
@@ -244,7 +245,7 @@ def _check_step(path: pathlib.Path, step: int, quick: bool = False) -> list[Chec
     return checks
 
 
-def _abstract(tree):
+def _abstract(tree: Any) -> Any:
     """Leaves as shape, dtype and sharding; those without a sharding are put on the first device."""
     here = jax.sharding.SingleDeviceSharding(jax.local_devices()[0])
 

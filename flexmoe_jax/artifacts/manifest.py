@@ -4,6 +4,7 @@ import dataclasses
 import math
 import pathlib
 from collections.abc import Mapping
+from typing import Any
 
 from flexmoe_jax import config as configs
 from flexmoe_jax.artifacts import sealed
@@ -120,7 +121,7 @@ def check_shapes(owner: str, shapes: Mapping[str, tuple[int, ...]], config: Mode
             )
 
 
-def _read_tensor(name: str, value, where) -> TensorRecord:
+def _read_tensor(name: str, value: Any, where: object) -> TensorRecord:
     where = f"{where}: tensor {name!r}"
     check_fields(_object(value, where), {"shape": list, "dtype": str, "sha256": str}, where)
     shape_ok = all(type(size) is int and size > 0 for size in value["shape"])
@@ -129,7 +130,7 @@ def _read_tensor(name: str, value, where) -> TensorRecord:
     return TensorRecord(tuple(value["shape"]), value["dtype"], value["sha256"])
 
 
-def _check_names(files: Mapping[str, FileRecord], tensors: Mapping[str, TensorRecord], where) -> None:
+def _check_names(files: Mapping[str, FileRecord], tensors: Mapping[str, TensorRecord], where: object) -> None:
     """Exactly the files that this library writes: no path leads outside, nothing hides, no two differ in case only."""
     limits = {"card.md": MAX_JSON_BYTES, METADATA_FILE: MAX_HEADER_BYTES}
     limits |= {header_file(name): MAX_HEADER_BYTES for name in tensors}
@@ -146,7 +147,7 @@ def _check_names(files: Mapping[str, FileRecord], tensors: Mapping[str, TensorRe
             )
 
 
-def _read_file(name: str, value, where) -> FileRecord:
+def _read_file(name: str, value: Any, where: object) -> FileRecord:
     where = f"{where}: file {name!r}"
     check_fields(_object(value, where), {"size": int, "sha256": str}, where)
     if value["size"] < 0 or not is_sha256(value["sha256"]):
@@ -154,7 +155,7 @@ def _read_file(name: str, value, where) -> FileRecord:
     return FileRecord(value["size"], value["sha256"])
 
 
-def _object(value, where) -> dict:
+def _object(value: Any, where: object) -> dict:
     if not isinstance(value, dict):
         raise ArtifactError(f"{where} is {value!r}, not an object", FETCH_AGAIN)
     return value

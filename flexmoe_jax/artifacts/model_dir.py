@@ -354,7 +354,7 @@ def _open(path: pathlib.Path) -> ModelDir:
     return model
 
 
-def check_belongs(manifest: Manifest, model: ModelDir, where) -> None:
+def check_belongs(manifest: Manifest, model: ModelDir, where: object) -> None:
     """Raises unless a package was made for this model's trunk, public expert, tokenizer and configuration."""
     ours = {**{name: model.manifests[name].content for name in (TRUNK, PUBLIC)}, "tokenizer": model.tokenizer_digest}
     for name in ours:
@@ -373,7 +373,7 @@ def check_belongs(manifest: Manifest, model: ModelDir, where) -> None:
         )
 
 
-def _read_experts(rows: list, where) -> dict[str, str]:
+def _read_experts(rows: list, where: object) -> dict[str, str]:
     for row in rows:
         if not isinstance(row, dict):
             raise ArtifactError(f"{where}: the expert {row!r} is not an object", NOT_ALTERED)

@@ -11,13 +11,13 @@ import os
 import pathlib
 import stat
 from collections.abc import Mapping
-from typing import Any
+from typing import Any, NoReturn
 
 import numpy as np
 
 from flexmoe_jax.config import to_mapping
 from flexmoe_jax.errors import ArtifactError
-from flexmoe_jax.files import write_bytes
+from flexmoe_jax.files import json_bytes, write_json
 
 # Sealed files of real models have some kilobytes. JSON of tiny values takes 30 times its size in memory.
 MAX_JSON_BYTES = 2 << 20
@@ -25,14 +25,14 @@ MAX_TEXT_BYTES = 64 << 20
 MAX_JSON_DEPTH = 32
 
 
-def digest(value) -> str:
+def digest(value: Any) -> str:
     """sha256 (hex) of the canonical JSON form of `value`: sorted keys, no spaces."""
     if dataclasses.is_dataclass(value) and not isinstance(value, type):
         value = to_mapping(value)
     return hashlib.sha256(canonical_json(value)).hexdigest()
 
 
-def canonical_json(value) -> bytes:
+def canonical_json(value: Any) -> bytes:
     """The one byte form of a JSON value that digests and signatures are taken over."""
     return json.dumps(value, sort_keys=True, separators=(",", ":"), ensure_ascii=False, allow_nan=False).encode()
 
@@ -56,22 +56,12 @@ def sha256_array(array: np.ndarray) -> str:
     return hashlib.sha256(little.view(np.uint8).data).hexdigest()
 
 
-def is_sha256(value) -> bool:
+def is_sha256(value: Any) -> bool:
     """Whether `value` is a sha256 in lower-case hexadecimal."""
     return isinstance(value, str) and len(value) == 64 and set(value) <= set("0123456789abcdef")
 
 
-def json_bytes(value) -> bytes:
-    """Readable JSON: sorted keys, two spaces, a newline at the end. The same value always gives the same bytes."""
-    return (json.dumps(value, indent=2, sort_keys=True, ensure_ascii=False, allow_nan=False) + "\n").encode()
-
-
-def write_json(path: pathlib.Path, value) -> None:
-    """Writes `value` as readable JSON, atomically."""
-    write_bytes(path, json_bytes(value))
-
-
-def parse_json(raw: bytes, where, limit: int = MAX_JSON_BYTES) -> dict[str, Any]:
+def parse_json(raw: bytes, where: object, limit: int = MAX_JSON_BYTES) -> dict[str, Any]:
     """A JSON object from `raw`; doubled keys, NaN, anything but an object, too long and too deep are ArtifactErrors."""
     if len(raw) > limit:
         raise ArtifactError(f"{where} has over {limit} bytes", "this is not a file this library wrote")
@@ -110,7 +100,7 @@ def seal(value: dict) -> dict:
     return {**value, "digest": digest(value)}
 
 
-def check_seal(value: dict, where) -> dict:
+def check_seal(value: dict, where: object) -> dict:
     """`value` if its `digest` field is right."""
     found, expected = value.get("digest"), digest({key: v for key, v in value.items() if key != "digest"})
     if found != expected:
@@ -136,7 +126,7 @@ def read_sealed(path: pathlib.Path) -> dict[str, Any]:
     return value
 
 
-def check_fields(value: dict, fields: dict[str, type], where) -> None:
+def check_fields(value: dict, fields: dict[str, type], where: object) -> None:
     """Raises unless the object has exactly these keys, with values of exactly these types."""
     for name in sorted({*value, *fields}):
         if name not in value or name not in fields:
@@ -149,7 +139,7 @@ def check_fields(value: dict, fields: dict[str, type], where) -> None:
             )
 
 
-def check_format(value: dict, known: str, where) -> None:
+def check_format(value: dict, known: str, where: object) -> None:
     """Raises unless the object states the format this code reads."""
     if value.get("format") != known:
         raise ArtifactError(
@@ -158,7 +148,7 @@ def check_format(value: dict, known: str, where) -> None:
         )
 
 
-def _no_doubled_keys(pairs):
+def _no_doubled_keys(pairs: list[tuple[str, Any]]) -> dict[str, Any]:
     value = dict(pairs)
     if len(value) != len(pairs):
         names = [name for name, _ in pairs]
@@ -166,5 +156,5 @@ def _no_doubled_keys(pairs):
     return value
 
 
-def _no_constant(name):
+def _no_constant(name: str) -> NoReturn:
     raise ValueError(f"the number {name} is not JSON")

@@ -14,6 +14,7 @@ import dataclasses
 import os
 import pathlib
 import stat
+from typing import Any
 
 from flexmoe_jax.artifacts.manifest import check_owner, read_manifest
 from flexmoe_jax.artifacts.sealed import (
@@ -174,7 +175,7 @@ def read_trusted(path: pathlib.Path | str, required: bool = False) -> Trust:
     return Trust(keys, required)
 
 
-def _read_key(path: pathlib.Path):
+def _read_key(path: pathlib.Path) -> Any:
     from cryptography.hazmat.primitives.asymmetric.ed25519 import Ed25519PrivateKey
     from cryptography.hazmat.primitives.serialization import load_pem_private_key
 

@@ -86,14 +86,7 @@ def certified(
         raise ArtifactError(f"{path} already exists", "give another path for the certificate")
     if path.resolve().is_relative_to(made.resolve()):
         raise ArtifactError(f"{path} lies in the model it is about", "give a path outside")
-    certificate = certify(model, name, top_k)
-    try:
-        write_json(_pending(path), certificate)
-    except OSError as error:
-        raise ArtifactError(
-            f"{path} cannot be written: {error.strerror}", "give a file in a folder that exists"
-        ) from error
-
+    write_json(_pending(path), certify(model, name, top_k))
     yield
     publish_pending(path, name, open_model(made), must=True)
 

@@ -1,16 +1,13 @@
 """Batches: shuffled training windows that are a pure function of (seed, step), and evaluation windows by document.
 
-Legend: B batch, T tokens. Every batch is a dictionary of NumPy arrays:
-
-    tokens_BT   int32    what the model reads
-    targets_BT  int32    what it predicts: the next token
-    segments_BT int32    number of the document within the row; attention stays within a segment
-    weights_BT  float32  1 where the prediction counts, else 0
+Legend: B batch, T tokens. Every batch is a dictionary of NumPy arrays with the fields of `Batch`.
 """
 
+import dataclasses
 from collections.abc import Iterable, Iterator
 
 import grain
+import jax
 import numpy as np
 
 from flexmoe_jax.data.store import TokenStore, batches_of
@@ -19,18 +16,48 @@ from flexmoe_jax.errors import DataError
 
 READ_THREADS = 2
 READ_AHEAD_BATCHES = 8
-SCORING_DOCUMENTS = 256  # tokenised at a time
+SCORING_DOCUMENTS = 256  # tokenized at a time
+
+Array = np.ndarray | jax.Array | jax.ShapeDtypeStruct
+
+
+@jax.tree_util.register_dataclass
+@dataclasses.dataclass(frozen=True, eq=False)
+class Batch:
+    """A batch as the training and scoring steps read it; `Batch(**batch)` of a batch of `make_batches`."""
+
+    tokens: Array
+    """int32 [B, T]: the input of the model."""
+
+    targets: Array
+    """int32 [B, T]: the next token at every position."""
+
+    segments: Array
+    """int32 [B, T]: the number of the document within the row; attention stays within a segment."""
+
+    weights: Array
+    """float32 [B, T]: 1 where the prediction counts, else 0."""
+
+    own: Array | None = None
+    """float32 [B, T]: 1 in rows of the owner's documents, 0 in rows of public ones; None without `mix_batches`."""
+
+    @classmethod
+    def shapes(cls, batch_size: int, seq_len: int, own: bool = False) -> "Batch":
+        """A batch of `jax.ShapeDtypeStruct`, to lower or plan a step without data."""
+        ids, floats = (jax.ShapeDtypeStruct((batch_size, seq_len), dtype) for dtype in (np.int32, np.float32))
+        return cls(ids, ids, ids, floats, floats if own else None)
 
 
 def make_batches(
     store: TokenStore, *, seq_len: int, batch_size: int, seed: int, repeat: bool = True
 ) -> grain.MapDataset:
-    """Training batches: `dataset[n]` depends on the store, `seed` and n alone.
+    """Training batches: `dataset[n]` depends only on the store, `seed` and n.
 
-    Each epoch is a permutation of all windows of the store, another one per epoch and seed. With `repeat` the
-    epochs follow one another without end, a batch may straddle two, and no window is ever left out; without, the last
-    incomplete batch is dropped. Documents are packed: a row may hold the end of one and the beginning of the next.
-    Several processes take turns by slicing: `dataset[process_index::process_count]`.
+    Each epoch is a permutation of all windows of the store, a different one for every epoch and seed. With `repeat` the
+    epochs follow each other without end, a batch may straddle two of them, and no window is left out; without it the
+    last incomplete batch is dropped. Documents are packed: a row may hold the end of one and the start of the next.
+    Several processes take turns by slicing: `dataset[process_index::process_count]`. Raises DataError when the store
+    does not fill one window, or without `repeat` one batch.
     """
     windows = store.num_windows(seq_len)
     if not repeat and windows < batch_size:
@@ -38,7 +65,7 @@ def make_batches(
             f"{windows} windows of {seq_len} tokens do not fill one batch of {batch_size}",
             "give more documents, a smaller batch or a shorter sequence length",
         )
-    # `seed` before `shuffle`: grain derives the shuffle's own seed from it, so that neighbouring seeds share no epoch.
+    # `seed` before `shuffle`: grain derives the shuffle's own seed from it, so that neighboring seeds share no epoch.
     dataset = grain.MapDataset.source(_Windows(store, seq_len)).seed(seed).shuffle()
     if repeat:
         dataset = dataset.repeat()
@@ -47,9 +74,9 @@ def make_batches(
 
 
 def mix_batches(own: grain.MapDataset, public: grain.MapDataset) -> grain.MapDataset:
-    """Batch n is the rows of `own[n]`, then those of `public[n]`, with `own` float32 [B, T] telling them apart (1, 0).
+    """Batch n holds the rows of `own[n]`, then those of `public[n]`; its field `own` is 1 in the former, else 0.
 
-    Still a pure function of seed and n.
+    Batch n remains a pure function of seed and n.
     """
     return grain.MapDataset.source(_Pairs(own, public))
 
@@ -57,7 +84,8 @@ def mix_batches(own: grain.MapDataset, public: grain.MapDataset) -> grain.MapDat
 def make_iterator(dataset: grain.MapDataset, start_step: int = 0) -> grain.DatasetIterator:
     """Iterates over `dataset` from batch `start_step`, reading ahead in threads.
 
-    `get_state()` / `set_state()` are exact: the state is the number of the next batch, whatever was read ahead.
+    `get_state()` and `set_state()` are exact: the state is the number of the next batch, regardless of what was read
+    ahead.
     """
     options = grain.ReadOptions(num_threads=READ_THREADS, prefetch_buffer_size=READ_AHEAD_BATCHES)
     iterator = iter(dataset.to_iter_dataset(options))
@@ -68,36 +96,38 @@ def make_iterator(dataset: grain.MapDataset, start_step: int = 0) -> grain.Datas
 class _Pairs:
     """The batches of two datasets, joined, as a grain source."""
 
-    def __init__(self, own, public):
+    def __init__(self, own: grain.MapDataset, public: grain.MapDataset) -> None:
         self.own, self.public = own, public
 
-    def __len__(self):
+    def __len__(self) -> int:
         return min(len(self.own), len(self.public))
 
-    def __getitem__(self, n):
+    def __getitem__(self, n: int) -> dict[str, np.ndarray]:
         pair = self.own[n], self.public[n]
         own = [np.full_like(batch["weights"], value) for batch, value in zip(pair, (1, 0), strict=True)]
-        return {name: np.concatenate([batch[name] for batch in pair]) for name in pair[0]} | {
-            "own": np.concatenate(own)
-        }
+        joined = {name: np.concatenate([batch[name] for batch in pair]) for name in pair[0]}
+        return joined | {"own": np.concatenate(own)}
 
 
 class _Windows:
     """The store's windows as a grain source."""
 
-    def __init__(self, store, seq_len):
+    def __init__(self, store: TokenStore, seq_len: int) -> None:
         self.store, self.seq_len, self.count = store, seq_len, store.num_windows(seq_len)
 
-    def __len__(self):
+    def __len__(self) -> int:
         return self.count
 
-    def __getitem__(self, i):
+    def __getitem__(self, i: int) -> np.ndarray:
         return self.store.window(int(i), self.seq_len)
 
 
-def _training_batch(windows_BT, eos_id):
-    """`windows_BT` is one token longer than the batch. The end-of-document token is predicted by the document it ends;
-    read, it opens the next one, as in `scoring_batches` and in generation. So every target counts."""
+def _training_batch(windows_BT: np.ndarray, eos_id: int) -> dict[str, np.ndarray]:
+    """`windows_BT` has one token more per row than the batch.
+
+    The end-of-document token is a target of the document that it ends; as an input it starts the next document, as in
+    `scoring_batches` and in generation. Every target therefore counts.
+    """
     tokens_BT, targets_BT = windows_BT[:, :-1], windows_BT[:, 1:]
     return {
         "tokens": tokens_BT,
@@ -109,16 +139,18 @@ def _training_batch(windows_BT, eos_id):
 
 def scoring_batches(
     texts: Iterable[str], tokenizer: Tokenizer, seq_len: int, stride: int, batch_size: int
-) -> Iterator[dict]:
-    """Evaluation batches `[batch_size, seq_len]` in which every token of every document counts exactly once.
+) -> Iterator[dict[str, np.ndarray]]:
+    """Evaluation batches [batch_size, seq_len] in which every token of every document counts exactly once.
 
-    A document is read after one end-of-document token, so its first token and its own end are scored too. A document
+    Every document follows one end-of-document token, so its first token and its own end are scored too. A document
     longer than `seq_len` takes several rows, `stride` tokens apart: each token is then predicted from at least
-    `seq_len - stride` tokens before it (or all there are). Besides the training arrays a batch holds
+    `seq_len - stride` preceding tokens (or from all there are). Besides the arrays of `Batch`, a batch holds
 
-        doc         int32 [B]  which of `texts` the row belongs to; -1 for the rows that fill the last batch
-        text_bytes  int64 [B]  the document's UTF-8 bytes in its first row, 0 in the others, so that bits per byte are
-                               sum(weights * nll) / ln 2 / sum(text_bytes), over everything or by document
+        doc         int32 [B]  index of the row's document in `texts`; -1 in the rows that fill the last batch
+        text_bytes  int64 [B]  UTF-8 bytes of the document in its first row, 0 in its other rows, so that bits per byte
+                               are sum(weights * nll) / ln 2 / sum(text_bytes), over all documents or by document
+
+    Raises DataError for a stride outside 1..seq_len.
     """
     if not 1 <= stride <= seq_len:
         raise DataError(
@@ -135,7 +167,8 @@ def scoring_batches(
         }
 
 
-def _scoring_rows(texts, tokenizer, seq_len, stride):
+def _scoring_rows(texts: Iterable[str], tokenizer: Tokenizer, seq_len: int, stride: int) -> Iterator[tuple]:
+    """(tokens, targets, segments, weights, doc, text_bytes) of every row."""
     doc = 0
     for some in batches_of(texts, SCORING_DOCUMENTS):
         for text, ids in zip(some, tokenizer.encode_batch(some), strict=True):
@@ -143,15 +176,17 @@ def _scoring_rows(texts, tokenizer, seq_len, stride):
             count, scored, text_bytes = len(tokens) - 1, 0, len(text.encode())
             while scored < count:
                 # The last window is moved back to end with the document: more context at no cost.
-                begin = max(min(scored + stride, count) - seq_len, 0)
-                end = min(begin + seq_len, count)
-                row = _padded(tokens[begin:end], tokens[begin + 1 : end + 1], scored - begin, seq_len, tokenizer.pad_id)
+                start = max(min(scored + stride, count) - seq_len, 0)
+                end = min(start + seq_len, count)
+                row = _padded(tokens[start:end], tokens[start + 1 : end + 1], scored - start, seq_len, tokenizer.pad_id)
                 yield (*row, doc, text_bytes)
                 scored, text_bytes = end, 0
             doc += 1
 
 
-def _padded(tokens, targets, context, seq_len, pad_id):
+def _padded(
+    tokens: np.ndarray | list[int], targets: np.ndarray | list[int], context: int, seq_len: int, pad_id: int
+) -> tuple[np.ndarray, np.ndarray, np.ndarray, np.ndarray]:
     """One row: `tokens`, then padding in a segment of its own; the first `context` positions do not count."""
     used = len(tokens)
     padding = np.full(seq_len - used, pad_id, np.int32)

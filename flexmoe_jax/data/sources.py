@@ -1,7 +1,7 @@
 """Documents from files: JSON lines (plain, gzip, zstandard), Parquet, and folders of text files.
 
-Everything streams: no file is ever held whole. A line is a JSON object with a `text`; what else a `Document` has may be
-missing and is then filled in. Documents of nothing but white space are passed over.
+Everything streams: no file is held in memory as a whole, except single text files. A line is a JSON object with a
+`text`; the other fields of a `Document` are optional and get defaults. Documents of white space only are skipped.
 """
 
 import dataclasses
@@ -9,25 +9,27 @@ import gzip
 import hashlib
 import json
 import os
+import pathlib
 import zlib
-from collections.abc import Collection, Iterator
-from pathlib import Path
+from collections.abc import Collection, Iterable, Iterator, Mapping
+from typing import Any
 
 from flexmoe_jax.errors import DataError, did_you_mean
+from flexmoe_jax.files import write_bytes
 
 SPLITS = ("train", "heldout")
 ENDINGS = (".jsonl", ".jsonl.gz", ".jsonl.zst", ".parquet", ".txt")
 CHUNK_BYTES = 1 << 18
-MAX_LINE_BYTES = 256 << 20  # a longer "line" is a JSON array that somebody named .jsonl
+MAX_LINE_BYTES = 256 << 20  # a longer "line" is a JSON array in a file misnamed .jsonl
 PARQUET_ROWS = 64
 BYTE_ORDER_MARK = "\ufeff"
 
 
 @dataclasses.dataclass(frozen=True)
 class Document:
-    """A text and where it is from. Documents of one `group` (play, paper, file, day, thread) share a split.
+    """A text and its origin. Documents of one `group` (play, paper, file, day, thread) share a split.
 
-    `domain` is the closed domain a document was taken from, so that public look-alikes can be told apart.
+    `domain` is the closed domain that a document was taken from; it identifies the look-alikes in the public split.
     """
 
     text: str
@@ -44,65 +46,70 @@ def document_id(text: str) -> str:
     return hashlib.sha256(text.encode()).hexdigest()[:16]
 
 
-def read_documents(path: str | Path, split: str = "train", text_field: str = "text") -> Iterator[Document]:
+def read_documents(path: str | pathlib.Path, split: str = "train", text_field: str = "text") -> Iterator[Document]:
     """The documents of one split in `path`: a file, or a folder, read recursively in sorted order without hidden files.
 
-    A folder that holds files named `<split>.*`, as our domain folders do, is read from these alone. Otherwise all files
-    not named after the other split are read, and the field "split" decides: "heldout" documents are the held-out ones,
-    all others are for training. A missing id is the hash of the text, a missing group the id, a missing split "train".
-    Raises DataError at once for a path or split that does not exist, and while reading, with file and line, for a
-    broken line or for no document at all.
+    If a folder holds files named `<split>.*`, as the folders of a mix do, only these are read. Otherwise all files not
+    named after the other split are read, and the field "split" decides: "heldout" documents are held out, all others
+    are for training. A missing id is the hash of the text, a missing group the id, a missing split "train".
+    Raises DataError immediately for a path or split that does not exist, and while reading for a broken line (with file
+    and line) and for no document at all.
     """
     if split not in SPLITS:
         raise DataError(f"no split {split!r}", did_you_mean(split, SPLITS))
-    files, named = _choose_files(Path(path), split)
-    return _documents(Path(path), files, split, named, text_field)
+    files, named = _choose_files(pathlib.Path(path), split)
+    return _documents(pathlib.Path(path), files, split, named, text_field)
 
 
-def content_digest(path: str | Path, split: str = "train", text_field: str = "text") -> str:
-    """sha256 (hex) over the split's documents in reading order, all fields: the same however the files are packed."""
+def content_digest(path: str | pathlib.Path, split: str = "train", text_field: str = "text") -> str:
+    """sha256 (hex) over all fields of the split's documents in reading order; independent of how files are packed."""
     digest = hashlib.sha256()
     for document in read_documents(path, split, text_field):
         digest.update(json.dumps(dataclasses.astuple(document)).encode() + b"\n")
     return digest.hexdigest()
 
 
-def blend(folders: Collection[Path], out: Path) -> None:
-    """The file `out` of training documents: every folder's first ones, as many bytes of each as the smallest has.
+def blend(folders: Collection[pathlib.Path], out: pathlib.Path) -> None:
+    """Writes the file `out` with the first training documents of every folder, as many bytes of each as the smallest.
 
-    Nothing is done if the file is there.
+    Does nothing if `out` exists.
     """
     if out.exists():
         return
     smallest = min(sum(len(document.text.encode()) for document in read_documents(folder)) for folder in folders)
     out.parent.mkdir(parents=True, exist_ok=True)
-    partial = out.with_name(f".{out.name}.{os.getpid()}")
-    with partial.open("w", encoding="utf-8") as file:
-        for folder in folders:
-            left = smallest
-            for document in read_documents(folder):
-                left -= len(document.text.encode())
-                if left < 0:
-                    break
-                file.write(json.dumps(dataclasses.asdict(document), ensure_ascii=False) + "\n")
-    os.replace(partial, out)
+    write_bytes(out, (json_line(document) for folder in folders for document in _first_documents(folder, smallest)))
 
 
-def _choose_files(path, split):
-    """The files to read, and whether their name, not the field in them, says which split they are."""
+def json_line(document: Document) -> bytes:
+    """A document as one line of a `.jsonl` file, in UTF-8."""
+    return (json.dumps(dataclasses.asdict(document), ensure_ascii=False) + "\n").encode()
+
+
+def _first_documents(folder: pathlib.Path, max_bytes: int) -> Iterator[Document]:
+    left = max_bytes
+    for document in read_documents(folder):
+        left -= len(document.text.encode())
+        if left < 0:
+            return
+        yield document
+
+
+def _choose_files(path: pathlib.Path, split: str) -> tuple[list[pathlib.Path], bool]:
+    """The files to read, and whether their names, not the field in them, decide the split."""
     if path.is_file():
         if not path.name.endswith(ENDINGS):
-            raise DataError(f"{path} has an ending that is not understood", f"give one of {', '.join(ENDINGS)}")
+            raise DataError(f"{path} has an unknown ending", f"give one of {', '.join(ENDINGS)}")
         return [path], False
     if not path.is_dir():
         raise DataError(f"{path} does not exist", "give a file of documents or a folder of such files")
     files = []
     for folder, folders, names in os.walk(path):
-        folders[:] = [name for name in folders if not name.startswith(".")]  # os.walk enters what is left here
-        files += [Path(folder, name) for name in names if name.endswith(ENDINGS) and not name.startswith(".")]
+        folders[:] = [name for name in folders if not name.startswith(".")]  # os.walk enters only these
+        files += [pathlib.Path(folder, name) for name in names if name.endswith(ENDINGS) and not name.startswith(".")]
     files.sort(key=lambda file: file.relative_to(path).as_posix())
     if not files:
-        raise DataError(f"{path} holds no file of documents", f"the endings understood are {', '.join(ENDINGS)}")
+        raise DataError(f"{path} holds no file of documents", f"known endings are {', '.join(ENDINGS)}")
     named = [file for file in files if _stem(file) == split]
     chosen = named or [file for file in files if _stem(file) not in SPLITS]
     if not chosen:
@@ -113,15 +120,17 @@ def _choose_files(path, split):
     return chosen, bool(named)
 
 
-def _stem(file):
+def _stem(file: pathlib.Path) -> str:
     return file.name.partition(".")[0]
 
 
-def _other(split):
+def _other(split: str) -> str:
     return SPLITS[split == "train"]
 
 
-def _documents(path, files, split, named, text_field):
+def _documents(
+    path: pathlib.Path, files: list[pathlib.Path], split: str, named: bool, text_field: str
+) -> Iterator[Document]:
     seen = given = 0
     for file in files:
         for where, record in _records(file, text_field):
@@ -142,7 +151,7 @@ def _documents(path, files, split, named, text_field):
         )
 
 
-def _document(record, text):
+def _document(record: Mapping[str, Any], text: str) -> Document:
     field = {name: str(value) for name, value in record.items() if value is not None}
     identity = field.get("id") or document_id(text)
     return Document(
@@ -156,7 +165,7 @@ def _document(record, text):
     )
 
 
-def _text(record, text_field, where):
+def _text(record: Mapping[str, Any], text_field: str, where: str) -> str:
     text = record.get(text_field)
     if not isinstance(text, str):
         found = f"has no {text_field!r}" if text is None else f"has {text_field!r} of type {type(text).__name__}"
@@ -173,8 +182,8 @@ def _text(record, text_field, where):
     return text
 
 
-def _records(file, text_field):
-    """(place for messages, JSON object) of every document in `file`; what the file system refuses is a DataError."""
+def _records(file: pathlib.Path, text_field: str) -> Iterator[tuple[str, dict[str, Any]]]:
+    """(place for messages, JSON object) of every document in `file`; errors of the file system are DataErrors."""
     try:
         if file.name.endswith(".parquet"):
             yield from _parquet_records(file, text_field)
@@ -186,7 +195,7 @@ def _records(file, text_field):
         raise DataError(f"{file} cannot be read: {error}", "repair the file or its permissions") from error
 
 
-def _json_records(file):
+def _json_records(file: pathlib.Path) -> Iterator[tuple[str, dict[str, Any]]]:
     offset = 0
     for number, line in enumerate(_lines(_chunks(file), file), start=1):
         where = f"{file}, line {number}"
@@ -203,8 +212,8 @@ def _json_records(file):
         yield where, record
 
 
-def _decode(content, where, offset, file):
-    """The text of `content`, which begins at byte `offset` of the file, without the file's byte order mark."""
+def _decode(content: bytes, where: str, offset: int, file: pathlib.Path) -> str:
+    """The text of `content`, which starts at byte `offset` of the file, without the file's byte order mark."""
     try:
         return content.decode().removeprefix("" if offset else BYTE_ORDER_MARK)
     except UnicodeDecodeError as error:
@@ -214,7 +223,7 @@ def _decode(content, where, offset, file):
         ) from error
 
 
-def _lines(chunks, file):
+def _lines(chunks: Iterable[bytes], file: pathlib.Path) -> Iterator[bytes]:
     rest: list[bytes] = []
     size = 0
     for chunk in chunks:
@@ -231,8 +240,8 @@ def _lines(chunks, file):
         yield b"".join(rest)
 
 
-def _chunks(file):
-    """The file's bytes, decompressed, piece by piece; DataError when the compressed data is cut short or altered."""
+def _chunks(file: pathlib.Path) -> Iterator[bytes]:
+    """The file's bytes, decompressed, as a stream; DataError when the compressed data is truncated or altered."""
     if file.name.endswith(".zst"):
         yield from _zst_chunks(file)
     elif file.name.endswith(".gz"):
@@ -248,8 +257,8 @@ def _chunks(file):
                 yield chunk
 
 
-def _zst_chunks(file):
-    # Not `stream_reader`: it takes the end of a truncated file for the end of the data.
+def _zst_chunks(file: pathlib.Path) -> Iterator[bytes]:
+    # Not `stream_reader`: it accepts a truncated file as complete.
     import zstandard
 
     frame = None
@@ -267,11 +276,11 @@ def _zst_chunks(file):
         raise _damaged(file, "it ends in the middle of a frame")
 
 
-def _damaged(file, reason):
+def _damaged(file: pathlib.Path, reason: object) -> DataError:
     return DataError(f"{file} is truncated or damaged: {reason}", "copy or compress the file again")
 
 
-def _parquet_records(file, text_field):
+def _parquet_records(file: pathlib.Path, text_field: str) -> Iterator[tuple[str, dict[str, Any]]]:
     import pyarrow
     import pyarrow.parquet
 
@@ -287,4 +296,4 @@ def _parquet_records(file, text_field):
                     number += 1
                     yield f"{file}, row {number}", record
     except pyarrow.ArrowException as error:
-        raise DataError(f"{file} is not a whole Parquet file: {error}", "copy or write the file again") from error
+        raise DataError(f"{file} is not a complete Parquet file: {error}", "copy or write the file again") from error

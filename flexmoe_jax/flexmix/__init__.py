@@ -1,1 +1,1 @@
-"""The mini-FlexMix: eight domains of real text rebuilt out of pinned packages."""
+"""The mini-FlexMix: eight domains of real text, built from pinned packages."""

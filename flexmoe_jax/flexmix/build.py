@@ -1,30 +1,28 @@
 """The mini-FlexMix: a public split and seven closed domains of real text, built from pinned wheels.
 
-    OUT/mix.json                        recipe, pins, shares, hashes of the files, what is in them
-    OUT/<domain>/{train,heldout}.jsonl  one document a line, ordered by hash: any prefix is a random sample
+    OUT/mix.json                        recipe, pins, shares, sha256 of the files, what they contain
+    OUT/<domain>/{train,heldout}.jsonl  one document per line, ordered by hash: any prefix is a random sample
 
 A group of documents goes to exactly one of three places: its domain's training part, its domain's held-out part, or
-the public training part, which takes a share of every chosen closed domain (field "domain" says which) and never gives
-it to the owner. The same arguments give the same bytes. News texts belong to their publishers and posts to their
-posters: build a mix that holds them where you need it, never commit or publish it.
+the public training part. The public part takes a share of every chosen closed domain, which the owner then does not
+have; the field "domain" records the origin. The same arguments give the same bytes. News texts belong to their
+publishers and posts to their authors: build a mix that holds them where you need it, never commit or publish it.
 """
 
 import collections
 import contextlib
-import dataclasses
 import hashlib
 import json
-import os
+import pathlib
 import shutil
-import tempfile
 import zipfile
-from collections.abc import Iterable
-from pathlib import Path
+from collections.abc import Callable, Iterable, Mapping
+from typing import Any
 
-from flexmoe_jax.data.sources import Document
+from flexmoe_jax.data.sources import Document, json_line
 from flexmoe_jax.data.wheels import fetch
-from flexmoe_jax.errors import DataError, did_you_mean
-from flexmoe_jax.files import default_cache
+from flexmoe_jax.errors import ArtifactError, DataError, did_you_mean
+from flexmoe_jax.files import default_cache, new_directory, remove_directory, sha256_file
 from flexmoe_jax.flexmix.recipes import RECIPE_VERSION, RECIPES
 from flexmoe_jax.flexmix.splits import Part, make_part
 from flexmoe_jax.progress import track
@@ -33,49 +31,53 @@ DOMAINS = tuple(RECIPES)
 
 
 def build(
-    out: str | Path,
+    out: str | pathlib.Path,
     *,
     domains: Iterable[str] = DOMAINS,
     public_share: float = 0.08,
     heldout_share: float = 0.05,
-    cache: str | Path | None = None,
-) -> dict:
-    """Builds the mix in the new folder `out` and returns what its `mix.json` says.
+    cache: str | pathlib.Path | None = None,
+) -> dict[str, Any]:
+    """Builds the mix in the new folder `out` and returns the content of its `mix.json`.
 
     `public_share` and `heldout_share` are shares of a domain's bytes, met to within one group; math is held out by
-    MATH-500 instead. With fewer `domains` ("public" is always one of them) only their wheels are fetched, only they
-    give to the public split, and duplicates are looked for among them alone. Wheels and the built mix are kept in
-    `cache` ($FLEXMOE_CACHE, else ~/.cache/flexmoe). An `out` that already holds this very mix is left as it is. Raises
-    DataError for unknown domains, impossible shares, an `out` with other content, and a failed download; `out` is then
-    untouched.
+    MATH-500 instead. With fewer `domains` ("public" must be among them) only their wheels are fetched, only they
+    contribute to the public split, and duplicates are searched only among them. Wheels and the built mix are kept in
+    `cache` ($FLEXMOE_CACHE, else ~/.cache/flexmoe). An `out` that already holds this mix is left unchanged. A mix
+    appears at `out` as a whole or not at all, and several processes may build the same mix at once.
+
+    Raises DataError for unknown domains, impossible shares, an `out` with other content and a failed download, and
+    ArtifactError where a folder cannot be written.
     """
     chosen = _chosen(domains)
     _check_shares(public_share, heldout_share)
-    out, cache = Path(out), Path(cache) if cache else default_cache()
+    out, cache = pathlib.Path(out), pathlib.Path(cache) if cache else default_cache()
     recipe = _recipe(chosen, public_share, heldout_share)
+    key = recipe["key"]
     if out.is_file() or (out.is_dir() and any(out.iterdir())):
-        return _existing(out, recipe["key"])
-    built = cache / "mixes" / recipe["key"]
-    if not _intact(built, recipe["key"]):
-        shutil.rmtree(built, ignore_errors=True)
+        return _existing(out, key)
+    built = cache / "mixes" / key
+    if built.exists() and not _intact(built, key):
+        remove_directory(built)
+    if not built.exists():
         wheels = fetch({wheel for domain in chosen for wheel in RECIPES[domain].wheels}, cache / "wheels")
-        with _new_folder(built) as folder:
-            _write_mix(folder, wheels, recipe)
-    with _new_folder(out) as folder:
-        shutil.copytree(built, folder, dirs_exist_ok=True)
-    return _existing(out, recipe["key"])
+        _new_mix(built, key, lambda folder: _write_mix(folder, wheels, recipe))
+    with contextlib.suppress(OSError):
+        out.rmdir()  # an empty folder may be given
+    _new_mix(out, key, lambda folder: shutil.copytree(built, folder, dirs_exist_ok=True))
+    return _existing(out, key)
 
 
-def read_mix(folder: str | Path) -> dict:
+def read_mix(folder: str | pathlib.Path) -> dict[str, Any]:
     """The content of a mix's `mix.json`; DataError when there is none."""
-    path = Path(folder) / "mix.json"
+    path = pathlib.Path(folder) / "mix.json"
     try:
         return json.loads(path.read_bytes())
     except (OSError, ValueError) as error:
-        raise DataError(f"{folder} is no mix: {error}", "make one with `flexmoe data build`") from error
+        raise DataError(f"{folder} is not a mix: {error}", "make one with `flexmoe data build`") from error
 
 
-def _chosen(domains):
+def _chosen(domains: Iterable[str]) -> list[str]:
     domains = set(domains)
     for name in sorted(domains - set(DOMAINS)):
         raise DataError(f"no domain {name!r}", did_you_mean(name, DOMAINS))
@@ -84,7 +86,7 @@ def _chosen(domains):
     return [name for name in DOMAINS if name in domains]
 
 
-def _check_shares(public_share, heldout_share):
+def _check_shares(public_share: float, heldout_share: float) -> None:
     if not (0 <= public_share <= 0.5 and 0 < heldout_share <= 0.5):
         raise DataError(
             f"public share {public_share} and held-out share {heldout_share}",
@@ -92,8 +94,8 @@ def _check_shares(public_share, heldout_share):
         )
 
 
-def _recipe(chosen, public_share, heldout_share):
-    """What decides every byte of the mix, and the key made of it."""
+def _recipe(chosen: list[str], public_share: float, heldout_share: float) -> dict[str, Any]:
+    """Everything that determines the bytes of the mix, and the key made of it."""
     wheels = sorted({wheel for name in chosen for wheel in RECIPES[name].wheels})
     recipe = {
         "recipe": RECIPE_VERSION,
@@ -106,7 +108,7 @@ def _recipe(chosen, public_share, heldout_share):
     return {"key": hashlib.sha256(json.dumps(recipe).encode()).hexdigest()[:16], **recipe}
 
 
-def _existing(out, key):
+def _existing(out: pathlib.Path, key: str) -> dict[str, Any]:
     found = read_mix(out).get("key") if (out / "mix.json").is_file() else "no mix"
     if found != key:
         raise DataError(
@@ -117,37 +119,26 @@ def _existing(out, key):
     return read_mix(out)
 
 
-def _intact(folder, key):
-    """Whether `folder` is the mix of that key and every file has the recorded hash."""
+def _intact(folder: pathlib.Path, key: str) -> bool:
+    """Whether `folder` is the mix with this key and every file has the recorded sha256."""
     with contextlib.suppress(DataError, OSError, KeyError):
         mix = read_mix(folder)
-        return mix["key"] == key and all(_sha256(folder / name) == sha256 for name, sha256 in mix["files"].items())
+        files = mix["files"].items()
+        return mix["key"] == key and all(sha256_file((folder / name).resolve()) == sha256 for name, sha256 in files)
     return False
 
 
-def _sha256(path):
-    with path.open("rb") as file:
-        return hashlib.file_digest(file, "sha256").hexdigest()
-
-
-@contextlib.contextmanager
-def _new_folder(path):
-    """A temporary folder beside `path`, which takes its name when the block succeeds and vanishes when it does not."""
-    path.parent.mkdir(parents=True, exist_ok=True)
-    partial = Path(tempfile.mkdtemp(prefix=f".{path.name}-", dir=path.parent))
+def _new_mix(path: pathlib.Path, key: str, fill: Callable[[pathlib.Path], Any]) -> None:
+    """Makes the folder `path` with `fill`; another process that makes the same mix may finish first."""
     try:
-        partial.chmod(0o755)  # mkdtemp's are private
-        yield partial
-        try:
-            os.replace(partial, path)
-        except OSError:
-            if not path.is_dir():  # else another process made the same folder first
-                raise
-    finally:
-        shutil.rmtree(partial, ignore_errors=True)
+        with new_directory(path) as folder:
+            fill(folder)
+    except ArtifactError:
+        if not _intact(path, key):
+            raise
 
 
-def _write_mix(folder, wheels, recipe):
+def _write_mix(folder: pathlib.Path, wheels: Mapping[str, pathlib.Path], recipe: Mapping[str, Any]) -> None:
     parts: dict[str, Part] = {}
     seen: set[str] = set()
     with contextlib.ExitStack() as stack, track("building", len(recipe["domains"]), "domains") as advance:
@@ -164,21 +155,21 @@ def _write_mix(folder, wheels, recipe):
         for split, documents in splits.items():
             path = folder / name / f"{split}.jsonl"
             _write_documents(path, documents)
-            files[f"{name}/{split}.jsonl"] = _sha256(path)
+            files[f"{name}/{split}.jsonl"] = sha256_file(path)
         summary[name] = _summary(splits, part.given)
         if name == "public":
             composition = _by("domain", splits["train"])
     mix = {**recipe, "files": files, "summary": summary, "public_composition": composition}
-    (folder / "mix.json").write_text(json.dumps(mix, indent=1, ensure_ascii=False) + "\n", encoding="utf-8")
+    # Not `write_json`: the same arguments must give the same bytes in every version.
+    (folder / "mix.json").write_bytes((json.dumps(mix, indent=1, ensure_ascii=False) + "\n").encode())
 
 
-def _write_documents(path, documents: list[Document]):
-    with path.open("w", encoding="utf-8", newline="\n") as file:
-        for document in sorted(documents, key=lambda document: document.id):
-            file.write(json.dumps(dataclasses.asdict(document), ensure_ascii=False) + "\n")
+def _write_documents(path: pathlib.Path, documents: Iterable[Document]) -> None:
+    with path.open("wb") as file:
+        file.writelines(json_line(document) for document in sorted(documents, key=lambda document: document.id))
 
 
-def _summary(splits, given):
+def _summary(splits: Mapping[str, list[Document]], given: list[Document]) -> dict[str, Any]:
     everything = [document for documents in splits.values() for document in documents]
     return {
         **{split: _size(documents) for split, documents in splits.items()},
@@ -188,7 +179,7 @@ def _summary(splits, given):
     }
 
 
-def _by(field, documents):
+def _by(field: str, documents: Iterable[Document]) -> dict[str, dict[str, int]]:
     """Documents and bytes by the value of `field`, in alphabetical order."""
     parts = collections.defaultdict(list)
     for document in documents:
@@ -196,5 +187,5 @@ def _by(field, documents):
     return {value: _size(parts[value]) for value in sorted(parts)}
 
 
-def _size(documents):
+def _size(documents: list[Document]) -> dict[str, int]:
     return {"documents": len(documents), "bytes": sum(len(document.text.encode()) for document in documents)}

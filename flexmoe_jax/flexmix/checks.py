@@ -1,10 +1,11 @@
-"""Whether a mix is fit for experiments: sizes, splits that do not leak, and domains that really differ."""
+"""Acceptance checks of a mix: sizes, splits without leaks, and domains that differ measurably."""
 
+import pathlib
 from collections import Counter, defaultdict
-from collections.abc import Callable
-from pathlib import Path
+from collections.abc import Callable, Iterator
 
 import numpy as np
+import numpy.typing as npt
 
 from flexmoe_jax.data.sources import SPLITS, read_documents
 from flexmoe_jax.errors import Check
@@ -14,30 +15,30 @@ from flexmoe_jax.flexmix.recipes import fingerprint
 MIN_DOMAIN_BYTES = 3_000_000
 MIN_ACCURACY = 0.85
 MIN_BITS_MARGIN = 0.0
-BIGRAM_TRAIN_BYTES = 1_000_000  # per domain; files are ordered by hash, so their beginning is a random sample
+BIGRAM_TRAIN_BYTES = 1_000_000  # per domain; files are ordered by hash, so their start is a random sample
 BIGRAM_HELDOUT_BYTES = 200_000
 CENTROID_DOCUMENTS = 120
 CLASSIFIED_DOCUMENTS = 80
 
 
 def check(
-    mix_dir: str | Path,
+    mix_dir: str | pathlib.Path,
     tokenize: Callable[[str], list[int]],
     encode: Callable[[list[str]], np.ndarray] | None = None,
 ) -> list[Check]:
     """All acceptance checks of the mix in `mix_dir`.
 
-    `tokenize` gives a text's token ids, for the bigram models. `encode` gives document embeddings `[n, W]` of n texts,
-    of any norm; without it the nearest-centroid check is left out. In both of these the public class is its own
-    documents, without the look-alikes that it was given. Raises DataError for a folder that is no mix.
+    `tokenize` returns the token ids of a text, for the bigram models. `encode` returns embeddings [n, W] of n texts, of
+    any norm; without it the nearest-centroid check is skipped. In both checks the public class consists of its own
+    documents, without the look-alikes taken from closed domains. Raises DataError for a folder that is not a mix.
     """
-    mix_dir = Path(mix_dir)
+    mix_dir = pathlib.Path(mix_dir)
     domains = read_mix(mix_dir)["domains"]
     checks = [*_sizes(mix_dir, domains), *_leaks(mix_dir, domains), _bigrams(mix_dir, domains, tokenize)]
     return [*checks, _centroids(mix_dir, domains, encode)] if encode else checks
 
 
-def _sizes(mix_dir, domains):
+def _sizes(mix_dir: pathlib.Path, domains: list[str]) -> Iterator[Check]:
     for name in domains:
         documents = (d for split in SPLITS for d in read_documents(mix_dir / name, split))
         size = sum(len(document.text.encode()) for document in documents)
@@ -45,8 +46,8 @@ def _sizes(mix_dir, domains):
         yield Check(f"size of {name}", size >= MIN_DOMAIN_BYTES, detail)
 
 
-def _leaks(mix_dir, domains):
-    """Groups in more than one place (an owner's training, a held-out part, the public training), and equal texts."""
+def _leaks(mix_dir: pathlib.Path, domains: list[str]) -> Iterator[Check]:
+    """Groups in more than one place (an owner's training part, a held-out part, the public one), and equal texts."""
     places: defaultdict[str, set] = defaultdict(set)
     copies: Counter[str] = Counter()
     for name in domains:
@@ -60,8 +61,8 @@ def _leaks(mix_dir, domains):
     yield Check("no exact duplicates", double == 0, f"{double} of {len(copies)} texts more than once (required: 0)")
 
 
-def _bigrams(mix_dir, domains, tokenize):
-    """Every domain's held-out text under every domain's bigram model, bits per byte; its own must be the lowest."""
+def _bigrams(mix_dir: pathlib.Path, domains: list[str], tokenize: Callable[[str], list[int]]) -> Check:
+    """Bits per byte of every domain's held-out text under every domain's bigram model: its own must be the lowest."""
     heldout = {name: _tokens(mix_dir / name, "heldout", BIGRAM_HELDOUT_BYTES, tokenize, name) for name in domains}
     train = {name: _tokens(mix_dir / name, "train", BIGRAM_TRAIN_BYTES, tokenize, name) for name in domains}
     vocabulary = 1 + max(int(tokens.max()) for tokens, _ in [*heldout.values(), *train.values()])
@@ -79,9 +80,12 @@ def _bigrams(mix_dir, domains, tokenize):
     )
 
 
-def _tokens(folder, split, max_bytes, tokenize, domain):
-    """Token ids of the first documents of the domain's own, about `max_bytes` of them, and their size in bytes."""
-    ids, size = [], 0
+def _tokens(
+    folder: pathlib.Path, split: str, max_bytes: int, tokenize: Callable[[str], list[int]], domain: str
+) -> tuple[np.ndarray, int]:
+    """Token ids of the first of the domain's own documents, about `max_bytes` of text, and the bytes of that text."""
+    ids: list[int] = []
+    size = 0
     for document in read_documents(folder, split):
         if size >= max_bytes:
             break
@@ -97,7 +101,7 @@ class Bigram:
     p(b) likewise mixes token frequency with the uniform distribution over the vocabulary.
     """
 
-    def __init__(self, tokens: np.ndarray, vocabulary: int):
+    def __init__(self, tokens: np.ndarray, vocabulary: int) -> None:
         count = np.bincount(tokens, minlength=vocabulary)
         kinds = np.count_nonzero(count)
         self.vocabulary = vocabulary
@@ -107,7 +111,7 @@ class Bigram:
         self.followers = np.bincount(self.pairs // vocabulary, minlength=vocabulary)
 
     def bits(self, tokens: np.ndarray) -> float:
-        """Bits for all of `tokens`, the first one by its frequency alone."""
+        """Bits for all of `tokens`; the first is predicted only by its frequency."""
         before, after = tokens[:-1], tokens[1:]
         codes = before * self.vocabulary + after
         at = np.minimum(np.searchsorted(self.pairs, codes), len(self.pairs) - 1)
@@ -119,8 +123,8 @@ class Bigram:
         return float(-np.log2(chance).sum() - np.log2(self.unigram[tokens[0]]))
 
 
-def _centroids(mix_dir, domains, encode):
-    """How often the nearest mean of training documents, by cosine, is the one of a held-out document's own domain."""
+def _centroids(mix_dir: pathlib.Path, domains: list[str], encode: Callable[[list[str]], np.ndarray]) -> Check:
+    """How often a held-out document is nearest, by cosine, to the mean of its own domain's training documents."""
     centroids = [_unit(encode(_texts(mix_dir / name, "train", CENTROID_DOCUMENTS, name))).mean(0) for name in domains]
     centroids_CW = _unit(np.stack(centroids))
     right = [
@@ -136,11 +140,11 @@ def _centroids(mix_dir, domains, encode):
     )
 
 
-def _texts(folder, split, count, domain):
+def _texts(folder: pathlib.Path, split: str, count: int, domain: str) -> list[str]:
     own = (document.text for document in read_documents(folder, split) if document.domain == domain)
     return [text for text, _ in zip(own, range(count), strict=False)]
 
 
-def _unit(vectors):
+def _unit(vectors: npt.ArrayLike) -> np.ndarray:
     vectors = np.asarray(vectors, np.float64)
     return vectors / np.linalg.norm(vectors, axis=-1, keepdims=True)

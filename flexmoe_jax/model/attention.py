@@ -6,17 +6,20 @@ import jax.numpy as jnp
 from flexmoe_jax.config import ModelConfig
 from flexmoe_jax.model.norm import rms_norm
 from flexmoe_jax.model.rope import apply_rope
+from flexmoe_jax.tree import Params
 
 BLOCKS = 8  # at most 1/16 of the products is above the diagonal
 MIN_BLOCK = 128  # shorter blocks save less time than they take to compile
 
 
-def cache_mask(positions_BT, length: int):
+def cache_mask(positions_BT: jax.Array, length: int) -> jax.Array:
     """Positions [B, T] -> bool [B, T, S=length]: a query sees the cache slots up to its own position."""
     return jnp.arange(length) <= positions_BT[:, :, None]
 
 
-def project_qkv(config: ModelConfig, block, x_BTD, rope):
+def project_qkv(
+    config: ModelConfig, block: Params, x_BTD: jax.Array, rope: tuple[jax.Array, jax.Array]
+) -> tuple[jax.Array, jax.Array, jax.Array]:
     """x [B, T, D] -> q [B, T, H, K], k and v [B, T, G, K]; norm on the whole projection, then RoPE (OLMo-2)."""
     q_BTHK = jnp.einsum("BTD,DHK->BTHK", x_BTD, block["w_q"].astype(x_BTD.dtype))
     k_BTGK = jnp.einsum("BTD,DGK->BTGK", x_BTD, block["w_k"].astype(x_BTD.dtype))
@@ -27,7 +30,7 @@ def project_qkv(config: ModelConfig, block, x_BTD, rope):
     return apply_rope(q_BTHK, *rope), apply_rope(k_BTGK, *rope), v_BTGK
 
 
-def attend_documents(q_BTHK, k_BTGK, v_BTGK, segments_BT):
+def attend_documents(q_BTHK: jax.Array, k_BTGK: jax.Array, v_BTGK: jax.Array, segments_BT: jax.Array) -> jax.Array:
     """Attention of every token to itself and the earlier tokens of its own document -> [B, T, H, K].
 
     Taken in blocks, so that the masked triangle is not computed, with a derivative of its own that recomputes the
@@ -41,7 +44,7 @@ def attend_documents(q_BTHK, k_BTGK, v_BTGK, segments_BT):
     return y_BGRTK.transpose(0, 3, 1, 2, 4).reshape(B, T, H, K)
 
 
-def attend(q_BTHK, k_BGSK, v_BGSK, mask_BTS):
+def attend(q_BTHK: jax.Array, k_BGSK: jax.Array, v_BGSK: jax.Array, mask_BTS: jax.Array) -> jax.Array:
     """Attention to keys and values of a cache, where `mask_BTS` is true (somewhere in every row) -> [B, T, H, K]."""
     B, T, H, K = q_BTHK.shape
     G = k_BGSK.shape[1]
@@ -52,12 +55,14 @@ def attend(q_BTHK, k_BGSK, v_BGSK, mask_BTS):
     return jnp.einsum("BGRTS,BGSK->BTGRK", weights_BGRTS, v_BGSK).reshape(B, T, H, K)
 
 
-def _spans(T: int):
+def _spans(T: int) -> list[tuple[int, int]]:
     block = max(-(-T // BLOCKS), MIN_BLOCK)
     return [(begin, min(begin + block, T)) for begin in range(0, T, block)]
 
 
-def _scores(q_BGRtK, k_BGsK, segments_Bt, segments_Bs, offset: int):
+def _scores(
+    q_BGRtK: jax.Array, k_BGsK: jax.Array, segments_Bt: jax.Array, segments_Bs: jax.Array, offset: int
+) -> jax.Array:
     """float32 scores of queries that begin `offset` tokens after the keys do, -inf where masked."""
     scores_BGRts = jnp.einsum("BGRtK,BGsK->BGRts", q_BGRtK, k_BGsK, preferred_element_type=jnp.float32)
     t, s = scores_BGRts.shape[-2:]
@@ -67,11 +72,13 @@ def _scores(q_BGRtK, k_BGsK, segments_Bt, segments_Bs, offset: int):
 
 
 @jax.custom_vjp
-def _blocks(q_BGRTK, k_BGTK, v_BGTK, segments_BT):
+def _blocks(q_BGRTK: jax.Array, k_BGTK: jax.Array, v_BGTK: jax.Array, segments_BT: jax.Array) -> jax.Array:
     return _blocks_fwd(q_BGRTK, k_BGTK, v_BGTK, segments_BT)[0]
 
 
-def _blocks_fwd(q_BGRTK, k_BGTK, v_BGTK, segments_BT):
+def _blocks_fwd(
+    q_BGRTK: jax.Array, k_BGTK: jax.Array, v_BGTK: jax.Array, segments_BT: jax.Array
+) -> tuple[jax.Array, tuple]:
     """A block of queries with all keys up to its end; the residuals are the inputs, the output and log-sum-exp."""
     outputs, log_sums = [], []
     for begin, end in _spans(q_BGRTK.shape[3]):
@@ -87,7 +94,7 @@ def _blocks_fwd(q_BGRTK, k_BGTK, v_BGTK, segments_BT):
     return y_BGRTK, (q_BGRTK, k_BGTK, v_BGTK, segments_BT, y_BGRTK, log_sum_BGRT1)
 
 
-def _blocks_bwd(residuals, dy_BGRTK):
+def _blocks_bwd(residuals: tuple, dy_BGRTK: jax.Array) -> tuple:
     """A block of keys with all queries from its beginning."""
     q_BGRTK, k_BGTK, v_BGTK, segments_BT, y_BGRTK, log_sum_BGRT1 = residuals
     product_BGRT1 = (dy_BGRTK.astype(jnp.float32) * y_BGRTK).sum(-1, keepdims=True)
@@ -109,12 +116,12 @@ def _blocks_bwd(residuals, dy_BGRTK):
 _blocks.defvjp(_blocks_fwd, _blocks_bwd)
 
 
-def project_out(block, y_BTHK):
+def project_out(block: Params, y_BTHK: jax.Array) -> jax.Array:
     """Heads [B, T, H, K] -> [B, T, D]."""
     return jnp.einsum("BTHK,HKD->BTD", y_BTHK, block["w_o"].astype(y_BTHK.dtype))
 
 
-def _norm_heads(x_BTHK, weight, eps):
+def _norm_heads(x_BTHK: jax.Array, weight: jax.Array, eps: float) -> jax.Array:
     """RMSNorm over all heads together: OLMo-2 normalises the projection before it is split into heads."""
     B, T, H, K = x_BTHK.shape
     return rms_norm(x_BTHK.reshape(B, T, H * K), weight, eps).reshape(B, T, H, K)

@@ -4,15 +4,16 @@ import jax
 import jax.numpy as jnp
 
 from flexmoe_jax.config import ModelConfig
+from flexmoe_jax.tree import Params
 
 
-def init_cache(config: ModelConfig, batch: int, length: int, dtype=jnp.float32):
+def init_cache(config: ModelConfig, batch: int, length: int, dtype: str | jnp.dtype = jnp.float32) -> Params:
     """Zeros for `length` positions."""
     shape = (config.num_layers, batch, config.num_kv_heads, length, config.head_dim)
     return {"k": jnp.zeros(shape, dtype), "v": jnp.zeros(shape, dtype)}
 
 
-def layer_of(k_BTGK, v_BTGK, length: int):
+def layer_of(k_BTGK: jax.Array, v_BTGK: jax.Array, length: int) -> Params:
     """One layer's {"k", "v"} [B, G, S=length, K] that begins with these positions 0 to T-1."""
 
     def put(new_BTGK):
@@ -21,7 +22,7 @@ def layer_of(k_BTGK, v_BTGK, length: int):
     return {"k": put(k_BTGK), "v": put(v_BTGK)}
 
 
-def write(cache, layer, k_BTGK, v_BTGK, positions_BT):
+def write(cache: Params, layer: jax.Array, k_BTGK: jax.Array, v_BTGK: jax.Array, positions_BT: jax.Array) -> Params:
     """The cache with the keys and values of one layer put at `positions_BT`; a position past the end is dropped."""
     row = jnp.arange(k_BTGK.shape[0])[:, None]
 

@@ -20,7 +20,7 @@ FFN_WEIGHTS = ("w_gate", "w_up", "w_down")
 
 
 @jax.custom_vjp
-def ffn(x_ND, w_gate, w_up, w_down):
+def ffn(x_ND: jax.Array, w_gate: jax.Array, w_up: jax.Array, w_down: jax.Array) -> jax.Array:
     """W_down(silu(W_gate x) * (W_up x)) for x [N, D]; weights are cast to x's dtype.
 
     The derivative is written by hand: it keeps the two projections, where automatic differentiation keeps four arrays
@@ -29,14 +29,14 @@ def ffn(x_ND, w_gate, w_up, w_down):
     return _ffn_fwd(x_ND, w_gate, w_up, w_down)[0]
 
 
-def _ffn_fwd(x_ND, w_gate, w_up, w_down):
+def _ffn_fwd(x_ND: jax.Array, w_gate: jax.Array, w_up: jax.Array, w_down: jax.Array) -> tuple[jax.Array, tuple]:
     gate_NF = x_ND @ w_gate.astype(x_ND.dtype)
     up_NF = x_ND @ w_up.astype(x_ND.dtype)
     y_ND = (jax.nn.silu(gate_NF) * up_NF) @ w_down.astype(x_ND.dtype)
     return y_ND, (x_ND, w_gate, w_up, w_down, gate_NF, up_NF)
 
 
-def _ffn_bwd(residuals, dy_ND):
+def _ffn_bwd(residuals: tuple, dy_ND: jax.Array) -> tuple:
     x_ND, w_gate, w_up, w_down, gate_NF, up_NF = residuals
     hidden_NF, dgate_NF, dup_NF = _gated_bwd(gate_NF, up_NF, dy_ND @ w_down.astype(dy_ND.dtype).T)
     dx_ND = dgate_NF @ w_gate.astype(dy_ND.dtype).T + dup_NF @ w_up.astype(dy_ND.dtype).T
@@ -45,14 +45,14 @@ def _ffn_bwd(residuals, dy_ND):
     return dx_ND, *(d.astype(w.dtype) for d, w in zip(dweights, (w_gate, w_up, w_down), strict=True))
 
 
-def _gated_bwd(gate, up, dhidden):
+def _gated_bwd(gate: jax.Array, up: jax.Array, dhidden: jax.Array) -> tuple[jax.Array, jax.Array, jax.Array]:
     """(hidden, dgate, dup) of hidden = silu(gate) * up."""
     sigmoid = jax.nn.sigmoid(gate)
     silu = gate * sigmoid
     return silu * up, dhidden * up * (sigmoid + silu * (1 - sigmoid)), dhidden * silu
 
 
-def _transposed(x_NF):
+def _transposed(x_NF: jax.Array) -> jax.Array:
     """x^T, as an array of its own: a product that contracts the leading axes is slower on a CPU than this copy."""
     return jax.lax.optimization_barrier(x_NF.T)
 
@@ -65,7 +65,7 @@ def is_stacked(experts: Params) -> bool:
     return not isinstance(next(iter(experts.values())), Mapping)
 
 
-def dense(x_ND, routing: Routing, experts, layer=None):
+def dense(x_ND: jax.Array, routing: Routing, experts: Params, layer: jax.Array | None = None) -> jax.Array:
     """Every expert runs on every token. An expert of weight zero cannot reach the output, whatever its values."""
     if layer is not None:
         experts = {**experts, **{name: experts[name][layer] for name in FFN_WEIGHTS}}
@@ -84,7 +84,7 @@ def dense(x_ND, routing: Routing, experts, layer=None):
     return total_ND
 
 
-def sparse(x_ND, routing: Routing, experts, layer=None):
+def sparse(x_ND: jax.Array, routing: Routing, experts: Params, layer: jax.Array | None = None) -> jax.Array:
     """Only the chosen experts run, none drops a token. Needs the stacked form: no forward pass re-stacks.
 
     Slots (a token's choice of an expert) are sorted by expert and go through a grouped feed-forward network. With
@@ -97,7 +97,13 @@ def sparse(x_ND, routing: Routing, experts, layer=None):
     return run_slots(x_ND, routing.index_Nk, weights_Nk, tuple(experts[name] for name in FFN_WEIGHTS), layer)
 
 
-def run_slots(x_ND, index_Nk, weights_Nk, weights, layer=None):
+def run_slots(
+    x_ND: jax.Array,
+    index_Nk: jax.Array,
+    weights_Nk: jax.Array,
+    weights: tuple[jax.Array, ...],
+    layer: jax.Array | None = None,
+) -> jax.Array:
     """sum over a token's k slots of weight * FFN_index(x), [N, D]; `weights` are those of E experts, stacked.
 
     Slots whose index is E belong to nobody here: their weight must be zero, and they cost no product.
@@ -112,7 +118,7 @@ def run_slots(x_ND, index_Nk, weights_Nk, weights, layer=None):
     return (weights_Nk1 * jnp.where(weights_Nk1 > 0, y_NkD, 0)).sum(1)
 
 
-def _sort(index_Nk, E: int):
+def _sort(index_Nk: jax.Array, E: int) -> tuple[jax.Array, jax.Array, jax.Array]:
     """(slot at each place of the order by expert [S], place of each slot [S], slots of each expert [E]); S = N*k."""
     expert_S = index_Nk.reshape(-1)
     order_S = jnp.argsort(expert_S, stable=True)
@@ -121,12 +127,12 @@ def _sort(index_Nk, E: int):
 
 
 @jax.custom_vjp
-def _spread(x_ND, order_S, inverse_S):
+def _spread(x_ND: jax.Array, order_S: jax.Array, inverse_S: jax.Array) -> jax.Array:
     """The tokens [S, D] of slots in order. Its derivative is a gather too: slots of a token are summed."""
     return x_ND[order_S // (order_S.size // x_ND.shape[0])]
 
 
-def _spread_bwd(residuals, dy_SD):
+def _spread_bwd(residuals: tuple, dy_SD: jax.Array) -> tuple:
     inverse_S, N = residuals
     return dy_SD[inverse_S].reshape(N, -1, dy_SD.shape[-1]).sum(1), None, None
 
@@ -137,7 +143,7 @@ _spread.defvjp(
 
 
 @jax.custom_vjp
-def _collect(y_SD, order_S, inverse_S):
+def _collect(y_SD: jax.Array, order_S: jax.Array, inverse_S: jax.Array) -> jax.Array:
     """The inverse permutation: slots in the order of tokens."""
     return y_SD[inverse_S]
 
@@ -147,14 +153,18 @@ _collect.defvjp(
 )
 
 
-def _ragged(x_SD, counts_E, weights, layer=None):
+def _ragged(
+    x_SD: jax.Array, counts_E: jax.Array, weights: tuple[jax.Array, ...], layer: jax.Array | None = None
+) -> jax.Array:
     """Grouped feed-forward network by `jax.lax.ragged_dot`."""
     gate, up, down = (w.astype(x_SD.dtype) if layer is None else w[layer].astype(x_SD.dtype) for w in weights)
     hidden_SF = jax.nn.silu(jax.lax.ragged_dot(x_SD, gate, counts_E)) * jax.lax.ragged_dot(x_SD, up, counts_E)
     return jax.lax.ragged_dot(hidden_SF, down, counts_E)
 
 
-def _tiled(x_SD, counts_E, weights, layer=None):
+def _tiled(
+    x_SD: jax.Array, counts_E: jax.Array, weights: tuple[jax.Array, ...], layer: jax.Array | None = None
+) -> jax.Array:
     """Grouped feed-forward network as a loop over experts in use and, for each, over tiles of its rows.
 
     A tile that runs past its expert's last row computes rows of the next expert, which that expert then overwrites: no
@@ -174,20 +184,22 @@ def _tile_rows(slots: int, E: int) -> int:
     return min(rows, slots)
 
 
-def _experts_in_use(counts_E):
+def _experts_in_use(counts_E: jax.Array) -> tuple[jax.Array, jax.Array, jax.Array]:
     """(experts that have rows, in order, then the others [E]; how many have rows; first row of each expert [E])."""
     return jnp.argsort(counts_E == 0, stable=True), (counts_E > 0).sum(), jnp.cumsum(counts_E) - counts_E
 
 
-def _rows(array, begin, count: int):
+def _rows(array: jax.Array, begin: jax.Array, count: int) -> jax.Array:
     return jax.lax.dynamic_slice_in_dim(array, begin, count)
 
 
-def _put(array, rows, begin):
+def _put(array: jax.Array, rows: jax.Array, begin: jax.Array) -> jax.Array:
     return jax.lax.dynamic_update_slice_in_dim(array, rows.astype(array.dtype), begin, 0)
 
 
-def _tiled_forward(x_SD, counts_E, weights, layer, keep: bool):
+def _tiled_forward(
+    x_SD: jax.Array, counts_E: jax.Array, weights: tuple[jax.Array, ...], layer: jax.Array | None, keep: bool
+) -> tuple[jax.Array, list[jax.Array]]:
     """(y [S, D], gate and up projections [S + M, F] if `keep`)."""
     S, D = x_SD.shape
     F = weights[0].shape[-1]
@@ -214,16 +226,16 @@ def _tiled_forward(x_SD, counts_E, weights, layer, keep: bool):
 
 
 @jax.custom_vjp
-def _tiled_vjp(x_SD, counts_E, weights):
+def _tiled_vjp(x_SD: jax.Array, counts_E: jax.Array, weights: tuple[jax.Array, ...]) -> jax.Array:
     return _tiled_forward(x_SD, counts_E, weights, None, keep=False)[0]
 
 
-def _tiled_vjp_fwd(x_SD, counts_E, weights):
+def _tiled_vjp_fwd(x_SD: jax.Array, counts_E: jax.Array, weights: tuple[jax.Array, ...]) -> tuple[jax.Array, tuple]:
     y_SD, kept = _tiled_forward(x_SD, counts_E, weights, None, keep=True)
     return y_SD, (x_SD, counts_E, weights, kept)
 
 
-def _tiled_vjp_bwd(residuals, dy_SD):
+def _tiled_vjp_bwd(residuals: tuple, dy_SD: jax.Array) -> tuple:
     x_SD, counts_E, weights, (gate_SF, up_SF) = residuals
     S, _ = x_SD.shape
     M = _tile_rows(S, counts_E.size)

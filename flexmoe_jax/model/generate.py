@@ -35,7 +35,7 @@ class Sampling:
 GREEDY = Sampling()
 
 
-def sample(key, logits_BV, sampling: Sampling):
+def sample(key: jax.Array, logits_BV: jax.Array, sampling: Sampling) -> jax.Array:
     """float32 logits [B, V] -> int32 token ids [B]."""
     if sampling.temperature == 0:
         return jnp.argmax(logits_BV, axis=-1).astype(jnp.int32)
@@ -88,7 +88,16 @@ def stream(
     return _stream(run, sampling, params, prompts, lengths, max_new_tokens, frozenset(stop_ids), seed)
 
 
-def _stream(run, sampling, params, prompts, lengths, max_new_tokens, stop_ids, seed) -> Iterator[dict[int, int]]:
+def _stream(
+    run: Decoder,
+    sampling: Sampling,
+    params: Params,
+    prompts: list[list[int]],
+    lengths: np.ndarray,
+    max_new_tokens: int,
+    stop_ids: Collection[int],
+    seed: int,
+) -> Iterator[dict[int, int]]:
     # Right-padding is harmless: its cache slots lie after every position in use, until they are overwritten.
     tokens_BT = np.zeros((len(prompts), _round_up(lengths.max())), np.int32)
     for row, prompt in enumerate(prompts):
@@ -111,7 +120,15 @@ def _stream(run, sampling, params, prompts, lengths, max_new_tokens, stop_ids, s
 
 
 @functools.partial(jax.jit, static_argnums=(0, 1, 2))
-def first_token(run: Decoder, sampling: Sampling, length: int, params: Params, key, tokens_BT, lengths_B):
+def first_token(
+    run: Decoder,
+    sampling: Sampling,
+    length: int,
+    params: Params,
+    key: jax.Array,
+    tokens_BT: jax.Array,
+    lengths_B: jax.Array,
+) -> tuple[jax.Array, Params]:
     """(first new token of each row [B], cache): the head sees the last token of each prompt only."""
     x_BTD, cache = prefill(run, params, tokens_BT, length)
     x_BD = jnp.take_along_axis(x_BTD, (lengths_B - 1)[:, None, None], axis=1)[:, 0]
@@ -119,11 +136,19 @@ def first_token(run: Decoder, sampling: Sampling, length: int, params: Params, k
 
 
 @functools.partial(jax.jit, static_argnums=(0, 1), donate_argnums=(6,))
-def next_token(run: Decoder, sampling: Sampling, params: Params, key, token_B, position_B, cache):
+def next_token(
+    run: Decoder,
+    sampling: Sampling,
+    params: Params,
+    key: jax.Array,
+    token_B: jax.Array,
+    position_B: jax.Array,
+    cache: Params,
+) -> tuple[jax.Array, Params]:
     """(next token of each row [B], cache) after one token of each row at its position."""
     x_B1D, cache = decode(run, params, token_B[:, None], position_B[:, None], cache)
     return sample(key, logits(run, params, x_B1D[:, 0]), sampling), cache
 
 
-def _round_up(n) -> int:
+def _round_up(n: int) -> int:
     return -(-int(n) // _LENGTH_STEP) * _LENGTH_STEP

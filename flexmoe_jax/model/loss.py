@@ -5,6 +5,7 @@ at a time; where a derivative is wanted it is taken while they are at hand, and 
 """
 
 import functools
+from typing import Any
 
 import jax
 import jax.numpy as jnp
@@ -15,7 +16,9 @@ CHUNK_LOGITS = 1 << 21  # logits in one chunk on a CPU: 8 MB in float32 stay in 
 ACCELERATOR_CHUNKS = 8  # elsewhere: a few large products, an eighth of the memory
 
 
-def next_token_loss(x_BTD, head_DV, targets_BT, weights_BT, z_loss: float = 0.0):
+def next_token_loss(
+    x_BTD: jax.Array, head_DV: jax.Array, targets_BT: jax.Array, weights_BT: jax.Array, z_loss: float = 0.0
+) -> tuple[jax.Array, jax.Array, jax.Array]:
     """Returns (total, nll [B, T], log_z [B, T]), all float32.
 
     total = sum(weights * (nll + z_loss * log_z^2)), nll = log_z - logits[target], log_z = logsumexp(logits),
@@ -26,19 +29,19 @@ def next_token_loss(x_BTD, head_DV, targets_BT, weights_BT, z_loss: float = 0.0)
 
 
 @functools.partial(jax.custom_vjp, nondiff_argnums=(4,))
-def _loss(x_BTD, head_DV, targets_BT, weights_BT, z_loss):
+def _loss(x_BTD: jax.Array, head_DV: jax.Array, targets_BT: jax.Array, weights_BT: jax.Array, z_loss: float) -> tuple:
     losses, _, _ = _scan(x_BTD, head_DV, targets_BT, weights_BT, z_loss, want_x=False, want_head=False)
     return losses
 
 
-def _loss_fwd(x_BTD, head_DV, targets_BT, weights_BT, z_loss):
+def _loss_fwd(x_BTD: Any, head_DV: Any, targets_BT: Any, weights_BT: Any, z_loss: float) -> tuple:
     losses, dx_BTD, dhead_DV = _scan(
         x_BTD.value, head_DV.value, targets_BT.value, weights_BT.value, z_loss, x_BTD.perturbed, head_DV.perturbed
     )
     return losses, (dx_BTD, dhead_DV)
 
 
-def _loss_bwd(z_loss, residuals, cotangents):
+def _loss_bwd(z_loss: float, residuals: tuple, cotangents: tuple) -> tuple:
     scaled = [None if d is None else (d * cotangents[0]).astype(d.dtype) for d in residuals]
     return (*scaled, None, None)
 
@@ -46,7 +49,15 @@ def _loss_bwd(z_loss, residuals, cotangents):
 _loss.defvjp(_loss_fwd, _loss_bwd, symbolic_zeros=True)
 
 
-def _scan(x_BTD, head_DV, targets_BT, weights_BT, z_loss, want_x: bool, want_head: bool):
+def _scan(
+    x_BTD: jax.Array,
+    head_DV: jax.Array,
+    targets_BT: jax.Array,
+    weights_BT: jax.Array,
+    z_loss: float,
+    want_x: bool,
+    want_head: bool,
+) -> tuple:
     """((total, nll, log_z), dtotal/dx or None, dtotal/dhead or None), a chunk of tokens of every row at a time."""
     B, T, D = x_BTD.shape
     V = head_DV.shape[1]

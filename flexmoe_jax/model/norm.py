@@ -4,7 +4,7 @@ import jax
 import jax.numpy as jnp
 
 
-def rms_norm(x, weight, eps: float):
+def rms_norm(x: jax.Array, weight: jax.Array, eps: float) -> jax.Array:
     """x [..., D] in any float dtype, weight [D] -> [..., D] in x's dtype; computed in float32.
 
     The weight is multiplied before the cast back (transformers `Olmo2RMSNorm`).

@@ -4,7 +4,7 @@ import jax
 import jax.numpy as jnp
 
 
-def rope_table(positions_BT, head_dim: int, theta: float):
+def rope_table(positions_BT: jax.Array, head_dim: int, theta: float) -> tuple[jax.Array, jax.Array]:
     """Integer positions [B, T] -> (cos, sin), each float32 [B, T, 1, K]."""
     frequencies = theta ** (-jnp.arange(0, head_dim, 2, dtype=jnp.float32) / head_dim)
     angles = positions_BT.astype(jnp.float32)[:, :, None, None] * frequencies
@@ -13,7 +13,7 @@ def rope_table(positions_BT, head_dim: int, theta: float):
 
 
 @jax.custom_vjp
-def apply_rope(x_BTHK, cos, sin):
+def apply_rope(x_BTHK: jax.Array, cos: jax.Array, sin: jax.Array) -> jax.Array:
     """Rotates the heads of x [B, T, H, K] by the table of their positions; computed in float32, in x's dtype.
 
     The table is a constant: it has no derivative.

@@ -16,7 +16,7 @@ class Routing:
 
 
 @jax.custom_vjp
-def negative_part(bias):
+def negative_part(bias: jax.Array) -> jax.Array:
     """min(bias, 0), with a derivative that cannot die.
 
     The plain derivative is 0 above zero: a bias that once got there would stay for ever. Here the cotangent passes
@@ -26,24 +26,24 @@ def negative_part(bias):
     return jnp.minimum(bias, 0.0)
 
 
-def _negative_part_fwd(bias):
+def _negative_part_fwd(bias: jax.Array) -> tuple[jax.Array, jax.Array]:
     return negative_part(bias), bias
 
 
-def _negative_part_bwd(bias, cotangent):
+def _negative_part_bwd(bias: jax.Array, cotangent: jax.Array) -> tuple[jax.Array]:
     return (jnp.where((bias < 0) | (cotangent > 0), cotangent, 0.0),)
 
 
 negative_part.defvjp(_negative_part_fwd, _negative_part_bwd)
 
 
-def router_logits(x_ND, router_ED, bias_E):
+def router_logits(x_ND: jax.Array, router_ED: jax.Array, bias_E: jax.Array) -> jax.Array:
     """s_i(x) = r_i . x + min(b_i, 0): x [N, D], router [E, D], bias [E] -> float32 [N, E]."""
     products = jnp.einsum("ND,ED->NE", x_ND, router_ED.astype(x_ND.dtype), preferred_element_type=jnp.float32)
     return products + negative_part(bias_E.astype(jnp.float32))
 
 
-def route(logits_NE, k: int) -> Routing:
+def route(logits_NE: jax.Array, k: int) -> Routing:
     """Top-k of the softmax over all experts; equal probabilities are won by the expert that is first in the order."""
     E = logits_NE.shape[-1]
     probs_NE = jax.nn.softmax(logits_NE, axis=-1)
@@ -54,6 +54,6 @@ def route(logits_NE, k: int) -> Routing:
     return Routing(jnp.where(chosen_NE, probs_NE, 0.0), index_Nk)
 
 
-def route_uniform(logits_NE) -> Routing:
+def route_uniform(logits_NE: jax.Array) -> Routing:
     """Router ignored: every expert with weight 1/E (the control that routing has to beat)."""
     return route(jnp.zeros_like(logits_NE), logits_NE.shape[-1])

@@ -9,6 +9,7 @@ Inside `jax.set_mesh(mesh)` the model finds the mesh by itself (`current_mesh`);
 """
 
 import math
+from collections.abc import Sequence
 
 import jax
 from jax.sharding import AbstractMesh, AxisType, Mesh, NamedSharding
@@ -45,7 +46,7 @@ def check_mesh(text: str, count: int) -> dict[str, int]:
     return sizes
 
 
-def make_mesh(text: str, devices=None) -> Mesh:
+def make_mesh(text: str, devices: Sequence[jax.Device] | None = None) -> Mesh:
     """The mesh of these axis sizes over all devices of all processes (or `devices`); ConfigError if they do not fit.
 
     Neighbours on the last axes are neighbours on the hardware: `tensor` communicates most, `data` least.

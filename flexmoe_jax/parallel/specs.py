@@ -11,6 +11,7 @@ from typing import Any
 import jax
 import jax.numpy as jnp
 import numpy as np
+import numpy.typing as npt
 from jax.sharding import Mesh, NamedSharding
 from jax.sharding import PartitionSpec as P
 
@@ -41,7 +42,7 @@ def spec_of(path: str) -> P:
     return match_rules([inside[1]], RULES)[inside[1]]
 
 
-def tree_shardings(mesh: Mesh, tree) -> Any:
+def tree_shardings(mesh: Mesh, tree: Any) -> Any:
     """A tree like `tree` of shardings; ConfigError names a leaf whose axis the mesh cannot split evenly."""
 
     def sharding(path, leaf):
@@ -72,7 +73,7 @@ def part_shape(path: str, shape: tuple[int, ...], spec: P, sizes: Mapping[str, i
     return tuple(part)
 
 
-def place(mesh: Mesh, tree: Params, dtype=None) -> Params:
+def place(mesh: Mesh, tree: Params, dtype: npt.DTypeLike | None = None) -> Params:
     """The leaves of `tree` (anything that is sliced like NumPy arrays) on the devices of all processes.
 
     A process reads what its own devices hold and nothing else: leaves may be files mapped into memory. Leaves that
@@ -88,7 +89,7 @@ def place_at(mesh: Mesh, path: str, leaf: jax.Array) -> jax.Array:
     return place_leaf(leaf, NamedSharding(mesh, spec))
 
 
-def place_leaf(leaf, sharding: NamedSharding, dtype=None):
+def place_leaf(leaf: Any, sharding: NamedSharding, dtype: npt.DTypeLike | None = None) -> jax.Array:
     """One leaf, by the slices each device holds."""
     dtype = np.dtype(dtype or leaf.dtype)
     if isinstance(leaf, jax.Array) and leaf.sharding == sharding:
@@ -114,10 +115,10 @@ def batch_parts(mesh: Mesh) -> int:
     return math.prod(mesh.shape[name] for name in BATCH)
 
 
-def path_text(path) -> str:
+def path_text(path: tuple) -> str:
     """A JAX key path as `a/b/0/c`."""
     return "/".join(str(getattr(key, "key", getattr(key, "idx", getattr(key, "name", key)))) for key in path)
 
 
-def _names(axes) -> tuple[str, ...]:
+def _names(axes: str | tuple[str, ...] | None) -> tuple[str, ...]:
     return () if axes is None else (axes,) if isinstance(axes, str) else tuple(axes)

@@ -6,7 +6,8 @@
 Experts in canonical order. The right-hand form exists while a job runs on a mesh, and in its checkpoints.
 """
 
-from collections.abc import Mapping
+from collections.abc import Iterable, Mapping, Sequence
+from typing import Any
 
 import jax.numpy as jnp
 import numpy as np
@@ -20,12 +21,12 @@ ROWS = ("router", "bias")
 class StackedLeaf:
     """Leaves [L, ...] of several experts as one [L, E, ...], made of the slices that are asked for."""
 
-    def __init__(self, leaves):
+    def __init__(self, leaves: Sequence[Any]):
         self.leaves = leaves
         L, *rest = leaves[0].shape
         self.shape, self.dtype = (L, len(leaves), *rest), jnp.result_type(*(leaf.dtype for leaf in leaves))
 
-    def __getitem__(self, index):
+    def __getitem__(self, index: tuple) -> np.ndarray:
         layers, experts, *rest = index
         return np.stack([np.asarray(leaf[(layers, *rest)]) for leaf in self.leaves[experts]], axis=1)
 
@@ -42,7 +43,7 @@ def stack_weights(experts: Mapping[str, Params]) -> Params:
     return ({STACKED: stacked} if stacked else {}) | {name: leaves for name, leaves in rows.items() if leaves}
 
 
-def unstack_weights(experts: Mapping[str, Params], names) -> dict[str, Params]:
+def unstack_weights(experts: Mapping[str, Params], names: Iterable[str]) -> dict[str, Params]:
     """The inverse of `stack_weights`; `names` are those of all experts."""
     named: dict[str, Params] = {name: dict(experts.get(name, {})) for name in canonical_order(names)}
     for leaf, value in experts.get(STACKED, {}).items():

@@ -5,8 +5,9 @@ import logging
 import pathlib
 import signal
 import time
-from collections.abc import Collection
+from collections.abc import Collection, Iterator
 
+import grain
 import jax
 import jax.numpy as jnp
 import numpy as np
@@ -26,7 +27,7 @@ from flexmoe_jax.parallel.mesh import mesh_of_all, replicated
 from flexmoe_jax.parallel.processes import Agreement, barrier, is_lead, to_host
 from flexmoe_jax.parallel.specs import place_batch
 from flexmoe_jax.parallel.stacked import STACKED, unstack_weights
-from flexmoe_jax.progress import track
+from flexmoe_jax.progress import Advance, track
 from flexmoe_jax.train.freezing import freezing_mask, freezing_table
 from flexmoe_jax.train.metrics import Meter, MetricsFile, Recorder
 from flexmoe_jax.train.optimizer import make_optimizer
@@ -35,7 +36,7 @@ from flexmoe_jax.train.resume import check_identity, identity_of
 from flexmoe_jax.train.start import Stage, prepare
 from flexmoe_jax.train.state import TrainState, create_state, flops_per_token
 from flexmoe_jax.train.step import make_train_step
-from flexmoe_jax.tree import PUBLIC, TRUNK, canonical_order, combine, partition
+from flexmoe_jax.tree import PUBLIC, TRUNK, Params, canonical_order, combine, partition
 
 log = logging.getLogger(__name__)
 _COUNTERS = ("step", "bad_steps", "skipped")
@@ -81,7 +82,7 @@ def train(run: RunConfig, allow: Collection[str] = (), profile: str | None = Non
 
 
 def _fit(
-    run: RunConfig, stage: Stage, mesh: Mesh, stores: list[TokenStore], checkpoints: RunCheckpoints, out,
+    run: RunConfig, stage: Stage, mesh: Mesh, stores: list[TokenStore], checkpoints: RunCheckpoints, out: pathlib.Path,
     traced: range,
 ) -> TrainState:  # fmt: skip
     optimizer = make_optimizer(run.optimizer, run.steps)
@@ -135,11 +136,11 @@ def _meter(run: RunConfig, stage: Stage, mesh: Mesh) -> Meter:
 
 
 @contextlib.contextmanager
-def _nothing():
+def _nothing() -> Iterator[Advance]:
     yield lambda n=1, note="": None
 
 
-def _to_host(trainable, stage: Stage):
+def _to_host(trainable: Params, stage: Stage) -> Params:
     """Trained leaves, by name, as NumPy arrays."""
     whole = jax.tree.map(to_host, trainable)
     if STACKED in whole.get("experts", {}):
@@ -147,12 +148,12 @@ def _to_host(trainable, stage: Stage):
     return whole
 
 
-def _save(checkpoints: RunCheckpoints, state: TrainState, iterator) -> None:
+def _save(checkpoints: RunCheckpoints, state: TrainState, iterator: grain.DatasetIterator) -> None:
     counters = {name: int(getattr(state, name)) for name in _COUNTERS}
     checkpoints.save(counters["step"], state.trainable, state.opt_state, iterator.get_state(), counters)
 
 
-def _restore(checkpoints: RunCheckpoints, state: TrainState, iterator) -> TrainState:
+def _restore(checkpoints: RunCheckpoints, state: TrainState, iterator: grain.DatasetIterator) -> TrainState:
     restored = checkpoints.restore(state.trainable, state.opt_state)
     if restored is None:
         return state
@@ -165,7 +166,7 @@ def _restore(checkpoints: RunCheckpoints, state: TrainState, iterator) -> TrainS
     return TrainState(trainable=own(restored.trainable), opt_state=own(restored.opt_state), **counters)
 
 
-def _batches(run: RunConfig, stores: list[TokenStore]):
+def _batches(run: RunConfig, stores: list[TokenStore]) -> grain.MapDataset:
     """The run's batches: of its own data, with `public_sequences` rows of public data where it asks for them."""
     sizes = (run.batch_size - run.public_sequences, run.public_sequences)
     parts = [
@@ -191,7 +192,9 @@ def _open_tokens(data: str, key: str, stage: Stage, tokens: pathlib.Path) -> Tok
     return TokenStore.open(tokens, stage.tokenizer.digest)
 
 
-def _write_product(product: pathlib.Path, run: RunConfig, stage: Stage, trained, skipped: int, identity: dict):
+def _write_product(
+    product: pathlib.Path, run: RunConfig, stage: Stage, trained: Params, skipped: int, identity: dict
+) -> None:
     # Frozen leaves are taken from where the run began, not from their copies in the compute dtype.
     _, frozen = partition(stage.params, freezing_mask(stage.params, run.owner, run.freeze))
     params = jax.tree.map(np.asarray, combine(trained, frozen))
@@ -234,12 +237,12 @@ class _StopSignal:
 
     received = False
 
-    def __enter__(self):
+    def __enter__(self) -> "_StopSignal":
         self._previous = signal.signal(signal.SIGTERM, self._note)
         return self
 
-    def __exit__(self, *_):
+    def __exit__(self, *_) -> None:
         signal.signal(signal.SIGTERM, self._previous)
 
-    def _note(self, *_):
+    def _note(self, *_) -> None:
         self.received = True

@@ -18,7 +18,7 @@ import contextlib
 import json
 import pathlib
 import time
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterator, Sequence
 
 import numpy as np
 
@@ -105,7 +105,7 @@ class Recorder:
         self._pending = (n, metrics, time.monotonic())
 
     @contextlib.contextmanager
-    def paused(self):
+    def paused(self) -> Iterator[None]:
         """Begins when every step has ended; what is done inside counts to none."""
         self.settle()
         yield

@@ -3,7 +3,7 @@
 import contextlib
 import pathlib
 import re
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 
 import jax
 
@@ -42,7 +42,7 @@ class Profile:
         self._stop()
 
     @contextlib.contextmanager
-    def step(self, n: int, paused: Callable):
+    def step(self, n: int, paused: Callable) -> Iterator[None]:
         """Around step `n`; `paused()` is a context that begins when all steps have ended."""
         if n in self._steps and not self._running:
             with paused():

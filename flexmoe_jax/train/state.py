@@ -8,6 +8,7 @@ import flax.struct
 import jax
 import jax.numpy as jnp
 import numpy as np
+import numpy.typing as npt
 import optax
 from jax.sharding import Mesh
 
@@ -74,8 +75,13 @@ def create_state(
 
 
 def state_shapes(
-    params: Params, owner: str, optimizer, frozen_dtype=jnp.float32, freeze: str | None = None, groups: int = 1
-):
+    params: Params,
+    owner: str,
+    optimizer: optax.GradientTransformation,
+    frozen_dtype: npt.DTypeLike = jnp.float32,
+    freeze: str | None = None,
+    groups: int = 1,
+) -> tuple[TrainState, Params]:
     """What `create_state` makes of parameters of these shapes, as shapes: nothing is allocated.
 
     `groups` is the size of the mesh's `expert` axis.
@@ -86,12 +92,12 @@ def state_shapes(
     return _begun_shapes(trainable, optimizer), frozen
 
 
-def state_shardings(mesh: Mesh, trainable, optimizer: optax.GradientTransformation) -> Any:
+def state_shardings(mesh: Mesh, trainable: Any, optimizer: optax.GradientTransformation) -> Any:
     """The sharding of every leaf of the state of `trainable` (arrays or shapes)."""
     return tree_shardings(mesh, _begun_shapes(trainable, optimizer))
 
 
-def _begun_shapes(trainable, optimizer: optax.GradientTransformation) -> TrainState:
+def _begun_shapes(trainable: Any, optimizer: optax.GradientTransformation) -> TrainState:
     def begin(trainable):
         zero = jnp.zeros((), jnp.int32)
         return TrainState(zero, trainable, optimizer.init(trainable), zero, zero)

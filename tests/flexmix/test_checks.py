@@ -1,3 +1,5 @@
+"""The acceptance checks pass a good mix and find every fault in a bad one."""
+
 import json
 import shutil
 
@@ -20,7 +22,7 @@ def tokenize(text):
 
 
 def encode(texts):
-    """Letter counts."""
+    """Letter counts of each text."""
     return np.stack([np.bincount(np.frombuffer(text.encode(), np.uint8), minlength=256) for text in texts])
 
 
@@ -42,14 +44,14 @@ def failed(mix):
     return [result.subject for result in check(mix, tokenize, encode) if not result.ok]
 
 
-def test_a_good_mix_passes(mix, monkeypatch):
+def test_a_good_mix_passes_every_check(mix, monkeypatch):
     assert failed(mix) == [f"size of {name}" for name in WORDS]
     monkeypatch.setattr(checks_module, "MIN_DOMAIN_BYTES", 10_000)
     assert failed(mix) == []
     assert len(check(mix, tokenize)) == len(check(mix, tokenize, encode)) - 1
 
 
-def test_every_fault_is_found(mix, monkeypatch):
+def test_shared_groups_duplicates_and_swapped_domains_are_found(mix, monkeypatch):
     monkeypatch.setattr(checks_module, "MIN_DOMAIN_BYTES", 10_000)
     line = json.loads((mix / "news" / "heldout.jsonl").read_text().splitlines()[0])
     with (mix / "public" / "train.jsonl").open("a") as file:
@@ -64,7 +66,7 @@ def test_every_fault_is_found(mix, monkeypatch):
     assert {"own bigram model is best", "nearest-centroid accuracy"} < set(failed(mix))
 
 
-def test_bigram_is_a_distribution_and_learns():
+def test_the_bigram_model_is_a_distribution_and_learns():
     tokens = np.random.default_rng(1).integers(0, 6, 200) // 2 * 2  # odd tokens are never seen
     model = Bigram(tokens, vocabulary=7)
     for before in range(7):
@@ -74,6 +76,6 @@ def test_bigram_is_a_distribution_and_learns():
     assert Bigram(cycle, 7).bits(cycle) < 0.1 * Bigram(tokens, 7).bits(cycle)
 
 
-def test_no_mix(tmp_path):
-    with pytest.raises(DataError, match="is no mix"):
+def test_a_folder_without_a_mix_is_refused(tmp_path):
+    with pytest.raises(DataError, match="is not a mix"):
         check(tmp_path, tokenize)
