@@ -15,6 +15,7 @@ import jax.numpy as jnp
 import numpy as np
 
 from flexmoe_jax.config import ModelConfig, OptimizerConfig, RunConfig
+from flexmoe_jax.data.pipeline import Batch
 from flexmoe_jax.model.decoder import init_params
 from flexmoe_jax.model.flops import training_flops
 from flexmoe_jax.parallel.mesh import mesh_of_one
@@ -76,7 +77,7 @@ def _step(model: ModelConfig, B: int):
     del params
     tokens = np.random.default_rng(0).integers(0, model.vocab_size, (B, T + 1)).astype(np.int32)
     zeros, ones = np.zeros((B, T), np.int32), np.ones((B, T), np.float32)
-    batch = jax.device_put({"tokens": tokens[:, :-1], "targets": tokens[:, 1:], "segments": zeros, "weights": ones})
+    batch = jax.device_put(Batch(tokens[:, :-1], tokens[:, 1:], zeros, ones))
     step, seconds = make_train_step(model, run), []
     for _ in range(8):
         begin = time.perf_counter()

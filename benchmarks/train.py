@@ -11,6 +11,7 @@ import torch
 
 from benchmarks.harness import Row, gemm, interleaved, require_close
 from flexmoe_jax.config import ModelConfig, OptimizerConfig, RunConfig
+from flexmoe_jax.data.pipeline import Batch
 from flexmoe_jax.model.flops import training_flops
 from flexmoe_jax.parallel.mesh import mesh_of_one
 from flexmoe_jax.train.optimizer import make_optimizer
@@ -65,7 +66,7 @@ class Step:
         self.state, self.frozen = create_state(mesh_of_one(), params, owner, make_optimizer(run.optimizer, run.steps))
         self.step, self.losses = make_train_step(model, run), []
         zeros, ones = np.zeros((B, T), np.int32), np.ones((B, T), np.float32)
-        self.batch = {"tokens": tokens[:, :-1], "targets": tokens[:, 1:], "segments": zeros, "weights": ones}
+        self.batch = Batch(tokens[:, :-1], tokens[:, 1:], zeros, ones)
 
     def __call__(self):
         self.state, metrics = self.step(self.state, self.frozen, self.batch)

@@ -8,6 +8,7 @@ import pytest
 
 from flexmoe_jax.cli.configs import parse_config, parse_run
 from flexmoe_jax.config import ModelConfig, RunConfig
+from flexmoe_jax.data.pipeline import Batch
 from flexmoe_jax.errors import ConfigError
 from flexmoe_jax.flexmix.build import DOMAINS
 from flexmoe_jax.model.decoder import init_params
@@ -90,10 +91,7 @@ def test_the_7b_training_steps_lower(name):
     params = jax.eval_shape(lambda: init_params(model, jax.random.key(0), experts))
     optimizer = make_optimizer(run.optimizer, run.steps)
     state, frozen = state_shapes(params, run.owner, optimizer, jnp.dtype(run.compute_dtype))
-    shape = (run.batch_size, run.seq_len)
-    batch = {key: jax.ShapeDtypeStruct(shape, jnp.int32) for key in ("tokens", "targets", "segments")}
-    batch["weights"] = jax.ShapeDtypeStruct(shape, jnp.float32)
-    lowered = make_train_step(model, run).lower(state, frozen, batch)
+    lowered = make_train_step(model, run).lower(state, frozen, Batch.shapes(run.batch_size, run.seq_len))
     new_state, metrics = lowered.out_info
     assert jax.tree.map(lambda leaf: (leaf.shape, leaf.dtype), new_state) == jax.tree.map(
         lambda leaf: (leaf.shape, leaf.dtype), state

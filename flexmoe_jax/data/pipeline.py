@@ -5,6 +5,7 @@ Legend: B batch, T tokens. Every batch is a dictionary of NumPy arrays with the 
 
 import dataclasses
 from collections.abc import Iterable, Iterator
+from typing import Any
 
 import grain
 import jax
@@ -18,13 +19,13 @@ READ_THREADS = 2
 READ_AHEAD_BATCHES = 8
 SCORING_DOCUMENTS = 256  # tokenized at a time
 
-Array = np.ndarray | jax.Array | jax.ShapeDtypeStruct
+Array = Any  # numpy.ndarray on the host, jax.Array on devices, jax.ShapeDtypeStruct in plans
 
 
 @jax.tree_util.register_dataclass
 @dataclasses.dataclass(frozen=True, eq=False)
 class Batch:
-    """A batch as the training and scoring steps read it; `Batch(**batch)` of a batch of `make_batches`."""
+    """A batch as the training and scoring steps read it."""
 
     tokens: Array
     """int32 [B, T]: the input of the model."""
@@ -102,11 +103,10 @@ class _Pairs:
     def __len__(self) -> int:
         return min(len(self.own), len(self.public))
 
-    def __getitem__(self, n: int) -> dict[str, np.ndarray]:
+    def __getitem__(self, n: int) -> Batch:
         pair = self.own[n], self.public[n]
-        own = [np.full_like(batch["weights"], value) for batch, value in zip(pair, (1, 0), strict=True)]
-        joined = {name: np.concatenate([batch[name] for batch in pair]) for name in pair[0]}
-        return joined | {"own": np.concatenate(own)}
+        marked = [dataclasses.replace(b, own=np.full_like(b.weights, own)) for b, own in zip(pair, (1, 0), strict=True)]
+        return jax.tree.map(lambda *parts: np.concatenate(parts), *marked)
 
 
 class _Windows:
@@ -122,29 +122,25 @@ class _Windows:
         return self.store.window(int(i), self.seq_len)
 
 
-def _training_batch(windows_BT: np.ndarray, eos_id: int) -> dict[str, np.ndarray]:
+def _training_batch(windows_BT: np.ndarray, eos_id: int) -> Batch:
     """`windows_BT` has one token more per row than the batch.
 
     The end-of-document token is a target of the document that it ends; as an input it starts the next document, as in
     `scoring_batches` and in generation. Every target therefore counts.
     """
     tokens_BT, targets_BT = windows_BT[:, :-1], windows_BT[:, 1:]
-    return {
-        "tokens": tokens_BT,
-        "targets": targets_BT,
-        "segments": np.cumsum(tokens_BT == eos_id, axis=1, dtype=np.int32),
-        "weights": np.ones(tokens_BT.shape, np.float32),
-    }
+    segments_BT = np.cumsum(tokens_BT == eos_id, axis=1, dtype=np.int32)
+    return Batch(tokens_BT, targets_BT, segments_BT, np.ones(tokens_BT.shape, np.float32))
 
 
 def scoring_batches(
     texts: Iterable[str], tokenizer: Tokenizer, seq_len: int, stride: int, batch_size: int
-) -> Iterator[dict[str, np.ndarray]]:
+) -> Iterator[tuple[Batch, np.ndarray, np.ndarray]]:
     """Evaluation batches [batch_size, seq_len] in which every token of every document counts exactly once.
 
     Every document follows one end-of-document token, so its first token and its own end are scored too. A document
     longer than `seq_len` takes several rows, `stride` tokens apart: each token is then predicted from at least
-    `seq_len - stride` preceding tokens (or from all there are). Besides the arrays of `Batch`, a batch holds
+    `seq_len - stride` preceding tokens (or from all there are). With every batch come
 
         doc         int32 [B]  index of the row's document in `texts`; -1 in the rows that fill the last batch
         text_bytes  int64 [B]  UTF-8 bytes of the document in its first row, 0 in its other rows, so that bits per byte
@@ -159,12 +155,10 @@ def scoring_batches(
     for rows in batches_of(_scoring_rows(texts, tokenizer, seq_len, stride), batch_size):
         filler = (*_padded([], [], 0, seq_len, tokenizer.pad_id), -1, 0)
         rows += [filler] * (batch_size - len(rows))
-        names = ("tokens", "targets", "segments", "weights", "doc", "text_bytes")
         dtypes = (np.int32, np.int32, np.int32, np.float32, np.int32, np.int64)
-        yield {
-            name: np.asarray(column, dtype)
-            for name, dtype, column in zip(names, dtypes, zip(*rows, strict=True), strict=True)
-        }
+        columns = zip(*rows, strict=True)
+        *arrays, doc, text_bytes = (np.asarray(c, dtype) for c, dtype in zip(columns, dtypes, strict=True))
+        yield Batch(*arrays), doc, text_bytes
 
 
 def _scoring_rows(texts: Iterable[str], tokenizer: Tokenizer, seq_len: int, stride: int) -> Iterator[tuple]:

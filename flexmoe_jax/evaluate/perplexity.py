@@ -9,7 +9,7 @@ import jax
 import numpy as np
 from jax.sharding import Mesh
 
-from flexmoe_jax.data.pipeline import scoring_batches
+from flexmoe_jax.data.pipeline import Batch, scoring_batches
 from flexmoe_jax.data.tokenizer import Tokenizer
 from flexmoe_jax.errors import DataError
 from flexmoe_jax.model.decoder import Decoder, head, hidden_states
@@ -73,11 +73,10 @@ def score(
     token_nats: list[list[np.ndarray]] = [[] for _ in texts]
     share_LE = np.zeros(())
     rows = -(-batch_size // batch_parts(mesh)) * batch_parts(mesh)
-    for batch in scoring_batches(texts, tokenizer, seq_len=seq_len, stride=stride, batch_size=rows):
-        arrays = {name: batch[name] for name in ("tokens", "targets", "segments", "weights")}
+    for batch, doc_B, _ in scoring_batches(texts, tokenizer, seq_len=seq_len, stride=stride, batch_size=rows):
         with jax.set_mesh(mesh):
-            nats_BT, batch_share_LE = _score_batch(run, params, place_batch(mesh, arrays))
-        for doc, nats_T, weights_T in zip(batch["doc"], np.asarray(nats_BT), batch["weights"], strict=True):
+            nats_BT, batch_share_LE = _score_batch(run, params, place_batch(mesh, batch))
+        for doc, nats_T, weights_T in zip(doc_B, np.asarray(nats_BT), batch.weights, strict=True):
             if doc >= 0:  # a document's rows follow one another
                 token_nats[doc].append(nats_T[weights_T > 0])
         share_LE = share_LE + np.asarray(batch_share_LE, np.float64)
@@ -116,10 +115,10 @@ def describe(experts: tuple[str, ...], score: Score) -> dict:
 
 
 @functools.partial(jax.jit, static_argnums=0)
-def _score_batch(run: Decoder, params: Params, batch: dict[str, jax.Array]) -> tuple[jax.Array, jax.Array]:
-    weights_BT = batch["weights"]
-    x_BTD, router_logits_LNE = hidden_states(run, params, batch["tokens"], batch["segments"])
-    _, nats_BT, _ = next_token_loss(x_BTD, head(run.config, params), batch["targets"], weights_BT)
+def _score_batch(run: Decoder, params: Params, batch: Batch) -> tuple[jax.Array, jax.Array]:
+    weights_BT = batch.weights
+    x_BTD, router_logits_LNE = hidden_states(run, params, batch.tokens, batch.segments)
+    _, nats_BT, _ = next_token_loss(x_BTD, head(run.config, params), batch.targets, weights_BT)
     share_LNE = routed_share(run, router_logits_LNE)
     return everywhere(nats_BT), everywhere((share_LNE * weights_BT.reshape(-1)[:, None]).sum(1))
 

@@ -6,7 +6,7 @@ Legend as in model/: L layer, E expert, D width, F feed-forward width, H heads, 
 import math
 import re
 from collections.abc import Mapping
-from typing import Any
+from typing import Any, TypeVar
 
 import jax
 import jax.numpy as jnp
@@ -27,6 +27,7 @@ RULES: tuple[tuple[str, P], ...] = (
     *((f"experts/{STACKED}/{path}", P(*axes)) for path, axes in STACKED_AXES.items()),
     *((f"experts/[^/]+/{path}", P(*axes)) for path, axes in EXPERT_AXES.items()),
 )
+T = TypeVar("T")
 BATCH_SPEC = P(BATCH)  # of every array of a batch: rows first
 CACHE_SPEC = P(None, BATCH, TENSOR)  # of keys and values [L, B, G, S, K]
 
@@ -99,15 +100,18 @@ def place_leaf(leaf: Any, sharding: NamedSharding, dtype: npt.DTypeLike | None =
     )
 
 
-def place_batch(mesh: Mesh, batch: Mapping[str, np.ndarray]) -> dict[str, jax.Array]:
-    """A batch that every process holds whole, its rows split over the devices; ConfigError if they do not divide."""
-    parts, rows = batch_parts(mesh), len(next(iter(batch.values())))
+def place_batch(mesh: Mesh, batch: T) -> T:
+    """A tree of arrays that every process holds whole, its rows split over the devices.
+
+    ConfigError if the number of rows is not a multiple of the number of devices that split them.
+    """
+    parts, rows = batch_parts(mesh), len(jax.tree.leaves(batch)[0])
     if rows % parts:
         raise ConfigError(
             f"a batch of {rows} rows is split over {parts} devices ({' x '.join(BATCH)})",
             f"choose a batch that is a multiple of {parts}",
         )
-    return {name: place_leaf(array, NamedSharding(mesh, BATCH_SPEC)) for name, array in batch.items()}
+    return jax.tree.map(lambda array: place_leaf(array, NamedSharding(mesh, BATCH_SPEC)), batch)
 
 
 def batch_parts(mesh: Mesh) -> int:

@@ -16,6 +16,7 @@ from jax.sharding import Mesh, NamedSharding
 from jax.sharding import PartitionSpec as P
 
 from flexmoe_jax.config import ModelConfig, RunConfig
+from flexmoe_jax.data.pipeline import Batch
 from flexmoe_jax.model.cache import init_cache
 from flexmoe_jax.model.decoder import Decoder
 from flexmoe_jax.model.generate import GREEDY, first_token, next_token
@@ -95,10 +96,7 @@ def _arguments(work: Work, groups: int) -> dict[str, Any]:
         state, frozen = state_shapes(
             params_shapes(work), run.owner, make_optimizer(run.optimizer, run.steps), work.dtype, run.freeze, groups
         )
-        whole = functools.partial(jax.ShapeDtypeStruct, (B, T))
-        batch = {name: whole(jnp.int32) for name in ("tokens", "targets", "segments")}
-        batch |= {name: whole(jnp.float32) for name in ("weights", *(("own",) if run.public_sequences else ()))}
-        return {"state": state, "frozen": frozen, "batch": batch}
+        return {"state": state, "frozen": frozen, "batch": Batch.shapes(B, T, own=run.public_sequences > 0)}
     params = params_shapes(work)
     params = {**params, "experts": stack_weights(params["experts"])}
     params = jax.tree.map(lambda leaf: jax.ShapeDtypeStruct(leaf.shape, work.dtype), params)

@@ -9,6 +9,7 @@ import jax.numpy as jnp
 import optax
 
 from flexmoe_jax.config import ModelConfig, RunConfig
+from flexmoe_jax.data.pipeline import Batch
 from flexmoe_jax.model.decoder import Decoder, head, hidden_states
 from flexmoe_jax.model.loss import next_token_loss
 from flexmoe_jax.model.router import route
@@ -25,19 +26,18 @@ def make_train_step(model: ModelConfig, run: RunConfig, shardings: Any = None) -
 
     On a mesh, `shardings` are (those of the state, that of the metrics), and the step is called inside `jax.set_mesh`.
 
-    `batch` holds `tokens`, `targets`, `segments` int32 and `weights` float32, each [batch_size, seq_len]. Losses are
-    sums over weighted tokens divided by the weights of the whole batch, so accumulation does not change them. A step
-    whose loss or gradient is not finite leaves parameters and moments as they were and is counted. Metrics are
-    scalars, and `share` [E], the mean routed weight of each expert in canonical order. Batches that mix an owner's
-    sequences with public ones also hold `own` float32 [batch_size, seq_len].
+    `batch` is a `data.pipeline.Batch` of [batch_size, seq_len]. Losses are sums over weighted tokens divided by the
+    weights of the whole batch, so accumulation does not change them. A step whose loss or gradient is not finite leaves
+    parameters and moments as they were and is counted. Metrics are scalars, and `share` [E], the mean routed weight of
+    each expert in canonical order.
     """
     optimizer, schedule = make_optimizer(run.optimizer, run.steps), learning_rate(run.optimizer, run.steps)
     grads_of = jax.grad(functools.partial(_losses, model, run), has_aux=True)
 
-    def step(state: TrainState, frozen: Params, batch):
-        totals = {"all": batch["weights"].sum()}
-        if "own" in batch:
-            totals |= {"own": (batch["weights"] * batch["own"]).sum()}
+    def step(state: TrainState, frozen: Params, batch: Batch):
+        totals = {"all": batch.weights.sum()}
+        if batch.own is not None:
+            totals |= {"own": (batch.weights * batch.own).sum()}
         totals = jax.tree.map(lambda total: jnp.maximum(total, 1.0), totals)
         micro = jax.tree.map(lambda x: x.reshape(run.accumulation, -1, *x.shape[1:]), batch)
 
@@ -59,7 +59,7 @@ def make_train_step(model: ModelConfig, run: RunConfig, shardings: Any = None) -
         updates, opt_state = optimizer.update(grads, state.opt_state, state.trainable)
         keep = functools.partial(jax.tree.map, lambda new, old: jnp.where(good, new, old))
         updates_made = state.step - state.skipped
-        metrics |= {"grad_norm": grad_norm, "lr": schedule(updates_made), "tokens": batch["weights"].sum()}
+        metrics |= {"grad_norm": grad_norm, "lr": schedule(updates_made), "tokens": batch.weights.sum()}
         bad = 1 - good.astype(jnp.int32)
         state = TrainState(
             step=state.step + 1,
@@ -90,7 +90,7 @@ def _losses(
     run: RunConfig,
     trainable: Params,
     frozen: Params,
-    batch: dict[str, jax.Array],
+    batch: Batch,
     totals: dict[str, jax.Array],
 ) -> tuple[jax.Array, dict]:
     """Total loss of one microbatch as its part of the whole batch's mean, and the metrics' parts.
@@ -102,11 +102,9 @@ def _losses(
     decoder = Decoder(model, run.top_k, dispatch, dtype=run.compute_dtype, remat=run.remat)
     # Worth a copy of the weights where layers are few: 8% of a step of 4 layers, 6% of 8 on a CPU.
     first_apart = not run.is_public and platform() == "cpu"
-    x_BTD, router_logits_LNE = hidden_states(
-        decoder, params, batch["tokens"], batch["segments"], first_apart=first_apart
-    )
-    weights_BT = batch["weights"] / totals["all"]
-    total, nll_BT, log_z_BT = next_token_loss(x_BTD, head(model, params), batch["targets"], weights_BT, run.z_loss)
+    x_BTD, router_logits_LNE = hidden_states(decoder, params, batch.tokens, batch.segments, first_apart=first_apart)
+    weights_BT = batch.weights / totals["all"]
+    total, nll_BT, log_z_BT = next_token_loss(x_BTD, head(model, params), batch.targets, weights_BT, run.z_loss)
     weights_N = weights_BT.reshape(-1)
     router_z = (weights_N * jax.nn.logsumexp(router_logits_LNE, axis=-1) ** 2).sum(-1).mean()
     probs_LNE = route(router_logits_LNE, router_logits_LNE.shape[-1]).weights_NE
@@ -123,7 +121,8 @@ def _losses(
         balance = _balance(router_logits_LNE, weights_N, run.top_k)
         total, metrics = total + run.load_balance * balance, metrics | {"load_balance": balance}
     if run.router_contrast:
-        contrast = _contrast(router_logits_LNE, batch["weights"], batch["own"], totals)
+        assert batch.own is not None  # RunConfig refuses the run without public text
+        contrast = _contrast(router_logits_LNE, batch.weights, batch.own, totals)
         total, metrics = total + run.router_contrast * contrast, metrics | {"router_contrast": contrast}
     return total, metrics
 

@@ -37,34 +37,29 @@ def batches(seed=3, batch_size=4, repeat=True):
 
 
 def windows_of(batch):
-    return (batch["tokens"][:, 0] - 100).tolist()
+    return (batch.tokens[:, 0] - 100).tolist()
 
 
 def assert_same(a, b):
-    assert a.keys() == b.keys()
-    for name in a:
-        np.testing.assert_array_equal(a[name], b[name])
+    for name in DTYPES:
+        np.testing.assert_array_equal(getattr(a, name), getattr(b, name))
 
 
 def test_a_batch_has_the_promised_shapes_and_types():
     batch = batches()[0]
-    assert {name: array.dtype for name, array in batch.items()} == DTYPES
-    assert {array.shape for array in batch.values()} == {(4, LENGTH)}
+    assert {name: getattr(batch, name).dtype for name in DTYPES} == DTYPES
     mixed = mix_batches(batches(), batches(batch_size=2))[0]
-    for typed, shapes in (
-        (Batch(**batch), Batch.shapes(4, LENGTH)),
-        (Batch(**mixed), Batch.shapes(6, LENGTH, own=True)),
-    ):
+    for typed, shapes in ((batch, Batch.shapes(4, LENGTH)), (mixed, Batch.shapes(6, LENGTH, own=True))):
         assert vars(jax.tree.map(lambda leaf: jax.ShapeDtypeStruct(leaf.shape, leaf.dtype), typed)) == vars(shapes)
 
 
 def test_a_batch_is_a_tree_of_its_arrays():
-    batch = Batch(**mix_batches(batches(), batches(seed=4))[0])
+    batch = mix_batches(batches(), batches(seed=4))[0]
     doubled = jax.jit(lambda batch: jax.tree.map(lambda leaf: 2 * leaf, batch))(batch)
     assert isinstance(doubled, Batch)
     for name in (*DTYPES, "own"):
         np.testing.assert_array_equal(getattr(doubled, name), 2 * getattr(batch, name))
-    paths = [jax.tree_util.keystr(path) for path, _ in jax.tree.leaves_with_path(Batch(**batches()[0]))]
+    paths = [jax.tree_util.keystr(path) for path, _ in jax.tree.leaves_with_path(batches()[0])]
     assert paths == [".tokens", ".targets", ".segments", ".weights"]  # no leaf for `own`
 
 
@@ -73,7 +68,7 @@ def test_a_mixed_batch_holds_own_rows_then_public_rows_and_marks_them():
     for n in (0, 17):
         mixed = mix_batches(own, public)[n]
         assert windows_of(mixed) == windows_of(own[n]) + windows_of(public[n])
-        np.testing.assert_array_equal(mixed["own"], np.repeat(np.float32([1, 0]), [4, 2])[:, None].repeat(LENGTH, 1))
+        np.testing.assert_array_equal(mixed.own, np.repeat(np.float32([1, 0]), [4, 2])[:, None].repeat(LENGTH, 1))
 
 
 @pytest.mark.parametrize("seed", [0, 1, 2**32 - 1])
@@ -144,11 +139,11 @@ def test_targets_segments_and_weights_equal_those_of_a_loop():
             for token in tokens[:-1]:
                 segment += token == EOS
                 segments.append(segment)
-            np.testing.assert_array_equal(batch["tokens"][row], tokens[:-1])
-            np.testing.assert_array_equal(batch["targets"][row], tokens[1:])
-            np.testing.assert_array_equal(batch["segments"][row], segments)
-            assert (batch["weights"][row] == 1).all()
-    assert any((batches()[n]["segments"] > 1).any() for n in range(12))  # the case is in the data
+            np.testing.assert_array_equal(batch.tokens[row], tokens[:-1])
+            np.testing.assert_array_equal(batch.targets[row], tokens[1:])
+            np.testing.assert_array_equal(batch.segments[row], segments)
+            assert (batch.weights[row] == 1).all()
+    assert any((batches()[n].segments > 1).any() for n in range(12))  # the case is in the data
 
 
 def test_training_and_scoring_read_the_same_tokens_and_targets_of_a_document(tmp_path):
@@ -159,12 +154,13 @@ def test_training_and_scoring_read_the_same_tokens_and_targets_of_a_document(tmp
     texts = ["one two three", "four", "five six"]
     packed = write_store(iter(texts), tokenizer(), tmp_path / "store")
     batch = make_batches(packed, seq_len=packed.num_tokens - 1, batch_size=1, seed=0)[0]
-    scored = next(scoring_batches(texts, tokenizer(), 16, 8, len(texts)))
+    scored, _, _ = next(scoring_batches(texts, tokenizer(), 16, 8, len(texts)))
     for document in (1, 2):  # no end token precedes the first document in the store
-        inside = batch["segments"][0] == document
-        counted = scored["weights"][document] == 1
+        inside = batch.segments[0] == document
+        counted = scored.weights[document] == 1
         for name in ("tokens", "targets"):
-            np.testing.assert_array_equal(batch[name][0][inside], scored[name][document][counted])
+            ours, theirs = getattr(batch, name)[0][inside], getattr(scored, name)[document][counted]
+            np.testing.assert_array_equal(ours, theirs)
 
 
 def test_too_few_windows_are_refused():
@@ -184,17 +180,17 @@ def test_every_token_of_every_document_is_scored_once_with_its_context(texts, se
     batch_size = data.draw(st.integers(1, 5))
     scored = collections.defaultdict(list)
     text_bytes = collections.Counter()
-    for batch in scoring_batches(iter(texts), tokenizer(), seq_len, stride, batch_size):
-        assert {name: batch[name].dtype for name in DTYPES} == DTYPES
-        assert {batch[name].shape for name in DTYPES} == {(batch_size, seq_len)}
-        assert (batch["doc"].dtype, batch["doc"].shape) == (np.int32, (batch_size,))
-        for row, doc in enumerate(batch["doc"].tolist()):
+    for batch, doc_B, bytes_B in scoring_batches(iter(texts), tokenizer(), seq_len, stride, batch_size):
+        assert {name: getattr(batch, name).dtype for name in DTYPES} == DTYPES
+        assert {getattr(batch, name).shape for name in DTYPES} == {(batch_size, seq_len)}
+        assert (doc_B.dtype, doc_B.shape) == (np.int32, (batch_size,))
+        for row, doc in enumerate(doc_B.tolist()):
             if doc >= 0 and len(tokenizer().encode(texts[doc])) + 1 >= seq_len:
-                assert not batch["segments"][row].any()  # a long document's rows are full: no context is wasted
-            text_bytes[doc] += int(batch["text_bytes"][row])
-            for t in np.flatnonzero(batch["weights"][row]):
-                mine = batch["segments"][row, : t + 1] == batch["segments"][row, t]
-                scored[doc].append((batch["targets"][row, t], batch["tokens"][row, : t + 1][mine].tolist()))
+                assert not batch.segments[row].any()  # a long document's rows are full: no context is wasted
+            text_bytes[doc] += int(bytes_B[row])
+            for t in np.flatnonzero(batch.weights[row]):
+                mine = batch.segments[row, : t + 1] == batch.segments[row, t]
+                scored[doc].append((batch.targets[row, t], batch.tokens[row, : t + 1][mine].tolist()))
     assert not scored[-1]
     for doc, text in enumerate(texts):
         tokens = [tokenizer().eos_id, *tokenizer().encode(text), tokenizer().eos_id]

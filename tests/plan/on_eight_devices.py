@@ -14,6 +14,7 @@ import numpy as np
 
 from flexmoe_jax.cli.main import use_compilation_cache
 from flexmoe_jax.config import ModelConfig, OptimizerConfig, RunConfig
+from flexmoe_jax.data.pipeline import Batch
 from flexmoe_jax.model.decoder import Decoder, init_params
 from flexmoe_jax.model.generate import generate
 from flexmoe_jax.parallel.chips import parse_topology
@@ -76,7 +77,7 @@ def placed(work: Work, text: str) -> dict[str, tuple[int, int]]:
     optimizer = make_optimizer(run.optimizer, run.steps)
     state, frozen = create_state(mesh, params, run.owner, optimizer, jnp.dtype(run.compute_dtype), run.freeze)
     rows = np.zeros((run.batch_size, run.seq_len), np.int32)
-    batch = dict.fromkeys(("tokens", "targets", "segments"), rows) | {"weights": rows.astype(np.float32)}
+    batch = Batch(rows, rows, rows, rows.astype(np.float32))
     trees = {
         "trained": state.trainable,
         "moments": state.opt_state,

@@ -10,6 +10,7 @@ import numpy as np
 import pytest
 
 from flexmoe_jax.config import OptimizerConfig, RunConfig
+from flexmoe_jax.data.pipeline import Batch
 from flexmoe_jax.model.decoder import Decoder, forward, hidden_states, init_params
 from flexmoe_jax.model.flops import products
 from flexmoe_jax.parallel.mesh import mesh_of_one
@@ -43,12 +44,7 @@ def hybrid(owner: str = "news"):
 
 def batch(seed: int = 0, rows: int = 4):
     tokens = np.random.default_rng(seed).integers(0, MODEL.vocab_size, (rows, 17)).astype(np.int32)
-    return {
-        "tokens": tokens[:, :-1],
-        "targets": tokens[:, 1:],
-        "segments": np.zeros((rows, 16), np.int32),
-        "weights": np.ones((rows, 16), np.float32),
-    }
+    return Batch(tokens[:, :-1], tokens[:, 1:], np.zeros((rows, 16), np.int32), np.ones((rows, 16), np.float32))
 
 
 def start(run: RunConfig, params):
@@ -113,8 +109,7 @@ def test_frozen_weights_cost_no_product():
     )  # fmt: skip
     run, p = dataclasses.replace(RUN, batch_size=8, seq_len=64), products(one, 64)
     state, frozen = start(run, init_params(one, jax.random.key(0), (PUBLIC, "news")))
-    data = {name: jnp.zeros((8, 64), jnp.int32) for name in ("tokens", "targets", "segments")}
-    step = make_train_step(one, run).lower(state, frozen, data | {"weights": jnp.ones((8, 64))}).compile()
+    step = make_train_step(one, run).lower(state, frozen, Batch.shapes(8, 64)).compile()
     forward = p["head"] + p["attention"] + p["scores"] + 2 * p["expert"]
     backward = p["head"] + p["expert"] / 3 + p["expert"]
     # The whole square of scores is computed at this length (MIN_BLOCK).
@@ -145,7 +140,7 @@ def test_the_first_layer_apart_changes_no_gradient():
 
     def loss(trainable, first_apart):
         params = combine(trainable, frozen)
-        x_BTD, logits_LNE = hidden_states(Decoder(MODEL), params, batch()["tokens"], first_apart=first_apart)
+        x_BTD, logits_LNE = hidden_states(Decoder(MODEL), params, batch().tokens, first_apart=first_apart)
         return (x_BTD**2).mean() + (logits_LNE**2).mean()
 
     apart, scanned = (jax.jit(jax.grad(loss), static_argnums=1)(trainable, flag) for flag in (True, False))
@@ -171,7 +166,7 @@ def test_hybrid_starts_exactly_as_the_public_model():
     """Both feed-forward networks are equal at the start, so the gate cannot matter (sums of equal terms: 1e-6)."""
     params = hybrid()
     alone = {**params, "experts": {PUBLIC: params["experts"][PUBLIC]}}
-    tokens = batch()["tokens"]
+    tokens = batch().tokens
     np.testing.assert_allclose(
         forward(Decoder(MODEL), params, tokens).logits_BTV, forward(Decoder(MODEL), alone, tokens).logits_BTV, atol=1e-6
     )
@@ -180,7 +175,7 @@ def test_hybrid_starts_exactly_as_the_public_model():
 def test_accumulation_gives_the_gradient_of_the_whole_batch():
     """Unequal weights per microbatch: a mean of microbatch means would differ in the first digit."""
     data = batch()
-    data["weights"][:2, 3:] = 0.0
+    data.weights[:2, 3:] = 0.0
     results = []
     for accumulation in (1, 2, 4):
         run = dataclasses.replace(RUN, accumulation=accumulation)
@@ -201,7 +196,7 @@ def test_a_bad_batch_changes_no_bit_and_is_counted(poison):
     state, _ = step(state, frozen, batch(0))
     before = bits({"trainable": state.trainable}), [np.asarray(x).tobytes() for x in jax.tree.leaves(state.opt_state)]
     bad = batch(1)
-    bad["weights"][0, 0] = poison
+    bad.weights[0, 0] = poison
     for n in (1, 2):
         state, metrics = step(state, frozen, bad)
         assert (int(metrics["bad_steps"]), int(metrics["skipped"])) == (n, n)
@@ -275,7 +270,7 @@ def test_contrast_teaches_the_router_what_is_not_the_owners():
         data = batch()
         tokens = np.concatenate([own, public]).astype(np.int32)
         flags = np.repeat([[1.0], [1.0], [0.0], [0.0]], 16, axis=1).astype(np.float32)
-        return data | {"tokens": tokens[:, :-1], "targets": tokens[:, 1:], "own": flags}
+        return dataclasses.replace(data, tokens=tokens[:, :-1], targets=tokens[:, 1:], own=flags)
 
     def share_of_own(run, data):
         state, frozen = start(run, params)
@@ -283,7 +278,7 @@ def test_contrast_teaches_the_router_what_is_not_the_owners():
         for _ in range(run.steps):
             state, _ = step(state, frozen, mixed())
         trained = combine(state.trainable, frozen)
-        logits = forward(Decoder(MODEL), trained, data["tokens"]).router_logits_LNE
+        logits = forward(Decoder(MODEL), trained, data.tokens).router_logits_LNE
         probs = np.asarray(jax.nn.softmax(logits, axis=-1))[..., 1].mean(0).reshape(4, 16)
         return probs[:2].mean(), probs[2:].mean()
 
@@ -295,7 +290,7 @@ def test_contrast_teaches_the_router_what_is_not_the_owners():
 
 def test_contrast_weighs_both_kinds_equally_whatever_their_numbers():
     """Equal logits: the loss is log 2 for any mix, and its accumulated form is the same."""
-    data = batch() | {"own": np.repeat([[1.0], [1.0], [1.0], [0.0]], 16, axis=1).astype(np.float32)}
+    data = dataclasses.replace(batch(), own=np.repeat(np.float32([[1], [1], [1], [0]]), 16, axis=1))
     values = []
     for accumulation in (1, 2):
         run = dataclasses.replace(
