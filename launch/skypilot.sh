@@ -1,11 +1,11 @@
 #!/usr/bin/env bash
-# Trains on rented GPUs of any cloud as a managed job of SkyPilot (launch/skypilot.yaml), recovered until it is done.
+# Trains on rented GPUs of any cloud as a managed SkyPilot job (launch/skypilot.yaml), recovered until training is done.
 # Usage: BUCKET=NAME [NODES=2] [GPUS=H100:8] launch/skypilot.sh train --config=... --config.out=/runs/news
-# From the repository's root, which is copied to the machines. A stopped or taken back job goes on by itself.
+# Run it in the repository's root, which is copied to the machines. A stopped or preempted job resumes by itself.
 set -euo pipefail
-: "${BUCKET:?the bucket that is mounted at /runs, for config.out}"
+: "${BUCKET:?the bucket to mount at /runs, for config.out}"
 : "${NODES:=1}"
-: "${GPUS:=H100:8}"            # of each node
+: "${GPUS:=H100:8}"            # per node
 : "${FLEXMOE:=flexmoe}"        # the command on the machines
 : "${DRY_RUN:=0}"              # 1 prints the command instead of running it
 

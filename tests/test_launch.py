@@ -1,4 +1,4 @@
-"""Launch scripts are short, print with DRY_RUN=1 what they would run, and do it with stand-ins for what they call."""
+"""Launch scripts are short, print their commands with DRY_RUN=1, and run them, here with stand-ins for schedulers."""
 
 import contextlib
 import os
@@ -20,17 +20,17 @@ SKYPILOT = LAUNCH / "skypilot.yaml"
 ARGUMENTS = ["train", "--config=experiments/quickstart_expert.py:news", "--config.licence=two words"]
 FLEXMOE = ["flexmoe", *ARGUMENTS]
 OVERLAP = "--xla_gpu_enable_latency_hiding_scheduler=true"
-# What a script may take from the environment, so that the tests' own environment does not show in its output.
+# Variables that scripts read: removed from the tests' environment, so that they do not change the output.
 FOREIGN = re.compile("FLEXMOE|SLURM|SRUN|XLA|JAX|NCCL|PROCESSES|PORT|DRY_RUN")
 
 
 def environment(**variables: str) -> dict[str, str]:
-    """The tests' environment without what launch scripts read, and with `variables`."""
+    """The tests' environment without variables that launch scripts read, and with `variables`."""
     return {k: v for k, v in os.environ.items() if not FOREIGN.match(k)} | variables
 
 
 def dry_run(script: str, **variables: str) -> list[list[str]]:
-    """The commands that the script would run, in words."""
+    """The commands that the script would run, split into words."""
     printed = subprocess.run(
         [LAUNCH / script, *ARGUMENTS],
         env=environment(DRY_RUN="1", PATH="/usr/bin:/bin", **variables),
@@ -42,7 +42,7 @@ def dry_run(script: str, **variables: str) -> list[list[str]]:
 
 
 def stand_in(folder: pathlib.Path, **programs: str) -> dict[str, str]:
-    """An environment in which these shell programs are found first."""
+    """An environment in which these shell programs come first on the PATH."""
     for name, lines in programs.items():
         (folder / name).write_text(f"#!/bin/bash\n{lines}\n")
         (folder / name).chmod(0o755)
@@ -51,8 +51,8 @@ def stand_in(folder: pathlib.Path, **programs: str) -> dict[str, str]:
 
 @contextlib.contextmanager
 def started(script: str, *arguments: str, **options):
-    """The running script; whatever it began is killed at the end, for a test that fails."""
-    # Tests that were started in the background ignore Ctrl-C, and so would what they start. No handler is passed on.
+    """The running script; it and its children are killed at the end, even if the test fails."""
+    # Tests started in the background ignore Ctrl-C, and their children would inherit that.
     before = signal.signal(signal.SIGINT, signal.default_int_handler)
     process = subprocess.Popen([LAUNCH / script, *arguments], start_new_session=True, **options)
     signal.signal(signal.SIGINT, before)
@@ -65,7 +65,7 @@ def started(script: str, *arguments: str, **options):
 
 
 def await_files(process: subprocess.Popen, *files: pathlib.Path) -> None:
-    """Returns when all are there; fails when the process ends before."""
+    """Returns when all files exist; fails if the process ends before."""
     while not all(file.exists() for file in files):
         assert process.poll() is None
         time.sleep(0.02)
@@ -90,7 +90,7 @@ def test_shellcheck_finds_nothing(tmp_path):
 
 
 def test_xla_knows_every_flag():
-    """XLA ends a process that names a flag it does not know, of whatever platform; it parses GPU flags on a CPU too."""
+    """XLA aborts on an unknown flag of any platform; on a CPU it parses GPU flags too."""
     flags = {flag for script in [*SCRIPTS, SKYPILOT] for flag in re.findall(r"--xla_\w+=\w+", script.read_text())}
     assert flags == {OVERLAP}
     code = "import jax; jax.devices()"
@@ -190,7 +190,7 @@ def test_dry_run_gke(variables, device):
         "--termination-grace-period-seconds=300",
     ]
     assert shlex.split(remote.removeprefix("--command=")) == ["exec", *FLEXMOE]
-    # XPK puts the command between double quotes into YAML, where a backslash would begin an escape.
+    # XPK puts the command in a double-quoted YAML string, where a backslash starts an escape.
     assert not {"\\", '"'} & set(remote)
 
 
@@ -202,7 +202,7 @@ def test_dry_run_skypilot():
     assert command[8:] == ["--env", "BUCKET=b", str(SKYPILOT)]
 
 
-# -- for real, with stand-ins ------------------------------------------------------------------------------------------
+# -- real runs with stand-ins ------------------------------------------------------------------------------------------
 
 NOTES = 'env | grep -E "^(FLEXMOE|JAX)_" > "process${FLEXMOE_PROCESS_ID:-}"; printf "%s\\n" "$@" > "arguments"\n'
 
@@ -224,7 +224,7 @@ def test_local_gives_every_process_its_place(tmp_path):
     ]
 
 
-def test_local_refuses_a_number_that_is_none(tmp_path):
+def test_local_refuses_zero_processes(tmp_path):
     done = subprocess.run([LAUNCH / "local.sh"], env=environment(PROCESSES="0"), capture_output=True, text=True)
     assert done.returncode == 2
     assert "PROCESSES is '0'" in done.stderr
@@ -235,7 +235,7 @@ WAITS = "touch started$FLEXMOE_PROCESS_ID\nwhile :; do sleep 0.05; done"
 
 
 @pytest.mark.parametrize("signal_number", [signal.SIGTERM, signal.SIGINT], ids=["SIGTERM", "Ctrl-C"])
-def test_local_passes_a_stop_on_and_waits_for_all(tmp_path, signal_number):
+def test_local_forwards_a_stop_and_waits_for_all(tmp_path, signal_number):
     variables = stand_in(tmp_path, flexmoe=SAVES + WAITS) | {"PROCESSES": "2"}
     with started("local.sh", env=variables, cwd=tmp_path) as process:
         await_files(process, tmp_path / "started0", tmp_path / "started1")
@@ -248,7 +248,7 @@ def test_local_passes_a_stop_on_and_waits_for_all(tmp_path, signal_number):
 @pytest.mark.parametrize("dies", [0, 1])
 @pytest.mark.parametrize(("end", "code"), [("exit 3", 3), ("kill -KILL $$", 137)], ids=["error", "killed"])
 def test_local_ends_all_when_one_dies(tmp_path, dies, end, code):
-    """The others ignore SIGTERM, as a process does that waits in a sum for the one that died."""
+    """The others ignore SIGTERM, like a process that blocks in an all-reduce with the one that died."""
     flexmoe = f"trap '' TERM\n[ $FLEXMOE_PROCESS_ID = {dies} ] && {end}\necho $$ > pid\nwhile :; do sleep 0.05; done"
     variables = stand_in(tmp_path, flexmoe=flexmoe) | {"PROCESSES": "2"}
     with started("local.sh", env=variables, cwd=tmp_path) as process:
@@ -258,13 +258,13 @@ def test_local_ends_all_when_one_dies(tmp_path, dies, end, code):
                 os.kill(int((tmp_path / "pid").read_text()), 0)
 
 
-def test_local_tells_an_error_before_a_stop(tmp_path):
+def test_local_reports_an_error_rather_than_a_stop(tmp_path):
     variables = stand_in(tmp_path, flexmoe="[ $FLEXMOE_PROCESS_ID = 1 ] && exit 75; sleep 1; exit 4")
     done = subprocess.run([LAUNCH / "local.sh"], env=variables | {"PROCESSES": "2"}, cwd=tmp_path, check=False)
     assert done.returncode == 4
 
 
-# Runs two tasks and ends with the higher code, as srun does; scancel signals the tasks, which srun would kill.
+# Like srun, runs two tasks and exits with the higher code, and kills them on SIGTERM; scancel only signals them.
 SRUN = """
 trap 'kill -KILL $(cat task*)' TERM
 while [[ $1 != env ]]; do shift; done
@@ -280,7 +280,7 @@ SLURM = {
 
 
 @pytest.mark.parametrize("code", [0, 1, 75])
-def test_slurm_requeues_exactly_a_stopped_training(tmp_path, code):
+def test_slurm_requeues_only_a_stopped_training(tmp_path, code):
     variables = stand_in(tmp_path, flexmoe=f"exit {code}", **SLURM)
     finished = subprocess.run([LAUNCH / "slurm.sh", *ARGUMENTS], env=variables, cwd=tmp_path, check=False)
     assert finished.returncode == code
@@ -289,7 +289,7 @@ def test_slurm_requeues_exactly_a_stopped_training(tmp_path, code):
 
 
 def test_slurm_passes_sigterm_to_the_tasks_and_waits(tmp_path):
-    """The training takes a moment to save after SIGTERM; its exit code is the one that counts."""
+    """The training needs a moment to save after SIGTERM; the script exits with its code."""
     variables = stand_in(tmp_path, flexmoe=SAVES + WAITS, **SLURM)
     with started("slurm.sh", *ARGUMENTS, env=variables, cwd=tmp_path) as process:
         await_files(process, tmp_path / "started0", tmp_path / "started1")
@@ -299,20 +299,20 @@ def test_slurm_passes_sigterm_to_the_tasks_and_waits(tmp_path):
     assert (tmp_path / "requeued").read_text().strip() == "requeue 17"
 
 
-def test_slurm_hands_the_cores_of_a_task_to_srun(tmp_path):
+def test_slurm_passes_the_cores_of_a_task_to_srun(tmp_path):
     variables = stand_in(tmp_path, **{**SLURM, "srun": 'echo "$SRUN_CPUS_PER_TASK" > cores'})
     variables["SLURM_CPUS_PER_TASK"] = "14"
     subprocess.run([LAUNCH / "slurm.sh", *ARGUMENTS], env=variables, cwd=tmp_path, check=True)
     assert (tmp_path / "cores").read_text() == "14\n"
 
 
-# Runs the remote command in a folder of its own, as the login shell of the one worker.
+# Runs the remote command in its own folder, like the login shell of a single worker.
 GCLOUD = 'mkdir -p home/flexmoe_jax; last="${@: -1}"; cd home; exec bash -c "${last#--command=}"'
 POD = {"TPU": "pod", "ZONE": "z", "PAUSE": "0", "FLEXMOE": "flexmoe-stand-in"}
 
 
 @pytest.mark.parametrize(("codes", "left"), [("75 75 0", 0), ("75 1 0", 1), ("255 0", 255)])
-def test_tpu_pod_runs_again_exactly_after_a_stop(tmp_path, codes, left):
+def test_tpu_pod_runs_again_only_after_a_stop(tmp_path, codes, left):
     flexmoe = 'cd ../..; printf "%s\\n" "$@" > arguments; read -r code rest < codes; echo "$rest" > codes; exit $code'
     variables = stand_in(tmp_path, gcloud=GCLOUD, **{POD["FLEXMOE"]: flexmoe}) | POD
     (tmp_path / "codes").write_text(codes + "\n")
@@ -323,7 +323,7 @@ def test_tpu_pod_runs_again_exactly_after_a_stop(tmp_path, codes, left):
 
 
 def test_tpu_pod_stops_the_workers(tmp_path):
-    """SIGTERM reaches the training on the workers, through a command of its own, and it is not begun again."""
+    """SIGTERM reaches the training on the workers through a separate command, and the training is not restarted."""
     flexmoe = "cd ../..\n" + SAVES + WAITS
     variables = stand_in(tmp_path, gcloud=GCLOUD, **{POD["FLEXMOE"]: flexmoe}) | POD
     with started("tpu_pod.sh", tmp_path.name, env=variables, cwd=tmp_path) as process:
@@ -335,7 +335,7 @@ def test_tpu_pod_stops_the_workers(tmp_path):
 
 @pytest.mark.parametrize("nodes", [1, 2])
 def test_skypilot_gives_every_node_its_place(tmp_path, nodes):
-    """The task's own commands, with the variables that SkyPilot sets."""
+    """The commands of the task, with the variables that SkyPilot sets."""
     task = yaml.safe_load(SKYPILOT.read_text())
     assert task["resources"]["job_recovery"] == {"recover_on_exit_codes": [75]}
     variables = stand_in(tmp_path, flexmoe=NOTES + "exit 75") | {

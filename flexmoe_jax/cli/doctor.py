@@ -6,8 +6,9 @@ import os
 from flexmoe_jax.cli.common import add_json, emit, parser
 from flexmoe_jax.doctor.checks import check_machine
 from flexmoe_jax.doctor.facts import Facts, gather
-from flexmoe_jax.doctor.rendezvous import Roll, call, place_of
+from flexmoe_jax.doctor.rendezvous import Rendezvous, meet
 from flexmoe_jax.errors import Check, MachineError
+from flexmoe_jax.parallel.processes import place_of
 
 GIB = 2**30
 _TEXT = """Looks at this machine: devices, versions, memory, environment, and the usual mistakes, each with a remedy.
@@ -23,7 +24,7 @@ def doctor(argv: list[str]) -> int:
     args = p.parse_args(argv)
     place = place_of(os.environ)
     facts = gather()
-    roll = call(place, _about(facts, place.count)) if place else None
+    roll = meet(place, _about(facts, place.count)) if place else None
     found = check_machine(facts, roll)
     emit(report(facts, found, roll), lines(facts, found, roll), args.json)
     bad = [check.subject for check in found if not check.ok]
@@ -32,14 +33,14 @@ def doctor(argv: list[str]) -> int:
     return 0
 
 
-def report(facts: Facts, found: list[Check], roll: Roll | None) -> dict:
+def report(facts: Facts, found: list[Check], roll: Rendezvous | None) -> dict:
     """Everything, for programs."""
     checks = [{"level": check.level, **dataclasses.asdict(check)} for check in found]
     result: dict = {"facts": dataclasses.asdict(facts), "checks": checks}
     return result | {"processes": None if roll is None else dataclasses.asdict(roll)}
 
 
-def lines(facts: Facts, found: list[Check], roll: Roll | None) -> list[str]:
+def lines(facts: Facts, found: list[Check], roll: Rendezvous | None) -> list[str]:
     """Everything, for people."""
     versions = ", ".join(f"{name} {version}" for name, version in facts.versions.items())
     shown = [f"{facts.host}: {facts.system}, {facts.cores} of {facts.machine_cores} cores", f"  {versions}"]

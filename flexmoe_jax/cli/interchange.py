@@ -25,8 +25,8 @@ def import_hf(argv: list[str]) -> int:
             "--public and --expert go together, without --experts, --tokenizer and --domain",
             "give both to import one expert, or neither to import a model",
         )
+    from flexmoe_jax.hf.checkpoint import open_folder
     from flexmoe_jax.hf.load import import_expert
-    from flexmoe_jax.hf.source import open_folder
 
     source = open_folder(args.checkpoint)
     if not args.public:
@@ -83,7 +83,7 @@ def export_hf(argv: list[str]) -> int:
     if args.zero_bias != bool(args.data) or (args.zero_bias and args.custom_code) or args.max_shard_gb <= 0:
         raise ConfigError("--zero-bias goes with --data, without --custom-code", "give both, or neither")
     from flexmoe_jax.artifacts.model_dir import open_model
-    from flexmoe_jax.hf.export import export
+    from flexmoe_jax.hf.export import ExportOptions, export
 
     model = open_model(args.model)
     chosen = names(args.experts)
@@ -91,13 +91,15 @@ def export_hf(argv: list[str]) -> int:
     done = export(
         model,
         args.out,
-        experts=chosen,
-        dense=args.dense,
-        custom_code=args.custom_code,
-        zero_bias=measured,
-        evaluation=_read_evaluation(args.evaluation),
-        max_shard_bytes=int(args.max_shard_gb * 2**30),
-        check_logits=not args.no_logits,
+        ExportOptions(
+            experts=chosen,
+            dense=args.dense,
+            custom_code=args.custom_code,
+            zero_bias=measured,
+            evaluation=_read_evaluation(args.evaluation),
+            max_shard_bytes=int(args.max_shard_gb * 2**30),
+            check_logits=not args.no_logits,
+        ),
     )
     kind = (
         f"top-{done.top_k} of {', '.join(done.experts)}" if done.architecture.mixture else f"dense, {done.experts[0]}"

@@ -83,7 +83,7 @@ def _together(verb: str, arguments: list[str]) -> bool:
 
 def _leads(verb: str) -> bool:
     """Whether this process does alone what is not for many; it then forgets that there are others."""
-    from flexmoe_jax.doctor.rendezvous import place_of
+    from flexmoe_jax.parallel.processes import place_of
 
     place = place_of(os.environ)
     if place is None:

@@ -1,1 +1,1 @@
-"""The coordinates of a machine, the usual mistakes with their remedies, and whether processes can meet."""
+"""Facts about a machine, checks for the usual mistakes, and a test that the processes of a job reach one another."""

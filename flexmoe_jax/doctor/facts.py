@@ -1,4 +1,4 @@
-"""What `flexmoe doctor` knows of a machine: facts, gathered without importing JAX and without waiting for long."""
+"""Facts about a machine, gathered without importing JAX and with a limit on time, for `flexmoe doctor`."""
 
 import contextlib
 import dataclasses
@@ -21,11 +21,12 @@ PACKAGES = ("flexmoe_jax", "jax", "jaxlib", "flax", "optax", "orbax-checkpoint",
 PLUGINS = ("jax-cuda12-plugin", "jax-cuda13-plugin")
 NEEDED = ("jax", "flax", "optax", "orbax-checkpoint", "grain")
 VARIABLES = re.compile(
-    r"(FLEXMOE|JAX|XLA|LIBTPU|TPU|MEGASCALE|NCCL|CUDA|SKYPILOT_N|OMPI_COMM_W|SLURM_(JOB_ID|N|PROCID|LOCALID|GPUS|TASKS|STEP_N|CPUS))"
+    r"(FLEXMOE|JAX|XLA|LIBTPU|TPU|MEGASCALE|NCCL|CUDA|SKYPILOT_N|OMPI_COMM_W)"
+    r"|SLURM_(JOB_ID|N|PROCID|LOCALID|GPUS|TASKS|STEP_N|CPUS)"
     r"|(GLIBC_TUNABLES|LD_LIBRARY_PATH|NVIDIA_VISIBLE_DEVICES|KUBERNETES_SERVICE_HOST|NODE_RANK)$"
 )
 SECRET = re.compile("KEY|TOKEN|SECRET|PASSWORD")
-DISCOVERY_S = 60  # a TPU takes half a minute to come up
+DISCOVERY_S = 60  # a TPU takes half a minute to initialize
 LIST_DEVICES = """
 import json, jax
 def memory(device):
@@ -40,7 +41,7 @@ print(json.dumps([{"platform": d.platform, "kind": d.device_kind, **memory(d)} f
 
 @dataclasses.dataclass(frozen=True)
 class Device:
-    """One device as JAX names it; bytes where it tells."""
+    """One device of JAX; `limit` and `used` are bytes of its memory, None where JAX does not know them."""
 
     platform: str  # cpu, gpu, tpu
     kind: str
@@ -50,19 +51,19 @@ class Device:
 
 @dataclasses.dataclass(frozen=True)
 class Facts:
-    """A machine and how this process was started on it. Bytes throughout; `None` is unknown."""
+    """A machine, and how this process was started on it. Sizes are bytes; None is unknown."""
 
     host: str = "host"
     system: str = "Linux"
-    versions: Mapping[str, str] = dataclasses.field(default_factory=dict)  # of installed packages, and of Python
-    needed: Mapping[str, str] = dataclasses.field(default_factory=dict)  # the oldest that will do
+    versions: Mapping[str, str] = dataclasses.field(default_factory=dict)  # of Python and of installed packages
+    needed: Mapping[str, str] = dataclasses.field(default_factory=dict)  # the oldest version of each package that works
     devices: tuple[Device, ...] = ()
     trouble: str = ""  # why JAX could not list its devices
-    nvidia: int = 0  # GPUs of which there is a device file
+    nvidia: int = 0  # GPUs with a device file
     nvidia_smi: bool = False
-    tpu: int = 0  # TPU chips of which there is a device file
-    environment: Mapping[str, str] = dataclasses.field(default_factory=dict)  # the variables that matter
-    cores: int = 1  # that this process may use
+    tpu: int = 0  # TPU chips with a device file
+    environment: Mapping[str, str] = dataclasses.field(default_factory=dict)  # only the variables that matter here
+    cores: int = 1  # cores that this process may use
     machine_cores: int = 1
     memory: int | None = None
     memory_free: int | None = None
@@ -71,12 +72,12 @@ class Facts:
     huge_pages: str = ""  # always, madvise or never
 
     def on(self, kind: str) -> int:
-        """How many devices of a platform JAX has here."""
+        """The number of devices that JAX has on platform `kind`."""
         return sum(device.platform == kind for device in self.devices)
 
 
 def gather() -> Facts:
-    """The facts of this machine. Takes at most DISCOVERY_S seconds and a little, whatever state its devices are in."""
+    """The facts about this machine; takes little more than DISCOVERY_S seconds, even where a driver hangs."""
     devices, trouble = discover()
     memory = _meminfo()
     environment = {k: v for k, v in sorted(os.environ.items()) if VARIABLES.match(k) and not SECRET.search(k)}
@@ -90,7 +91,7 @@ def gather() -> Facts:
         trouble=trouble,
         nvidia=len(glob.glob("/dev/nvidia[0-9]*")),
         nvidia_smi=shutil.which("nvidia-smi") is not None,
-        # Newer chips are handed over by vfio, as are things that are no TPU on other machines.
+        # Newer TPUs appear as vfio devices; so does other hardware, on machines without TPUs.
         tpu=len(glob.glob("/dev/accel[0-9]*")) or (len(glob.glob("/dev/vfio/[0-9]*")) if on_tpu_machine else 0),
         environment=environment,
         cores=len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1,
@@ -104,10 +105,10 @@ def gather() -> Facts:
 
 
 def discover(program: str = LIST_DEVICES, timeout_s: float = DISCOVERY_S) -> tuple[tuple[Device, ...], str]:
-    """The devices JAX has in a process of its own, or why it has none: a broken driver can block a process or end it.
+    """(JAX's devices, why it has none), found by a separate process: a broken driver can block a process or end it.
 
-    Takes no memory of a GPU that trains beside it. Its output goes to files, since a pipe may be held open by what a
-    killed process began; and a process that cannot even be killed is left alone.
+    The process takes no memory of a GPU that another one trains on. Its output goes to files, because children of a
+    killed process can hold a pipe open. A process that cannot be killed is left behind.
     """
     environment = {**os.environ, "XLA_PYTHON_CLIENT_PREALLOCATE": "false"}
     with tempfile.TemporaryFile("w+") as out, tempfile.TemporaryFile("w+") as err:
@@ -131,7 +132,7 @@ def discover(program: str = LIST_DEVICES, timeout_s: float = DISCOVERY_S) -> tup
 
 
 def _reason(errors: str) -> str:
-    """The line of an error output that tells most: XLA's own last word, or the exception's."""
+    """The most informative line of an error output: XLA's last fatal one, or the last of the exception."""
     lines = [line.strip() for line in errors.splitlines() if line.strip()]
     fatal = [line.partition("] ")[2] or line for line in lines if re.match(r"F\d{4} |E\w*:", line)]
     return (fatal or lines or [""])[-1][:300]
@@ -146,7 +147,7 @@ def _versions() -> dict[str, str]:
 
 
 def _needed() -> dict[str, str]:
-    """The oldest versions that our own package asks for; none where it was not installed by a package manager."""
+    """The oldest versions that our package requires; {} where its metadata is not installed."""
     needed = {}
     with contextlib.suppress(importlib.metadata.PackageNotFoundError):
         for line in importlib.metadata.requires("flexmoe_jax") or ():
@@ -157,7 +158,7 @@ def _needed() -> dict[str, str]:
 
 
 def _meminfo() -> dict[str, int]:
-    """Bytes by name; nothing where there is no /proc."""
+    """{name: bytes} of /proc/meminfo; {} without it."""
     with contextlib.suppress(OSError):
         lines = pathlib.Path("/proc/meminfo").read_text().splitlines()
         return {name: int(rest.split()[0]) * 1024 for name, _, rest in (line.partition(":") for line in lines)}
@@ -165,10 +166,12 @@ def _meminfo() -> dict[str, int]:
 
 
 def _total(path: str) -> int | None:
+    """Size of the file system at `path`."""
     return shutil.disk_usage(path).total if os.path.isdir(path) else None
 
 
 def _huge_pages() -> str:
+    """The kernel's setting: always, madvise or never; "" where it has none."""
     with contextlib.suppress(OSError):
         match = re.search(r"\[(\w+)\]", pathlib.Path("/sys/kernel/mm/transparent_hugepage/enabled").read_text())
         return match[1] if match else ""

@@ -1,80 +1,48 @@
-"""The processes of a job meet over plain TCP, to show that they reach one another before JAX waits for them in silence.
+"""The processes of a job meet over plain TCP: a test that they reach one another, before JAX waits for them silently.
 
-Process 0 listens at the coordinator's address for a moment; the others say who they are and are told who has come. One
-JSON line each way; nothing is run, and nothing but a few short fields is kept.
+Process 0 listens at the coordinator's address; every other process connects, sends one JSON line about itself, and
+receives one JSON line about all that came. Nothing received is executed, and only a few short texts of it are kept.
 """
 
 import contextlib
 import dataclasses
 import json
-import re
 import socket
 import time
 from collections.abc import Mapping
 
-from flexmoe_jax.errors import MachineError
+from flexmoe_jax.parallel.processes import Place
 
-LIMIT = 1 << 16  # bytes of a line
-WAIT_S = 30  # Slurm and ssh start processes within seconds of one another
-
-
-@dataclasses.dataclass(frozen=True)
-class Place:
-    """A process's place in its job."""
-
-    count: int
-    number: int
-    coordinator: str  # host:port
+MAX_LINE_BYTES = 1 << 16
+WAIT_S = 30  # Slurm and ssh start the processes of a job within seconds of one another
+_Seen = list[tuple[int, dict[str, str]]]
 
 
 @dataclasses.dataclass(frozen=True)
-class Roll:
-    """Who came: process number -> its host and versions. `trouble` says why nobody could be asked."""
+class Rendezvous:
+    """What this process learned: `seen` are (process number, its host and versions), where a number may occur twice.
+
+    `trouble` is why this process met nobody.
+    """
 
     place: Place
-    seen: tuple[tuple[int, Mapping[str, str]], ...] = ()  # a number may come twice
+    seen: tuple[tuple[int, Mapping[str, str]], ...] = ()
     trouble: str = ""
 
 
-def place_of(environment: Mapping[str, str]) -> Place | None:
-    """The place that the environment gives this process; `None` for one alone, or where only JAX can find it out."""
-    count = environment.get("FLEXMOE_PROCESSES")
-    if count is None:
-        return None
-    if count != "auto":
-        number, coordinator = environment.get("FLEXMOE_PROCESS_ID", ""), environment.get("FLEXMOE_COORDINATOR", "")
-        port = coordinator.rpartition(":")[2]
-        good = count.isdecimal() and number.isdecimal() and coordinator.count(":") == 1 and port.isdecimal()
-        if not good or int(number) >= int(count):
-            raise MachineError(
-                f"FLEXMOE_PROCESSES is {count!r}, FLEXMOE_PROCESS_ID {number!r}, FLEXMOE_COORDINATOR {coordinator!r}",
-                "set FLEXMOE_PROCESSES to `auto`, or to N with FLEXMOE_PROCESS_ID from 0 to N-1 and "
-                "FLEXMOE_COORDINATOR to host:port",
-            )
-        return Place(int(count), int(number), coordinator)
-    if {"SLURM_JOB_ID", "SLURM_STEP_NODELIST", "SLURM_NTASKS", "SLURM_PROCID"} <= environment.keys():
-        # JAX's own choice: the first node, and a port that follows from the job's number.
-        first = re.sub(r"\[(\w+).*", r"\1", environment["SLURM_STEP_NODELIST"].partition(",")[0])
-        meet = f"{first}:{int(environment['SLURM_JOB_ID']) % 2**12 + 65535 - 2**12 + 1}"
-        return Place(int(environment["SLURM_NTASKS"]), int(environment["SLURM_PROCID"]), meet)
-    hosts = [host for host in environment.get("TPU_WORKER_HOSTNAMES", "").split(",") if host]
-    if "TPU_WORKER_ID" in environment and hosts and "MEGASCALE_NUM_SLICES" not in environment:
-        return Place(len(hosts), int(environment["TPU_WORKER_ID"]), f"{hosts[0]}:8482")
-    return None
-
-
-def call(place: Place, about: Mapping[str, str], wait_s: float = WAIT_S) -> Roll:
-    """Meets the others for at most `wait_s` seconds; `about` is what they are told of this process."""
+def meet(place: Place, about: Mapping[str, str], wait_s: float = WAIT_S) -> Rendezvous:
+    """Meets the other processes within `wait_s` seconds; `about` is what they learn about this one."""
     try:
         seen = _listen(place, about, wait_s) if place.number == 0 else _report(place, about, wait_s)
     except OSError as error:
-        return Roll(place, trouble=str(error))
-    return Roll(place, tuple(sorted(seen, key=lambda one: one[0])))
+        return Rendezvous(place, trouble=str(error))
+    return Rendezvous(place, tuple(sorted(seen, key=lambda one: one[0])))
 
 
-def _listen(place: Place, about: Mapping[str, str], wait_s: float) -> list:
-    """Process 0: waits for all, then tells each who came."""
-    end, seen, waiting = time.monotonic() + wait_s, [(0, dict(about))], []
+def _listen(place: Place, about: Mapping[str, str], wait_s: float) -> _Seen:
+    """Process 0: waits for all processes, then sends each the list of those that came."""
+    end, waiting = time.monotonic() + wait_s, []
+    seen: _Seen = [(0, dict(about))]
     with contextlib.ExitStack() as stack:
         family = socket.AF_INET6 if socket.has_dualstack_ipv6() else socket.AF_INET
         server = stack.enter_context(
@@ -88,49 +56,51 @@ def _listen(place: Place, about: Mapping[str, str], wait_s: float) -> list:
         while len(seen) < place.count and (left := end - time.monotonic()) > 0:
             server.settimeout(left)
             try:
-                one, _ = server.accept()
+                connection, _ = server.accept()
             except TimeoutError:
                 break
-            stack.enter_context(one)
+            stack.enter_context(connection)
             with contextlib.suppress(OSError, ValueError, TypeError, KeyError):
-                one.settimeout(min(2.0, max(left, 0.1)))
-                said = json.loads(_line(one))
-                seen.append((int(said["number"]), {_plain(k): _plain(v) for k, v in said["about"].items()}))
-                waiting.append(one)
+                connection.settimeout(min(2.0, max(left, 0.1)))
+                received = json.loads(_read_line(connection))
+                fields = {_printable(k): _printable(v) for k, v in received["about"].items()}
+                seen.append((int(received["number"]), fields))
+                waiting.append(connection)
         answer = json.dumps(seen).encode() + b"\n"
-        for one in waiting:
+        for connection in waiting:
             with contextlib.suppress(OSError):
-                one.settimeout(2.0)
-                one.sendall(answer)
+                connection.settimeout(2.0)
+                connection.sendall(answer)
     return seen
 
 
-def _report(place: Place, about: Mapping[str, str], wait_s: float) -> list:
-    """Another process: tries until process 0 listens, says who it is, and hears who came."""
+def _report(place: Place, about: Mapping[str, str], wait_s: float) -> _Seen:
+    """Any other process: connects once process 0 listens, sends `about`, and receives the list of those that came."""
     host, _, port = place.coordinator.rpartition(":")
+    address = (host.strip("[]"), int(port))
     end = time.monotonic() + wait_s
     while True:
         try:
-            with socket.create_connection((host, int(port)), timeout=max(0.1, end - time.monotonic())) as server:
-                server.settimeout(wait_s + 5)  # process 0 answers when all have come, or its own time is over
+            with socket.create_connection(address, timeout=max(0.1, end - time.monotonic())) as server:
+                server.settimeout(wait_s + 5)  # process 0 answers when all have come, or when its own time is over
                 server.sendall(json.dumps({"number": place.number, "about": dict(about)}).encode() + b"\n")
-                return [(int(number), dict(one)) for number, one in json.loads(_line(server))]
+                return [(int(number), dict(one)) for number, one in json.loads(_read_line(server))]
         except (OSError, ValueError) as error:
             if time.monotonic() + 0.2 >= end:
                 raise OSError(f"{place.coordinator}: {error}") from error
             time.sleep(0.2)
 
 
-def _plain(value: object) -> str:
-    """A short text that does nothing to a terminal."""
+def _printable(value: object) -> str:
+    """A short text without control characters, safe to print in a terminal."""
     return "".join(c if c.isprintable() else "?" for c in str(value)[:200])
 
 
-def _line(connection: socket.socket) -> bytes:
+def _read_line(connection: socket.socket) -> bytes:
     line = b""
     while not line.endswith(b"\n"):
         part = connection.recv(4096)
-        if not part or len(line) > LIMIT:
-            raise ValueError("no line")
+        if not part or len(line) > MAX_LINE_BYTES:
+            raise ValueError("the connection ended before the line did" if not part else "the line is too long")
         line += part
     return line

@@ -1,1 +1,1 @@
-"""Hugging Face both ways: checkpoints in, checkpoints out (method: section 5)."""
+"""Hugging Face checkpoints, read and written."""

@@ -1,4 +1,4 @@
-"""The model card of an export: who owns what, under which licence, how it was trained, and how an owner leaves."""
+"""The model card of an export: owners, licenses, training records, and how an owner leaves."""
 
 import math
 from collections.abc import Mapping
@@ -20,18 +20,22 @@ def model_card(
     provenance: Mapping[str, Any],
     evaluation: Mapping[str, Any] | None = None,
 ) -> str:
-    """Markdown with the metadata block of the Hugging Face hub. It depends on the packages exported alone."""
+    """Markdown with the metadata block of the Hugging Face Hub; a function of the exported packages only.
+
+    `names` are the exported experts, `provenance` is the object under `flexmoe` in config.json, `evaluation` a result
+    of `flexmoe eval --json`. Raises ConfigError without huggingface_hub.
+    """
     try:
         from huggingface_hub import ModelCard, ModelCardData
     except ImportError as error:
         raise ConfigError("the model card needs huggingface_hub", "pip install 'flexmoe_jax[hf]'") from error
     manifests = {name: model.manifests[name] for name in (TRUNK, *names)}
-    licences = sorted({m.record.licence or NOT_STATED for m in manifests.values()})
+    licenses = sorted({m.record.licence or NOT_STATED for m in manifests.values()})
     data = ModelCardData(
         library_name="transformers",
         pipeline_tag="text-generation",
         license="other",
-        license_name=", ".join(licences),
+        license_name=", ".join(licenses),
         tags=["flexmoe", architecture.model_type, *(["mixture-of-experts"] if architecture.mixture else [])],
     )
     parameters = sum(_parameters(m) for m in manifests.values())
@@ -41,7 +45,7 @@ def model_card(
         f"{len(names)} expert{'s' * (len(names) > 1)} ({', '.join(names)}) over one shared trunk, "
         f"{parameters:,} parameters, exported as `{architecture.name}`"
         + (f" with {min(model.top_k, len(names))} experts active per token." if architecture.mixture else "."),
-        "Every part belongs to its owner; parts were trained apart and joined without training.",
+        "Each part belongs to its owner. Parts were trained separately and merged without training.",
         "",
         "## Owners",
         "",
@@ -49,8 +53,8 @@ def model_card(
         "|---|---|---|---|---|---|---|---|",
         *(_row(name, manifest) for name, manifest in manifests.items()),
         "",
-        "The content digest is taken over the part's tensors as its owner's package holds them; `config.json` repeats",
-        "it, with the whole training record, under `flexmoe`.",
+        "The content digest covers the part's tensors as stored in its owner's package; `config.json` repeats it, with",
+        "the whole training record, under `flexmoe`.",
         "",
         "## Evaluation",
         "",
@@ -68,9 +72,9 @@ def _opting_out(manifests: Mapping[str, Manifest]) -> list[str]:
     together = [name for name, manifest in manifests.items() if set(manifest.record.tuned_with) - {name}]
     if together:
         return [
-            f"Approximate: other owners had a part in training {', '.join(together)} (router tuning, joint training).",
-            "Removing an expert (`flexmoe optout`) removes its parameters, not its part in theirs; packages from",
-            "before that training give the exact form.",
+            f"Approximate: {', '.join(together)} took part in router tuning or joint training with other owners' data.",
+            "Removing an expert (`flexmoe optout`) removes its parameters, not its influence on these parts; packages",
+            "from before that training allow exact removal.",
         ]
     return [
         "Exact: removing an owner's expert (`flexmoe optout`, then export again) gives, byte for byte, the export of a",
@@ -105,7 +109,7 @@ def _parameters(manifest: Manifest) -> int:
 
 def _evaluation(evaluation: Mapping[str, Any] | None) -> list[str]:
     if not evaluation:
-        return ["None was given to the export (`--evaluation FILE`, a result of `flexmoe eval --json`)."]
+        return ["None (`flexmoe export-hf --evaluation FILE` takes a result of `flexmoe eval --json`)."]
     if "domains" in evaluation:
         rows = [f"| {d} | {r['bits_per_byte']:.3f} | {r['documents']} |" for d, r in evaluation["domains"].items()]
         return ["| held-out text | bits per byte | documents |", "|---|---|---|", *rows]
@@ -131,7 +135,7 @@ def _bias(architecture: Architecture, provenance: Mapping[str, Any]) -> list[str
         "",
         "## Expert bias",
         "",
-        "The experts' bias was left out, which this class cannot hold. Measured:",
+        "The experts' bias was left out, because this class has none. Measured:",
         "",
         *rows,
     ]

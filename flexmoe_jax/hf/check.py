@@ -1,4 +1,4 @@
-"""Whether `transformers` computes from an export what we compute from the model: the same logits."""
+"""A check that `transformers` computes the same logits from an export as we do from the model."""
 
 import pathlib
 from collections.abc import Iterable
@@ -11,8 +11,8 @@ from flexmoe_jax.artifacts.model_dir import ModelDir, load_params
 from flexmoe_jax.errors import ArtifactError, ConfigError
 from flexmoe_jax.model.decoder import Decoder, forward
 
-# Largest difference against the largest logit. Both sides compute in float32, layer by layer in another order: some
-# 1e-6 per layer. A wrong layout, head order or rotary base is off by the order of the logits themselves.
+# Largest difference relative to the largest logit. Both sides compute in float32 and sum in different orders: about
+# 1e-6 per layer. A wrong layout, head order or rotary base gives differences as large as the logits.
 TOLERANCE = 1e-3
 TOKENS = 32
 
@@ -20,15 +20,19 @@ TOKENS = 32
 def compare_logits(
     export: pathlib.Path | str, model: ModelDir, experts: Iterable[str], *, custom_code: bool, leave_out_bias: bool
 ) -> float:
-    """Loads the export with transformers and returns the largest difference of logits, relative to the largest logit,
-    on fixed random tokens. Raises ArtifactError above the tolerance. Both models are in memory, in float32."""
+    """Loads the export with transformers; returns the largest difference of logits, relative to the largest logit.
+
+    The input are fixed random tokens [2, 32]; both models are in memory, in float32. `custom_code` trusts the model
+    file of the export; `leave_out_bias` sets our experts' bias to 0. Raises ArtifactError above TOLERANCE, ConfigError
+    without torch or transformers.
+    """
     try:
         import torch
         import transformers
     except ImportError as error:
         raise ConfigError(
-            "reloading the export needs torch and transformers",
-            "pip install 'flexmoe_jax[hf]', or --no-logits to compare bytes alone",
+            "comparing logits needs torch and transformers",
+            "pip install 'flexmoe_jax[hf]', or compare only bytes with --no-logits",
         ) from error
     length = min(TOKENS, model.config.max_seq_len)
     tokens = np.random.default_rng(0).integers(0, model.config.vocab_size, (2, length), np.int64)
@@ -47,6 +51,6 @@ def compare_logits(
     if not difference <= TOLERANCE:
         raise ArtifactError(
             f"{export}: transformers' logits differ from ours by {difference:.2g} of the largest, over {TOLERANCE:g}",
-            "do not publish this export; report it with the versions of torch and transformers",
+            "do not publish this export; report it with your versions of torch and transformers",
         )
     return difference

@@ -1,6 +1,7 @@
-"""`config.json` and our ModelConfig: which architectures map onto the tree, and what of a configuration must hold."""
+"""From `config.json` to ModelConfig and back: architectures that fit our tree, and the values that keys must have."""
 
 import dataclasses
+import pathlib
 from collections.abc import Mapping
 from typing import Any
 
@@ -12,7 +13,11 @@ PROVENANCE = "flexmoe"  # our key in config.json; unknown keys survive transform
 
 @dataclasses.dataclass(frozen=True)
 class Architecture:
-    """A class of `transformers` (or of our shipped model file) and the shape of decoder it is."""
+    """A model class of `transformers`, or of the model file that exports ship, and the decoder that it implements.
+
+    `default_theta` is the rotary base where config.json has none. `mixture` has a router over experts, `bias` a router
+    that adds the experts' bias.
+    """
 
     name: str
     model_type: str
@@ -28,8 +33,8 @@ OLMO2 = Architecture("Olmo2ForCausalLM", "olmo2", 1e4)
 LLAMA = Architecture("LlamaForCausalLM", "llama", 1e4, pre_norm=True)
 ARCHITECTURES = {a.model_type: a for a in (FLEX_OLMO, BIASED, OLMO2, LLAMA)}
 
-# What our decoder does not have: {key: the only values it may have}. A missing key has the first.
-_MUST_BE: dict[str, tuple] = {
+# Options that our decoder lacks: {key: the values it accepts}. A missing key counts as the first.
+_MUST_BE: dict[str, tuple[Any, ...]] = {
     "hidden_act": ("silu", "swish"),
     "attention_bias": (False,),
     "mlp_bias": (False,),
@@ -40,8 +45,8 @@ _MUST_BE: dict[str, tuple] = {
 
 
 @dataclasses.dataclass(frozen=True)
-class Read:
-    """What a `config.json` says: `top_k` is None for a dense model."""
+class CheckpointConfig:
+    """The content of a `config.json`. `fields` are its keys as read; a dense model has 1 expert and `top_k` None."""
 
     architecture: Architecture
     model: ModelConfig
@@ -51,13 +56,16 @@ class Read:
 
     @property
     def provenance(self) -> dict[str, Any]:
-        """What our export wrote into it, or {}."""
+        """The object that our export wrote under `flexmoe`, {} in other checkpoints."""
         value = self.fields.get(PROVENANCE)
         return value if isinstance(value, dict) else {}
 
 
-def read_config(fields: Mapping[str, Any], where="config.json") -> Read:
-    """Checks a `config.json` (old or new spelling of the rotary base) and reads the shape from it."""
+def read_config(fields: Mapping[str, Any], where: pathlib.Path | str = "config.json") -> CheckpointConfig:
+    """Checks a `config.json` (old or new spelling of the rotary base) and reads the model's shape from it.
+
+    Raises ArtifactError for an unknown architecture, a missing key, and an option that our decoder lacks.
+    """
     kind = fields.get("model_type")
     if kind not in ARCHITECTURES:
         raise ArtifactError(
@@ -69,17 +77,21 @@ def read_config(fields: Mapping[str, Any], where="config.json") -> Read:
         raise ArtifactError(f"{where}: architectures is {declared}", f"give a checkpoint of {architecture.name}")
     for key, allowed in _MUST_BE.items():
         if (value := fields.get(key, allowed[0])) not in allowed:
-            raise ArtifactError(f"{where}: {key} is {value!r}", f"this decoder only has {key} = {allowed[0]!r}")
+            raise ArtifactError(f"{where}: {key} is {value!r}", f"this decoder supports only {key} = {allowed[0]!r}")
     heads = _required(fields, "num_attention_heads", where)
     width = _required(fields, "hidden_size", where)
     experts = _required(fields, "num_experts", where) if architecture.mixture else 1
     top_k = _required(fields, "num_experts_per_tok", where) if architecture.mixture else None
     if top_k is not None and not (type(experts) is int and type(top_k) is int and 1 <= top_k <= experts):
         raise ArtifactError(
-            f"{where}: num_experts_per_tok is {top_k} with num_experts {experts}", "give a number of experts there are"
+            f"{where}: num_experts_per_tok is {top_k} with num_experts {experts}",
+            f"set num_experts_per_tok to a number from 1 to {experts}",
         )
     if fields.get("norm_topk_prob") and top_k != experts:
-        raise ArtifactError(f"{where}: norm_topk_prob is true", "FlexOlmo does not renormalise the chosen experts")
+        raise ArtifactError(
+            f"{where}: norm_topk_prob is true",
+            "give a FlexOlmo checkpoint: it does not renormalize the weights of the chosen experts",
+        )
     model = from_mapping(
         ModelConfig,
         {
@@ -99,20 +111,23 @@ def read_config(fields: Mapping[str, Any], where="config.json") -> Read:
         },
         str(where),
     )
-    return Read(architecture, model, experts, top_k, dict(fields))
+    return CheckpointConfig(architecture, model, experts, top_k, dict(fields))
 
 
 def architecture_of(model: ModelConfig, mixture: bool, biased: bool) -> Architecture:
-    """The architecture that holds a model of this shape, with experts to choose from if `mixture`."""
+    """The architecture of a model of this shape: a router over experts if `mixture`, which adds their bias if `biased`.
+
+    Raises ArtifactError where `transformers` has no such class.
+    """
     if model.pre_norm == model.qk_norm:
         raise ArtifactError(
-            f"no class of transformers has pre_norm {model.pre_norm} and qk_norm {model.qk_norm}",
-            "export a model in the shape of OLMo-2 or of Llama",
+            f"transformers has no class with pre_norm {model.pre_norm} and qk_norm {model.qk_norm}",
+            "export a model of the OLMo-2 shape (False, True) or of the Llama shape (True, False)",
         )
     if model.pre_norm and mixture:
         raise ArtifactError(
-            "no class of transformers is a Llama-shaped mixture whose chosen experts are not renormalised",
-            "export one expert alone as a dense model: --experts public --dense",
+            "transformers has no Llama-shaped mixture that keeps the weights of the chosen experts as they are",
+            "export a single expert as a dense model: --experts public --dense",
         )
     return (BIASED if biased else FLEX_OLMO) if mixture else (LLAMA if model.pre_norm else OLMO2)
 
@@ -127,8 +142,12 @@ def write_config(
     source: Mapping[str, Any],
     provenance: Mapping[str, Any],
 ) -> dict[str, Any]:
-    """The `config.json` of an export. Keys of `source`, the configuration it was imported from, stay where we have no
-    say (initializer range, dropout and the like); `ids` are the special tokens' where `source` has none."""
+    """The `config.json` of an export.
+
+    `experts` counts them, `dtype` is that of the weights. `source` is the configuration that the model was imported
+    from: its keys stay where the model does not determine them (initializer range, dropout). `ids` are the special
+    tokens that apply where `source` has none. `provenance` goes under `flexmoe`.
+    """
     ours = {
         "architectures": [architecture.name],
         "model_type": architecture.model_type,
@@ -161,18 +180,20 @@ def write_config(
     return {**{key: ids.get(key) for key in ("bos_token_id", "eos_token_id", "pad_token_id")}, **kept, **ours}
 
 
-def _required(fields: Mapping[str, Any], key: str, where):
+def _required(fields: Mapping[str, Any], key: str, where: pathlib.Path | str) -> Any:
     if fields.get(key) is None:
-        raise ArtifactError(f"{where} has no {key}", "give the whole configuration of the checkpoint")
+        raise ArtifactError(f"{where} has no {key}", "give the complete config.json of the checkpoint")
     return fields[key]
 
 
-def _rope_theta(fields: Mapping[str, Any], architecture: Architecture, where) -> float:
+def _rope_theta(fields: Mapping[str, Any], architecture: Architecture, where: pathlib.Path | str) -> float:
     rope = fields.get("rope_parameters") or fields.get("rope_scaling") or {}
     kind = rope.get("rope_type", rope.get("type", "default"))
     if kind != "default":
-        raise ArtifactError(f"{where}: the rotary embedding is scaled ({kind!r})", "only rope_type 'default' is known")
+        raise ArtifactError(
+            f"{where}: the rotary embedding is scaled ({kind!r})", "give a checkpoint with rope_type 'default'"
+        )
     thetas = {float(t) for t in (rope.get("rope_theta"), fields.get("rope_theta")) if t is not None}
     if len(thetas) > 1:
-        raise ArtifactError(f"{where}: rope_theta is given as {sorted(thetas)}", "give it once")
+        raise ArtifactError(f"{where}: rope_theta has the values {sorted(thetas)}", "keep one of them")
     return thetas.pop() if thetas else architecture.default_theta

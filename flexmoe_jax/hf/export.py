@@ -1,12 +1,10 @@
-"""Exporting: a model directory becomes a checkpoint that `transformers` loads, tensor by tensor.
+"""Export: from a model directory to a checkpoint that `transformers` loads, tensor by tensor.
 
-The packages' files are mapped, not read: memory stays at the largest single tensor, whatever the model's size.
+Packages' files are mapped into memory, not read: memory use is that of the largest tensor, at any size of the model.
 """
 
 import dataclasses
-import json
 import pathlib
-import shutil
 from collections.abc import Iterable, Mapping
 from typing import Any
 
@@ -15,26 +13,54 @@ import numpy as np
 from flexmoe_jax.artifacts.arrays import tensor_file
 from flexmoe_jax.artifacts.model_dir import TOKENIZER, TOKENIZER_CONFIG, ModelDir
 from flexmoe_jax.artifacts.package import check_files, raise_problems
-from flexmoe_jax.artifacts.sealed import read_bytes
+from flexmoe_jax.artifacts.sealed import MAX_TEXT_BYTES, read_bytes
 from flexmoe_jax.data.tokenizer import load_tokenizer
 from flexmoe_jax.errors import ArtifactError
-from flexmoe_jax.files import new_directory, write_bytes
+from flexmoe_jax.files import new_directory, write_bytes, write_json
 from flexmoe_jax.hf import card
 from flexmoe_jax.hf.check import compare_logits
+from flexmoe_jax.hf.checkpoint import open_folder
 from flexmoe_jax.hf.configuration import Architecture, architecture_of, write_config
 from flexmoe_jax.hf.mapping import Slot, slots
-from flexmoe_jax.hf.source import open_folder
-from flexmoe_jax.hf.tensors import Tensor, write_checkpoint
+from flexmoe_jax.hf.tensors import Tensor, write_tensors
 from flexmoe_jax.tree import TRUNK, check_known
 
 FORMAT = "flexmoe-export-1"
-MAX_SHARD_BYTES = 5 << 30
 MODEL_FILE = "modeling_flexmoe.py"
+_CHECK_DISK = "check the disk and export again"
+Leaves = Mapping[str, Mapping[str, np.ndarray]]  # {owner: {path: array}}
+
+
+@dataclasses.dataclass(frozen=True)
+class ExportOptions:
+    """What an export holds and how it is checked; the defaults export the whole model."""
+
+    experts: Iterable[str] | None = None
+    """Names of the experts to export; None: all."""
+
+    dense: bool = False
+    """Write a single expert as a dense model, without its router row. An expert whose router row is 0, such as that of
+    an imported dense model, becomes a dense model in any case."""
+
+    custom_code: bool = False
+    """Ship a model file that adds the experts' bias to the router, which `FlexOlmoForCausalLM` does not have."""
+
+    zero_bias: Mapping[str, Any] | None = None
+    """Leave the experts' bias out. The value says what that costs, as measured; config.json and model card state it."""
+
+    evaluation: Mapping[str, Any] | None = None
+    """A result of `flexmoe eval --json`, for the model card."""
+
+    max_shard_bytes: int = 5 << 30
+    """Size of the largest weight file."""
+
+    check_logits: bool = False
+    """Load the export with transformers and compare logits (hf/check.py); both models are then in memory."""
 
 
 @dataclasses.dataclass(frozen=True)
 class Export:
-    """What was written."""
+    """What `export` wrote: `files` are the weight files, `logits_difference` the result of `check_logits`."""
 
     path: pathlib.Path
     architecture: Architecture
@@ -44,96 +70,70 @@ class Export:
     logits_difference: float | None = None
 
 
-def export(
-    model: ModelDir,
-    out: pathlib.Path | str,
-    *,
-    experts: Iterable[str] | None = None,
-    dense: bool = False,
-    custom_code: bool = False,
-    zero_bias: Mapping[str, Any] | None = None,
-    evaluation: Mapping[str, Any] | None = None,
-    max_shard_bytes: int = MAX_SHARD_BYTES,
-    check_logits: bool = False,
-) -> Export:
-    """Writes the new directory `out`, after checking the digests of everything it takes; reads it back byte by byte.
+def export(model: ModelDir, out: pathlib.Path | str, options: ExportOptions = ExportOptions()) -> Export:
+    """Writes the checkpoint at the new directory `out` and reads it back byte by byte.
 
-    `experts` are those to export (all). One expert whose router row is 0, as an imported dense model's, becomes a dense
-    model; `dense` makes one of any single expert, whose router row then has no use and is left out. A bias below 0 is
-    refused, unless `custom_code` ships a model file that adds it or `zero_bias` (what was measured about it, recorded)
-    leaves it out. `evaluation` is a result of `flexmoe eval --json`, for the model card. `check_logits` loads the
-    export with transformers and compares logits before `out` appears (hf/check.py): both models are then in memory.
+    Packages are checked first: names and sizes of files, array headers. Raises ArtifactError for a damaged package, for
+    experts that no class of `transformers` can hold, and for a negative bias unless `options` say what to do with it.
+    When anything fails, `out` does not appear.
     """
-    names = model.experts if experts is None else check_known(experts, model.experts)
-    if dense and len(names) != 1:
+    names = model.experts if options.experts is None else check_known(options.experts, model.experts)
+    if options.dense and len(names) != 1:
         raise ArtifactError(f"a dense model of {len(names)} experts: {', '.join(names)}", "choose one with --experts")
-    owners = (TRUNK, *names)
-    for owner in owners:
-        raise_problems(model.package(owner), check_files(model.package(owner), model.manifests[owner]))
-    leaves = {owner: _map_leaves(model, owner) for owner in owners}
+    leaves = {owner: _map_leaves(model, owner) for owner in (TRUNK, *names)}
     biased = _biased_layers(leaves, names)
-    if biased and len(names) > 1 and not custom_code and zero_bias is None:
+    if biased and len(names) > 1 and not options.custom_code and options.zero_bias is None:
         raise ArtifactError(
-            "FlexOlmoForCausalLM has no expert bias, and this model has: "
+            "FlexOlmoForCausalLM has no expert bias, and this model has one: "
             + "; ".join(f"{name} in layers {', '.join(map(str, layers))}" for name, layers in biased.items()),
             "--custom-code ships a model file that adds it (load with trust_remote_code=True); --zero-bias with --data "
             "leaves it out and prints what that costs",
         )
-    mixture = len(names) > 1 or (not dense and bool(np.any(leaves[names[0]]["router"] != 0)))
-    with_bias = bool(biased) and custom_code and mixture
-    architecture = architecture_of(model.config, mixture, with_bias)
-    tensors = {name: _plan(slot, leaves) for name, slot in slots(model.config, architecture, names).items()}
-    provenance = _provenance(model, names, zero_bias if biased else None)
-    source = model.manifests[TRUNK].record.fields.get("imported", {})
-    dtypes = {tensor.dtype for tensor in tensors.values()}
-    config = write_config(
-        architecture,
-        model.config,
-        len(names),
-        model.top_k,
-        dtypes.pop() if len(dtypes) == 1 else "float32",
-        _special_ids(model),
-        source.get("config", {}),
-        provenance,
-    )
+    mixture = len(names) > 1 or (not options.dense and bool(np.any(leaves[names[0]]["router"] != 0)))
+    architecture = architecture_of(model.config, mixture, bool(biased) and options.custom_code)
+    tensors = {name: _tensor(slot, leaves) for name, slot in slots(model.config, architecture, names).items()}
+    provenance = _provenance(model, names, options.zero_bias if biased else None)
     with new_directory(pathlib.Path(out)) as folder:
-        files = write_checkpoint(folder, tensors, max_shard_bytes)
-        _write_json(folder / "config.json", config)
-        ids = {key: config[key] for key in ("bos_token_id", "eos_token_id", "pad_token_id") if config[key] is not None}
-        _write_json(
-            folder / "generation_config.json",
-            {"_from_model_config": True, **ids, **source.get("generation_config", {})},
-        )
+        files = write_tensors(folder, tensors, options.max_shard_bytes)
+        _write_configs(folder, model, architecture, tensors, provenance)
         _write_tokenizer(folder, model)
-        if with_bias:
-            shutil.copyfile(pathlib.Path(__file__).with_name(MODEL_FILE), folder / MODEL_FILE)
-        write_bytes(folder / "README.md", card.model_card(model, names, architecture, provenance, evaluation).encode())
+        if architecture.bias:
+            write_bytes(folder / MODEL_FILE, pathlib.Path(__file__).with_name(MODEL_FILE).read_bytes())
+        text = card.model_card(model, names, architecture, provenance, options.evaluation)
+        write_bytes(folder / "README.md", text.encode())
         _read_back(folder, tensors)
         difference = None
-        if check_logits:
-            leave_out = zero_bias is not None
-            difference = compare_logits(folder, model, names, custom_code=with_bias, leave_out_bias=leave_out)
+        if options.check_logits:
+            difference = compare_logits(
+                folder,
+                model,
+                names,
+                custom_code=architecture.bias,
+                leave_out_bias=options.zero_bias is not None,
+            )
     return Export(pathlib.Path(out), architecture, names, min(model.top_k, len(names)), tuple(files), difference)
 
 
 def _map_leaves(model: ModelDir, owner: str) -> dict[str, np.ndarray]:
-    """{path: array} whose bytes stay on disk until they are used."""
-    package = model.package(owner)
+    """{path: array} of the owner's package; bytes stay on the disk until they are used."""
+    package, manifest = model.package(owner), model.manifests[owner]
+    raise_problems(package, check_files(package, manifest))
     return {
         path: np.memmap(package / tensor_file(path, tensor.shape), np.dtype(tensor.dtype), "r", shape=tensor.shape)
-        for path, tensor in model.manifests[owner].tensors.items()
+        for path, tensor in manifest.tensors.items()
     }
 
 
-def _biased_layers(leaves: Mapping[str, Mapping[str, np.ndarray]], names: tuple[str, ...]) -> dict[str, list[int]]:
-    """{expert: layers whose min(bias, 0) is not 0}."""
+def _biased_layers(leaves: Leaves, names: tuple[str, ...]) -> dict[str, list[int]]:
+    """{expert: the layers in which min(bias, 0) is not 0}."""
     layers = {name: np.flatnonzero(np.asarray(leaves[name]["bias"], np.float32) < 0).tolist() for name in names}
     return {name: found for name, found in layers.items() if found}
 
 
-def _plan(slot: Slot, leaves: Mapping[str, Mapping[str, np.ndarray]]) -> Tensor:
+def _tensor(slot: Slot, leaves: Leaves) -> Tensor:
+    """The checkpoint's tensor at `slot`; its bytes are read when they are written."""
     parts = {owner: leaves[owner][slot.path] for owner in slot.owners}
-    # The rows of one tensor may come from owners who stored other dtypes: the widest holds them all exactly.
+    # Owners may have stored their rows in different dtypes: the widest holds them all exactly.
     dtype = np.result_type(*(part.dtype for part in parts.values())) if slot.rows else parts[slot.owners[0]].dtype
 
     def read() -> np.ndarray:
@@ -144,7 +144,7 @@ def _plan(slot: Slot, leaves: Mapping[str, Mapping[str, np.ndarray]]) -> Tensor:
 
 
 def _provenance(model: ModelDir, names: tuple[str, ...], zero_bias: Mapping[str, Any] | None) -> dict[str, Any]:
-    """What config.json says of the origin: a function of the packages exported, not of the model's history."""
+    """The object under `flexmoe` in config.json: a function of the exported packages, not of the model's history."""
     owners = {
         name: {"content": model.manifests[name].content, "record": model.manifests[name].record.fields}
         for name in (TRUNK, *names)
@@ -157,17 +157,39 @@ def _provenance(model: ModelDir, names: tuple[str, ...], zero_bias: Mapping[str,
     }
 
 
-def _special_ids(model: ModelDir) -> dict[str, int]:
+def _write_configs(
+    folder: pathlib.Path,
+    model: ModelDir,
+    architecture: Architecture,
+    tensors: Mapping[str, Tensor],
+    provenance: Mapping[str, Any],
+) -> None:
+    """Writes config.json and generation_config.json; keys of an imported model's own files stay."""
+    source = model.manifests[TRUNK].record.fields.get("imported", {})
     tokenizer = load_tokenizer(model.path)
-    return {"eos_token_id": tokenizer.eos_id, "pad_token_id": tokenizer.pad_id}
+    dtypes = {tensor.dtype for tensor in tensors.values()}
+    config = write_config(
+        architecture,
+        model.config,
+        len(provenance["names"]),
+        model.top_k,
+        dtypes.pop() if len(dtypes) == 1 else "float32",
+        {"eos_token_id": tokenizer.eos_id, "pad_token_id": tokenizer.pad_id},
+        source.get("config", {}),
+        provenance,
+    )
+    write_json(folder / "config.json", config)
+    ids = {key: config[key] for key in ("bos_token_id", "eos_token_id", "pad_token_id") if config[key] is not None}
+    generation = {"_from_model_config": True, **ids, **source.get("generation_config", {})}
+    write_json(folder / "generation_config.json", generation)
 
 
 def _write_tokenizer(folder: pathlib.Path, model: ModelDir) -> None:
     for name in model.tokenizer:
-        write_bytes(folder / name, read_bytes(model.path / name))
+        write_bytes(folder / name, read_bytes(model.path / name, MAX_TEXT_BYTES))
     if TOKENIZER_CONFIG not in model.tokenizer:
         tokenizer = load_tokenizer(model.path / TOKENIZER)
-        _write_json(
+        write_json(
             folder / TOKENIZER_CONFIG,
             {
                 "tokenizer_class": "PreTrainedTokenizerFast",
@@ -179,15 +201,12 @@ def _write_tokenizer(folder: pathlib.Path, model: ModelDir) -> None:
         )
 
 
-def _write_json(path: pathlib.Path, value: Mapping[str, Any]) -> None:
-    write_bytes(path, (json.dumps(value, indent=2, sort_keys=True, ensure_ascii=False) + "\n").encode())
-
-
 def _read_back(folder: pathlib.Path, tensors: Mapping[str, Tensor]) -> None:
-    """Raises unless the folder, read as an import reads it, holds exactly the planned bytes."""
+    """Raises ArtifactError unless the folder, read as an import reads it, holds exactly the bytes of `tensors`."""
     found = open_folder(folder).tensors
     if found.keys() != tensors.keys():
-        raise ArtifactError(f"{folder} holds other tensors than were written", "check the disk and export again")
+        names = ", ".join(sorted(found.keys() ^ tensors.keys()))
+        raise ArtifactError(f"{folder}: tensors read back differ from those written: {names}", _CHECK_DISK)
     for name, tensor in tensors.items():
         if np.ascontiguousarray(tensor.read()).tobytes() != found[name].read().tobytes():
-            raise ArtifactError(f"the tensor {name!r} was read back altered", "check the disk and export again")
+            raise ArtifactError(f"{folder}: the tensor {name!r} read back differs from that written", _CHECK_DISK)

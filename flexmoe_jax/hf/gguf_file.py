@@ -1,21 +1,24 @@
-"""GGUF files of the Llama architecture, read as if they were a `LlamaForCausalLM` checkpoint.
+"""GGUF files of the Llama architecture, read as `LlamaForCausalLM` checkpoints.
 
-llama.cpp keeps weights quantised, names tensors in its own way, and stores the rows of the query and key projections
-in the order of its interleaved rotary embedding; all three are undone here. Quantised tensors become float32.
+llama.cpp quantizes weights, has its own tensor names, and orders the rows of query and key projections for an
+interleaved rotary embedding; all three are undone here. Quantized tensors become float32.
 """
 
 import json
 import pathlib
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import numpy as np
 
 from flexmoe_jax.artifacts.model_dir import TOKENIZER, TOKENIZER_CONFIG
 from flexmoe_jax.data.tokenizer import EOS, SPLIT_PATTERN
 from flexmoe_jax.errors import ArtifactError, ConfigError
+from flexmoe_jax.hf.checkpoint import Checkpoint
 from flexmoe_jax.hf.configuration import LLAMA, read_config
-from flexmoe_jax.hf.source import Source
 from flexmoe_jax.hf.tensors import Tensor
+
+if TYPE_CHECKING:
+    import gguf
 
 _LAYER = {
     "attn_norm": "input_layernorm",
@@ -30,7 +33,7 @@ _LAYER = {
 }
 _WHOLE = {"token_embd": "model.embed_tokens", "output_norm": "model.norm", "output": "lm_head"}
 _KEPT = {"F32": "float32", "F16": "float16", "BF16": "bfloat16"}
-# How text is split before merging, by llama.cpp's name of it (llama-vocab.cpp): pre-tokenizers of `tokenizers`.
+# {llama.cpp's name of a pre-tokenizer (llama-vocab.cpp): the same for the library `tokenizers`}.
 _BYTES: dict[str, Any] = {"type": "ByteLevel", "add_prefix_space": False, "trim_offsets": True, "use_regex": True}
 _SPLIT = {
     "gpt-2": [_BYTES],
@@ -40,25 +43,29 @@ _SPLIT = {
         {**_BYTES, "use_regex": False},
     ],
 }
-_CONTROL = (3, 4)  # token types "control" and "user defined": matched whole, never merged
+_CONTROL = (3, 4)  # token types "control" and "user defined": matched as a whole, never merged
 
 
-def open_gguf(path: pathlib.Path | str) -> Source:
-    """A GGUF file as a checkpoint. Raises ArtifactError for another architecture, a scaled rotary embedding, unknown
-    tensors (when imported), and a tokenizer that is not known to be a byte-level BPE of a known split."""
+def open_gguf(path: pathlib.Path | str) -> Checkpoint:
+    """A GGUF file as a checkpoint; its tokenizer is None unless it is a byte-level BPE with a known pre-tokenizer.
+
+    Raises ArtifactError for a file that is not GGUF, another architecture, a scaled or partial rotary embedding and a
+    duplicate tensor, ConfigError where the package `gguf` is missing.
+    """
     try:
         import gguf
     except ImportError as error:
-        raise ConfigError("GGUF files need the package gguf", "pip install 'flexmoe_jax[hf]'") from error
+        raise ConfigError("reading GGUF files needs the package gguf", "pip install 'flexmoe_jax[hf]'") from error
     path = pathlib.Path(path)
     try:
         reader = gguf.GGUFReader(str(path))
     except (OSError, ValueError, IndexError, KeyError) as error:
-        raise ArtifactError(f"{path} is no GGUF file: {error}", "fetch it again") from error
+        raise ArtifactError(f"{path} is not a GGUF file: {error}", "download it again") from error
     fields = {name: field.contents() for name, field in reader.fields.items()}
     if fields.get("general.architecture") != "llama":
         raise ArtifactError(
-            f"{path} has the architecture {fields.get('general.architecture')!r}", "give a GGUF file of 'llama'"
+            f"{path} has the architecture {fields.get('general.architecture')!r}, not 'llama'",
+            "give a GGUF file of the Llama architecture",
         )
     tied = all(tensor.name != "output.weight" for tensor in reader.tensors)
     config = read_config(_configuration(fields, tied, path), path)
@@ -67,21 +74,26 @@ def open_gguf(path: pathlib.Path | str) -> Source:
     for tensor in reader.tensors:
         name = _name(tensor.name)
         if name in tensors:
-            raise ArtifactError(f"{path}: the tensor {tensor.name!r} is there twice", "fetch it again")
+            raise ArtifactError(f"{path} has the tensor {tensor.name!r} twice", "download it again")
         tensors[name] = _tensor(tensor, heads.get(tensor.name.split(".")[-2] if "." in tensor.name else ""))
-    return Source(str(path), config, tensors, _tokenizer(fields, path), {})
+    return Checkpoint(str(path), config, tensors, _tokenizer(fields), {})
 
 
-def _configuration(fields: dict, tied: bool, path) -> dict[str, Any]:
-    def get(key: str, default=None):
+def _configuration(fields: dict[str, Any], tied: bool, path: pathlib.Path) -> dict[str, Any]:
+    """The `config.json` of the same model."""
+
+    def get(key: str, default: Any = None) -> Any:
         if (value := fields.get(f"llama.{key}", default)) is None:
-            raise ArtifactError(f"{path} does not say llama.{key}", "fetch it again, or convert the model again")
+            raise ArtifactError(f"{path} has no llama.{key}", "download it again, or convert the model again")
         return value
 
     heads, width = get("attention.head_count"), get("embedding_length")
     scaling = get("rope.scaling.type", "none")
     if get("rope.dimension_count", width // heads) != width // heads:
-        raise ArtifactError(f"{path}: a part of each head is rotated", "this decoder rotates whole heads")
+        raise ArtifactError(
+            f"{path} rotates {get('rope.dimension_count')} of {width // heads} dimensions of a head",
+            "give a model that rotates all",
+        )
     return {
         "model_type": LLAMA.model_type,
         "vocab_size": get("vocab_size", len(fields.get("tokenizer.ggml.tokens", []))),
@@ -91,7 +103,7 @@ def _configuration(fields: dict, tied: bool, path) -> dict[str, Any]:
         "num_attention_heads": heads,
         "num_key_value_heads": get("attention.head_count_kv", heads),
         "max_position_embeddings": get("context_length"),
-        # Stored as float32: the shortest decimal that rounds to it is what was meant (1e-5, not 9.99999975e-6).
+        # Stored as float32: the shortest decimal that rounds to it restores the original (1e-5, not 9.99999975e-6).
         "rms_norm_eps": float(str(np.float32(get("attention.layer_norm_rms_epsilon")))),
         "rope_parameters": {
             "rope_theta": float(str(np.float32(get("rope.freq_base", 1e4)))),
@@ -105,7 +117,7 @@ def _configuration(fields: dict, tied: bool, path) -> dict[str, Any]:
 
 
 def _name(name: str) -> str:
-    """The published name; a name that is not known stays, and the import refuses it."""
+    """The name in `transformers`; an unknown name stays as it is, and the import refuses it."""
     stem = name.removesuffix(".weight")
     if stem in _WHOLE:
         return f"{_WHOLE[stem]}.weight"
@@ -113,7 +125,8 @@ def _name(name: str) -> str:
     return f"model.layers.{block}.{_LAYER[rest]}.weight" if rest in _LAYER else name
 
 
-def _tensor(tensor, heads: int | None) -> Tensor:
+def _tensor(tensor: "gguf.ReaderTensor", heads: int | None) -> Tensor:
+    """One tensor, dequantized when read; `heads` of a query or key projection says how its rows are reordered."""
     import gguf
 
     shape = tuple(int(n) for n in reversed(tensor.shape))
@@ -134,8 +147,8 @@ def _tensor(tensor, heads: int | None) -> Tensor:
     return Tensor(_KEPT.get(kind, "float32"), shape, read)
 
 
-def _tokenizer(fields: dict, path) -> dict[str, bytes] | None:
-    """`tokenizer.json` of a byte-level BPE; None (the import asks for one) where the file's is another kind."""
+def _tokenizer(fields: dict[str, Any]) -> dict[str, bytes] | None:
+    """tokenizer.json and tokenizer_config.json of a byte-level BPE; None for another kind: the import asks for one."""
     kind, split = fields.get("tokenizer.ggml.model"), fields.get("tokenizer.ggml.pre")
     if kind != "gpt2" or split not in _SPLIT:
         return None
@@ -168,7 +181,7 @@ def _tokenizer(fields: dict, path) -> dict[str, bytes] | None:
             "merges": [merge.split(" ", 1) for merge in fields["tokenizer.ggml.merges"]],
         },
     }
-    # A chat model's end token ends a turn. Where there is an end-of-text token, that is what separates documents.
+    # The end token of a chat model ends a turn; documents are separated by the end-of-text token, where there is one.
     ids = {
         name: fields.get(f"tokenizer.ggml.{key}_token_id")
         for name, key in (("eos_token", "eos"), ("pad_token", "padding"))

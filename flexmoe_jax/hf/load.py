@@ -1,13 +1,13 @@
-"""Importing: a checkpoint becomes a model directory, or one owner's package beside an existing public model.
+"""Import: a checkpoint becomes a model directory, or one owner's package beside an existing public model.
 
-The trunk with the public expert, then one expert at a time are in memory. Nothing is rounded: a leaf has the dtype of
-its tensors. A biasless checkpoint's experts have bias 0, a dense one's only expert the router row 0, both float32:
-neither changes an output.
+In memory are the trunk with the public expert, then one expert at a time. Nothing is rounded: a leaf has the dtype of
+its tensors. Experts of a checkpoint without bias get bias 0, the only expert of a dense one the router row 0, both
+float32: neither changes an output.
 """
 
+import dataclasses
 import hashlib
 import pathlib
-import tempfile
 from collections.abc import Iterable, Mapping
 from typing import Any
 
@@ -15,57 +15,63 @@ import numpy as np
 
 from flexmoe_jax import config as configs
 from flexmoe_jax.artifacts import sealed
+from flexmoe_jax.artifacts.journal import append_entry
 from flexmoe_jax.artifacts.manifest import Manifest, TensorRecord
-from flexmoe_jax.artifacts.model_dir import TOKENIZER, ModelDir, assemble, create_public_model
+from flexmoe_jax.artifacts.model_dir import TOKENIZER, ModelDir, create_public_model, open_model, write_model_json
 from flexmoe_jax.artifacts.package import content_digest, read_manifest, write_package
-from flexmoe_jax.artifacts.sealed import canonical_json, parse_json, sha256_array
-from flexmoe_jax.config import ModelConfig
+from flexmoe_jax.artifacts.sealed import MAX_TEXT_BYTES, canonical_json, parse_json, sha256_array
+from flexmoe_jax.config import ModelConfig, RunConfig
 from flexmoe_jax.data.embedding import DomainVector, projection_record, router_row
 from flexmoe_jax.data.tokenizer import load_tokenizer
 from flexmoe_jax.errors import ArtifactError
+from flexmoe_jax.files import new_directory, write_bytes
+from flexmoe_jax.hf.checkpoint import Checkpoint
 from flexmoe_jax.hf.configuration import PROVENANCE
 from flexmoe_jax.hf.mapping import Slot, check_tensors, slots
-from flexmoe_jax.hf.source import Source
 from flexmoe_jax.params import owner_leaves
 from flexmoe_jax.tree import PUBLIC, TRUNK, Params, check_known, check_owner_name, flatten, unflatten
 
-ROUTER_SCALE = 0.1  # norm of a new router row, as `RunConfig.router_scale` has it
+_OTHER_PUBLIC = "give the public model that this expert was trained beside"
 
 
-def read_owner(source: Source, names: tuple[str, ...], owner: str) -> Params:
-    """The subtree of `trunk` or of one expert as numpy arrays; `names` are the experts in the checkpoint's order."""
-    model, table = source.config.model, slots(source.config.model, source.config.architecture, names)
-    check_tensors(source.tensors, table, source.where)
-    spec = owner_leaves(model, owner)
+def read_owner(checkpoint: Checkpoint, names: tuple[str, ...], owner: str) -> Params:
+    """The subtree of `trunk` or of one expert as numpy arrays; `names` are the experts in the checkpoint's order.
+
+    Raises ArtifactError unless the tensors are exactly those that the configuration implies.
+    """
+    model, architecture = checkpoint.config.model, checkpoint.config.architecture
+    table, spec = slots(model, architecture, names), owner_leaves(model, owner)
+    check_tensors(checkpoint.tensors, table, checkpoint.where)
     leaves: dict[str, np.ndarray] = {}
     for name, slot in table.items():
         if owner in slot.owners:
-            _fill(leaves, slot, owner, spec[slot.path].shape, source.tensors[name].read())
+            _fill(leaves, slot, owner, spec[slot.path].shape, checkpoint.tensors[name].read())
     if owner != TRUNK:
         leaves = {path: np.zeros(spec[path].shape, np.float32) for path in ("router", "bias")} | leaves
     return unflatten(leaves)
 
 
-def read_tree(source: Source, names: Iterable[str] | None = None) -> tuple[ModelConfig, Params]:
-    """(configuration, the whole tree as numpy arrays with named experts)."""
-    order = expert_names(source, names)
-    experts = {name: read_owner(source, order, name) for name in order}
-    return source.config.model, {"trunk": read_owner(source, order, TRUNK), "experts": experts}
+def read_tree(checkpoint: Checkpoint, names: Iterable[str] | None = None) -> tuple[ModelConfig, Params]:
+    """(configuration, whole tree as numpy arrays with named experts); for `names` see `expert_names`."""
+    order = expert_names(checkpoint, names)
+    experts = {name: read_owner(checkpoint, order, name) for name in order}
+    return checkpoint.config.model, {"trunk": read_owner(checkpoint, order, TRUNK), "experts": experts}
 
 
-def expert_names(source: Source, names: Iterable[str] | None = None) -> tuple[str, ...]:
-    """The experts of a checkpoint in its own order: `names`, else those our export recorded, else public, expert_1, ..
+def expert_names(checkpoint: Checkpoint, names: Iterable[str] | None = None) -> tuple[str, ...]:
+    """The experts in the checkpoint's order: `names`, else those our export recorded, else public, expert_1, ...
 
-    Numbers have as many digits as the largest, so that the alphabetical order is that of the checkpoint.
+    Numbers are padded to one width, so that the alphabetical order is the checkpoint's. Raises ArtifactError for names
+    that are too few, too many or not distinct, and without `public`.
     """
-    count = source.config.experts
-    order = tuple(names or source.config.provenance.get("names") or ())
+    count = checkpoint.config.experts
+    order = tuple(names or checkpoint.config.provenance.get("names") or ())
     if not order:
         width = len(str(count - 1))
         order = (PUBLIC, *(f"expert_{i:0{width}}" for i in range(1, count)))
     if len(order) != count or order.count(PUBLIC) != 1 or len(set(order)) != count:
         raise ArtifactError(
-            f"{source.where} has {count} experts, the names are: {', '.join(order)}",
+            f"{checkpoint.where} has {count} experts, the names are: {', '.join(order)}",
             f"give {count} different names in the checkpoint's order, one of them {PUBLIC!r}",
         )
     for name in order:
@@ -75,7 +81,7 @@ def expert_names(source: Source, names: Iterable[str] | None = None) -> tuple[st
 
 
 def import_model(
-    source: Source,
+    checkpoint: Checkpoint,
     out: pathlib.Path | str,
     *,
     names: Iterable[str] | None = None,
@@ -87,51 +93,33 @@ def import_model(
 ) -> ModelDir:
     """Writes the checkpoint as a model at the new directory `out`.
 
-    `keep` are the experts to take (all; `public` must be among them), `tokenizer` a `tokenizer.json`, its folder or a
-    known name where the checkpoint has none, `domain` the public data's domain vector, from which a dense model's
-    router row is made: owners can train experts beside it only then. Raises ArtifactError for anything in the
-    checkpoint that does not fit, and DataError for a tokenizer that does not.
+    `names`: see `expert_names`. `keep`: experts to import besides `public`; None: all. `tokenizer`: a tokenizer.json,
+    its folder or a known name, for a checkpoint without one. `domain`: domain vector of the public data, from which a
+    dense model gets its router row; owners can only train experts beside a public model that has one. `licence` and
+    `contact` go into every package's record. Raises ArtifactError for a checkpoint that does not fit and an existing
+    `out`, DataError for a tokenizer that cannot be read.
     """
-    order = expert_names(source, names)
+    order = expert_names(checkpoint, names)
     kept = order if keep is None else check_known([*dict.fromkeys((PUBLIC, *keep))], order)
-    if domain is not None and source.config.architecture.mixture:
-        raise ArtifactError(f"{source.where} has a router of its own", "leave the domain vector out")
-    out = pathlib.Path(out)
-    out.parent.mkdir(parents=True, exist_ok=True)
-    with tempfile.TemporaryDirectory(dir=out.parent, prefix=f".{out.name}.import-") as scratch:
-        trunk, public = read_owner(source, order, TRUNK), read_owner(source, order, PUBLIC)
-        stated: dict[str, Any] = {"licence": licence, "contact": contact}
-        of_public = stated
-        if domain is not None:
-            router = projection_record(domain, source.config.model.d_model, ROUTER_SCALE)
-            row = router_row(domain.vector, source.config.model.d_model, ROUTER_SCALE)
-            public["router"] = np.tile(row, (source.config.model.num_layers, 1))
-            of_public = stated | {"router": router}
-        release = create_public_model(
-            out if len(kept) == 1 else pathlib.Path(scratch, "release"),
-            trunk,
-            public,
-            source.config.model,
-            _tokenizer(source, tokenizer, pathlib.Path(scratch, "tokenizer")),
-            _record(source, TRUNK, trunk, stated),
-            _record(source, PUBLIC, public, of_public),
-        )
-        del trunk, public
-        if len(kept) == 1:
-            return release
-        packages = {PUBLIC: (release.package(PUBLIC), release.manifests[PUBLIC])}
+    if domain is not None and checkpoint.config.architecture.mixture:
+        raise ArtifactError(f"{checkpoint.where} has a router of its own", "leave the domain vector out")
+    stated: dict[str, Any] = {"licence": licence, "contact": contact}
+    with new_directory(pathlib.Path(out)) as folder:
+        model = _write_public(folder, checkpoint, order, tokenizer, domain, stated)
         for name in kept:
             if name != PUBLIC:
-                path = pathlib.Path(scratch, "experts", name)
-                expert = read_owner(source, order, name)
-                record = _record(source, name, expert, stated)
-                packages[name] = (path, _write_expert(path, expert, name, release, record))
-        top_k = _wanted_top_k(source, len(kept))
-        return assemble(out, release, packages, top_k, "imported", {"top_k": top_k}, link=True)
+                expert = read_owner(checkpoint, order, name)
+                _write_expert(folder / name, expert, name, model, _record(checkpoint, name, expert, stated))
+        if len(kept) > 1:
+            top_k = _wanted_top_k(checkpoint, len(kept))
+            write_model_json(folder, kept, top_k)
+            model = open_model(folder)
+            append_entry(folder, "imported", model.expert_digests, model.digest, top_k=top_k)
+    return dataclasses.replace(model, path=pathlib.Path(out))
 
 
 def import_expert(
-    source: Source,
+    checkpoint: Checkpoint,
     public: ModelDir,
     out: pathlib.Path | str,
     *,
@@ -140,46 +128,99 @@ def import_expert(
     licence: str = "",
     contact: str = "",
 ) -> Manifest:
-    """Writes one expert of the checkpoint as a package at `out`, beside the existing model `public`.
+    """Writes one expert of the checkpoint as a package at the new directory `out`, beside the existing model `public`.
 
-    Its trunk and public expert are compared before, tensor by tensor and bit by bit. ArtifactError for the first that
-    differs.
+    Raises ArtifactError unless the checkpoint has the configuration, the tokenizer and, bit for bit, the trunk and the
+    public expert of `public`; it names the first tensor that differs. `names`: see `expert_names`.
     """
-    named = tuple(names or source.config.provenance.get("names") or ())
-    order = expert_names(source, named or ((PUBLIC, expert) if source.config.experts == 2 else None))
+    named = tuple(names or checkpoint.config.provenance.get("names") or ())
+    order = expert_names(checkpoint, named or ((PUBLIC, expert) if checkpoint.config.experts == 2 else None))
     check_known([expert], order)
     check_owner_name(expert)
-    lines = sealed.differences(configs.to_mapping(source.config.model), configs.to_mapping(public.config))
-    if lines:
+    _check_public(checkpoint, order, public)
+    params = read_owner(checkpoint, order, expert)
+    record = _record(checkpoint, expert, params, {"licence": licence, "contact": contact})
+    return _write_expert(pathlib.Path(out), params, expert, public, record)
+
+
+def _write_tokenizer(folder: pathlib.Path, checkpoint: Checkpoint, given: str | None) -> None:
+    """Writes the model's tokenizer files: those of `given`, else the checkpoint's."""
+    if given is not None:
+        load_tokenizer(given).save(folder / TOKENIZER)
+    elif checkpoint.tokenizer is None:
+        raise ArtifactError(f"{checkpoint.where} has no tokenizer.json", "give one with --tokenizer")
+    else:
+        for name, content in checkpoint.tokenizer.items():
+            if name in checkpoint.config.provenance.get("tokenizer", checkpoint.tokenizer):
+                write_bytes(folder / name, content)
+    size, rows = load_tokenizer(folder).vocab_size, checkpoint.config.model.vocab_size
+    if size > rows:
         raise ArtifactError(
-            f"{source.where} has another configuration than {public.path}: {'; '.join(lines)}",
-            "give the public model this expert was trained beside",
+            f"the tokenizer of {given or checkpoint.where} has {size} ids, the model {rows}",
+            "give the tokenizer of this model",
         )
+
+
+def _write_public(
+    folder: pathlib.Path,
+    checkpoint: Checkpoint,
+    order: tuple[str, ...],
+    tokenizer: str | None,
+    domain: DomainVector | None,
+    stated: dict[str, Any],
+) -> ModelDir:
+    """Makes the empty `folder` a model directory of tokenizer, trunk and public expert."""
+    config = checkpoint.config.model
+    trunk, public = read_owner(checkpoint, order, TRUNK), read_owner(checkpoint, order, PUBLIC)
+    of_public = stated
+    if domain is not None:
+        scale = RunConfig.router_scale
+        public["router"] = np.tile(router_row(domain.vector, config.d_model, scale), (config.num_layers, 1))
+        of_public = stated | {"router": projection_record(domain, config.d_model, scale)}
+    _write_tokenizer(folder, checkpoint, tokenizer)
+    release = create_public_model(
+        folder / ".release",
+        trunk,
+        public,
+        config,
+        folder,
+        _record(checkpoint, TRUNK, trunk, stated),
+        _record(checkpoint, PUBLIC, public, of_public),
+    )
+    for path in sorted(release.path.iterdir()):
+        path.replace(folder / path.name)
+    release.path.rmdir()
+    return dataclasses.replace(release, path=folder)
+
+
+def _check_public(checkpoint: Checkpoint, order: tuple[str, ...], public: ModelDir) -> None:
+    """Raises ArtifactError unless everything but the checkpoint's other experts is that of the model `public`."""
+    lines = sealed.differences(configs.to_mapping(checkpoint.config.model), configs.to_mapping(public.config))
+    if lines:
+        what = f"{checkpoint.where} has another configuration than {public.path}: {'; '.join(lines)}"
+        raise ArtifactError(what, _OTHER_PUBLIC)
     for owner in (TRUNK, PUBLIC):
         known = public.manifests[owner].tensors
-        for path, array in flatten(read_owner(source, order, owner)).items():
+        for path, array in flatten(read_owner(checkpoint, order, owner)).items():
             found, theirs = TensorRecord(array.shape, array.dtype.name, sha256_array(array)), known[path]
             if found != theirs:
                 raise ArtifactError(
-                    f"{source.where}: {owner}/{path} is {found}, {public.path} has {theirs}",
-                    "give the public model this expert was trained beside"
+                    f"{checkpoint.where}: {owner}/{path} is {found}, {public.path} has {theirs}",
+                    _OTHER_PUBLIC
                     if path != "router"
                     else "a dense public model has no router row: import the public model from this checkpoint, with "
                     "--experts public",
                 )
-    if source.tokenizer is not None:
-        digest = hashlib.sha256(canonical_json(parse_json(source.tokenizer[TOKENIZER], TOKENIZER))).hexdigest()
+    if checkpoint.tokenizer is not None:
+        content = parse_json(checkpoint.tokenizer[TOKENIZER], TOKENIZER, MAX_TEXT_BYTES)
+        digest = hashlib.sha256(canonical_json(content)).hexdigest()
         if digest != public.tokenizer_digest:
-            raise ArtifactError(
-                f"{source.where} has the tokenizer {digest}, {public.path} has {public.tokenizer_digest}",
-                "give the public model this expert was trained beside",
-            )
-    params = read_owner(source, order, expert)
-    record = _record(source, expert, params, {"licence": licence, "contact": contact})
-    return _write_expert(pathlib.Path(out), params, expert, public, record)
+            what = f"{checkpoint.where} has the tokenizer {digest}, {public.path} has {public.tokenizer_digest}"
+            raise ArtifactError(what, _OTHER_PUBLIC)
 
 
-def _fill(leaves: dict, slot: Slot, owner: str, shape: tuple[int, ...], tensor: np.ndarray) -> None:
+def _fill(leaves: dict[str, np.ndarray], slot: Slot, owner: str, shape: tuple[int, ...], tensor: np.ndarray) -> None:
+    """Puts the owner's part of a checkpoint's tensor into its leaf; `shape` is that of the whole leaf."""
     if slot.layer is None:
         leaves[slot.path] = np.ascontiguousarray(slot.split(tensor, shape)[owner])
         return
@@ -187,52 +228,28 @@ def _fill(leaves: dict, slot: Slot, owner: str, shape: tuple[int, ...], tensor: 
     leaf[slot.layer] = slot.split(tensor, shape[1:])[owner]
 
 
-def _write_expert(path: pathlib.Path, params: Params, name: str, release: ModelDir, record: Mapping) -> Manifest:
+def _write_expert(
+    path: pathlib.Path, params: Params, name: str, release: ModelDir, record: Mapping[str, Any]
+) -> Manifest:
     base = {owner: release.manifests[owner].content for owner in (TRUNK, PUBLIC)}
-    write_package(
-        path,
-        owner=name,
-        params=params,
-        config=release.config,
-        base=base | {"tokenizer": release.tokenizer_digest},
-        record=record,
-    )
+    base["tokenizer"] = release.tokenizer_digest
+    write_package(path, owner=name, params=params, config=release.config, base=base, record=record)
     return read_manifest(path, name)
 
 
-def _record(source: Source, owner: str, params: Params, stated: dict[str, Any]) -> dict[str, Any]:
-    """The record our export kept of exactly these parameters, else where they come from and what the caller states."""
-    kept = source.config.provenance.get("owners", {}).get(owner, {})
+def _record(checkpoint: Checkpoint, owner: str, params: Params, stated: dict[str, Any]) -> dict[str, Any]:
+    """The record that our export kept of exactly these parameters, else their origin and what the caller states."""
+    kept = checkpoint.config.provenance.get("owners", {}).get(owner, {})
     if kept.get("content") == content_digest(params) and not any(stated.values()):
         return kept["record"]
-    imported: dict[str, Any] = {"architecture": source.config.architecture.name}
+    imported: dict[str, Any] = {"architecture": checkpoint.config.architecture.name}
     if owner == TRUNK:
-        fields = {key: value for key, value in source.config.fields.items() if key != PROVENANCE}
-        imported |= {"config": fields, "generation_config": source.generation}
+        fields = {key: value for key, value in checkpoint.config.fields.items() if key != PROVENANCE}
+        imported |= {"config": fields, "generation_config": checkpoint.generation}
     return {**stated, "imported": imported}
 
 
-def _wanted_top_k(source: Source, kept: int) -> int | None:
-    """Null where our export says that every expert was active, else the configuration's, clamped."""
-    wanted = source.config.provenance.get("top_k", source.config.top_k)
+def _wanted_top_k(checkpoint: Checkpoint, kept: int) -> int | None:
+    """None (all) where our export recorded None, else the configuration's number, clamped to the experts imported."""
+    wanted = checkpoint.config.provenance.get("top_k", checkpoint.config.top_k)
     return None if wanted is None else min(wanted, kept)
-
-
-def _tokenizer(source: Source, given: str | None, folder: pathlib.Path) -> pathlib.Path:
-    """The folder, now made, that holds the tokenizer files the model gets."""
-    folder.mkdir()
-    if given is not None:
-        load_tokenizer(given).save(folder / TOKENIZER)
-    elif source.tokenizer is None:
-        raise ArtifactError(f"{source.where} has no tokenizer.json", "give one with --tokenizer")
-    else:
-        for name, content in source.tokenizer.items():
-            if name in source.config.provenance.get("tokenizer", source.tokenizer):
-                (folder / name).write_bytes(content)
-    size = load_tokenizer(folder).vocab_size
-    if size > source.config.model.vocab_size:
-        raise ArtifactError(
-            f"the tokenizer of {given or source.where} has {size} ids, the model {source.config.model.vocab_size}",
-            "give the tokenizer of this model",
-        )
-    return folder

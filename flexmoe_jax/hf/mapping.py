@@ -1,4 +1,4 @@
-"""The table between a checkpoint's tensor names and the leaves of our tree: each name and each leaf exactly once."""
+"""The table from a checkpoint's tensor names to the leaves of our tree; each name and each leaf occurs exactly once."""
 
 import dataclasses
 import math
@@ -9,6 +9,7 @@ import numpy as np
 from flexmoe_jax.config import ModelConfig
 from flexmoe_jax.errors import ArtifactError
 from flexmoe_jax.hf.configuration import Architecture
+from flexmoe_jax.hf.tensors import Tensor
 from flexmoe_jax.params import owner_leaves
 from flexmoe_jax.tree import TRUNK
 
@@ -22,14 +23,14 @@ _POST_NORM = {
 _PRE_NORM = {"input_layernorm": "blocks/attn_norm", "post_attention_layernorm": "blocks/ffn_norm"}
 _FFN = {f"{n}_proj": f"w_{n}" for n in ("gate", "up", "down")}
 _WHOLE = {"model.embed_tokens.weight": "embed", "model.norm.weight": "final_norm", "lm_head.weight": "head"}
-_AS_IT_IS = {"embed"}  # every other matrix of one owner lies transposed: [out, in] there, [in, out] here
+_NOT_TRANSPOSED = {"embed"}  # every other matrix of one owner is [out, in] in checkpoints, [in, out] in our tree
 
 
 @dataclasses.dataclass(frozen=True)
 class Slot:
-    """Where one tensor of a checkpoint lives: leaf `path` of `owners`, of one `layer` or whole.
+    """Where a checkpoint's tensor of this `shape` belongs: leaf `path` of `owners`, in `layer` or (None) whole.
 
-    The tensor has `shape`; it belongs to one owner, or (`rows`: router, bias) has one row or number for each.
+    A tensor belongs to one owner or, with `rows` (router, bias), holds one row or number per owner.
     """
 
     shape: tuple[int, ...]
@@ -40,16 +41,17 @@ class Slot:
 
     @property
     def transposed(self) -> bool:
-        return len(self.shape) == 2 and not self.rows and self.path not in _AS_IT_IS
+        """Whether the checkpoint stores the matrix as [out, in]."""
+        return len(self.shape) == 2 and not self.rows and self.path not in _NOT_TRANSPOSED
 
     def split(self, tensor: np.ndarray, shape: tuple[int, ...]) -> dict[str, np.ndarray]:
-        """The checkpoint's tensor -> {owner: its leaf (of one layer), of `shape`}."""
+        """{owner: leaf, or one layer of it} from a checkpoint's tensor; `shape` is that of one owner's result."""
         if self.rows:
             return {owner: tensor[i] for i, owner in enumerate(self.owners)}
         return {self.owners[0]: (tensor.T if self.transposed else tensor).reshape(shape)}
 
     def join(self, leaves: Mapping[str, np.ndarray]) -> np.ndarray:
-        """The inverse of `split`."""
+        """The checkpoint's tensor from {owner: leaf, or one layer of it}: the inverse of `split`."""
         if self.rows:
             return np.stack([leaves[owner] for owner in self.owners])
         leaf = leaves[self.owners[0]]
@@ -57,7 +59,7 @@ class Slot:
 
 
 def slots(model: ModelConfig, architecture: Architecture, experts: tuple[str, ...]) -> dict[str, Slot]:
-    """{tensor name: Slot} of a whole checkpoint; `experts` in the order of the checkpoint."""
+    """{tensor name: Slot} of a whole checkpoint, whose experts have the order of `experts`."""
     table: dict[str, Slot] = {}
     shapes = {path: leaf.shape for path, leaf in owner_leaves(model, TRUNK).items()}
     for name, path in _WHOLE.items():
@@ -81,33 +83,33 @@ def slots(model: ModelConfig, architecture: Architecture, experts: tuple[str, ..
     return table
 
 
-def check_tensors(found: Mapping, table: Mapping[str, Slot], where) -> None:
-    """Raises unless the checkpoint's tensors are exactly those of the table, in shape, and of one dtype per leaf."""
+def check_tensors(found: Mapping[str, Tensor], table: Mapping[str, Slot], where: str) -> None:
+    """Raises ArtifactError unless the tensors have exactly the table's names and shapes, and one dtype per leaf."""
     unknown, missing = sorted({*found} - {*table}), sorted({*table} - {*found})
-    for names, problem in ((unknown, "is not known"), (missing, "is missing")):
+    for names, problem in ((unknown, "is unknown"), (missing, "is missing")):
         if names:
             more = f" (and {len(names) - 1} more)" if len(names) > 1 else ""
             raise ArtifactError(
                 f"{where}: the tensor {names[0]!r} {problem}{more}",
-                "the weights and config.json must be of the same model: every tensor is used exactly once",
+                "give weights and config.json of the same model: every tensor is used exactly once",
             )
-    dtypes: dict[tuple, tuple[str, str]] = {}
+    dtypes: dict[tuple[tuple[str, ...], str], tuple[str, str]] = {}
     for name, slot in table.items():
         if found[name].shape != slot.shape:
             raise ArtifactError(
-                f"{where}: the tensor {name!r} has shape {found[name].shape}, config.json wants {slot.shape}",
-                "the weights and config.json must be of the same model",
+                f"{where}: the tensor {name!r} has shape {found[name].shape}, config.json implies {slot.shape}",
+                "give weights and config.json of the same model",
             )
         first, dtype = dtypes.setdefault((slot.owners, slot.path), (name, found[name].dtype))
         if dtype != found[name].dtype:
             raise ArtifactError(
                 f"{where}: {first} is {dtype}, {name} is {found[name].dtype}",
-                "store the same tensor of all layers in one dtype",
+                "store a tensor in the same dtype in all layers",
             )
 
 
 def _matrix(path: str, shape: tuple[int, ...]) -> tuple[int, ...]:
-    """Shape in the checkpoint of one layer's leaf: [out, in] of a matrix, a vector as it is."""
+    """The checkpoint's shape for one layer of the leaf `path`: [out, in] for a matrix, unchanged for a vector."""
     if len(shape) == 1:
         return shape
     inputs = shape[:-1] if path.endswith("w_o") else shape[:1]

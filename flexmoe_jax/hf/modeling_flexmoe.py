@@ -1,4 +1,6 @@
-"""FlexOlmo with the experts' bias: router logits are r_i . x + min(b_i, 0). Shipped inside exports that need it."""
+"""FlexOlmo with a bias per expert: router logits are r_i . x + min(b_i, 0). Exports that need it ship this file."""
+
+from typing import Any
 
 import torch
 from transformers import FlexOlmoConfig, FlexOlmoForCausalLM
@@ -9,20 +11,21 @@ from transformers.conversion_mapping import (
 
 
 class FlexMoEConfig(FlexOlmoConfig):
-    """As FlexOlmoConfig; a type of its own, so that no loader takes the weights and leaves the bias."""
+    """FlexOlmoConfig under its own model type, so that no loader takes the weights without the bias."""
 
     model_type = "flexmoe"
 
 
 class BiasedRouter(torch.nn.Module):
-    """A FlexOlmo router with one more parameter, `bias` float32 [experts]."""
+    """The FlexOlmo router `router` with one more parameter, `bias` float32 [experts]."""
 
-    def __init__(self, router):
+    def __init__(self, router: Any) -> None:
         super().__init__()
         self.top_k, self.norm_topk_prob, self.weight = router.top_k, router.norm_topk_prob, router.weight
         self.bias = torch.nn.Parameter(torch.zeros(router.weight.shape[0], dtype=torch.float32))
 
-    def forward(self, hidden_states):
+    def forward(self, hidden_states: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
+        """(logits float32 [tokens, experts], weights and indices [tokens, top_k] of the chosen experts)."""
         x = hidden_states.reshape(-1, self.weight.shape[1])
         logits = torch.nn.functional.linear(x, self.weight).float() + self.bias.float().clamp(max=0)
         top, index = torch.topk(logits.softmax(-1), self.top_k, dim=-1)
@@ -32,17 +35,17 @@ class BiasedRouter(torch.nn.Module):
 
 
 class FlexMoEForCausalLM(FlexOlmoForCausalLM):
-    """FlexOlmoForCausalLM whose routers add the bias."""
+    """FlexOlmoForCausalLM with routers that add the bias."""
 
     config_class = FlexMoEConfig
 
-    def __init__(self, config):
+    def __init__(self, config: FlexMoEConfig) -> None:
         super().__init__(config)
         for layer in self.model.layers:
             layer.mlp.gate = BiasedRouter(layer.mlp.gate)
 
 
-# On disk the experts lie one by one, in memory fused: as in FlexOlmo.
+# As in FlexOlmo, experts are separate tensors on disk and fused in memory.
 register_checkpoint_conversion_mapping(
     FlexMoEConfig.model_type, get_checkpoint_conversion_mapping("flex_olmo"), overwrite=True
 )

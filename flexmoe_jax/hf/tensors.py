@@ -1,9 +1,9 @@
-"""Safetensors files, read strictly and written as a stream.
+"""Safetensors files: strict reading, streamed writing.
 
-The format is a length, a JSON header and raw bytes. It has no checksum, and readers accept doubled names; here a header
-must account for every byte of its file exactly once. Reading takes one tensor into memory, and so does writing: a
-checkpoint of any size passes through the memory of its largest tensor. Files have the bytes that `save_pretrained` of
-`transformers` writes for the same tensors.
+The format is the header's length, a JSON header and raw bytes. It has no checksum, and other readers accept duplicate
+names; here a header must account for every byte of its file exactly once. Reading and writing hold one tensor in
+memory at a time, at any size of the checkpoint. For the same tensors, `write_tensors` writes the bytes of
+`save_pretrained` of `transformers`.
 """
 
 import dataclasses
@@ -11,25 +11,25 @@ import json
 import math
 import pathlib
 from collections.abc import Callable, Mapping
+from typing import Any
 
-import ml_dtypes  # noqa: F401 - makes numpy know bfloat16
+import ml_dtypes  # noqa: F401 - registers bfloat16 with numpy
 import numpy as np
 
-from flexmoe_jax.artifacts.sealed import parse_json, read_bytes
+from flexmoe_jax.artifacts.sealed import MAX_TEXT_BYTES, parse_json, read_bytes
 from flexmoe_jax.errors import ArtifactError
-from flexmoe_jax.files import write_bytes
+from flexmoe_jax.files import write_json
 
 SINGLE, INDEX = "model.safetensors", "model.safetensors.index.json"
-# In the order of the format's writer: wider types first.
+# {code in a header: numpy dtype}, in the order in which the reference writer stores tensors.
 DTYPES = {"F32": "float32", "BF16": "bfloat16", "F16": "float16"}
 _CODES = {dtype: code for code, dtype in DTYPES.items()}
-_MAX_HEADER_BYTES = 64 << 20
 FETCH = "fetch the checkpoint again from its source"
 
 
 @dataclasses.dataclass(frozen=True)
 class Tensor:
-    """One tensor of a checkpoint; `read` makes it an array in memory, little-endian, C order."""
+    """One tensor of a checkpoint; `read` returns it as an array in memory, in C order."""
 
     dtype: str
     shape: tuple[int, ...]
@@ -40,24 +40,24 @@ class Tensor:
         return math.prod(self.shape) * np.dtype(self.dtype).itemsize
 
 
-def read_checkpoint(folder: pathlib.Path | str) -> dict[str, Tensor]:
+def read_tensors(folder: pathlib.Path | str) -> dict[str, Tensor]:
     """{name: Tensor} of the checkpoint in `folder`: one `model.safetensors`, or the shards that its index names.
 
-    Raises ArtifactError for anything else than safetensors in float32, bfloat16 or float16, for a name that is in two
-    files or not where the index says, and for a file whose header does not account for its bytes.
+    Raises ArtifactError for a folder without safetensors files, a dtype other than float32, bfloat16 and float16, a
+    name that is in two files or not in the file that the index names, and a header that does not account for its file.
     """
     folder = pathlib.Path(folder)
     if (folder / INDEX).is_file():
         weight_map = parse_json(read_bytes(folder / INDEX), folder / INDEX).get("weight_map")
-        if not isinstance(weight_map, dict) or not all(_is_plain(name) for name in weight_map.values()):
-            raise ArtifactError(f"{folder / INDEX} has no weight_map of file names", FETCH)
+        if not isinstance(weight_map, dict) or not all(_is_file_name(name) for name in weight_map.values()):
+            raise ArtifactError(f"{folder / INDEX} has no weight_map from tensors to file names", FETCH)
     elif (folder / SINGLE).is_file():
         weight_map = None
     else:
         found = sorted(p.name for p in folder.glob("*") if p.suffix in (".bin", ".pt", ".pth", ".safetensors", ".gguf"))
         raise ArtifactError(
             f"{folder} has neither {SINGLE} nor {INDEX} (it has: {', '.join(found) or 'no weights'})",
-            "give a folder of safetensors files; pickled weights are not read, .gguf is for `flexmoe import-gguf`",
+            "give a folder of safetensors files; for .gguf use `flexmoe import-gguf`; pickled weights are never read",
         )
     files = [SINGLE] if weight_map is None else sorted(set(weight_map.values()))
     tensors: dict[str, Tensor] = {}
@@ -65,26 +65,26 @@ def read_checkpoint(folder: pathlib.Path | str) -> dict[str, Tensor]:
     for file in files:
         for name, tensor in read_file(folder / file).items():
             if name in tensors:
-                raise ArtifactError(f"the tensor {name!r} is in {place[name]} and again in {file}", FETCH)
+                raise ArtifactError(f"{folder}: the tensor {name!r} is in both {place[name]} and {file}", FETCH)
             tensors[name], place[name] = tensor, file
     for name in sorted({*(weight_map or place), *place}):
         expected = SINGLE if weight_map is None else weight_map.get(name)
         if expected != place.get(name):
             raise ArtifactError(
-                f"{folder}: the tensor {name!r} is in {place.get(name)}, the index says {expected}", FETCH
+                f"{folder}: the tensor {name!r} is in {place.get(name)}, the index names {expected}", FETCH
             )
     return tensors
 
 
 def read_file(path: pathlib.Path) -> dict[str, Tensor]:
-    """{name: Tensor} of one safetensors file; only the header is read."""
+    """{name: Tensor} of one safetensors file; reads the header only. Raises ArtifactError."""
     try:
         size = path.stat().st_size
         with open(path, "rb") as file:
             length = int.from_bytes(file.read(8), "little")
-            if not 2 <= length <= min(size - 8, _MAX_HEADER_BYTES):
+            if not 2 <= length <= min(size - 8, MAX_TEXT_BYTES):
                 raise ArtifactError(f"{path} has {size} bytes and a header of {length}", FETCH)
-            header = parse_json(file.read(length).rstrip(b" "), path)
+            header = parse_json(file.read(length).rstrip(b" "), path, MAX_TEXT_BYTES)
     except OSError as error:
         raise ArtifactError(f"{path} cannot be read: {error.strerror}", FETCH) from error
     header.pop("__metadata__", None)
@@ -92,17 +92,17 @@ def read_file(path: pathlib.Path) -> dict[str, Tensor]:
     for name, entry in sorted(header.items(), key=lambda item: _offsets(item[1])):
         tensor, begin, end = _tensor(path, name, entry, 8 + length)
         if begin != position:
-            raise ArtifactError(f"{path}: the tensor {name!r} begins at byte {begin}, expected {position}", FETCH)
+            raise ArtifactError(f"{path}: the tensor {name!r} starts at byte {begin}, not at {position}", FETCH)
         tensors[name], position = tensor, end
     if 8 + length + position != size:
         raise ArtifactError(f"{path} has {size} bytes, its header accounts for {8 + length + position}", FETCH)
     return tensors
 
 
-def write_checkpoint(folder: pathlib.Path, tensors: Mapping[str, Tensor], max_shard_bytes: int) -> list[str]:
-    """Writes {name: Tensor} as one file, or as shards of at most `max_shard_bytes` with their index; their names.
+def write_tensors(folder: pathlib.Path, tensors: Mapping[str, Tensor], max_shard_bytes: int) -> list[str]:
+    """Writes {name: Tensor} as one file, or as an index and shards of at most `max_shard_bytes`; returns file names.
 
-    A tensor larger than `max_shard_bytes` has a shard of its own. Tensors are made one at a time.
+    A tensor larger than `max_shard_bytes` gets its own shard. Tensors are read one at a time.
     """
     shards: list[dict[str, Tensor]] = [{}]
     for name in sorted(tensors):
@@ -123,12 +123,12 @@ def write_checkpoint(folder: pathlib.Path, tensors: Mapping[str, Tensor], max_sh
         },
         "weight_map": {name: file for file, shard in zip(names, shards, strict=True) for name in shard},
     }
-    write_bytes(folder / INDEX, (json.dumps(index, indent=2, sort_keys=True) + "\n").encode())
+    write_json(folder / INDEX, index)
     return [*names, INDEX]
 
 
 def write_file(path: pathlib.Path, tensors: Mapping[str, Tensor]) -> None:
-    """Writes one safetensors file, tensor by tensor."""
+    """Writes one new safetensors file, tensor by tensor."""
     order = sorted(tensors, key=lambda name: (list(DTYPES.values()).index(tensors[name].dtype), name))
     header: dict[str, object] = {"__metadata__": {"format": "pt"}}
     position = 0
@@ -143,21 +143,22 @@ def write_file(path: pathlib.Path, tensors: Mapping[str, Tensor]) -> None:
         for name in order:
             array = np.asarray(tensors[name].read(), order="C")
             if array.shape != tensors[name].shape or array.dtype.name != tensors[name].dtype:
-                raise AssertionError(f"{name}: {array.dtype} {array.shape} was planned as {tensors[name]}")
+                raise AssertionError(f"{name}: {array.dtype} {array.shape} was declared as {tensors[name]}")
             file.write(array.reshape(-1).view(np.uint8).data)
 
 
-def _tensor(path, name, entry, data_begin) -> tuple[Tensor, int, int]:
+def _tensor(path: pathlib.Path, name: str, entry: Any, data_begin: int) -> tuple[Tensor, int, int]:
+    """(tensor, first byte, end) of one entry of a header; bytes count from `data_begin`, where the data starts."""
     try:
         code, shape, (begin, end) = entry["dtype"], tuple(entry["shape"]), entry["data_offsets"]
         sizes = (*shape, begin, end)
         if not all(type(n) is int and n >= 0 for n in sizes) or set(entry) != {"dtype", "shape", "data_offsets"}:
             raise ValueError(entry)
     except (TypeError, KeyError, ValueError) as error:
-        raise ArtifactError(f"{path}: the tensor {name!r} is described by {entry!r}", FETCH) from error
+        raise ArtifactError(f"{path}: the tensor {name!r} has the header entry {entry!r}", FETCH) from error
     if code not in DTYPES:
         raise ArtifactError(
-            f"{path}: the tensor {name!r} has dtype {code}", f"give a checkpoint in one of: {', '.join(DTYPES)}"
+            f"{path}: the tensor {name!r} has dtype {code}", f"give a checkpoint in one of {', '.join(DTYPES)}"
         )
     dtype, count = np.dtype(DTYPES[code]), math.prod(shape)
     if end - begin != count * dtype.itemsize:
@@ -169,10 +170,11 @@ def _tensor(path, name, entry, data_begin) -> tuple[Tensor, int, int]:
     return Tensor(dtype.name, shape, read), begin, end
 
 
-def _offsets(entry) -> tuple[int, ...]:
+def _offsets(entry: Any) -> tuple[int, ...]:
+    """The data offsets of a header's entry as a sort key; () where it has none."""
     offsets = entry.get("data_offsets") if isinstance(entry, dict) else None
     return tuple(n for n in offsets if type(n) is int) if isinstance(offsets, list) else ()
 
 
-def _is_plain(name) -> bool:
+def _is_file_name(name: object) -> bool:
     return isinstance(name, str) and name.endswith(".safetensors") and pathlib.PurePath(name).name == name

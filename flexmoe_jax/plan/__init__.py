@@ -1,1 +1,1 @@
-"""What a run would take on devices that are not here: by arithmetic from shapes, and by the compiler."""
+"""Plans of runs on devices that are not here: estimates from shapes, and the compiler's own figures."""

@@ -1,4 +1,4 @@
-"""The compiler's own answer: the program compiled ahead of time for chips that are not here."""
+"""The compiler's own figures: the program is compiled ahead of time for TPUs that are not here."""
 
 import dataclasses
 import os
@@ -16,7 +16,10 @@ from flexmoe_jax.plan.work import Work, lower
 
 @dataclasses.dataclass(frozen=True)
 class Compiled:
-    """Bytes and operations of one device. `refused` is the compiler's reason, and then there is nothing else."""
+    """The compiler's figures for one device: bytes, operations, collectives as hlo.py counts them.
+
+    `refused` is the compiler's reason where the program does not fit; the other fields are then 0.
+    """
 
     arguments: int = 0
     temporaries: int = 0
@@ -27,17 +30,17 @@ class Compiled:
 
 
 def devices_of(topology: Topology) -> list[Any]:
-    """The topology's devices as the compiler knows them. MachineError without libtpu, or for GPUs."""
-    remedy = "install it with `pip install 'flexmoe_jax[tpu]'`; without --compile the plan is by arithmetic"
+    """The topology's devices, for the compiler only. Raises MachineError without libtpu, and for GPUs."""
+    remedy = "pip install 'flexmoe_jax[tpu]', or leave out --compile for an estimate"
     if not topology.chip.is_tpu:
-        raise MachineError(f"{topology.name} cannot be compiled for without its GPU", "leave out --compile")
+        raise MachineError(f"{topology.name}: compiling for a GPU needs the GPU", "leave out --compile for an estimate")
     try:
         import libtpu  # noqa: F401
     except ImportError as error:
-        raise MachineError("libtpu is not installed, which compiles for TPUs", remedy) from error
+        raise MachineError("compiling for TPUs needs libtpu, which is not installed", remedy) from error
     from jax.experimental import topologies
 
-    # No TPU is touched: others may use libtpu at the same time, and there is no metadata server to ask.
+    # No TPU is used: other processes may use libtpu meanwhile, and there is no metadata server.
     for name in ("ALLOW_MULTIPLE_LIBTPU_LOAD", "TPU_SKIP_MDS_QUERY"):
         os.environ.setdefault(name, "1")
     sides = [*topology.shape.split("x"), "1", "1"][:3]
@@ -46,14 +49,14 @@ def devices_of(topology: Topology) -> list[Any]:
 
 
 def compile_for(work: Work, topology: Topology, mesh: str) -> Compiled:
-    """Compiles `work` for the topology and reads what the compiler says of it."""
+    """Compiles `work` for a mesh of the topology's chips. Raises MachineError as `devices_of` does."""
     return read(lower(work, make_mesh(mesh, devices_of(topology))))
 
 
-def read(lowered) -> Compiled:
-    """Compiles, and reads sizes, operations and collectives. Out of memory is an answer, not an error."""
+def read(lowered: jax.stages.Lowered) -> Compiled:
+    """Compiles the program and reads its figures; running out of memory is a result, not an error."""
     try:
-        compiled = lowered.compile()
+        compiled: Any = lowered.compile()
     except jax.errors.JaxRuntimeError as error:
         if "RESOURCE_EXHAUSTED" not in str(error):
             raise

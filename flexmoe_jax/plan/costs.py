@@ -1,7 +1,8 @@
-"""What a program takes of each device of a mesh, by arithmetic. Sizes are bytes of one device.
+"""Memory, operations and time that a program takes of each device of a mesh, estimated from shapes.
 
-Letters of the formulas, all of one device: n tokens of a microbatch, c bytes of an activation, t the `tensor` axis;
-L, D, F, V, H, G, K are the model's, E the experts that a token runs through, b rows of a microbatch.
+Sizes are bytes of one device. Letters of the formulas: n tokens and b rows of a microbatch on one device, T tokens of a
+row, c bytes of an activation, t devices on the `tensor` axis, E experts that a token runs through; L layers, D width,
+F feed-forward width, V vocabulary, H heads, G key-value heads, K head size.
 """
 
 import dataclasses
@@ -15,20 +16,24 @@ from flexmoe_jax.model.loss import ACCELERATOR_CHUNKS
 from flexmoe_jax.parallel.chips import Topology
 from flexmoe_jax.parallel.mesh import BATCH
 from flexmoe_jax.parallel.specs import part_shape
-from flexmoe_jax.params import EXPERT, FSDP, TENSOR
+from flexmoe_jax.params import EXPERT, FSDP, TENSOR, is_matrix
 from flexmoe_jax.plan.traffic import Transfer, transfers
 from flexmoe_jax.plan.work import Leaf, Work, leaves
 
-# Of the peak, on all that is computed, recomputation included. MaxText reports 52.6% (Mixtral 8x7B, 256 v5p), 65.4%
-# (Llama2-70B, v5p), 35.2% and 45.5% (Mixtral 8x7B, Llama3.1-8B; v6e) of it on what a model needs: its README, 2025.
+# Share of the peak FLOP/s that products attain, recomputation included. MaxText reports 52.6% (Mixtral 8x7B, 256 v5p),
+# 65.4% (Llama2-70B, v5p), 35.2% and 45.5% (Mixtral 8x7B, Llama3.1-8B; v6e) without it: its README, 2025.
 ATTAINABLE = 0.5
-# Of a chip's memory. The rest is for what the runtime keeps, for fragments, and for what the estimate misses.
+# Share of a chip's memory. The runtime, fragmentation and what the estimate misses take the rest.
 USABLE = 0.9
 
 
 @dataclasses.dataclass(frozen=True)
 class Costs:
-    """One device's part of one step: bytes by what they are for, operations, transfers, seconds."""
+    """One device's part of one step.
+
+    `sizes` are the axes of the mesh, `memory` bytes by purpose, `memory_traffic` bytes read and written, `seconds` the
+    times of compute, memory and communication, `usable` the bytes that a device has for the program.
+    """
 
     sizes: Mapping[str, int]
     memory: Mapping[str, float]
@@ -41,20 +46,22 @@ class Costs:
 
     @property
     def total(self) -> float:
+        """Bytes in all."""
         return sum(self.memory.values())
 
     @property
     def fits(self) -> bool:
+        """Whether the program fits in a device's memory."""
         return self.total <= self.usable
 
     @property
     def step_seconds(self) -> float:
-        """Nothing is taken to overlap: products or memory, whichever is longer, and then communication."""
+        """The longer of compute and memory, plus communication: no overlap is assumed."""
         return max(self.seconds["compute"], self.seconds["memory"]) + self.seconds["communication"]
 
 
 def estimate(work: Work, topology: Topology, sizes: Mapping[str, int]) -> Costs:
-    """The costs on a mesh of these axis sizes; ConfigError where something does not divide."""
+    """The costs on a mesh of these axis sizes. Raises ConfigError where it does not divide the model or the batch."""
     table = leaves(work, sizes[EXPERT])
     memory: dict[str, float] = {}
     for leaf in table:
@@ -63,7 +70,7 @@ def estimate(work: Work, topology: Topology, sizes: Mapping[str, int]) -> Costs:
     tokens = tokens_of(work, sizes)
     weights = gathered(work, table, sizes)
     if work.kind == "train":
-        # A copy of what is trained and the gradients of one microbatch in compute dtype, and their sum.
+        # In compute dtype a copy of trained weights and one microbatch's gradients, in float32 the gradients' sum.
         trained = memory.get("trained", 0)
         half = trained * work.dtype.itemsize / 4
         memory["weights as used"] = half if work.dtype.itemsize < 4 else 0.0
@@ -84,12 +91,12 @@ def estimate(work: Work, topology: Topology, sizes: Mapping[str, int]) -> Costs:
 
 
 def part_bytes(leaf: Leaf, sizes: Mapping[str, int]) -> int:
-    """Of one array on one device."""
+    """Bytes of one array on one device."""
     return math.prod(part_shape(leaf.path, leaf.shape, leaf.spec, sizes)) * leaf.itemsize
 
 
 def tokens_of(work: Work, sizes: Mapping[str, int]) -> int:
-    """n: tokens of one microbatch on one device; ConfigError where rows do not divide."""
+    """n: the tokens of one microbatch on one device. Raises ConfigError where the mesh does not divide the rows."""
     rows, parts = work.run.batch_size, math.prod(sizes[name] for name in BATCH)
     if work.kind == "train":
         rows //= work.run.accumulation
@@ -102,30 +109,30 @@ def tokens_of(work: Work, sizes: Mapping[str, int]) -> int:
 
 
 def weight_passes(work: Work) -> int:
-    """How often a step goes through the layers' weights: forward, backward, and recomputation, of each microbatch."""
+    """How often a step goes through the layers' weights: forward, recomputation and backward, for each microbatch."""
     return work.run.accumulation * (3 if work.run.remat else 2) if work.kind == "train" else 1
 
 
 def gathered(work: Work, table: tuple[Leaf, ...], sizes: Mapping[str, int]) -> float:
-    """Layers' weights as a device reads them: gathered from `fsdp`, in compute dtype."""
+    """Bytes of the layers' matrices as a device reads them: gathered over `fsdp`, in compute dtype."""
     parts = {**dict(sizes), FSDP: 1}
-    held = [leaf for leaf in table if leaf.part in ("trained", "frozen") and leaf.path.split("/")[-1].startswith("w_")]
+    held = [leaf for leaf in table if leaf.part in ("trained", "frozen") and is_matrix(leaf.path)]
     return sum(math.prod(part_shape(leaf.path, leaf.shape, leaf.spec, parts)) for leaf in held) * work.dtype.itemsize
 
 
 def activations(work: Work, n: int, sizes: Mapping[str, int]) -> float:
-    """Of a step at its fullest.
+    """Bytes of activations at the peak of a step.
 
-        layer     n c (6 D + (3 H + 2 G) K / t + E (D + w F / t))      what one layer keeps for its derivative; w = 2,
+        layer     n c (6 D + (3 H + 2 G) K / t + E (D + w F / t))      kept by one layer for the backward pass; w = 2,
                   or 4 where sparse experts train: the grouped products keep every array
-        work      n c 4 F / t + 12 b H / t (T / 8) T                   the largest of what it computes with
+        work      n c 4 F / t + 12 b H / t (T / 8) T                   the largest temporaries: feed-forward, scores
         kept      L layer, or L n c D with remat
         head      n / 8 V / t (4 + 4 + c), and 4 D V / t for the gradient of a trained head
         training  kept + max(layer + work, head)
-        prefill   layer + the scores' part of work, and the cache it begins
-        decode    the same of one token of every row; the cache it writes is another beside the one it was given
+        prefill   max(layer + scores of work, logits), and the cache it makes
+        decode    the same for one token of every row; it writes a new cache beside the one it reads
 
-    Sparse experts take n E slots of all the devices of their group.
+    Sparse experts hold the n E slots of all devices on the `expert` axis.
     """
     m, c, t = work.model, work.dtype.itemsize, sizes[TENSOR]
     T = work.run.seq_len
@@ -149,12 +156,13 @@ def activations(work: Work, n: int, sizes: Mapping[str, int]) -> float:
 
 
 def head_trains(work: Work, sizes: Mapping[str, int]) -> bool:
+    """Whether the output head (the embedding, where they are tied) is trained."""
     name = "trunk/embed" if work.model.tie_embeddings else "trunk/head"
     return any(leaf.part == "trained" and leaf.path.endswith(name) for leaf in leaves(work, sizes[EXPERT]))
 
 
 def flops(work: Work, sizes: Mapping[str, int]) -> tuple[float, float]:
-    """(needed, computed) of one device: the first without recomputation, and of chosen experts alone."""
+    """(needed, computed) operations of one device; `needed` counts active experts only, and no recomputation."""
     p = products(work.model, 2 * work.run.seq_len if work.kind == "decode" else work.run.seq_len)
     devices = math.prod(sizes.values())
     tokens = work.run.batch_size * (1 if work.kind == "decode" else work.run.seq_len)

@@ -1,13 +1,13 @@
-"""Collectives of a compiled program, read from its text, each as often as it runs."""
+"""Collectives of a compiled program, read from its HLO text and counted as often as they run."""
 
 import math
 import re
 from collections.abc import Iterator
 
-_BYTES = {"pred": 1, "s8": 1, "u8": 1, "s16": 2, "u16": 2, "bf16": 2, "f16": 2, "s32": 4, "u32": 4, "f32": 4,
-          "s64": 8, "u64": 8, "f64": 8}  # fmt: skip
+_DTYPES = {1: "pred s8 u8", 2: "s16 u16 bf16 f16", 4: "s32 u32 f32", 8: "s64 u64 f64"}
+_BYTES = {dtype: size for size, dtypes in _DTYPES.items() for dtype in dtypes.split()}
 _KINDS = "all-gather|all-reduce|reduce-scatter|all-to-all|collective-permute"
-_BEGIN = re.compile(r"^(?:ENTRY )?%?([\w.-]+) .*\{$")
+_COMPUTATION = re.compile(r"^(?:ENTRY )?%?([\w.-]+) .*\{$")
 _COLLECTIVE = re.compile(rf"= (.*?) ({_KINDS})(?:-start)?\(")
 _ARRAY = re.compile(r"(\w+)\[([\d,]*)\]")
 _CALLED = re.compile(r"(?:calls|to_apply|body|called_computations|branch_computations)=\{?((?:%?[\w.-]+(?:, )?)+)")
@@ -16,9 +16,9 @@ _CALLED = re.compile(r"(?:calls|to_apply|body|called_computations|branch_computa
 def collectives(text: str) -> dict[str, tuple[int, float]]:
     """{kind: (how often it runs, bytes that a device receives)} of a compiled module's text.
 
-    A device of a group of g receives, of an array of S bytes: all-gather S (g-1)/g of the result, reduce-scatter and
-    all-to-all S (g-1)/g of the operand, all-reduce both of them, collective-permute S. A TPU's program names one
-    collective in several places, wherever it goes on beside other work: a chain counts once.
+    Of an array of S bytes, a device in a group of g receives S (g-1)/g of the result by an all-gather, S (g-1)/g of the
+    operand by a reduce-scatter or an all-to-all, both by an all-reduce, and S by a collective-permute. A TPU program
+    names one collective in several places when it overlaps it with other work; such a chain counts once.
     """
     computations = _computations(text)
     entry = next(match[1] for match in re.finditer(r"^ENTRY %?([\w.-]+)", text, re.MULTILINE))
@@ -38,10 +38,11 @@ def collectives(text: str) -> dict[str, tuple[int, float]]:
 
 
 def _computations(text: str) -> dict[str, list[str]]:
+    """{name of a computation: its lines}."""
     found: dict[str, list[str]] = {}
     name = None
     for line in text.splitlines():
-        if match := _BEGIN.match(line):
+        if match := _COMPUTATION.match(line):
             name = match[1]
             found[name] = []
         elif line.startswith("}"):
@@ -52,7 +53,7 @@ def _computations(text: str) -> dict[str, list[str]]:
 
 
 def _walk(computations: dict[str, list[str]], name: str, times: int) -> Iterator[tuple[str, str, int]]:
-    """(place, line, how often it runs) of every collective reached from the computation `name`."""
+    """(place, line, how often it runs) of each collective reached from computation `name`, which runs `times` times."""
     for i, line in enumerate(computations.get(name, ())):
         if _COLLECTIVE.search(line):
             yield f"{name}:{i}", line, times
@@ -64,7 +65,7 @@ def _walk(computations: dict[str, list[str]], name: str, times: int) -> Iterator
 
 
 def _trips(computations: dict[str, list[str]], line: str) -> int:
-    """How often a loop runs: as the compiler notes it, else the bound that its condition compares with."""
+    """Trip count of a loop: the compiler's note, else the bound in the loop's condition, else 1."""
     if known := re.search(r'known_trip_count":\{"n":"(\d+)"', line):
         return int(known[1])
     condition = computations.get(re.search(r"condition=%?([\w.-]+)", line)[1], [])  # type: ignore[index]
@@ -76,6 +77,7 @@ def _trips(computations: dict[str, list[str]], line: str) -> int:
 
 
 def _received(result: str, kind: str, line: str) -> float:
+    """Bytes that a device receives by one run of the collective on `line`, whose result type is `result`."""
     arrays = [
         _BYTES.get(dtype, 0) * math.prod(int(n) for n in shape.split(",") if n)
         for dtype, shape in _ARRAY.findall(result)
@@ -83,16 +85,16 @@ def _received(result: str, kind: str, line: str) -> float:
     if kind == "collective-permute":
         return float(max(arrays))
     group = _group(line)
-    # What has begun is (operands, results): of several arrays the results are the latter half.
-    begun = "all-gather-start(" in line
-    size = sum(arrays[len(arrays) // 2 :] if begun else arrays)
+    # The result of an all-gather-start is (operands, results): its second half counts.
+    started = "all-gather-start(" in line
+    size = sum(arrays[len(arrays) // 2 :] if started else arrays)
     if kind == "reduce-scatter":
         return size * (group - 1.0)
     return size * (2 if kind == "all-reduce" else 1) * (group - 1) / group
 
 
 def _group(line: str) -> int:
-    """Devices of one group: `{{0,1},{2,3}}`, `[2,4]<=[8]`, or `mesh['x'=2,'y'=4] {'y'}`."""
+    """Devices per group: 2 in `{{0,1},{2,3}}`, 4 in `[2,4]<=[8]` and in `mesh['x'=2,'y'=4] {'y'}`."""
     groups = line.partition("replica_groups=")[2]
     if match := re.match(r"\{\{([\d,]*)\}", groups):
         return match[1].count(",") + 1

@@ -1,7 +1,7 @@
-"""Meshes, and slices, that a program fits on: all of them are tried, by arithmetic."""
+"""The meshes and the slices that a program fits on, by estimates of all of them."""
 
 import dataclasses
-from collections.abc import Iterator
+from collections.abc import Iterator, Mapping
 
 from flexmoe_jax.errors import ConfigError, MachineError
 from flexmoe_jax.parallel.chips import Chip, Topology, meshes, slices_of
@@ -12,7 +12,7 @@ from flexmoe_jax.plan.work import Work
 
 @dataclasses.dataclass(frozen=True)
 class Choice:
-    """A mesh and a number of microbatches, with what they cost. Microbatches change no result, only memory and time."""
+    """A mesh and a number of microbatches (`work.run.accumulation`) with their costs. Microbatches change no result."""
 
     work: Work
     topology: Topology
@@ -24,14 +24,15 @@ class Choice:
         return mesh_text(self.costs.sizes)
 
 
-def mesh_text(sizes) -> str:
+def mesh_text(sizes: Mapping[str, int]) -> str:
+    """The axes longer than 1, as `config.mesh` takes them."""
     return ",".join(f"{axis}={sizes[axis]}" for axis in AXES if sizes[axis] > 1) or "data=1"
 
 
 def choices(work: Work, topology: Topology) -> list[Choice]:
-    """One for each mesh that divides the model and the batch: those that fit first, the fastest first.
+    """One choice for each mesh that divides the model and the batch; those that fit come first, then the fastest.
 
-    Of each mesh the fewest microbatches that fit, or the most there can be. MachineError where no mesh divides.
+    Each has the fewest microbatches that fit, or the most possible. Raises MachineError where no mesh divides.
     """
     found = [
         choice
@@ -41,13 +42,13 @@ def choices(work: Work, topology: Topology) -> list[Choice]:
     if not found:
         raise MachineError(
             f"no mesh of {topology.count} devices divides the model and {work.run.batch_size} rows",
-            "choose another topology or config.batch_size",
+            "choose another topology or another config.batch_size",
         )
     return sorted(found, key=lambda choice: (not choice.costs.fits, choice.costs.step_seconds))
 
 
 def smallest(work: Work, chip: Chip) -> Choice | None:
-    """The best choice on the chip's smallest slice that has one which fits."""
+    """The best choice on the smallest slice of the chip on which one fits; None if no slice does."""
     for topology in slices_of(chip):
         try:
             best = choices(work, topology)[0]
@@ -59,6 +60,7 @@ def smallest(work: Work, chip: Chip) -> Choice | None:
 
 
 def _fewest(work: Work, topology: Topology, sizes: dict[str, int]) -> Choice | None:
+    """The choice with the fewest microbatches that fit, else the most; None where the mesh divides nothing."""
     choice = None
     for tried in _accumulations(work):
         try:
@@ -71,7 +73,7 @@ def _fewest(work: Work, topology: Topology, sizes: dict[str, int]) -> Choice | N
 
 
 def _accumulations(work: Work) -> Iterator[Work]:
-    """The work in 1, 2, 4 .. microbatches, as far as the batch divides."""
+    """The work in 1, 2, 4, ... microbatches that divide the batch; only training has more than one."""
     count = 1
     while work.run.batch_size % count == 0:
         yield dataclasses.replace(work, run=dataclasses.replace(work.run, accumulation=count))

@@ -1,8 +1,8 @@
-"""What is planned: a program of this package and the shapes of all it is given. Nothing is allocated.
+"""The program that a plan is for, and the shapes of its arguments. Nothing is allocated.
 
 train      an optimizer step, as train/loop.py runs it
-prefill    generation's pass over prompts of `seq_len` tokens, which begins the cache
-decode     generation's step of one token of every row, with a cache of `seq_len` positions
+prefill    generation's pass over prompts of `seq_len` tokens, which makes the cache
+decode     generation's step by one token per row, with a cache of `seq_len` positions
 """
 
 import dataclasses
@@ -34,7 +34,7 @@ KINDS = ("train", "prefill", "decode")
 
 @dataclasses.dataclass(frozen=True)
 class Work:
-    """`experts` in canonical order. `run` gives batch, lengths and dtype of inference too."""
+    """A program. `experts` are in canonical order; `run` also gives inference its batch, lengths and dtype."""
 
     model: ModelConfig
     experts: tuple[str, ...]
@@ -43,22 +43,23 @@ class Work:
 
     @property
     def dtype(self) -> np.dtype:
+        """The compute dtype."""
         return jnp.dtype(self.run.compute_dtype)
 
     @property
     def active(self) -> int:
-        """Experts that a token needs."""
+        """Experts active per token."""
         return min(self.run.top_k or len(self.experts), len(self.experts))
 
     def computed(self, groups: int) -> int:
-        """Experts that a token runs through: a training step without an `expert` axis runs them all."""
+        """Experts that a token runs through: all in training without an `expert` axis (`groups` is its size)."""
         sparse = self.kind != "train" or groups > 1
         return self.active if sparse else len(self.experts)
 
 
 @dataclasses.dataclass(frozen=True)
 class Leaf:
-    """An array of the program's arguments; `part` is what it is there for."""
+    """One array among the program's arguments. `part`: trained, moments, counters, frozen, batch or cache."""
 
     part: str
     path: str
@@ -68,7 +69,7 @@ class Leaf:
 
 
 def params_shapes(work: Work) -> Params:
-    """The whole tree, experts named, float32."""
+    """Shapes of the whole tree with named experts, float32."""
     spec = model_leaves(work.model, work.experts)
     return unflatten({path: jax.ShapeDtypeStruct(leaf.shape, jnp.float32) for path, leaf in spec.items()})
 
@@ -84,7 +85,7 @@ def leaves(work: Work, groups: int) -> tuple[Leaf, ...]:
 
 
 def _whole(work: Work) -> Work:
-    """The same arguments: microbatches are cut inside the program."""
+    """The same program without microbatches: they do not change its arguments."""
     return dataclasses.replace(work, run=dataclasses.replace(work.run, accumulation=1))
 
 
@@ -119,8 +120,8 @@ def _leaves(work: Work, groups: int) -> tuple[Leaf, ...]:
     return tuple(found)
 
 
-def lower(work: Work, mesh: Mesh):
-    """The program on `mesh`, traced and lowered for its devices from shapes alone."""
+def lower(work: Work, mesh: Mesh) -> jax.stages.Lowered:
+    """The program, traced and lowered for the devices of `mesh` from shapes only."""
     shapes, everywhere = arguments(work, mesh.shape[EXPERT]), replicated(mesh)
     shardings: dict[str, Any] = {
         name: tree_shardings(mesh, shapes[name]) for name in ("state", "frozen") if name in shapes

@@ -1,4 +1,4 @@
-"""`flexmoe doctor`: what it says of machines that are not here, that it never hangs, and that processes really meet."""
+"""`flexmoe doctor` names the mistakes of every kind of machine, never hangs, and lets real processes meet."""
 
 import dataclasses
 import json
@@ -15,8 +15,8 @@ from flexmoe_jax.cli import doctor as verb
 from flexmoe_jax.cli.main import main
 from flexmoe_jax.doctor.checks import check_machine
 from flexmoe_jax.doctor.facts import Device, Facts, discover, gather
-from flexmoe_jax.doctor.rendezvous import Place, Roll, call, place_of
-from flexmoe_jax.errors import MachineError
+from flexmoe_jax.doctor.rendezvous import Rendezvous, meet
+from flexmoe_jax.parallel.processes import Place
 
 GIB = 2**30
 VERSIONS = {"python": "3.12.3", "jax": "0.11.2", "jaxlib": "0.11.2"}
@@ -48,8 +48,8 @@ TASK = {"SLURM_JOB_ID": "17", "SLURM_PROCID": "3", "SLURM_NTASKS": "16", "SLURM_
 JOB = {**TASK, "FLEXMOE_PROCESSES": "auto"}
 
 
-def faults(facts: Facts, roll: Roll | None = None) -> list:
-    return [check for check in check_machine(facts, roll) if check.level != "ok"]
+def faults(facts: Facts, rendezvous: Rendezvous | None = None) -> list:
+    return [check for check in check_machine(facts, rendezvous) if check.level != "ok"]
 
 
 @pytest.mark.parametrize("facts", [CPU, GPU, TPU], ids=["CPU", "GPU", "TPU"])
@@ -61,8 +61,8 @@ def test_good_machines_have_no_faults(facts):
 @pytest.mark.parametrize(
     ("machine", "changes", "level", "about", "what", "remedy"),
     [
-        # No device where there is hardware.
-        (GPU, {**NO_GPU, "versions": VERSIONS}, "bad", "GPU", "jax that is installed is for CPUs", ".[cuda12]"),
+        # Hardware that JAX does not use.
+        (GPU, {**NO_GPU, "versions": VERSIONS}, "bad", "GPU", "the installed jax is for CPUs only", ".[cuda12]"),
         (GPU, {**NO_GPU, "versions": VERSIONS, "nvidia": 0}, "warn", "GPU", "there is nvidia-smi", ".[cuda12]"),
         (GPU, NO_GPU, "bad", "GPU", "8 NVIDIA GPUs and jax-cuda12-plugin, and JAX has no GPU", "nvidia-smi"),
         (GPU, {**NO_GPU, "environment": {"JAX_PLATFORMS": "cpu"}}, "warn", "GPU", "JAX_PLATFORMS is 'cpu'", "unset"),
@@ -75,7 +75,7 @@ def test_good_machines_have_no_faults(facts):
         (CPU, {"devices": (), "trouble": "Unknown flag in XLA_FLAGS: --x"}, "bad", "devices", "--x", "XLA_FLAGS"),
         (TPU, {"devices": (), "trouble": "ERROR: Unknown command line flag 'x'"}, "bad", "devices", "'x'", "LIBTPU"),
         (GPU, {"devices": (), "trouble": "no answer in 60 seconds"}, "bad", "devices", "no answer", "nvidia-smi"),
-        (TPU, {"devices": (), "trouble": "no answer in 60 seconds"}, "bad", "devices", "no answer", "all of them"),
+        (TPU, {"devices": (), "trouble": "no answer in 60 seconds"}, "bad", "devices", "no answer", "on all workers"),
         (CPU, {"devices": (), "trouble": "ImportError: x"}, "bad", "devices", "ImportError: x", "jax.devices()"),
         # Versions.
         (CPU, {"versions": {**VERSIONS, "jax": "0.9.9"}}, "bad", "versions", "0.9.9, at least 0.10.2", "pip install"),
@@ -99,13 +99,13 @@ def test_good_machines_have_no_faults(facts):
             "--gpus-per-node instead",
         ),
         (GPU, {"environment": {**JOB, "SLURM_NTASKS_PER_NODE": "1"}}, "warn", "Slurm", "7 stay idle", "per-node=8"),
-        (GPU, {"environment": TASK}, "bad", "Slurm", "each would train on its own", "FLEXMOE_PROCESSES=auto"),
+        (GPU, {"environment": TASK}, "bad", "Slurm", "each would train separately", "FLEXMOE_PROCESSES=auto"),
         (
             GPU,
             {"environment": {"SLURM_PROCID": "0", "SLURM_GPUS_ON_NODE": "8"}, "devices": (H100,)},
             "bad",
             "Slurm",
-            "gave 8 GPUs, this task sees 1",
+            "allocated 8 GPUs, this task sees 1",
             "CUDA_VISIBLE_DEVICES",
         ),
         (
@@ -113,11 +113,11 @@ def test_good_machines_have_no_faults(facts):
             {"environment": {"SLURM_PROCID": "0", "SLURM_GPUS_PER_TASK": "gpu:h100:4"}, "devices": (H100,)},
             "bad",
             "Slurm",
-            "gave 4 GPUs, this task sees 1",
+            "allocated 4 GPUs, this task sees 1",
             "--gpu-bind",
         ),
         (CPU, {"environment": {"FLEXMOE_PROCESSES": "auto"}}, "bad", "processes", "no Slurm", "FLEXMOE_COORDINATOR"),
-        # How JAX takes memory of GPUs.
+        # How JAX allocates GPU memory.
         (
             GPU,
             {"environment": {"XLA_CLIENT_MEM_FRACTION": ".9", "XLA_PYTHON_CLIENT_MEM_FRACTION": ".8"}},
@@ -133,10 +133,10 @@ def test_good_machines_have_no_faults(facts):
         (GPU, {"environment": {"XLA_PYTHON_CLIENT_ALLOCATOR": "platform"}}, "warn", "GPU memory", "slow", "unset"),
         (GPU, {"environment": {"LD_LIBRARY_PATH": "/usr/lib/cuda"}}, "warn", "GPU", "/usr/lib/cuda", "unset"),
         # Space and cores.
-        (CPU, {"disk_free": GIB // 2}, "bad", "disk", "0.5 GiB are free", "make room"),
-        (CPU, {"disk_free": 5 * GIB}, "warn", "disk", "5.0 GiB are free", "make room"),
+        (CPU, {"disk_free": GIB // 2}, "bad", "disk", "0.5 GiB are free", "free some"),
+        (CPU, {"disk_free": 5 * GIB}, "warn", "disk", "5.0 GiB are free", "free some"),
         (CPU, {"memory_free": GIB}, "warn", "memory", "1.0 GiB", "end other programs"),
-        (GPU, {"shared_memory": GIB // 16}, "warn", "shared memory", "0.1 GiB, and NCCL joins 8 GPUs", "--shm-size"),
+        (GPU, {"shared_memory": GIB // 16}, "warn", "shared memory", "0.1 GiB, and NCCL connects 8 GPUs", "--shm-size"),
         (CPU, {"cores": 1}, "warn", "CPU", "1 of 16 cores", "--cpus-per-task"),
         (CPU, {"environment": {"GLIBC_TUNABLES": ""}}, "warn", "CPU", "GLIBC_TUNABLES is ''", "hugetlb=1"),
         (CPU, {"huge_pages": "never"}, "warn", "CPU", "huge pages are switched off", "madvise"),
@@ -152,13 +152,13 @@ def test_each_mistake_is_named_with_its_remedy(machine, changes, level, about, w
 @pytest.mark.parametrize(
     ("machine", "changes"),
     [
-        (GPU, {"environment": JOB}),  # one task for each GPU, all to be seen by each
+        (GPU, {"environment": JOB}),  # one task per GPU, and each sees all GPUs
         (GPU, {"environment": {"SLURM_PROCID": "0", "SLURM_GPUS_ON_NODE": "8"}}),
         (GPU, {"environment": {"JAX_PLATFORMS": "cuda,cpu", "XLA_CLIENT_MEM_FRACTION": ".9"}}),
         (TPU, {"environment": {"JAX_PLATFORMS": "tpu,cpu", "FLEXMOE_PROCESSES": "auto"}}),
         (CPU, {"environment": {"JAX_PLATFORMS": "cpu", "GLIBC_TUNABLES": "glibc.malloc.hugetlb=1"}}),
         (CPU, {"shared_memory": GIB // 16}),
-        (GPU, {"environment": {"GLIBC_TUNABLES": ""}, "huge_pages": "never"}),  # matters where a CPU computes
+        (GPU, {"environment": {"GLIBC_TUNABLES": ""}, "huge_pages": "never"}),  # matters only where the CPU computes
         (TPU, {"environment": {"GLIBC_TUNABLES": ""}}),
         (CPU, {"environment": {"GLIBC_TUNABLES": ""}, "system": "Darwin"}),
         (CPU, {"cores": 4}),
@@ -167,14 +167,14 @@ def test_each_mistake_is_named_with_its_remedy(machine, changes, level, about, w
         (CPU, {"disk_free": None, "memory_free": None, "shared_memory": None, "system": "Darwin"}),
     ],
 )
-def test_what_is_right_is_not_complained_of(machine, changes):
+def test_correct_settings_raise_no_complaint(machine, changes):
     assert faults(dataclasses.replace(machine, **changes)) == []
 
 
-def test_what_was_looked_at_is_said():
+def test_checks_that_pass_are_listed():
     assert [check.subject for check in check_machine(CPU)] == ["devices", "versions", "disk"]
     on_slurm = check_machine(dataclasses.replace(GPU, environment=JOB))
-    assert [one.detail for one in on_slurm if one.subject == "Slurm"] == ["task 3 of 16, 8 GPUs to be seen"]
+    assert [one.detail for one in on_slurm if one.subject == "Slurm"] == ["task 3 of 16 sees 8 GPUs"]
 
 
 # -- devices -----------------------------------------------------------------------------------------------------------
@@ -187,7 +187,7 @@ def test_what_was_looked_at_is_said():
         "import signal, time; signal.signal(signal.SIGTERM, signal.SIG_IGN); time.sleep(60)",
         "import subprocess; subprocess.run(['sleep', '60'])",
     ],
-    ids=["blocks", "ignores SIGTERM", "began another"],
+    ids=["blocks", "ignores SIGTERM", "has a child"],
 )
 def test_a_driver_that_blocks_does_not_block_us(program):
     begin = time.monotonic()
@@ -213,7 +213,7 @@ def test_an_unknown_flag_is_named(monkeypatch):
     assert "--xla_gpu_no_such_flag" in trouble
 
 
-def test_this_machine(monkeypatch):
+def test_facts_of_this_machine_are_gathered_without_secrets(monkeypatch):
     monkeypatch.setenv("FLEXMOE_API_KEY", "secret")
     monkeypatch.setenv("NCCL_DEBUG", "WARN")
     facts = gather()
@@ -229,126 +229,81 @@ def test_this_machine(monkeypatch):
 # -- processes ---------------------------------------------------------------------------------------------------------
 
 
-@pytest.mark.parametrize(
-    ("environment", "place"),
-    [
-        ({}, None),
-        (
-            {"FLEXMOE_PROCESSES": "4", "FLEXMOE_PROCESS_ID": "3", "FLEXMOE_COORDINATOR": "a:1"},
-            Place(4, 3, "a:1"),
-        ),
-        ({**JOB, "SLURM_STEP_NODELIST": "gpu[007-009,011],b"}, Place(16, 3, "gpu007:61457")),
-        ({**JOB, "SLURM_STEP_NODELIST": "one,two"}, Place(16, 3, "one:61457")),
-        (
-            {"FLEXMOE_PROCESSES": "auto", "TPU_WORKER_ID": "1", "TPU_WORKER_HOSTNAMES": "a,b"},
-            Place(2, 1, "a:8482"),
-        ),
-        ({"FLEXMOE_PROCESSES": "auto"}, None),
-    ],
-)
-def test_the_place_of_a_process(environment, place):
-    assert place_of(environment) == place
-
-
-def test_slurm_meets_where_jax_meets(monkeypatch):
-    from jax._src.clusters.slurm_cluster import SlurmCluster
-
-    variables = {**JOB, "SLURM_JOB_ID": "123456", "SLURM_STEP_NODELIST": "gpu[007-009]"}
-    for name, value in variables.items():
-        monkeypatch.setenv(name, value)
-    assert place_of(variables).coordinator == SlurmCluster.get_coordinator_address(None, None)
-
-
-@pytest.mark.parametrize(("count", "number", "coordinator"), [("x", "0", "a:1"), ("2", "2", "a:1"), ("2", "0", "a")])
-def test_a_place_that_is_none_is_refused(count, number, coordinator):
-    variables = {
-        "FLEXMOE_PROCESSES": count,
-        "FLEXMOE_PROCESS_ID": number,
-        "FLEXMOE_COORDINATOR": coordinator,
-    }
-    with pytest.raises(MachineError, match=f"FLEXMOE_PROCESSES is {count!r}"):
-        place_of(variables)
-
-
 def free_port() -> int:
     with socket.create_server(("127.0.0.1", 0)) as server:
         return server.getsockname()[1]
 
 
-def meet(numbers: list[int], count: int, wait_s: float = 10.0, first_comes_last: bool = False) -> list[Roll]:
-    """What each of these processes hears, in their order, met over this machine's own network."""
-    coordinator, rolls = f"127.0.0.1:{free_port()}", {}
+def meet_all(numbers: list[int], count: int, wait_s: float = 10.0, first_comes_last: bool = False) -> list[Rendezvous]:
+    """What each of these processes learns, in their order, over the loopback network."""
+    coordinator, found = f"127.0.0.1:{free_port()}", {}
 
     def one(i: int, number: int) -> None:
         if first_comes_last and number == 0:
             time.sleep(0.5)
         about = {"host": f"host{i}", "jax": "0.11.2" if number else "0.10.2"}
-        rolls[i] = call(Place(count, number, coordinator), about, wait_s)
+        found[i] = meet(Place(count, number, coordinator), about, wait_s)
 
     threads = [threading.Thread(target=one, args=(i, number)) for i, number in enumerate(numbers)]
     for thread in threads:
         thread.start()
     for thread in threads:
         thread.join(30)
-    return [rolls[i] for i in range(len(numbers))]
+    return [found[i] for i in range(len(numbers))]
 
 
 @pytest.mark.parametrize("first_comes_last", [False, True])
 def test_processes_meet(first_comes_last):
-    rolls = meet([0, 1, 2], 3, first_comes_last=first_comes_last)
-    assert [roll.trouble for roll in rolls] == [""] * 3
-    assert {roll.seen for roll in map(_hashable, rolls)} == {_hashable(rolls[0]).seen}
-    [different] = faults(CPU, rolls[1])
+    found = meet_all([0, 1, 2], 3, first_comes_last=first_comes_last)
+    assert [each.trouble for each in found] == [""] * 3
+    assert [each.seen for each in found] == [found[0].seen] * 3
+    [different] = faults(CPU, found[1])
     assert different.level == "bad"
     assert different.detail == "jax differs: 0.10.2 on 0; 0.11.2 on 1, 2"
-    alike = Roll(rolls[0].place, tuple((n, {"host": f"host{n % 2}"}) for n in range(3)))
+    alike = Rendezvous(found[0].place, tuple((n, {"host": f"host{n % 2}"}) for n in range(3)))
     assert check_machine(CPU, alike)[-1].detail == "all 3 met, on 2 machines"
 
 
-def _hashable(roll: Roll) -> Roll:
-    return dataclasses.replace(roll, seen=tuple((n, tuple(sorted(about.items()))) for n, about in roll.seen))
+def test_processes_that_do_not_come_are_named():
+    found = meet_all([0, 2], 4, wait_s=1.0)
+    for each in found:
+        assert any("2 of 4 processes are missing: 1, 3" in fault.detail for fault in faults(CPU, each))
 
 
-def test_who_does_not_come_is_missed():
-    rolls = meet([0, 2], 4, wait_s=1.0)
-    for roll in rolls:
-        assert any("of 4 processes 1, 3 did not come" in fault.detail for fault in faults(CPU, roll))
-
-
-def test_a_number_given_twice_is_named():
-    [lead, *_] = meet([0, 1, 1], 3)
+def test_a_process_number_used_twice_is_named():
+    [lead, *_] = meet_all([0, 1, 1], 3)
     twice, missing, *_ = faults(CPU, lead)
-    assert twice.detail.startswith("numbers given twice: 1 on host")
-    assert "2 did not come" in missing.detail
+    assert twice.detail.startswith("process number 1 is used on host")
+    assert "1 of 3 processes are missing: 2" in missing.detail
 
 
-def test_a_coordinator_out_of_reach_and_a_port_that_is_taken():
+def test_an_unreachable_coordinator_and_a_port_in_use_are_named():
     begin = time.monotonic()
-    roll = call(Place(2, 1, f"127.0.0.1:{free_port()}"), {}, wait_s=0.5)
-    assert "Connection refused" in roll.trouble
+    found = meet(Place(2, 1, f"127.0.0.1:{free_port()}"), {}, wait_s=0.5)
+    assert "Connection refused" in found.trouble
     assert time.monotonic() - begin < 5
-    [fault] = faults(CPU, roll)
-    assert "firewall" in fault.remedy
+    [fault] = faults(CPU, found)
+    assert "with its port open" in fault.remedy
     with socket.create_server(("", 0)) as taken:
-        roll = call(Place(2, 0, f"127.0.0.1:{taken.getsockname()[1]}"), {}, wait_s=0.5)
-    assert "in use" in roll.trouble
-    assert "another port" in faults(CPU, roll)[0].remedy
+        found = meet(Place(2, 0, f"127.0.0.1:{taken.getsockname()[1]}"), {}, wait_s=0.5)
+    assert "in use" in found.trouble
+    assert "another port" in faults(CPU, found)[0].remedy
 
 
-def test_what_others_say_does_nothing_to_a_terminal():
+def test_what_others_send_is_safe_to_print():
     port = free_port()
-    lead = threading.Thread(target=call, args=(Place(2, 0, f"127.0.0.1:{port}"), {}, 5.0))
+    lead = threading.Thread(target=meet, args=(Place(2, 0, f"127.0.0.1:{port}"), {}, 5.0))
     lead.start()
-    roll = call(Place(2, 1, f"127.0.0.1:{port}"), {"host": "\x1b[2Jhost" + "x" * 500}, 5.0)
+    found = meet(Place(2, 1, f"127.0.0.1:{port}"), {"host": "\x1b[2Jhost" + "x" * 500}, 5.0)
     lead.join(10)
-    assert dict(roll.seen)[1]["host"] == "?[2Jhost" + "x" * 192
+    assert dict(found.seen)[1]["host"] == "?[2Jhost" + "x" * 192
 
 
 @pytest.mark.parametrize("said", [b"", b"\n", b"[]\n", b'{"number": "x", "about": {}}\n', b"x" * 100_000])
-def test_strangers_are_not_listened_to(said):
+def test_other_programs_that_connect_are_ignored(said):
     port = free_port()
-    heard: list[Roll] = []
-    lead = threading.Thread(target=lambda: heard.append(call(Place(2, 0, f"127.0.0.1:{port}"), {}, wait_s=1.5)))
+    heard: list[Rendezvous] = []
+    lead = threading.Thread(target=lambda: heard.append(meet(Place(2, 0, f"127.0.0.1:{port}"), {}, wait_s=1.5)))
     lead.start()
     for _ in range(100):
         try:
@@ -365,7 +320,7 @@ def test_strangers_are_not_listened_to(said):
 # -- the verb ----------------------------------------------------------------------------------------------------------
 
 
-def test_the_verb_prints_and_its_code_tells(monkeypatch, capsys):
+def test_the_verb_prints_everything_and_fails_if_a_check_does(monkeypatch, capsys):
     for name in ("FLEXMOE_PROCESSES", "JAX_PLATFORMS"):
         monkeypatch.delenv(name, raising=False)
     monkeypatch.setattr(verb, "gather", lambda: dataclasses.replace(GPU, environment={"NCCL_DEBUG": "WARN"}))
@@ -379,12 +334,22 @@ def test_the_verb_prints_and_its_code_tells(monkeypatch, capsys):
     found = json.loads(captured.out)["checks"]
     assert [one["subject"] for one in found if one["level"] == "bad"] == ["GPU"]
     assert [one["subject"] for one in found if one["level"] == "warn"] == ["disk"]
+    assert {tuple(one) for one in found} == {("level", "subject", "ok", "detail", "remedy")}
     assert "are bad: GPU" in captured.err
     assert "remedy:" in captured.err
 
 
-def test_two_processes_of_a_job_for_real():
-    """The verb itself, as a launcher starts it: each prints that both met."""
+def test_the_verb_does_not_import_jax():
+    """It says what is wrong with an installation whose JAX cannot be imported, in a job too."""
+    code = "import os, sys; sys.modules['jax'] = None; from flexmoe_jax.cli import doctor as verb; "
+    code += "print(verb.place_of(os.environ))"
+    job = {"FLEXMOE_PROCESSES": "2", "FLEXMOE_PROCESS_ID": "1", "FLEXMOE_COORDINATOR": "host:1"}
+    done = subprocess.run([sys.executable, "-c", code], env={**os.environ, **job}, capture_output=True, text=True)
+    assert done.stdout == "Place(count=2, number=1, coordinator='host:1')\n", done.stderr
+
+
+def test_two_real_processes_meet():
+    """The verb as a launcher starts it: each process prints that both met."""
     command = [sys.executable, "-m", "flexmoe_jax.cli.main", "doctor", "--json"]
     job = {**os.environ, "FLEXMOE_PROCESSES": "2", "FLEXMOE_COORDINATOR": f"localhost:{free_port()}"}
     job["JAX_PLATFORMS"] = "cpu"

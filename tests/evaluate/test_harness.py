@@ -9,7 +9,7 @@ import pytest
 import flexmoe_jax as fm
 from flexmoe_jax.artifacts.model_dir import open_model
 from flexmoe_jax.errors import ConfigError
-from flexmoe_jax.hf.export import export
+from flexmoe_jax.hf.export import ExportOptions, export
 from tests.hf.tiny import our_model
 
 os.environ.setdefault("HF_DATASETS_OFFLINE", "1")
@@ -71,7 +71,7 @@ def tasks(tmp_path_factory):
 def exported(tmp_path_factory):
     folder = tmp_path_factory.mktemp("ours")
     our_model(folder, top_k=2)
-    export(open_model(folder / "model"), folder / "hf", experts=["public", "news"])
+    export(open_model(folder / "model"), folder / "hf", ExportOptions(experts=["public", "news"]))
     return folder
 
 

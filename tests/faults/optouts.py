@@ -58,12 +58,12 @@ def config_of(megabytes: int) -> ModelConfig:
 EXPORTING = """
 import json, pathlib, resource, sys, time
 from flexmoe_jax.artifacts.model_dir import open_model
-from flexmoe_jax.hf.export import export
+from flexmoe_jax.hf.export import ExportOptions, export
 # Of the process itself: the packages' files are mapped, and their pages are the system's to take back.
 used = int(pathlib.Path("/proc/self/status").read_text().partition("VmData:")[2].split()[0]) << 10
 resource.setrlimit(resource.RLIMIT_DATA, (used + int(sys.argv[1]),) * 2)
 began = time.monotonic()
-export(open_model(sys.argv[2]), sys.argv[3], custom_code=True, max_shard_bytes=int(sys.argv[1]) // 2)
+export(open_model(sys.argv[2]), sys.argv[3], ExportOptions(custom_code=True, max_shard_bytes=int(sys.argv[1]) // 2))
 print(json.dumps({"seconds": time.monotonic() - began}))
 """
 

@@ -1,4 +1,4 @@
-"""GGUF files, against transformers' own loading of the same file."""
+"""GGUF files, compared with how transformers loads the same file."""
 
 import json
 
@@ -8,9 +8,9 @@ import pytest
 import flexmoe_jax as fm
 from flexmoe_jax.data.tokenizer import load_tokenizer
 from flexmoe_jax.errors import ArtifactError
+from flexmoe_jax.hf.checkpoint import open_folder
 from flexmoe_jax.hf.gguf_file import open_gguf
 from flexmoe_jax.hf.load import import_model, read_tree
-from flexmoe_jax.hf.source import open_folder
 from flexmoe_jax.tree import flatten
 from tests.hf.tiny import LLAMA, checkpoint
 
@@ -30,7 +30,7 @@ LAYER = {
 }
 
 
-def write_gguf(path, model, quantised=(), extra=(), **fields):
+def write_gguf(path, model, quantized=(), extra=(), **fields):
     """A llama.cpp file of a tiny Llama: query and key rows in the order of its rotary embedding, a BPE tokenizer."""
     config, weights = model.config, {n: p.numpy() for n, p in model.state_dict().items()}
     writer = gguf.GGUFWriter(str(path), fields.pop("arch", "llama"))
@@ -56,7 +56,7 @@ def write_gguf(path, model, quantised=(), extra=(), **fields):
         writer.add_string(key.replace("__", "."), value)
 
     def add(name, array):
-        if name in quantised:
+        if name in quantized:
             kind = gguf.GGMLQuantizationType.Q8_0
             writer.add_tensor(name, gguf.quantize(array, kind), raw_dtype=kind)
         else:
@@ -90,10 +90,10 @@ def test_a_file_of_float32_is_the_checkpoint_it_was_made_from(tmp_path):
     }
 
 
-def test_quantised_tensors_and_logits_are_those_transformers_reads(tmp_path):
+def test_quantized_tensors_and_logits_are_those_of_transformers(tmp_path):
     model = checkpoint(tmp_path / "hf", "llama")
-    quantised = {"token_embd.weight", "blk.0.attn_q.weight", "blk.1.attn_k.weight", "blk.1.ffn_up.weight"}
-    write_gguf(tmp_path / "x.gguf", model, quantised)
+    quantized = {"token_embd.weight", "blk.0.attn_q.weight", "blk.1.attn_k.weight", "blk.1.ffn_up.weight"}
+    write_gguf(tmp_path / "x.gguf", model, quantized)
     import_model(open_gguf(tmp_path / "x.gguf"), tmp_path / "model", licence="MIT")
     mine = fm.load(tmp_path / "model")
     theirs = transformers.AutoModelForCausalLM.from_pretrained(str(tmp_path), gguf_file="x.gguf", dtype=torch.float32)
@@ -101,7 +101,7 @@ def test_quantised_tensors_and_logits_are_those_transformers_reads(tmp_path):
     with torch.no_grad():
         expected = theirs(torch.from_numpy(tokens)).logits.numpy()
     assert np.abs(mine.logits(tokens) - expected).max() < 2e-5  # as in tests/model/test_golden.py
-    assert np.abs(model(torch.from_numpy(tokens)).logits.numpy() - expected).max() > 1e-3  # quantising is visible
+    assert np.abs(model(torch.from_numpy(tokens)).logits.numpy() - expected).max() > 1e-3  # quantization is visible
     text = "In 1984 the naïve owner\n\n  agreed."
     assert mine.tokenizer.encode(text) == load_tokenizer("cl100k:300").encode(text)
     assert mine.tokenizer.eos_id == 298
@@ -111,19 +111,19 @@ def test_quantised_tensors_and_logits_are_those_transformers_reads(tmp_path):
     ("kwargs", "message"),
     [
         ({"arch": "qwen2"}, "architecture 'qwen2'"),
-        ({"extra": ["rope_freqs.weight"]}, "'rope_freqs.weight' is not known"),
+        ({"extra": ["rope_freqs.weight"]}, "'rope_freqs.weight' is unknown"),
         ({"llama__rope__scaling__type": "linear"}, r"scaled \('linear'\)"),
         ({"pre": "unheard-of"}, "has no tokenizer.json"),
     ],
 )
-def test_what_is_not_known_is_refused(tmp_path, kwargs, message):
+def test_unsupported_files_are_refused(tmp_path, kwargs, message):
     write_gguf(tmp_path / "x.gguf", checkpoint(tmp_path / "hf", "llama"), **kwargs)
     with pytest.raises(ArtifactError, match=message):
         import_model(open_gguf(tmp_path / "x.gguf"), tmp_path / "model")
     assert not (tmp_path / "model").exists()
 
 
-def test_another_file_is_refused(tmp_path):
+def test_a_file_that_is_not_gguf_is_refused(tmp_path):
     (tmp_path / "x.gguf").write_bytes(b"GGUF" + bytes(100))
-    with pytest.raises(ArtifactError, match="no GGUF file"):
+    with pytest.raises(ArtifactError, match="is not a GGUF file"):
         open_gguf(tmp_path / "x.gguf")

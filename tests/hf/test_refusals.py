@@ -1,19 +1,22 @@
-"""What is not exactly a checkpoint of a known kind is refused by the name of what is wrong, and nothing is written."""
+"""Checkpoints that are incomplete, altered or of an unknown kind are refused with the reason; nothing is written."""
 
 import json
 import math
+import os
 import pathlib
 
 import ml_dtypes
 import numpy as np
 import pytest
 
+from flexmoe_jax.artifacts.journal import read_journal
+from flexmoe_jax.artifacts.model_dir import verify_model
 from flexmoe_jax.errors import FlexMoEError
+from flexmoe_jax.hf.checkpoint import open_folder
 from flexmoe_jax.hf.configuration import FLEX_OLMO, write_config
 from flexmoe_jax.hf.load import import_model, read_tree
 from flexmoe_jax.hf.mapping import slots
-from flexmoe_jax.hf.source import open_folder
-from flexmoe_jax.hf.tensors import Tensor, read_file, write_checkpoint, write_file
+from flexmoe_jax.hf.tensors import Tensor, read_file, write_file, write_tensors
 from flexmoe_jax.tree import canonical_order
 from tests.hf.tiny import CONFIG, edit_config, join_file, split_file, tokenizer
 
@@ -36,7 +39,7 @@ def write(folder: pathlib.Path, weights: dict[str, np.ndarray], max_shard_bytes:
     tokenizer(folder)
     config = write_config(FLEX_OLMO, CONFIG, 3, 2, "float32", {}, {}, {})
     (folder / "config.json").write_text(json.dumps(config))
-    write_checkpoint(folder, {name: tensor(array) for name, array in weights.items()}, max_shard_bytes)
+    write_tensors(folder, {name: tensor(array) for name, array in weights.items()}, max_shard_bytes)
     return folder
 
 
@@ -48,7 +51,7 @@ def refused(folder: pathlib.Path, message: str, out: pathlib.Path, **kwargs):
     assert not [path for path in out.parent.iterdir() if path.name.startswith(f".{out.name}")]
 
 
-def test_what_is_whole_is_taken(tmp_path):
+def test_a_complete_checkpoint_is_imported(tmp_path):
     model = import_model(open_folder(write(tmp_path / "hf", arrays())), tmp_path / "out", names=NAMES)
     assert model.experts == NAMES
 
@@ -57,14 +60,14 @@ def test_what_is_whole_is_taken(tmp_path):
     ("change", "message"),
     [
         (lambda w: w.pop(NORM), f"'{NORM}' is missing"),
-        (lambda w: w.update({"model.layers.2.mlp.gate.weight": w[NORM]}), r"layers.2.mlp.gate.weight' is not known"),
-        (lambda w: w.update({"model.layers.0.mlp.gate.bias": w[NORM]}), r"layers.0.mlp.gate.bias' is not known"),
-        (lambda w: w.update({Q: w[Q][:16]}), r"q_proj.weight' has shape \(16, 32\), config.json wants \(32, 32\)"),
+        (lambda w: w.update({"model.layers.2.mlp.gate.weight": w[NORM]}), r"layers.2.mlp.gate.weight' is unknown"),
+        (lambda w: w.update({"model.layers.0.mlp.gate.bias": w[NORM]}), r"layers.0.mlp.gate.bias' is unknown"),
+        (lambda w: w.update({Q: w[Q][:16]}), r"q_proj.weight' has shape \(16, 32\), config.json implies \(32, 32\)"),
         (lambda w: w.update({Q: w[Q].astype(np.float16)}), "q_proj.weight is float32, .*q_proj.weight is float16"),
         (lambda w: w.update({NORM: np.full(32, np.nan, np.float32)}), "'final_norm' of 'trunk' has 32 values"),
     ],
 )
-def test_tensors_that_do_not_fit(tmp_path, change, message):
+def test_tensors_that_do_not_fit_are_refused(tmp_path, change, message):
     weights = arrays()
     change(weights)
     refused(write(tmp_path / "hf", weights), message, tmp_path / "out")
@@ -78,16 +81,16 @@ def test_tensors_that_do_not_fit(tmp_path, change, message):
         ({"hidden_act": "gelu"}, "hidden_act is 'gelu'"),
         ({"attention_bias": True}, "attention_bias is True"),
         ({"rope_parameters": {"rope_theta": 5e5, "rope_type": "llama3", "factor": 8.0}}, r"scaled \('llama3'\)"),
-        ({"rope_theta": 1e4}, "rope_theta is given as"),
+        ({"rope_theta": 1e4}, "rope_theta has the values"),
         ({"norm_topk_prob": True}, "norm_topk_prob is true"),
         ({"num_experts_per_tok": 4}, "num_experts_per_tok is 4 with num_experts 3"),
-        ({"num_experts": 2}, "experts.2.down_proj.weight' is not known"),
+        ({"num_experts": 2}, "experts.2.down_proj.weight' is unknown"),
         ({"quantization_config": {"bits": 4}}, "quantization_config"),
         ({"hidden_size": None}, "has no hidden_size"),
         ({"vocab_size": 256}, r"embed_tokens.weight' has shape \(300, 32\)|lm_head"),
     ],
 )
-def test_configurations_that_do_not_fit(tmp_path, changes, message):
+def test_configurations_that_do_not_fit_are_refused(tmp_path, changes, message):
     folder = write(tmp_path / "hf", arrays())
     edit_config(folder, **changes)
     refused(folder, message, tmp_path / "out")
@@ -104,8 +107,16 @@ def test_configurations_that_do_not_fit(tmp_path, changes, message):
         ({"tokenizer": "cl100k:400"}, "has 400 ids, the model 300"),
     ],
 )
-def test_arguments_that_do_not_fit(tmp_path, kwargs, message):
+def test_arguments_that_do_not_fit_are_refused(tmp_path, kwargs, message):
     refused(write(tmp_path / "hf", arrays()), message, tmp_path / "out", **kwargs)
+
+
+def test_an_import_makes_no_hard_links(tmp_path, monkeypatch):
+    """Some file systems do not support them."""
+    monkeypatch.setattr(os, "link", lambda *_, **__: pytest.fail("a hard link was made"))
+    model = import_model(open_folder(write(tmp_path / "hf", arrays())), tmp_path / "out", names=NAMES)
+    assert all(check.ok for check in verify_model(model.path))
+    assert [entry.event for entry in read_journal(model.path)] == ["created", "imported"]
 
 
 def test_a_checkpoint_without_tokenizer_needs_one(tmp_path):
@@ -115,8 +126,8 @@ def test_a_checkpoint_without_tokenizer_needs_one(tmp_path):
     import_model(open_folder(folder), tmp_path / "out", tokenizer="cl100k:300")
 
 
-def test_names_may_be_in_any_order(tmp_path):
-    """The checkpoint's order is not ours: experts keep their parameters with their names."""
+def test_experts_may_have_any_order_in_the_checkpoint(tmp_path):
+    """Experts keep their parameters with their names; the model has them in canonical order."""
     folder = write(tmp_path / "hf", arrays())
     a = import_model(open_folder(folder), tmp_path / "a", names=("public", "code", "news"))
     b = import_model(open_folder(folder), tmp_path / "b", names=("news", "public", "code"))
@@ -139,7 +150,7 @@ def test_more_than_nine_unnamed_experts_keep_their_order(tmp_path):
     assert [expert["w_down"][0, 0, 0] for expert in ordered] == list(range(12))
 
 
-def test_a_doubled_name_in_one_file(tmp_path):
+def test_a_duplicate_name_in_one_file_is_refused(tmp_path):
     folder = write(tmp_path / "hf", arrays())
     header, data = split_file(folder / "model.safetensors")
     text = json.dumps(header)
@@ -148,7 +159,7 @@ def test_a_doubled_name_in_one_file(tmp_path):
     refused(folder, f"the key '{NORM}' is given twice", tmp_path / "out")
 
 
-def test_a_doubled_name_in_two_files(tmp_path):
+def test_a_duplicate_name_in_two_files_is_refused(tmp_path):
     folder = write(tmp_path / "hf", arrays(), 40_000)
     last = sorted(folder.glob("model-*.safetensors"))[-1]
     weights = {name: t.read() for name, t in read_file(last).items()} | {
@@ -156,17 +167,17 @@ def test_a_doubled_name_in_two_files(tmp_path):
     }
     last.unlink()
     write_file(last, {name: tensor(array) for name, array in weights.items()})
-    refused(folder, "'lm_head.weight' is in model-00001.* and again in model-0", tmp_path / "out")
+    refused(folder, "'lm_head.weight' is in both model-00001.* and model-0", tmp_path / "out")
 
 
-def test_an_index_that_does_not_agree(tmp_path):
+def test_an_index_that_disagrees_with_the_files_is_refused(tmp_path):
     folder = write(tmp_path / "hf", arrays(), 40_000)
     path = folder / "model.safetensors.index.json"
     index = json.loads(path.read_text())
     for change, message in (
-        ({NORM: index["weight_map"]["lm_head.weight"]}, f"'{NORM}' is in .*, the index says"),
-        ({"extra": index["weight_map"][NORM]}, "'extra' is in None, the index says"),
-        ({NORM: "../model.safetensors"}, "no weight_map of file names"),
+        ({NORM: index["weight_map"]["lm_head.weight"]}, f"'{NORM}' is in .*, the index names"),
+        ({"extra": index["weight_map"][NORM]}, "'extra' is in None, the index names"),
+        ({NORM: "../model.safetensors"}, "no weight_map from tensors to file names"),
     ):
         path.write_text(json.dumps(index | {"weight_map": index["weight_map"] | change}))
         refused(folder, message, tmp_path / "out")
@@ -184,15 +195,15 @@ def test_pickled_weights_are_not_read(tmp_path):
 @pytest.mark.parametrize(
     ("change", "message"),
     [
-        (lambda h: h[NORM].update(data_offsets=[0, 128]), "begins at byte"),
+        (lambda h: h[NORM].update(data_offsets=[0, 128]), "starts at byte"),
         (lambda h: h[NORM].update(shape=[64]), r"of shape \(64,\) has 128 bytes"),
-        (lambda h: h[NORM].update(shape=[-32]), "is described by"),
+        (lambda h: h[NORM].update(shape=[-32]), "has the header entry"),
         (lambda h: h[NORM].update(dtype="I64"), "has dtype I64"),
-        (lambda h: h[NORM].pop("dtype"), "is described by"),
-        (lambda h: h.update({NORM: 3}), "is described by"),
+        (lambda h: h[NORM].pop("dtype"), "has the header entry"),
+        (lambda h: h.update({NORM: 3}), "has the header entry"),
     ],
 )
-def test_headers_that_lie(tmp_path, change, message):
+def test_headers_that_misdescribe_their_file_are_refused(tmp_path, change, message):
     folder = write(tmp_path / "hf", arrays())
     header, data = split_file(folder / "model.safetensors")
     change(header)
@@ -201,15 +212,15 @@ def test_headers_that_lie(tmp_path, change, message):
 
 
 @pytest.mark.parametrize("cut", [4, 100, -4])
-def test_a_file_cut_short(tmp_path, cut):
+def test_a_truncated_file_is_refused(tmp_path, cut):
     folder = write(tmp_path / "hf", arrays())
     path = folder / "model.safetensors"
     path.write_bytes(path.read_bytes()[:cut])
     refused(folder, "header", tmp_path / "out")
 
 
-def test_the_library_reads_what_we_write(tmp_path):
-    """In its own reader, which knows the three dtypes, empty tensors and scalars."""
+def test_the_safetensors_library_reads_what_we_write(tmp_path):
+    """The three dtypes, an empty tensor and a scalar."""
     safetensors = pytest.importorskip("safetensors")
     rng = np.random.default_rng(0)
     shapes = {"a": (3, 5), "b": (), "c": (0, 4), "d": (7,)}

@@ -1,4 +1,4 @@
-"""Round trips: their bytes through our tree and back, our model through theirs and back, and the same computation."""
+"""Round trips between checkpoints of transformers and our models keep every byte, and both compute the same."""
 
 import dataclasses
 import json
@@ -11,16 +11,17 @@ import flexmoe_jax as fm
 from flexmoe_jax.artifacts.model_checks import verify_model
 from flexmoe_jax.artifacts.model_dir import open_model
 from flexmoe_jax.artifacts.package import content_digest, load_package
+from flexmoe_jax.artifacts.sealed import canonical_json
 from flexmoe_jax.compose.merge import merge
 from flexmoe_jax.compose.optout import opt_out
 from flexmoe_jax.errors import ArtifactError, FlexMoEError
 from flexmoe_jax.hf.check import TOLERANCE, compare_logits
-from flexmoe_jax.hf.configuration import FLEX_OLMO, read_config
-from flexmoe_jax.hf.export import _map_leaves, _plan, export
+from flexmoe_jax.hf.checkpoint import open_folder
+from flexmoe_jax.hf.configuration import FLEX_OLMO, read_config, write_config
+from flexmoe_jax.hf.export import ExportOptions, _map_leaves, _tensor, export
 from flexmoe_jax.hf.load import import_expert, import_model, read_tree
 from flexmoe_jax.hf.mapping import slots
-from flexmoe_jax.hf.source import open_folder
-from flexmoe_jax.hf.tensors import read_checkpoint, write_checkpoint
+from flexmoe_jax.hf.tensors import Tensor, read_tensors, write_tensors
 from flexmoe_jax.model.decoder import Decoder
 from flexmoe_jax.model.generate import generate
 from flexmoe_jax.parallel.mesh import mesh_of_one
@@ -57,10 +58,10 @@ def load_theirs(folder, **kwargs):
     [*(("flex_olmo", d) for d in ("float32", "bfloat16", "float16")), ("olmo2", "bfloat16"), ("llama", "float32")],
 )
 def test_theirs_to_ours_and_back_is_the_same_file(tmp_path, kind, dtype):
-    """The whole of model.safetensors, header included; and every key of config.json and generation_config.json."""
+    """All bytes of model.safetensors and tokenizer.json; all keys of config.json and generation_config.json."""
     checkpoint(tmp_path / "theirs", kind, dtype=dtype)
     model = import_model(open_folder(tmp_path / "theirs"), tmp_path / "ours")
-    assert all(finding.ok for finding in verify_model(tmp_path / "ours"))
+    assert all(check.ok for check in verify_model(tmp_path / "ours"))
     assert model.experts == (("public", "expert_1", "expert_2") if kind == "flex_olmo" else ("public",))
     assert model.top_k == (2 if kind == "flex_olmo" else 1)
     export(model, tmp_path / "back")
@@ -72,13 +73,32 @@ def test_theirs_to_ours_and_back_is_the_same_file(tmp_path, kind, dtype):
         assert back == theirs
 
 
+def test_a_tokenizer_of_several_megabytes_goes_both_ways(tmp_path):
+    """The tokenizer.json of OLMo-2 has 3 MB."""
+    names, theirs = ("public", "code"), tokenizer(tmp_path / "theirs")
+    path = theirs / "tokenizer.json"
+    fields = json.loads(path.read_text())
+    last = fields["added_tokens"][-1]
+    fields["added_tokens"] += [{**last, "id": 300 + i, "content": f"<{i}{'x' * 40_000}>"} for i in range(60)]
+    path.write_bytes(canonical_json(fields))
+    config = dataclasses.replace(CONFIG, vocab_size=360)
+    table = slots(config, FLEX_OLMO, names)
+    weights = {n: Tensor("float16", s.shape, lambda s=s: np.zeros(s.shape, np.float16)) for n, s in table.items()}
+    write_tensors(theirs, weights, 1 << 30)
+    (theirs / "config.json").write_text(json.dumps(write_config(FLEX_OLMO, config, 2, 2, "float16", {}, {}, {})))
+    public = import_model(open_folder(theirs), tmp_path / "public", names=names, keep=["public"])
+    import_expert(open_folder(theirs), public, tmp_path / "package", expert="code")
+    export(public, tmp_path / "back")
+    assert (tmp_path / "back" / "tokenizer.json").read_bytes() == path.read_bytes()
+
+
 def test_shards_are_read_and_written(tmp_path):
-    """Ours hold the same tensors as theirs, none is over the limit, and the index counts what transformers counts."""
+    """Our shards hold the same tensors as theirs, none exceeds the limit, and both indexes have the same metadata."""
     checkpoint(tmp_path / "theirs", "flex_olmo", max_shard_size="30KB")
     model = import_model(open_folder(tmp_path / "theirs"), tmp_path / "ours")
-    done = export(model, tmp_path / "back", max_shard_bytes=30_000)
+    done = export(model, tmp_path / "back", ExportOptions(max_shard_bytes=30_000))
     assert len(done.files) > 3
-    theirs, back = (read_checkpoint(tmp_path / at) for at in ("theirs", "back"))
+    theirs, back = (read_tensors(tmp_path / at) for at in ("theirs", "back"))
     assert {n: t.read().tobytes() for n, t in theirs.items()} == {n: t.read().tobytes() for n, t in back.items()}
     indexes = [json.loads((tmp_path / at / "model.safetensors.index.json").read_text()) for at in ("theirs", "back")]
     assert indexes[0]["metadata"] == indexes[1]["metadata"]
@@ -88,16 +108,16 @@ def test_shards_are_read_and_written(tmp_path):
     assert compare_logits(tmp_path / "back", model, model.experts, custom_code=False, leave_out_bias=False) < TOLERANCE
 
 
-def test_export_streams(tmp_path):
-    """What is allocated at the peak of writing 4 MB in shards of 1 MB is a few of the largest tensor (38 KB)."""
+def test_an_export_needs_the_memory_of_a_few_tensors(tmp_path):
+    """Writing 4 MB in shards of 1 MB allocates at most a few times the largest tensor (38 KB)."""
     config = dataclasses.replace(CONFIG, num_layers=12, d_ff=256)
     model = our_model(tmp_path, config=config)
     leaves = {owner: _map_leaves(model, owner) for owner in ("trunk", *model.experts)}
-    tensors = {n: _plan(slot, leaves) for n, slot in slots(config, FLEX_OLMO, model.experts).items()}
+    tensors = {n: _tensor(slot, leaves) for n, slot in slots(config, FLEX_OLMO, model.experts).items()}
     (tmp_path / "out").mkdir()
     tracemalloc.start()
     try:
-        write_checkpoint(tmp_path / "out", tensors, 1 << 20)
+        write_tensors(tmp_path / "out", tensors, 1 << 20)
         _, peak = tracemalloc.get_traced_memory()
     finally:
         tracemalloc.stop()
@@ -107,7 +127,7 @@ def test_export_streams(tmp_path):
 
 @pytest.mark.parametrize("top_k", [None, 2])
 def test_ours_to_theirs_and_back_is_the_same_model(tmp_path, ours, top_k):
-    """The digest of model.json covers every tensor, record, tokenizer file and the wanted top-k."""
+    """The digest of model.json covers every tensor, record and tokenizer file, and top-k."""
     model = merge(ours / "release", [ours / "news", ours / "code"], tmp_path / "model", top_k=top_k)
     export(model, tmp_path / "theirs")
     back = import_model(open_folder(tmp_path / "theirs"), tmp_path / "back")
@@ -117,13 +137,13 @@ def test_ours_to_theirs_and_back_is_the_same_model(tmp_path, ours, top_k):
 
 def test_ours_with_a_bias_to_theirs_and_back_is_the_same_model(tmp_path, biased):
     model = open_model(biased / "model")
-    export(model, tmp_path / "theirs", custom_code=True)
+    export(model, tmp_path / "theirs", ExportOptions(custom_code=True))
     back = import_model(open_folder(tmp_path / "theirs"), tmp_path / "back")
     assert back.digest == model.digest
 
 
 def test_a_record_is_not_kept_for_parameters_that_changed(tmp_path, ours):
-    """Who trains an export further must not pass the result off under the owner's training record."""
+    """An export that somebody trained further must not carry the owner's training record."""
     export(open_model(ours / "model"), tmp_path / "theirs")
     theirs = load_theirs(tmp_path / "theirs")
     with torch.no_grad():
@@ -132,7 +152,7 @@ def test_a_record_is_not_kept_for_parameters_that_changed(tmp_path, ours):
     tokenizer(tmp_path / "tuned")
     back = import_model(open_folder(tmp_path / "tuned"), tmp_path / "back")
     records = {name: manifest.record.fields for name, manifest in back.manifests.items()}
-    assert records["news"] == {"licence": "news-licence", "contact": "someone@news"}  # its bytes are still news's
+    assert records["news"] == {"licence": "news-licence", "contact": "someone@news"}  # its parameters are unchanged
     assert records["code"]["imported"] == {"architecture": "FlexOlmoForCausalLM"}
     assert records["code"]["contact"] == ""
 
@@ -142,16 +162,16 @@ def test_opting_out_then_exporting_is_exporting_the_smaller_model(tmp_path, ours
     without = opt_out(ours / "model", "news", tmp_path / "without")
     export(without, tmp_path / "a")
     export(merge(ours / "release", [ours / "code"], tmp_path / "never", top_k=2), tmp_path / "b")
-    export(open_model(ours / "model"), tmp_path / "c", experts=["public", "code"])
+    export(open_model(ours / "model"), tmp_path / "c", ExportOptions(experts=["public", "code"]))
     assert contents(tmp_path / "a") == contents(tmp_path / "b") == contents(tmp_path / "c")
     assert not [name for name, raw in contents(tmp_path / "a").items() if b"news" in raw and name != "tokenizer.json"]
 
 
 def test_top_k_is_clamped_to_what_is_exported(tmp_path, ours):
-    export(open_model(ours / "model"), tmp_path / "one", experts=["code"])
+    export(open_model(ours / "model"), tmp_path / "one", ExportOptions(experts=["code"]))
     config = json.loads((tmp_path / "one" / "config.json").read_text())
     assert (config["num_experts"], config["num_experts_per_tok"]) == (1, 1)
-    load_theirs(tmp_path / "one")  # transformers raises where top-k is more than there are
+    load_theirs(tmp_path / "one")  # transformers refuses a top-k above the number of experts
 
 
 def test_greedy_tokens_agree_with_transformers(tmp_path, ours):
@@ -184,12 +204,12 @@ def test_a_bias_is_refused_by_name_and_layer(tmp_path, biased):
     assert "--custom-code" in error.value.remedy
     assert "--zero-bias" in error.value.remedy
     assert not (tmp_path / "theirs").exists()
-    export(open_model(biased / "model"), tmp_path / "public", experts=["public"])  # has none
+    export(open_model(biased / "model"), tmp_path / "public", ExportOptions(experts=["public"]))  # has none
 
 
 def test_custom_code_computes_the_bias_and_loads_only_when_trusted(tmp_path, biased):
     model = open_model(biased / "model")
-    export(model, tmp_path / "theirs", custom_code=True)
+    export(model, tmp_path / "theirs", ExportOptions(custom_code=True))
     check = {"custom_code": True, "leave_out_bias": False}
     assert compare_logits(tmp_path / "theirs", model, model.experts, **check) < TOLERANCE
     with pytest.raises(ArtifactError, match="differ from ours"):  # the check sees the bias
@@ -198,13 +218,13 @@ def test_custom_code_computes_the_bias_and_loads_only_when_trusted(tmp_path, bia
         load_theirs(tmp_path / "theirs", trust_remote_code=False)
     theirs = load_theirs(tmp_path / "theirs", trust_remote_code=True)
     theirs.save_pretrained(tmp_path / "again")
-    saved, first = read_checkpoint(tmp_path / "again"), read_checkpoint(tmp_path / "theirs")
+    saved, first = read_tensors(tmp_path / "again"), read_tensors(tmp_path / "theirs")
     assert {n: t.read().tobytes() for n, t in saved.items()} == {n: t.read().tobytes() for n, t in first.items()}
 
 
 def test_zero_bias_is_the_model_without_it_and_says_so(tmp_path, biased):
     model = open_model(biased / "model")
-    export(model, tmp_path / "theirs", zero_bias={"bits_per_byte_without": 1.5})
+    export(model, tmp_path / "theirs", ExportOptions(zero_bias={"bits_per_byte_without": 1.5}))
     check = {"custom_code": False, "leave_out_bias": True}
     assert compare_logits(tmp_path / "theirs", model, model.experts, **check) < TOLERANCE
     card = (tmp_path / "theirs" / "README.md").read_text()
@@ -212,21 +232,21 @@ def test_zero_bias_is_the_model_without_it_and_says_so(tmp_path, biased):
     assert "bits_per_byte_without: 1.5" in card
 
 
-def test_one_expert_alone_becomes_a_dense_model(tmp_path, ours):
-    """A router row has no use there: the logits are the same."""
+def test_a_single_expert_becomes_a_dense_model(tmp_path, ours):
+    """It needs no router row: the logits are the same."""
     model = open_model(ours / "model")
-    done = export(model, tmp_path / "dense", experts=["code"], dense=True)
+    done = export(model, tmp_path / "dense", ExportOptions(experts=["code"], dense=True))
     assert done.architecture.name == "Olmo2ForCausalLM"
     assert compare_logits(tmp_path / "dense", model, ["code"], custom_code=False, leave_out_bias=True) < TOLERANCE
     with pytest.raises(ArtifactError, match="a dense model of 3 experts"):
-        export(model, tmp_path / "no", dense=True)
+        export(model, tmp_path / "no", ExportOptions(dense=True))
 
 
 def test_the_card_names_owners_licences_and_records(tmp_path, ours):
     from huggingface_hub import ModelCard
 
     evaluation = {"domains": {"news": {"bits_per_byte": 1.2345, "documents": 7}}}
-    export(open_model(ours / "model"), tmp_path / "theirs", evaluation=evaluation)
+    export(open_model(ours / "model"), tmp_path / "theirs", ExportOptions(evaluation=evaluation))
     text = (tmp_path / "theirs" / "README.md").read_text()
     data = ModelCard(text).data.to_dict()
     assert data["library_name"] == "transformers"
@@ -240,8 +260,8 @@ def test_the_card_names_owners_licences_and_records(tmp_path, ours):
 
 
 def test_two_experts_become_a_package_beside_their_public_model(tmp_path, ours):
-    """Exported as public + news, imported as news's package: the package that news made, and it merges."""
-    export(open_model(ours / "model"), tmp_path / "two", experts=["public", "news"])
+    """Exported as public + news and imported as news, byte for byte the package that news made; it merges."""
+    export(open_model(ours / "model"), tmp_path / "two", ExportOptions(experts=["public", "news"]))
     release = open_model(ours / "release")
     manifest = import_expert(open_folder(tmp_path / "two"), release, tmp_path / "news", expert="news")
     assert contents(tmp_path / "news") == contents(ours / "news")
@@ -273,11 +293,11 @@ def test_a_published_pair_needs_the_public_model_it_was_trained_beside(tmp_path)
 
 
 def test_a_dense_public_model_has_no_router_row_to_compare(tmp_path, ours):
-    """The remedy names the way out: the row is in the pair."""
+    """The remedy: import the public model from the pair, which has the row."""
     release = open_model(ours / "release")
-    export(release, tmp_path / "dense", dense=True)
+    export(release, tmp_path / "dense", ExportOptions(dense=True))
     dense = import_model(open_folder(tmp_path / "dense"), tmp_path / "public")
-    export(open_model(ours / "model"), tmp_path / "two", experts=["public", "news"])
+    export(open_model(ours / "model"), tmp_path / "two", ExportOptions(experts=["public", "news"]))
     with pytest.raises(ArtifactError, match="public/router") as error:
         import_expert(open_folder(tmp_path / "two"), dense, tmp_path / "no", expert="news")
     assert "--experts public" in error.value.remedy
@@ -301,7 +321,7 @@ def test_owners_can_train_beside_a_dense_public_model_given_a_domain_vector(tmp_
         prepare(expert_run(tmp_path / "again", "news", tmp_path / "bare"), mesh_of_one())
 
 
-def test_old_spelling_of_the_configuration(tmp_path):
+def test_the_old_spelling_of_a_configuration_is_read(tmp_path):
     checkpoint(tmp_path / "theirs", "llama")
     config, params = read_tree(open_folder(tmp_path / "theirs"))
     edit_config(
@@ -316,8 +336,8 @@ def test_old_spelling_of_the_configuration(tmp_path):
     assert not np.allclose(*(jit_forward(c, params, tokens).logits_BTV for c in (config, other)), atol=1e-3)
 
 
-def test_the_published_configuration_by_shapes():
-    """FlexOlmo-7x7B-1T: 7 experts, 4096 wide. Names and shapes of transformers' own class; nothing is allocated."""
+def test_the_published_configuration_has_the_names_and_shapes_of_transformers():
+    """FlexOlmo-7x7B-1T, 7 experts of width 4096: names and shapes of the class in transformers; no allocation."""
     hf_config = transformers.FlexOlmoConfig()
     read = read_config(hf_config.to_dict() | {"architectures": ["FlexOlmoForCausalLM"]})
     assert (read.experts, read.top_k, read.model.d_model, read.model.num_layers) == (7, 5, 4096, 32)
@@ -325,7 +345,7 @@ def test_the_published_configuration_by_shapes():
     with torch.device("meta"):
         theirs = {n: tuple(p.shape) for n, p in transformers.FlexOlmoForCausalLM(hf_config).state_dict().items()}
     expected = {}
-    for name, shape in theirs.items():  # on disk the experts lie one by one
+    for name, shape in theirs.items():  # experts are separate tensors on disk
         if name.endswith("experts.gate_up_proj"):
             for i in range(shape[0]):
                 for part in ("gate", "up"):
@@ -336,4 +356,4 @@ def test_the_published_configuration_by_shapes():
             expected[name] = shape
     assert {name: slot.shape for name, slot in table.items()} == expected
     count = sum(int(np.prod(slot.shape)) for slot in table.values())
-    assert count / 1e9 == pytest.approx(33.27, abs=0.005)  # method.md, section 1
+    assert count / 1e9 == pytest.approx(33.27, abs=0.005)

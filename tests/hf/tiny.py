@@ -24,14 +24,14 @@ SHAPES = {"flex_olmo": CONFIG, "olmo2": CONFIG, "llama": LLAMA}
 
 
 def tokenizer(folder: pathlib.Path) -> pathlib.Path:
-    """A folder with the tokenizer of 300 ids."""
+    """Writes the tokenizer of 300 ids to `folder`, and returns it."""
     folder.mkdir(parents=True, exist_ok=True)
     load_tokenizer("cl100k:300").save(folder / "tokenizer.json")
     return folder
 
 
 def checkpoint(folder: pathlib.Path, kind: str, *, dtype="float32", experts: int = 3, top_k: int = 2, **save):
-    """A random model as `save_pretrained` writes it, with a tokenizer; the model is returned."""
+    """Writes a random model with `save_pretrained`, and a tokenizer; returns the model."""
     import torch
 
     from tests.model.hf_oracle import make_model
@@ -43,7 +43,7 @@ def checkpoint(folder: pathlib.Path, kind: str, *, dtype="float32", experts: int
 
 
 def our_model(folder: pathlib.Path, owners=("code", "news"), *, biased=False, top_k=None, config=CONFIG) -> ModelDir:
-    """`folder`/model: a public release and experts trained by nobody, merged; also the parts beside it."""
+    """`folder`/model: a public release and experts, random and merged; the parts are beside it."""
     params = random_params(config, (PUBLIC, *owners))
     params = jax.tree.map(np.asarray, params)
     for expert in params["experts"].values():

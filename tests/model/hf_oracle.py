@@ -12,8 +12,8 @@ import torch
 import transformers
 
 from flexmoe_jax.config import ModelConfig
+from flexmoe_jax.hf.checkpoint import open_folder
 from flexmoe_jax.hf.load import read_tree
-from flexmoe_jax.hf.source import open_folder
 from flexmoe_jax.tree import PUBLIC, Params
 
 CLASSES = {

@@ -7,6 +7,7 @@ import json
 import pathlib
 import time
 
+import jax
 import numpy as np
 import pytest
 
@@ -17,9 +18,10 @@ from flexmoe_jax.artifacts.model_dir import load_params, open_model
 from flexmoe_jax.artifacts.package import load_package, verify_package
 from flexmoe_jax.compose.merge import merge
 from flexmoe_jax.config import RunConfig
-from flexmoe_jax.errors import ConfigError
+from flexmoe_jax.errors import MachineError
 from flexmoe_jax.evaluate.perplexity import heldout_texts
 from flexmoe_jax.parallel import processes
+from flexmoe_jax.parallel.processes import Place, place_of
 from flexmoe_jax.train.loop import train
 from flexmoe_jax.tree import PUBLIC, TRUNK, flatten
 from tests.parallel.jobs import end, printed, start_training, start_verb, wait_for_step
@@ -33,6 +35,11 @@ def hybrid_run(root: pathlib.Path, world: pathlib.Path, **changes) -> RunConfig:
     sample = write_documents(root / "sample", "public")
     return expert_run(root, "news", world / "public" / "run" / "model", public_data=str(sample), public_fraction=0.5,
                       router_contrast=0.1, **STEPS | changes)  # fmt: skip
+
+
+def job(count: str, number: str, coordinator: str) -> dict[str, str]:
+    """The variables of one process of a job."""
+    return {processes.COUNT: count, processes.NUMBER: number, processes.COORDINATOR: coordinator}
 
 
 def losses(run: RunConfig) -> list[float]:
@@ -157,26 +164,67 @@ def test_a_merge_by_several_processes_is_that_of_one(world, tmp_path):
     }
 
 
+SLURM = {"SLURM_JOB_ID": "17", "SLURM_PROCID": "3", "SLURM_NTASKS": "16", "FLEXMOE_PROCESSES": "auto"}
+
+
+@pytest.mark.parametrize(
+    ("environment", "place"),
+    [
+        ({}, None),
+        (job("4", "3", "a:1"), Place(4, 3, "a:1")),
+        (job("2", "0", "[fd00::1]:8476"), Place(2, 0, "[fd00::1]:8476")),
+        ({**SLURM, "SLURM_STEP_NODELIST": "gpu[007-009,011],b"}, Place(16, 3, "gpu007:61457")),
+        ({**SLURM, "SLURM_STEP_NODELIST": "one,two"}, Place(16, 3, "one:61457")),
+        (
+            {"FLEXMOE_PROCESSES": "auto", "TPU_WORKER_ID": "1", "TPU_WORKER_HOSTNAMES": "a,b"},
+            Place(2, 1, "a:8482"),
+        ),
+        ({"FLEXMOE_PROCESSES": "auto"}, None),
+    ],
+)
+def test_the_environment_gives_a_process_its_place(environment, place):
+    assert place_of(environment) == place
+
+
+@pytest.mark.parametrize("nodes", ["gpu[007-009]", "gpu[007,011-012],b", "one,two"])
+def test_the_coordinator_of_a_slurm_job_is_the_one_that_jax_takes(monkeypatch, nodes):
+    from jax._src.clusters.slurm_cluster import SlurmCluster
+
+    variables = {**SLURM, "SLURM_JOB_ID": "123456", "SLURM_STEP_NODELIST": nodes}
+    for name, value in variables.items():
+        monkeypatch.setenv(name, value)
+    place = place_of(variables)
+    assert place is not None
+    assert place.coordinator == SlurmCluster.get_coordinator_address(None, None)
+
+
 @pytest.mark.parametrize(
     "environment",
     [
         {processes.COUNT: "two"},
-        {processes.COUNT: "2", processes.NUMBER: "2", processes.COORDINATOR: "host:1"},
-        {processes.COUNT: "2", processes.NUMBER: "0", processes.COORDINATOR: "host"},
+        {processes.COUNT: "2"},
+        job("x", "0", "a:1"),
+        job("2", "2", "a:1"),
+        job("2", "0", "a"),
+        job("2", "0", "a:"),
+        job("2", "0", ":1"),
+        job("2", "0", "fd00::1:8476"),
     ],
 )
-def test_jobs_that_cannot_be_joined_are_refused(environment, monkeypatch):
+def test_variables_that_name_no_place_are_refused(environment, monkeypatch):
     for name, value in environment.items():
         monkeypatch.setenv(name, value)
-    with pytest.raises(ConfigError, match="FLEXMOE_PROCESSES is"):
-        processes.join()
+    for read in (processes.join, lambda: place_of(environment)):
+        with pytest.raises(MachineError, match=f"FLEXMOE_PROCESSES is {environment[processes.COUNT]!r}") as error:
+            read()
+        assert "host:port" in error.value.remedy
 
 
-def test_a_job_numbered_by_hand_is_not_looked_up_elsewhere(monkeypatch):
+def test_a_job_with_given_places_is_not_looked_up_elsewhere(monkeypatch):
     """Inside Slurm, JAX would give each process the one GPU of its local number."""
     given: dict = {}
-    monkeypatch.setattr(processes.jax.distributed, "initialize", lambda **options: given.update(options))
-    for name, value in ((processes.COUNT, "2"), (processes.NUMBER, "1"), (processes.COORDINATOR, "host:1")):
+    monkeypatch.setattr(jax.distributed, "initialize", lambda **options: given.update(options))
+    for name, value in job("2", "1", "host:1").items():
         monkeypatch.setenv(name, value)
     processes.join()
     assert given["cluster_detection_method"] == "deactivate"

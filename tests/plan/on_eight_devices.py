@@ -1,4 +1,4 @@
-"""Run by test_plan.py in a process with eight CPU devices: what is planned beside what JAX makes and compiles.
+"""Run by test_plan.py in a process with eight CPU devices: plans beside what JAX places and compiles.
 
 XLA_FLAGS=--xla_force_host_platform_device_count=8 python -m tests.plan.on_eight_devices     prints one JSON object
 """
@@ -43,9 +43,8 @@ PUBLIC_RUN = RunConfig(
     accumulation=2,
     remat=True,
 )
-OWNER_RUN = dataclasses.replace(
-    PUBLIC_RUN, owner="news", model=None, public="-"
-)  # float32: a CPU sends nothing smaller
+# float32: CPU devices communicate nothing smaller.
+OWNER_RUN = dataclasses.replace(PUBLIC_RUN, owner="news", model=None, public="-")
 ROUTER = "trunk/.*|experts/public/.*|experts/.*/w_(gate|up|down)"
 FOUR = ("public", "code", "news", "sea")
 FACTORED = OptimizerConfig(first_moment="bfloat16", second_moment="factored")
@@ -72,7 +71,7 @@ COMPILED = {
 
 
 def placed(work: Work, text: str) -> dict[str, tuple[int, int]]:
-    """{part: (bytes of arrays that lie on one device, planned bytes)} of a state and a batch that are really there."""
+    """{part: (bytes of arrays on one device, planned bytes)} of a real state and batch."""
     mesh, run = make_mesh(text), work.run
     params = init_params(work.model, jax.random.key(0), work.experts)
     optimizer = make_optimizer(run.optimizer, run.steps)
@@ -107,7 +106,7 @@ def received(work: Work, text: str) -> tuple[dict, dict]:
 
 
 def flops(work: Work, text: str) -> tuple[float, float]:
-    """(compiled, planned) operations of a device; of one layer and one microbatch: a loop's body is counted once."""
+    """(compiled, planned) operations of a device; one layer and one microbatch, as the compiler counts a loop once."""
     run = dataclasses.replace(work.run, accumulation=1, remat=False)
     one = Work(dataclasses.replace(work.model, num_layers=1), work.experts, run, work.kind)
     compiled = lower(one, make_mesh(text)).compile().cost_analysis()["flops"]
@@ -115,16 +114,15 @@ def flops(work: Work, text: str) -> tuple[float, float]:
 
 
 def generated(text: str) -> tuple[list, list]:
-    """What eight prompts go on with (on one device, on a mesh): the programs that are planned give the same tokens."""
+    """The continuations of eight prompts (on one device, on a mesh) by the programs that are planned."""
     params = init_params(MODEL, jax.random.key(0), FOUR)
     stacked = {**params, "experts": stack_weights(params["experts"])}
     prompts = [[row + 1, 7, 3 * row] for row in range(8)]
-    run = Decoder(MODEL, 2, "sparse")
-    go_on = functools.partial(generate, run, prompts=prompts, max_new_tokens=4, stop_ids=())
+    continue_ = functools.partial(generate, Decoder(MODEL, 2, "sparse"), prompts=prompts, max_new_tokens=4, stop_ids=())
     mesh = make_mesh(text)
-    alone = go_on(params=place(mesh_of_one(), stacked))
+    on_one = continue_(params=place(mesh_of_one(), stacked))
     with jax.set_mesh(mesh):
-        return alone, go_on(params=place(mesh, stacked))
+        return on_one, continue_(params=place(mesh, stacked))
 
 
 def main() -> dict:

@@ -1,8 +1,8 @@
-"""Plans hold against what JAX really places and compiles on eight CPU devices, and refuse what does not fit.
+"""Plans agree with what JAX places and compiles on eight CPU devices, and refuse what does not fit.
 
-Tolerances. Bytes of arrays: none, a plan is exact. Operations: 15%; norms, softmax, router and optimizer are not
-counted, and short rows compute the whole square of scores. Communication: a factor of 1.5; the compiler makes one
-all-reduce (twice the bytes) of a reduce-scatter here and saves the gathers of recomputation there.
+Tolerances. Bytes of arrays: none, plans are exact. Operations: 15%; norms, softmax, router and optimizer are not
+counted, and short rows compute the whole square of scores. Communication: a factor of 1.5; the compiler turns some
+reduce-scatters into all-reduces of twice the bytes, and saves some gathers of the recomputation.
 """
 
 import dataclasses
@@ -19,7 +19,7 @@ from flexmoe_jax.cli.main import main
 from flexmoe_jax.config import ModelConfig
 from flexmoe_jax.errors import ConfigError, MachineError
 from flexmoe_jax.model.flops import training_flops
-from flexmoe_jax.parallel.chips import CHIPS, Chip, Topology, meshes, parse_topology
+from flexmoe_jax.parallel.chips import CHIPS, PEAK_FLOPS, Chip, Topology, meshes, parse_topology
 from flexmoe_jax.parallel.mesh import parse_mesh
 from flexmoe_jax.parallel.specs import RULES
 from flexmoe_jax.plan.compiled import devices_of, read
@@ -42,7 +42,7 @@ def found() -> dict:
     return json.loads(done.stdout.splitlines()[-1])
 
 
-def test_planned_bytes_are_those_of_arrays_that_were_placed(found):
+def test_planned_bytes_are_those_of_placed_arrays(found):
     assert len(found["placed"]) == 6
     for name, parts in found["placed"].items():
         for part, (placed, planned) in parts.items():
@@ -50,23 +50,23 @@ def test_planned_bytes_are_those_of_arrays_that_were_placed(found):
         assert parts["frozen"][0] + parts["trained"][0] > 100_000, name
 
 
-def test_planned_operations_are_the_compilers(found):
+def test_planned_operations_agree_with_the_compiler(found):
     assert len(found["flops"]) == 2
     for name, (compiled, planned) in found["flops"].items():
         assert 1 / OPERATIONS < compiled / planned < OPERATIONS, name
 
 
-def test_planned_communication_is_the_compilers(found):
+def test_planned_communication_agrees_with_the_compiler(found):
     assert len(found["received"]) == 4
     for name, (compiled, planned) in found["received"].items():
         ratio = sum(planned.values()) / sum(compiled.values())
         assert 1 / RECEIVED < ratio < RECEIVED, (name, compiled, planned)
 
 
-def test_planned_inference_on_a_mesh_is_that_of_one_device(found):
-    alone, on_mesh = found["generated"]
-    assert [len(row) for row in alone] == [4] * 8
-    assert alone == on_mesh
+def test_planned_inference_gives_the_same_tokens_on_a_mesh(found):
+    on_one, on_mesh = found["generated"]
+    assert [len(row) for row in on_one] == [4] * 8
+    assert on_one == on_mesh
 
 
 @pytest.mark.parametrize(
@@ -85,7 +85,7 @@ def test_every_leaf_of_the_model_is_in_the_table_once(name, groups):
 
 
 def test_operations_are_those_of_the_models_formulas():
-    """Per token, `training_flops`; recomputation and experts that nobody chose come on top of what is needed."""
+    """Needed operations are `training_flops` per token; computed ones include recomputation and inactive experts."""
     sizes, topology = parse_mesh("fsdp=8"), parse_topology("h100:8")
     tokens = OWNER_RUN.batch_size * OWNER_RUN.seq_len / 8
     for name, kind, active in (("public", "joint", 1), ("expert", "expert", 2), ("joint", "joint", 2)):
@@ -118,8 +118,8 @@ ENTRY %main (p: f32[2,4]) -> f32[8,4] {
 
 
 def test_collectives_are_read_with_their_loops_groups_and_channels():
-    """Three rounds of a gather of 128 bytes by 4 devices, told in two pieces, of two gathers of 32 bytes by 2, and of
-    a sum of 32 by 2; one scatter to 8 bytes each by 4.
+    """Three iterations of: a gather of 128 bytes by 4 devices, named in two places; two gathers of 32 bytes by 2
+    devices; an all-reduce of 32 bytes by 2. Once: a reduce-scatter to 8 bytes each by 4.
     """
     assert collectives(HLO) == {
         "all-gather": (9, 3 * (96 + 16 + 16)),
@@ -143,13 +143,21 @@ def test_unknown_topologies_are_refused(text, what):
         parse_topology(text)
 
 
+def test_every_chip_that_can_be_planned_for_is_known_by_its_names_in_jax():
+    for chip in CHIPS.values():
+        assert [PEAK_FLOPS[kind] for kind in chip.device_kinds] == [chip.peak] * len(chip.device_kinds)
+        assert min(chip.peak, chip.memory, chip.bandwidth, chip.link) > 0
+    assert [name for name, chip in CHIPS.items() if chip.is_tpu] == ["v5e", "v5p", "v6e"]
+    assert "NVIDIA H100 PCIe" in PEAK_FLOPS  # only its peak is known
+
+
 def test_links_between_machines_are_slower():
     topology = parse_topology("h100:16")
     assert topology.speed(8) > topology.speed(16)
     assert parse_topology("v5p:4x4x4").speed(64) == CHIPS["v5p"].link
 
 
-def test_meshes_are_all_factorisations():
+def test_meshes_are_all_factorizations():
     one_axis = [(4, 1, 1, 1), (1, 4, 1, 1), (1, 1, 4, 1), (1, 1, 1, 4)]
     two_axes = [(2, 2, 1, 1), (2, 1, 2, 1), (2, 1, 1, 2), (1, 2, 2, 1), (1, 2, 1, 2), (1, 1, 2, 2)]
     assert sorted(meshes(4)) == sorted([*one_axis, *two_axes])
@@ -160,7 +168,7 @@ def chip_of(memory: float) -> Chip:
     return dataclasses.replace(CHIPS["h100"], memory=memory, slices=("8", "16"))
 
 
-def test_the_search_finds_a_mesh_where_copies_do_not_fit():
+def test_the_search_finds_a_mesh_where_data_parallelism_does_not_fit():
     work = WORKS["public"]
     copies = estimate(work, Topology(CHIPS["h100"], "8"), parse_mesh("data=8"))
     small = Topology(chip_of(0.7 * copies.total), "8")
@@ -189,7 +197,7 @@ def test_a_shape_that_nothing_divides_is_refused():
         choices(odd, parse_topology("h100:8"))
 
 
-def test_plan_prints_what_it_finds_and_refuses_a_misfit_with_both_numbers(capsys):
+def test_plan_prints_costs_and_refuses_a_misfit_with_both_numbers(capsys):
     command = ["plan", EXPERT_7B, "--config.accumulation=256", "--json"]
     assert main([*command, "--topology", "v5p:2x2x1", "--mesh", "fsdp=4"]) == 0
     result = json.loads(capsys.readouterr().out)
@@ -218,15 +226,15 @@ def test_plan_without_a_topology_names_the_smallest_slices(capsys):
         (["--topology", "v6e:16x16", "--mesh", "fsdp=256"], "a microbatch of 16 rows is split over 256 devices"),
         (["--compile"], "--compile was given without --topology"),
         (["--experts", "8"], "--experts 8 in the run of 'news'"),
-        (["--topology", "h100:8", "--mesh", "fsdp=8", "--compile"], "h100:8 cannot be compiled for"),
+        (["--topology", "h100:8", "--mesh", "fsdp=8", "--compile"], "h100:8: compiling for a GPU needs the GPU"),
     ],
 )
-def test_what_cannot_be_planned_is_refused(arguments, what, capsys):
+def test_runs_that_cannot_be_planned_are_refused(arguments, what, capsys):
     assert main(["plan", EXPERT_7B, *arguments]) == 1
     assert what in capsys.readouterr().err
 
 
-def test_out_of_memory_is_an_answer_of_the_compiler():
+def test_running_out_of_memory_is_a_result_of_the_compiler():
     class Refused:
         def compile(self):
             raise jax.errors.JaxRuntimeError("RESOURCE_EXHAUSTED: Ran out of memory: used 20G of 15.75G hbm.\n\nmore")
@@ -235,16 +243,22 @@ def test_out_of_memory_is_an_answer_of_the_compiler():
 
 
 def test_a_tpu_program_is_compiled_without_a_tpu():
-    """The tiny hybrid for eight v5e chips: the compiler's arguments are the plan's but for padding to tiles (2%)."""
+    """A tiny owner's run on eight v5e chips: the compiler's arguments are the plan's plus padding to tiles (2%)."""
     pytest.importorskip("libtpu")
     topology = parse_topology("v5e:2x4")
     assert {device.platform for device in devices_of(topology)} == {"tpu"}
     from flexmoe_jax.plan.compiled import compile_for
 
     model = ModelConfig(
-        vocab_size=1024, num_layers=2, d_model=1024, num_heads=8, num_kv_heads=8, head_dim=128, d_ff=2048,
+        vocab_size=1024,
+        num_layers=2,
+        d_model=1024,
+        num_heads=8,
+        num_kv_heads=8,
+        head_dim=128,
+        d_ff=2048,
         max_seq_len=128,
-    )  # fmt: skip
+    )
     work = Work(model, ("public", "news"), OWNER_RUN)
     compiled, costs = compile_for(work, topology, "fsdp=8"), estimate(work, topology, parse_mesh("fsdp=8"))
     held = sum(costs.memory[part] for part in ("trained", "moments", "frozen", "batch"))

@@ -1,0 +1,44 @@
+"""A checkpoint as read, from a folder or from one GGUF file."""
+
+import dataclasses
+import pathlib
+from typing import Any
+
+from flexmoe_jax.artifacts.model_dir import TOKENIZER, TOKENIZER_CONFIG
+from flexmoe_jax.artifacts.sealed import MAX_TEXT_BYTES, parse_json, read_bytes
+from flexmoe_jax.hf.configuration import CheckpointConfig, read_config
+from flexmoe_jax.hf.tensors import Tensor, read_tensors
+
+
+@dataclasses.dataclass(frozen=True)
+class Checkpoint:
+    """Configuration, tensors by the names of `transformers`, and tokenizer of one checkpoint; no weight is read yet.
+
+    `where` names it in messages. `tokenizer` is {file name: content}, None without a tokenizer.json. `generation` is
+    the content of generation_config.json, {} without one.
+    """
+
+    where: str
+    config: CheckpointConfig
+    tensors: dict[str, Tensor]
+    tokenizer: dict[str, bytes] | None
+    generation: dict[str, Any]
+
+
+def open_folder(path: pathlib.Path | str) -> Checkpoint:
+    """The checkpoint in a folder that `save_pretrained` wrote. Raises ArtifactError as its parts do."""
+    path = pathlib.Path(path)
+    config = read_config(parse_json(read_bytes(path / "config.json"), path / "config.json"), path / "config.json")
+    generation = path / "generation_config.json"
+    tokenizer = {
+        name: read_bytes(path / name, MAX_TEXT_BYTES)
+        for name in (TOKENIZER, TOKENIZER_CONFIG)
+        if (path / name).is_file()
+    }
+    return Checkpoint(
+        where=str(path),
+        config=config,
+        tensors=read_tensors(path),
+        tokenizer=tokenizer if TOKENIZER in tokenizer else None,
+        generation=parse_json(read_bytes(generation), generation) if generation.is_file() else {},
+    )
