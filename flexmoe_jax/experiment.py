@@ -4,6 +4,7 @@ import dataclasses
 import pathlib
 import runpy
 import typing
+from typing import Any
 
 from ml_collections import ConfigDict, config_dict
 
@@ -11,7 +12,7 @@ from flexmoe_jax.config import ModelConfig, RunConfig
 from flexmoe_jax.errors import ConfigError
 
 
-def run_config(*, model: ModelConfig | None = None, **values) -> ConfigDict:
+def run_config(*, model: ModelConfig | None = None, **values: Any) -> ConfigDict:
     """A ConfigDict with every key of `RunConfig`, for experiment files; required keys may wait for the command line."""
     config = ConfigDict()
     for field in dataclasses.fields(RunConfig):

@@ -50,7 +50,7 @@ from flexmoe_jax.files import (
     sha256_file,
     write_bytes,
 )
-from flexmoe_jax.tree import PUBLIC, TRUNK, Params, canonical_order, check_known, expert_name, union
+from flexmoe_jax.tree import PUBLIC, TRUNK, Params, canonical_order, check_known, expert_name, split, union
 
 FORMAT = "flexmoe-model-2"
 TOKENIZER, TOKENIZER_CONFIG = "tokenizer.json", "tokenizer_config.json"
@@ -97,39 +97,46 @@ class ModelDir:
         return locate_package(self.path, name, self.manifests[name].digest)
 
 
-def create_public_model(
+def create_model(
     path: pathlib.Path | str,
-    trunk: Params,
-    public: Params,
+    params: Params,
     config: ModelConfig,
     tokenizer: pathlib.Path | str | bytes,
-    record: Mapping[str, Any],
-    public_record: Mapping[str, Any] | None = None,
-    others: Mapping[str, Params] | None = None,
+    records: Mapping[str, Mapping[str, Any]],
     top_k: int | None = None,
 ) -> ModelDir:
-    """Writes the public release, a model whose only expert is `public`, at the new directory `path`.
+    """Writes the whole tree `params` as a model at the new directory `path`: a public release has one expert, `public`.
 
     `tokenizer` is a tokenizer.json, the folder that holds it (and maybe tokenizer_config.json), or its bytes; it is
-    stored in canonical form. `record` goes into every package, unless the public expert has one of its own. A model
-    whose experts were trained together has `others` beside `public`. Raises ArtifactError as `write_package` does.
+    stored in canonical form. `records` are the packages' records by owner, `trunk` and every expert. Raises
+    ArtifactError as `write_package` does.
     """
-    others = others or {}
-    files = _read_tokenizer(tokenizer)
+    files, parts = _read_tokenizer(tokenizer), split(params)
     with new_directory(pathlib.Path(path)) as folder:
         for name, content in files.items():
             write_bytes(folder / name, content)
         base = {"tokenizer": sha256_file(folder / TOKENIZER)}
-        records = {TRUNK: record, PUBLIC: record if public_record is None else public_record}
-        for owner, params in ((TRUNK, trunk), (PUBLIC, public)):
-            write_package(folder / owner, owner=owner, params=params, config=config, base=base, record=records[owner])
+        for owner in (TRUNK, PUBLIC):
+            _write_part(folder, owner, parts, config, base, records)
         base |= {owner: read_manifest(folder / owner, owner).content for owner in (TRUNK, PUBLIC)}
-        for owner, params in others.items():
-            write_package(folder / owner, owner=owner, params=params, config=config, base=base, record=record)
-        write_model_json(folder, canonical_order((PUBLIC, *others)), top_k)
+        for owner in parts.keys() - {TRUNK, PUBLIC}:
+            _write_part(folder, owner, parts, config, base, records)
+        write_model_json(folder, params["experts"], top_k)
         model = open_model(folder)
         append_entry(folder, "created", model.expert_digests, model.digest)
     return dataclasses.replace(model, path=pathlib.Path(path))
+
+
+def _write_part(
+    folder: pathlib.Path,
+    owner: str,
+    parts: Mapping[str, Params],
+    config: ModelConfig,
+    base: Mapping[str, str],
+    records: Mapping[str, Mapping[str, Any]],
+) -> None:
+    path, record = folder / owner, records[owner]
+    write_package(path, owner=owner, params=parts[owner], config=config, base=base, record=record)
 
 
 def assemble(

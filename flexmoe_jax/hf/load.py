@@ -17,7 +17,7 @@ from flexmoe_jax import config as configs
 from flexmoe_jax.artifacts import sealed
 from flexmoe_jax.artifacts.journal import append_entry
 from flexmoe_jax.artifacts.manifest import Manifest, TensorRecord
-from flexmoe_jax.artifacts.model_dir import TOKENIZER, ModelDir, create_public_model, open_model, write_model_json
+from flexmoe_jax.artifacts.model_dir import TOKENIZER, ModelDir, create_model, open_model, write_model_json
 from flexmoe_jax.artifacts.package import content_digest, read_manifest, write_package
 from flexmoe_jax.artifacts.sealed import MAX_TEXT_BYTES, canonical_json, parse_json, sha256_array
 from flexmoe_jax.config import ModelConfig, RunConfig
@@ -29,7 +29,7 @@ from flexmoe_jax.hf.checkpoint import Checkpoint
 from flexmoe_jax.hf.configuration import PROVENANCE
 from flexmoe_jax.hf.mapping import Slot, check_tensors, slots
 from flexmoe_jax.params import owner_leaves
-from flexmoe_jax.tree import PUBLIC, TRUNK, Params, check_known, check_owner_name, flatten, unflatten
+from flexmoe_jax.tree import PUBLIC, TRUNK, Params, check_known, check_owner_name, flatten, unflatten, union
 
 _OTHER_PUBLIC = "give the public model that this expert was trained beside"
 
@@ -178,15 +178,12 @@ def _write_public(
         public["router"] = np.tile(router_row(domain.vector, config.d_model, scale), (config.num_layers, 1))
         of_public = stated | {"router": projection_record(domain, config.d_model, scale)}
     _write_tokenizer(folder, checkpoint, tokenizer)
-    release = create_public_model(
-        folder / ".release",
-        trunk,
-        public,
-        config,
-        folder,
-        _record(checkpoint, TRUNK, trunk, stated),
-        _record(checkpoint, PUBLIC, public, of_public),
-    )
+    records = {
+        TRUNK: _record(checkpoint, TRUNK, trunk, stated),
+        PUBLIC: _record(checkpoint, PUBLIC, public, of_public),
+    }
+    params = union({TRUNK: trunk, PUBLIC: public})
+    release = create_model(folder / ".release", params, config, folder, records)
     for path in sorted(release.path.iterdir()):
         path.replace(folder / path.name)
     release.path.rmdir()

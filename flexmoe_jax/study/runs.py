@@ -12,7 +12,7 @@ from typing import Any
 import numpy as np
 
 from flexmoe_jax.api import load
-from flexmoe_jax.artifacts.model_dir import create_public_model, open_model
+from flexmoe_jax.artifacts.model_dir import create_model, open_model
 from flexmoe_jax.compose.merge import merge
 from flexmoe_jax.compose.tune import tune
 from flexmoe_jax.config import OptimizerConfig, RunConfig
@@ -20,7 +20,7 @@ from flexmoe_jax.data.embedding import DomainVector
 from flexmoe_jax.study.baselines import branch_train_mix
 from flexmoe_jax.study.config import StudyConfig
 from flexmoe_jax.train.loop import train
-from flexmoe_jax.tree import PUBLIC, TRUNK, Params
+from flexmoe_jax.tree import PUBLIC, TRUNK, Params, split
 
 log = logging.getLogger(__name__)
 
@@ -111,7 +111,8 @@ def rescale(public: pathlib.Path, scale: float, path: pathlib.Path) -> None:
     expert = dict(model.params["experts"][PUBLIC])
     expert["router"] = np.asarray(expert["router"] * (scale / record["router"]["scale"]), np.float32)
     record["router"]["scale"] = scale
-    create_public_model(path, model.params[TRUNK], expert, model.config, release.tokenizer_path, record)
+    params = {**model.params, "experts": {PUBLIC: expert}}
+    create_model(path, params, model.config, release.tokenizer_path, {TRUNK: record, PUBLIC: record})
 
 
 def btx_start(config: StudyConfig, public: pathlib.Path, dense: dict, seed: int, path: pathlib.Path) -> None:
@@ -134,7 +135,6 @@ def _write_joint(config: StudyConfig, public: pathlib.Path, params: Params, seed
         row = generator.standard_normal(expert["router"].shape).astype(np.float32) * np.float32(0.02)
         experts[name] = {**expert, "router": row}
     release = open_model(public)
-    create_public_model(
-        path, params[TRUNK], experts.pop(PUBLIC), config.model, release.tokenizer_path,
-        dict(release.manifests[PUBLIC].record.fields), others=experts, top_k=config.top_k,
-    )  # fmt: skip
+    record = release.manifests[PUBLIC].record.fields
+    params = {**params, "experts": experts}
+    create_model(path, params, config.model, release.tokenizer_path, dict.fromkeys(split(params), record), config.top_k)

@@ -14,7 +14,7 @@ import numpy as np
 from jax.sharding import Mesh
 
 from flexmoe_jax.artifacts.checkpoints import RunCheckpoints
-from flexmoe_jax.artifacts.model_dir import create_public_model
+from flexmoe_jax.artifacts.model_dir import create_model
 from flexmoe_jax.artifacts.package import write_package
 from flexmoe_jax.artifacts.sealed import digest
 from flexmoe_jax.config import RunConfig
@@ -36,7 +36,7 @@ from flexmoe_jax.train.resume import check_identity, identity_of
 from flexmoe_jax.train.start import Stage, prepare
 from flexmoe_jax.train.state import TrainState, create_state, flops_per_token
 from flexmoe_jax.train.step import make_train_step
-from flexmoe_jax.tree import PUBLIC, TRUNK, Params, canonical_order, combine, partition
+from flexmoe_jax.tree import Params, canonical_order, combine, partition, split
 
 log = logging.getLogger(__name__)
 _COUNTERS = ("step", "bad_steps", "skipped")
@@ -215,17 +215,8 @@ def _write_product(
     if run.is_public:
         tokenizer = product.with_name("tokenizer.json")
         stage.tokenizer.save(tokenizer)
-        others = {name: expert for name, expert in params["experts"].items() if name != PUBLIC}
-        create_public_model(
-            product,
-            params[TRUNK],
-            params["experts"][PUBLIC],
-            stage.model,
-            tokenizer,
-            record,
-            others=others,
-            top_k=run.top_k,
-        )
+        records = dict.fromkeys(split(params), record)
+        create_model(product, params, stage.model, tokenizer, records, top_k=run.top_k)
         tokenizer.unlink()
     else:
         expert = params["experts"][run.owner]

@@ -13,12 +13,13 @@ from hypothesis import strategies as st
 
 from flexmoe_jax.artifacts.manifest import read_manifest
 from flexmoe_jax.artifacts.model_checks import verify_model
-from flexmoe_jax.artifacts.model_dir import create_public_model, open_model
+from flexmoe_jax.artifacts.model_dir import create_model, open_model
 from flexmoe_jax.artifacts.package import load_package, verify_package, write_package
 from flexmoe_jax.compose.merge import merge
 from flexmoe_jax.errors import FlexMoEError
 from flexmoe_jax.files import list_files
-from tests.artifacts.tiny import CONFIG, TOKENIZER, make_expert, make_release, random_params, same_tree
+from flexmoe_jax.tree import union
+from tests.artifacts.tiny import CONFIG, RECORDS, TOKENIZER, make_expert, make_release, random_params, same_tree
 from tests.faults.hostile import ATTACKS, limits, places, reseal, snapshot
 
 SEEN_BY_MERGE_ALONE = {  # the package is sound, but does not belong here
@@ -59,7 +60,8 @@ def test_an_attack_is_refused_by_name_and_nothing_is_written(home, tmp_path, att
 def test_a_trunk_altered_by_one_unit_in_the_last_place_is_another_trunk(home, tmp_path):
     trunk, public = random_params("trunk", 0), random_params("public", 0)
     trunk["embed"][3, 5] = np.nextafter(trunk["embed"][3, 5], np.float32(np.inf))
-    create_public_model(tmp_path / "public", trunk, public, CONFIG, TOKENIZER, {"licence": "Apache-2.0"})
+    params = union({"trunk": trunk, "public": public})
+    create_model(tmp_path / "public", params, CONFIG, TOKENIZER, RECORDS)
     with limits(), pytest.raises(FlexMoEError, match=r"'news' .* was trained with the trunk"):
         merge(tmp_path / "public", [home / "news"], tmp_path / "model")
     shutil.rmtree(tmp_path / "public" / "trunk")  # and where the release is the right one but for its trunk

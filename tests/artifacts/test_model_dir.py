@@ -8,18 +8,20 @@ import pytest
 
 from flexmoe_jax.artifacts.journal import append_entry, read_journal
 from flexmoe_jax.artifacts.model_checks import verify_model
-from flexmoe_jax.artifacts.model_dir import create_public_model, load_params, open_model
+from flexmoe_jax.artifacts.model_dir import create_model, load_params, open_model
 from flexmoe_jax.artifacts.sealed import canonical_json, json_bytes, seal
 from flexmoe_jax.compose.merge import merge
 from flexmoe_jax.errors import ArtifactError, FlexMoEError
 from tests.artifacts.tiny import (
     CONFIG,
+    NO_RECORDS,
     TOKENIZER,
     contents,
     flip_bit,
     make_expert,
     make_release,
     random_params,
+    release_params,
     same_tree,
 )
 
@@ -68,9 +70,9 @@ def test_the_tokenizer_is_taken_from_bytes_a_file_or_a_folder_in_canonical_form(
     folder.mkdir()
     (folder / "tokenizer.json").write_bytes(TOKENIZER)
     (folder / "tokenizer_config.json").write_text('{"eos_token": "a"}')
-    params = random_params("trunk", 0), random_params("public", 0)
+    params = release_params()
     for number, given in enumerate((TOKENIZER, folder / "tokenizer.json", folder)):
-        model = create_public_model(tmp_path / str(number), *params, CONFIG, given, {})
+        model = create_model(tmp_path / str(number), params, CONFIG, given, NO_RECORDS)
         assert model.tokenizer_path.read_bytes() == canonical_json(json.loads(TOKENIZER))
         assert len(model.tokenizer) == 1 + (number > 0)
     assert json.loads((model.path / "tokenizer_config.json").read_text()) == {"eos_token": "a"}
@@ -81,8 +83,7 @@ def test_the_tokenizer_digest_is_the_one_load_tokenizer_gives(tmp_path):
 
     tokenizer = load_tokenizer("cl100k:300")
     tokenizer.save(tmp_path / "tokenizer")
-    params = random_params("trunk", 0), random_params("public", 0)
-    model = create_public_model(tmp_path / "public", *params, CONFIG, tmp_path / "tokenizer", {})
+    model = create_model(tmp_path / "public", release_params(), CONFIG, tmp_path / "tokenizer", NO_RECORDS)
     again = load_tokenizer(str(model.tokenizer_path))
     assert model.tokenizer_digest == tokenizer.digest == again.digest
     assert (again.eos_id, again.pad_id) == (tokenizer.eos_id, tokenizer.pad_id)

@@ -6,12 +6,12 @@ import pathlib
 import ml_dtypes
 import numpy as np
 
-from flexmoe_jax.artifacts.model_dir import ModelDir, create_public_model
+from flexmoe_jax.artifacts.model_dir import ModelDir, create_model
 from flexmoe_jax.artifacts.package import write_package
 from flexmoe_jax.config import ModelConfig
 from flexmoe_jax.files import list_files
 from flexmoe_jax.params import owner_leaves
-from flexmoe_jax.tree import PUBLIC, TRUNK, flatten, unflatten
+from flexmoe_jax.tree import PUBLIC, TRUNK, flatten, unflatten, union
 
 CONFIG = ModelConfig(
     vocab_size=32, num_layers=2, d_model=8, num_heads=2, num_kv_heads=1, head_dim=4, d_ff=16, max_seq_len=16
@@ -28,10 +28,18 @@ def random_params(owner: str, seed: int, dtype="float32", config: ModelConfig = 
     )
 
 
-def make_release(path: pathlib.Path, seed: int = 0, **kwargs) -> ModelDir:
+RECORDS = {name: {"licence": "Apache-2.0"} for name in (TRUNK, PUBLIC)}
+NO_RECORDS: dict[str, dict] = {TRUNK: {}, PUBLIC: {}}
+
+
+def release_params(seed: int = 0):
+    """The whole tree of a public release."""
+    return union({owner: random_params(owner, seed) for owner in (TRUNK, PUBLIC)})
+
+
+def make_release(path: pathlib.Path, seed: int = 0) -> ModelDir:
     """A public model directory."""
-    trunk, public = random_params(TRUNK, seed), random_params(PUBLIC, seed)
-    return create_public_model(path, trunk, public, CONFIG, TOKENIZER, {"licence": "Apache-2.0"}, **kwargs)
+    return create_model(path, release_params(seed), CONFIG, TOKENIZER, RECORDS)
 
 
 def base_of(release: ModelDir) -> dict[str, str]:

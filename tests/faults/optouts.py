@@ -11,14 +11,14 @@ from collections.abc import Iterator
 import numpy as np
 
 from flexmoe_jax.artifacts.model_checks import verify_model
-from flexmoe_jax.artifacts.model_dir import create_public_model
+from flexmoe_jax.artifacts.model_dir import create_model
 from flexmoe_jax.artifacts.package import write_package
 from flexmoe_jax.compose.certificate import verify_certificate
 from flexmoe_jax.compose.merge import merge
 from flexmoe_jax.compose.optout import opt_out
 from flexmoe_jax.config import ModelConfig
 from flexmoe_jax.params import owner_leaves
-from flexmoe_jax.tree import PUBLIC, TRUNK, unflatten
+from flexmoe_jax.tree import PUBLIC, TRUNK, unflatten, union
 from tests.artifacts.tiny import base_of, contents, make_expert, make_release
 from tests.faults.kills import Fault
 from tests.hf.tiny import tokenizer
@@ -96,7 +96,13 @@ def merge_at_size(folder: pathlib.Path, megabytes: int, counts: tuple[int, ...])
         return path, owner, unflatten(params), base
 
     trunk, public = (write(None, owner, None)[2] for owner in (TRUNK, PUBLIC))
-    release = create_public_model(folder / "public", trunk, public, config, tokenizer(folder / "tokenizer"), {})
+    release = create_model(
+        folder / "public",
+        union({TRUNK: trunk, PUBLIC: public}),
+        config,
+        tokenizer(folder / "tokenizer"),
+        {TRUNK: {}, PUBLIC: {}},
+    )
     experts = []
     for number in range(max(counts)):
         path, owner, params, base = write(folder / f"e{number:02}", f"e{number:02}", base_of(release))

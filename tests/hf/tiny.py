@@ -8,12 +8,12 @@ import struct
 import jax
 import numpy as np
 
-from flexmoe_jax.artifacts.model_dir import ModelDir, create_public_model
+from flexmoe_jax.artifacts.model_dir import ModelDir, create_model
 from flexmoe_jax.artifacts.package import write_package
 from flexmoe_jax.compose.merge import merge
 from flexmoe_jax.config import ModelConfig
 from flexmoe_jax.data.tokenizer import load_tokenizer
-from flexmoe_jax.tree import PUBLIC, TRUNK
+from flexmoe_jax.tree import PUBLIC, TRUNK, select
 from tests.conftest import random_params
 
 CONFIG = ModelConfig(
@@ -49,13 +49,13 @@ def our_model(folder: pathlib.Path, owners=("code", "news"), *, biased=False, to
     for expert in params["experts"].values():
         if not biased:
             expert["bias"] = np.zeros_like(expert["bias"])
-    release = create_public_model(
+    record = {"licence": "Apache-2.0", "training": {"steps": 7, "tokens": 700, "privacy_budget": None}}
+    release = create_model(
         folder / "release",
-        params[TRUNK],
-        params["experts"][PUBLIC],
+        select(params, [PUBLIC]),
         config,
         tokenizer(folder / "tokenizer"),
-        {"licence": "Apache-2.0", "training": {"steps": 7, "tokens": 700, "privacy_budget": None}},
+        {TRUNK: record, PUBLIC: record},
     )
     base = {name: release.manifests[name].content for name in (TRUNK, PUBLIC)} | {"tokenizer": release.tokenizer_digest}
     for name in owners:
