@@ -107,7 +107,7 @@ class StudyConfig:
     router_scale: float = 0.1
     """L2 norm that router rows start with."""
 
-    def __post_init__(self):
+    def __post_init__(self) -> None:
         positive = (
             "seeds",
             "public_steps",

@@ -56,7 +56,7 @@ class SystemScore:
 
 
 def make_texts(config: StudyConfig, mix: pathlib.Path) -> Texts:
-    """The texts on which every system is scored with every seed."""
+    """The texts on which every system is scored with every seed. Raises DataError for a domain without any."""
     every = {name: [d.text for d in read_documents(mix / name, "heldout")] for name in (PUBLIC, *config.owners)}
     cut = {name: [text[: config.document_chars] for text in texts] for name, texts in every.items()}
     heldout = {name: _first(texts, config.heldout_bytes) for name, texts in cut.items()}

@@ -48,7 +48,10 @@ def make_shared(config: StudyConfig, shared: pathlib.Path) -> None:
 
 
 def train_public(config: StudyConfig, shared: pathlib.Path, home: pathlib.Path) -> pathlib.Path:
-    """The public model from which every seed starts: given, trained or found."""
+    """The public model from which every seed starts: given, trained or found.
+
+    Raises ConfigError where a given one has another shape than `config.model`, from which costs are computed.
+    """
     if config.public is not None:
         given = to_mapping(open_model(config.public).config)
         if lines := differences(given, to_mapping(config.model)):
