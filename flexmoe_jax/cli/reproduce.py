@@ -7,7 +7,6 @@ from collections.abc import Mapping
 
 from flexmoe_jax.cli.common import parser, table
 from flexmoe_jax.cli.configs import parse_config
-from flexmoe_jax.errors import ArtifactError
 
 if typing.TYPE_CHECKING:
     from flexmoe_jax.study.results import Results
@@ -60,11 +59,7 @@ def report(argv: list[str]) -> int:
 
     run = pathlib.Path(args.run)
     out = pathlib.Path(args.out) if args.out else (run if run.is_dir() else run.parent) / "report.html"
-    page = render(*read_study(run))
-    try:
-        write_bytes(out, page.encode())
-    except OSError as error:
-        raise ArtifactError(f"{out} cannot be written: {error}", "give a file in a folder that exists") from error
+    write_bytes(out, render(*read_study(run)).encode())
     print(out)
     return 0
 
