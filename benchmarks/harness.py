@@ -1,4 +1,4 @@
-"""What every benchmark shares: interleaved timing, ceilings of this machine, rows of the table, records."""
+"""What every benchmark shares: interleaved timing, ceilings of this machine, rows of the table, their file."""
 
 import dataclasses
 import datetime
@@ -13,7 +13,7 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 
-RECORDS = pathlib.Path(__file__).parent / "records"
+RESULTS = pathlib.Path(__file__).parents[1] / "results"
 PAUSE_S = 0.02  # lets the worker threads of one library fall asleep before the other begins
 
 
@@ -87,7 +87,7 @@ def table(rows: list[Row]) -> str:
 
 
 def record(name: str, command: str, rows: list[Row]) -> pathlib.Path:
-    """Writes the rows with what they were measured on."""
+    """Writes the rows, with what they were measured on, to `results/bench-NAME.json`."""
     packages = ("jax", "jaxlib", "flax", "torch", "transformers", "numpy")
     content = {
         "command": command,
@@ -100,8 +100,7 @@ def record(name: str, command: str, rows: list[Row]) -> pathlib.Path:
         "versions": {name: importlib.metadata.version(name) for name in packages},
         "rows": [dataclasses.asdict(row) for row in rows],
     }
-    RECORDS.mkdir(exist_ok=True)
-    path = RECORDS / f"{name}.json"
+    path = RESULTS / f"bench-{name}.json"
     path.write_text(json.dumps(content, indent=1) + "\n")
     return path
 

@@ -2,10 +2,14 @@
 
 import argparse
 import pathlib
+import typing
+from collections.abc import Mapping
 
 from flexmoe_jax.cli.common import parser, table
 from flexmoe_jax.cli.configs import parse_config
-from flexmoe_jax.errors import ArtifactError
+
+if typing.TYPE_CHECKING:
+    from flexmoe_jax.study.results import Results
 
 _HELP = """usage: flexmoe reproduce --config=experiments/reproduction.py:small [--config.KEY=VALUE ...]
            [--vary=KEY=VALUE,VALUE,...]
@@ -47,47 +51,53 @@ def reproduce(argv: list[str]) -> int:
 def report(argv: list[str]) -> int:
     """Writes the page; it opens offline, on a phone as well, in light and dark."""
     p = parser("report", "One self-contained page about a study.", "flexmoe report runs/reproduction-small")
-    p.add_argument("run", help="the folder of a finished `flexmoe reproduce`, or its results.json")
+    p.add_argument("run", help="the folder of a finished `flexmoe reproduce`, or its results.jsonl")
     p.add_argument("--out", help="the page; RUN/report.html by default")
     args = p.parse_args(argv)
+    from flexmoe_jax.files import write_bytes
     from flexmoe_jax.study.page import read_study, render
 
     run = pathlib.Path(args.run)
     out = pathlib.Path(args.out) if args.out else (run if run.is_dir() else run.parent) / "report.html"
-    page = render(*read_study(run))
-    try:
-        out.write_text(page, encoding="utf-8")
-    except OSError as error:
-        raise ArtifactError(f"{out} cannot be written: {error}", "give a file in a folder that exists") from error
+    write_bytes(out, render(*read_study(run)).encode())
     print(out)
     return 0
 
 
-def lines(results: dict) -> list[str]:
-    """The table for a terminal: bits per byte, half the width of the mean's interval, choices, costs."""
-    bits, flops = results["bits_per_byte"], results["forward_flops_per_token"]
-    domains = [name for name in next(iter(bits.values())) if name != "mean"]
+def lines(results: "Results") -> list[str]:
+    """The table for a terminal, a group for each kind of system, the best mean first.
+
+    Bits per byte with half the width of the mean's interval, accuracy on the continuation task, cost.
+    """
+    groups, rows = results.grouped(), []
+    for system in (system for group in groups.values() for system in group):
+        bits = [system.bits_per_byte[domain].value for domain in results.domains]
+        right, cost = system.choice["mean"].value, results.relative_cost(system)
+        rows.append([system.name, *bits, system.mean.value, system.mean.half_width, f"{right:.1%}", f"{cost:.2f}x"])
+    header = ["held-out bits per byte", *results.domains, "mean", "+-", "4-way", "cost/token"]
+    head, rule, *body = table(header, rows)
+    shown, rest = [head, rule], iter(body)
+    for kind, group in groups.items():
+        shown += ["", kind.heading, *(next(rest) for _ in group)]
+    return [*shown, "", f"{_seeds(results)}; +- is half the 95% interval over seeds and documents"]
+
+
+def varied_lines(key: str, results: Mapping[str, "Results"]) -> list[str]:
+    """A row for each value: mean bits per byte of the method and the baselines, and how much of the routed weight of
+    public text the public expert has."""
+    from flexmoe_jax.study.results import Kind
+
+    first = next(iter(results.values()))
+    shown = [s.name for kind in (Kind.METHOD, Kind.BASELINE) for s in first.systems if s.kind == kind]
     rows = []
-    for system, row in sorted(bits.items(), key=lambda item: item[1]["mean"]["value"]):
-        mean = row["mean"]
-        cells = [row[domain]["value"] for domain in domains]
-        half = (mean["high"] - mean["low"]) / 2
-        cost = flops[system] / flops["public"]
-        right = results["choice"][system]["mean"]["value"]
-        rows.append([system, *cells, mean["value"], half, f"{right:.1%}", f"{cost:.2f}x"])
-    header = ["held-out bits per byte", *domains, "mean", "+-", "4-way", "cost/token"]
-    seeds = results["config"]["seeds"]
-    return [*table(header, rows), "", f"{seeds} seeds; +- is half the 95% interval over seeds and documents"]
-
-
-def varied_lines(key: str, results: dict[str, dict]) -> list[str]:
-    """A row for each value: mean bits per byte of what matters, and the public expert's share of public text."""
-    from flexmoe_jax.study.train import METHOD
-
-    shown, rows = ("public", METHOD, "uniform mixing", "oracle expert, frozen trunk", "oracle dense expert"), []
     for value, result in results.items():
-        means = [result["bits_per_byte"][system]["mean"]["value"] for system in shown]
-        layers = [layer[0] for layer in result["share"][METHOD]["public"]]
-        rows.append([value, *means, f"{sum(layers) / len(layers):.1%}"])
-    seeds = next(iter(results.values()))["config"]["seeds"]
-    return [*table([f"mean bits per byte, {key}", *shown, "share of public"], rows), "", f"{seeds} seeds"]
+        means = {system.name: system.mean.value for system in result.systems}
+        layers = [layer[0] for layer in result.method.share["public"]]
+        rows.append([value, *(means[name] for name in shown), f"{sum(layers) / len(layers):.1%}"])
+    header = [f"mean bits per byte, {key}", *shown, "share of public"]
+    return [*table(header, rows), "", _seeds(first)]
+
+
+def _seeds(results: "Results") -> str:
+    count = results.config["seeds"]
+    return f"{count} seed{'s' if count != 1 else ''}"

@@ -1,1 +1,1 @@
-"""The paper's comparison at a size anyone can run: baselines, ablations, metrics with intervals."""
+"""The paper's comparison at a size anyone can run: the method, baselines and ablations, scored with intervals."""

@@ -1,70 +1,132 @@
-"""The size of a study, and the ablations it may hold."""
+"""The size of a study, and the ablations it may include."""
 
 import dataclasses
+from collections.abc import Mapping
+from typing import Any
 
 from flexmoe_jax.config import ModelConfig
 from flexmoe_jax.errors import ConfigError
 from flexmoe_jax.flexmix.build import DOMAINS
 from flexmoe_jax.tree import PUBLIC
 
-PAPER = {"public_data": "", "public_fraction": 0.0, "router_contrast": 0.0}
-# name: (changes to an owner's run, random router rows, norm of the rows or None for the release's own)
-ABLATIONS: dict[str, tuple[dict, bool, float | None]] = {
-    "the paper's training": (PAPER, False, 1.0),
-    "no coordination": ({**PAPER, "coordinate": False, "router_z_loss": 0.0}, False, None),
-    "random rows": ({}, True, None),
-    "no bias": ({"freeze": "experts/.*/bias"}, False, None),
-    "no bias, random rows": ({"freeze": "experts/.*/bias"}, True, None),
+
+@dataclasses.dataclass(frozen=True)
+class Experts:
+    """How the owners' experts of a merged model are trained. The defaults are the method."""
+
+    changes: Mapping[str, Any] = dataclasses.field(default_factory=dict)
+    """Keys of an owner's `RunConfig` that differ from the method's."""
+
+    random_rows: bool = False
+    """Whether router rows start in random directions instead of those of the domain embeddings."""
+
+    router_scale: float | None = None
+    """L2 norm that router rows start with; None: the study's."""
+
+
+_PAPER = {"public_data": None, "public_fraction": 0.0, "router_contrast": 0.0}
+ABLATIONS = {
+    "the paper's training": Experts(_PAPER, router_scale=1.0),
+    "no coordination": Experts({**_PAPER, "coordinate": False, "router_z_loss": 0.0}),
+    "random rows": Experts(random_rows=True),
+    "no bias": Experts({"freeze": "experts/.*/bias"}),
+    "no bias, random rows": Experts({"freeze": "experts/.*/bias"}, random_rows=True),
 }
 
 
 @dataclasses.dataclass(frozen=True)
 class StudyConfig:
-    """The size of a study. `domains` are the closed ones, comma-separated; steps are of one run of each kind.
-
-    `ablations` are names of `ABLATIONS`, comma-separated, or "all". Held-out text is in bytes per domain; a document
-    gives its first `document_chars` characters, since intervals want many documents. `systems` is "all", or "method"
-    for the method and the dense experts it is held against. `public` is a public model to begin with (empty: one is
-    trained); `public_share` the part of each closed domain's text that is public, not its owner's (flexmix/build.py);
-    router rows begin at norm `router_scale`.
-    """
+    """The size of a study (paper section 4): its owners, the steps of each kind of run, and the held-out text."""
 
     out: str
-    domains: str
-    model: ModelConfig
-    seeds: int = 3
-    public_steps: int = 300
-    owner_steps: int = 100
-    mix_steps: int = 100
-    tune_steps: int = 50
-    batch_size: int = 8
-    seq_len: int = 256
-    top_k: int = 2
-    embed_count: int = 256
-    classifier_documents: int = 256
-    proxies: int = 200
-    proxies_of: int = 2000
-    heldout_bytes: int = 40_000
-    document_chars: int = 2000
-    choice_items: int = 24
-    ablations: str = "all"
-    systems: str = "all"
-    public: str = ""
-    public_share: float = 0.08
-    router_scale: float = 0.1
+    """Folder of the study: the mix, runs, models and scores, and at the end `results.jsonl`."""
 
-    def __post_init__(self):
-        positive = ("seeds", "public_steps", "owner_steps", "mix_steps", "tune_steps", "batch_size", "heldout_bytes",
-                    "document_chars", "top_k", "proxies")  # fmt: skip
+    domains: str
+    """The owners' domains, comma-separated; each owner trains on one domain of the mini-FlexMix."""
+
+    model: ModelConfig
+    """Shape of the public model; a model given as `public` must have it."""
+
+    seeds: int = 3
+    """Repetitions with other seeds. All start from the same public model, as in the paper."""
+
+    public_steps: int = 300
+    """Optimizer steps of the public model."""
+
+    owner_steps: int = 100
+    """Optimizer steps of each owner's expert and of each dense expert."""
+
+    mix_steps: int = 100
+    """Optimizer steps of the joint training of BTX on public text."""
+
+    tune_steps: int = 50
+    """Optimizer steps of router tuning (paper section 3.3) and of the biases fitted on public text."""
+
+    batch_size: int = 8
+    """Sequences per optimizer step, in every run."""
+
+    seq_len: int = 256
+    """Tokens per sequence; at most `model.max_seq_len`."""
+
+    top_k: int = 2
+    """Experts active per token in merged models; at most the number of owners and one."""
+
+    embed_count: int = 256
+    """Documents that a domain embedding is the mean of."""
+
+    classifier_documents: int = 256
+    """Documents per domain that the owners' classifiers and the classifier of prompt routing are trained on."""
+
+    proxies: int = 200
+    """Public documents chosen as proxies of each owner's text."""
+
+    proxies_of: int = 2000
+    """Public documents that the proxies are chosen from."""
+
+    heldout_bytes: int = 40_000
+    """Held-out text per domain, in bytes."""
+
+    document_chars: int = 2000
+    """Characters taken from the start of each held-out document: intervals need many documents, not long ones."""
+
+    choice_items: int = 24
+    """Questions per domain of the four-way continuation task, at most."""
+
+    ablations: str = "all"
+    """Names of ablations, comma-separated, or "all"."""
+
+    systems: str = "all"
+    """Which systems are trained: "all", or "method" for the method and the dense experts it is compared with."""
+
+    public: str | None = None
+    """Directory of an existing public model; None trains one."""
+
+    public_share: float = 0.08
+    """Fraction of each owner's domain that belongs to the public text instead, from 0 to 0.5."""
+
+    router_scale: float = 0.1
+    """L2 norm that router rows start with."""
+
+    def __post_init__(self) -> None:
+        positive = (
+            "seeds",
+            "public_steps",
+            "owner_steps",
+            "mix_steps",
+            "tune_steps",
+            "batch_size",
+            "heldout_bytes",
+            "document_chars",
+            "top_k",
+            "proxies",
+        )
         for name in positive:
             if getattr(self, name) < 1:
                 raise ConfigError(f"config.{name} is {getattr(self, name)}", "give a number of at least 1")
         if self.systems not in ("all", "method"):
             raise ConfigError(f"config.systems is {self.systems!r}", "choose from: all, method")
         if not 0 <= self.public_share <= 0.5:
-            raise ConfigError(
-                f"config.public_share is {self.public_share}", "give a part of each domain's text, from 0 to 0.5"
-            )
+            raise ConfigError(f"config.public_share is {self.public_share}", "give a fraction from 0 to 0.5")
         if self.router_scale <= 0:
             raise ConfigError(f"config.router_scale is {self.router_scale}", "give a norm above 0")
         for owner in self.owners:
@@ -74,15 +136,20 @@ class StudyConfig:
             raise ConfigError(
                 f"config.top_k is {self.top_k}, the model has {len(self.owners) + 1} experts", "set config.top_k lower"
             )
+        for name in self._ablation_names:
+            if name not in ABLATIONS:
+                raise ConfigError(f"config.ablations names {name!r}", f"choose from: {', '.join(ABLATIONS)}")
 
     @property
     def owners(self) -> tuple[str, ...]:
+        """The owners' names in alphabetical order: the order of their experts."""
         return tuple(sorted(self.domains.split(",")))
 
     @property
-    def chosen_ablations(self) -> dict[str, tuple[dict, bool, float | None]]:
-        names = tuple(ABLATIONS) if self.ablations == "all" else tuple(filter(None, self.ablations.split(",")))
-        for name in names:
-            if name not in ABLATIONS:
-                raise ConfigError(f"config.ablations names {name!r}", f"choose from: {', '.join(ABLATIONS)}")
-        return {name: ABLATIONS[name] for name in names}
+    def chosen_ablations(self) -> dict[str, Experts]:
+        """{name: how its experts are trained}."""
+        return {name: ABLATIONS[name] for name in self._ablation_names}
+
+    @property
+    def _ablation_names(self) -> tuple[str, ...]:
+        return tuple(ABLATIONS) if self.ablations == "all" else tuple(filter(None, self.ablations.split(",")))

@@ -1,58 +1,89 @@
-"""Figures as SVG text that takes the page's colours: lines and letters are `currentColor`, the background is clear."""
+"""Figures as SVG text that takes the page's colors: lines and letters are `currentColor`, the background is clear."""
 
 import io
 import re
-from collections.abc import Callable
+from collections.abc import Callable, Mapping, Sequence
 from typing import Any
 
 import numpy as np
 
+from flexmoe_jax.study.results import MEAN, Kind, SystemResult
+
 INK = "#010203"  # replaced by currentColor
 PALETTE = ("#8a8f98", "#3b82d6", "#e2803a", "#2fa07a", "#b65fc4", "#d6a21f", "#d8504d", "#5b6ee1")
+KIND_COLORS = {Kind.METHOD: PALETTE[2], Kind.BASELINE: PALETTE[1], Kind.ABLATION: PALETTE[3], Kind.PART: PALETTE[0]}
 STYLE: Any = {
-    "svg.fonttype": "none", "svg.hashsalt": "flexmoe", "font.family": "sans-serif", "font.size": 10,
-    "text.color": INK, "axes.edgecolor": INK, "axes.labelcolor": INK, "xtick.color": INK, "ytick.color": INK,
-    "axes.spines.top": False, "axes.spines.right": False, "axes.grid": True, "grid.color": PALETTE[0],
-    "grid.alpha": 0.25, "legend.frameon": False,
-}  # fmt: skip
+    "svg.fonttype": "none",
+    "svg.hashsalt": "flexmoe",
+    "font.family": "sans-serif",
+    "font.size": 10,
+    "text.color": INK,
+    "axes.edgecolor": INK,
+    "axes.labelcolor": INK,
+    "xtick.color": INK,
+    "ytick.color": INK,
+    "axes.spines.top": False,
+    "axes.spines.right": False,
+    "axes.grid": True,
+    "grid.color": PALETTE[0],
+    "grid.alpha": 0.25,
+    "legend.frameon": False,
+}
 
 
-def colours(names: list[str]) -> dict[str, str]:
-    """A colour for each expert, `public` grey."""
+def expert_colors(names: Sequence[str]) -> dict[str, str]:
+    """A color for each expert; the first, `public`, is grey."""
     return {name: PALETTE[i % len(PALETTE)] for i, name in enumerate(names)}
 
 
-def ranking(rows: list[tuple[str, dict]], method: str) -> str:
-    """How much every system's mean bits per byte differ from the method's, with the interval, the best on top."""
+def ranking(groups: Mapping[Kind, Sequence[SystemResult]], method: str) -> str:
+    """Each system's difference to the method in mean bits per byte, with its interval; grouped, the best on top."""
 
-    def draw(plt):
-        figure, axes = plt.subplots(figsize=(7, 0.24 * len(rows) + 0.8))
-        for place, (name, cell) in enumerate(reversed(rows)):
-            colour = PALETTE[2] if name == method else PALETTE[1] if name.startswith(method) else PALETTE[0]
-            error = [[cell["value"] - cell["low"]], [cell["high"] - cell["value"]]]
-            axes.errorbar(cell["value"], place, xerr=error, fmt="o", color=colour, markersize=5, capsize=2)
-        axes.set_yticks(range(len(rows)), [name for name, _ in reversed(rows)])
-        axes.axvline(0, color=PALETTE[2], linewidth=1)
+    def draw(plt: Any) -> Any:
+        rows: list[tuple[Kind, SystemResult | None]] = []
+        for kind, systems in groups.items():
+            rows += [(kind, None), *((kind, system) for system in systems)]
+        figure, axes = plt.subplots(figsize=(8.5, 0.23 * len(rows) + 0.8))
+        for place, (kind, system) in enumerate(rows):
+            if system is not None:
+                at = system.against_method.get(MEAN)
+                value, low, high = (at.value, at.low, at.high) if at else (0.0, 0.0, 0.0)
+                axes.errorbar(
+                    value,
+                    place,
+                    xerr=[[value - low], [high - value]],
+                    fmt="o",
+                    color=KIND_COLORS[kind],
+                    markersize=5,
+                    capsize=2,
+                )
+        labels = [kind.heading if system is None else system.name for kind, system in rows]
+        axes.set_yticks(range(len(rows)), labels)
+        for label, (_, system) in zip(axes.get_yticklabels(), rows, strict=True):
+            label.set_fontweight("bold" if system is None else "normal")
+        axes.tick_params(axis="y", length=0)
+        axes.set_ylim(len(rows) - 0.4, -0.6)
+        axes.axvline(0, color=KIND_COLORS[Kind.METHOD], linewidth=1)
         axes.set_xlabel(f"mean held-out bits per byte, difference to {method} (left is better)")
         return figure
 
     return _svg(draw, f"Every system's difference to {method}, with 95% intervals")
 
 
-def learning_curves(groups: dict[str, dict[str, list]]) -> str:
-    """A panel for each group, a line for each run: training loss by step."""
+def learning_curves(panels: Mapping[str, Mapping[str, Sequence[Sequence[float]]]]) -> str:
+    """A panel for each text, a line for each system: training loss by step."""
 
-    def draw(plt):
-        columns = min(3, len(groups))
-        rows = -(-len(groups) // columns)
-        figure, grid = plt.subplots(rows, columns, figsize=(3.3 * columns, 2.4 * rows), squeeze=False)
-        for axes in grid.flat[len(groups) :]:
+    def draw(plt: Any) -> Any:
+        columns = min(3, len(panels))
+        rows = -(-len(panels) // columns)
+        figure, grid = plt.subplots(rows, columns, figsize=(3.6 * columns, 2.5 * rows), squeeze=False)
+        for axes in grid.flat[len(panels) :]:
             axes.set_visible(False)
-        for axes, (title, runs) in zip(grid.flat, groups.items(), strict=False):
-            for colour, (name, points) in zip(PALETTE[1:], runs.items(), strict=False):
-                axes.plot(*np.array(points).T, color=colour, label=name, linewidth=1.4)
-            axes.set_title(title, fontsize=10)
-            axes.legend(fontsize=7)
+        for axes, (text, runs) in zip(grid.flat, panels.items(), strict=False):
+            for color, (name, points) in zip(PALETTE[1:], runs.items(), strict=False):
+                axes.plot(*np.array(points).T, color=color, label=name, linewidth=1.4)
+            axes.set_title(f"{text} text", fontsize=10)
+            axes.legend(fontsize=7, handlelength=1.2)
         figure.supxlabel("step", fontsize=10)
         figure.supylabel("training loss, nats per token", fontsize=10)
         return figure
@@ -60,54 +91,55 @@ def learning_curves(groups: dict[str, dict[str, list]]) -> str:
     return _svg(draw, "Learning curves")
 
 
-def routing(share: dict[str, list], experts: list[str]) -> str:
-    """Heat maps: the mean weight each layer gives each expert, a map for each domain (the paper's Figure 2)."""
+def routing(share: Mapping[str, Sequence[Sequence[float]]], experts: Sequence[str]) -> str:
+    """Heat maps, one per domain: the mean weight that each layer gives each expert (the paper's Figure 2)."""
 
-    def draw(plt):
+    def draw(plt: Any) -> Any:
         columns = min(4, len(share))
         rows = -(-len(share) // columns)
         layers = len(next(iter(share.values())))
-        size = (2.5 * columns, (0.34 * layers + 1.3) * rows)
+        size = (max(2.5, 0.55 * len(experts)) * columns, (0.34 * layers + 1.3) * rows)
         figure, grid = plt.subplots(rows, columns, figsize=size, squeeze=False)
         for axes in grid.flat[len(share) :]:
             axes.set_visible(False)
         for axes, (domain, share_LE) in zip(grid.flat, share.items(), strict=False):
-            axes.imshow(share_LE, cmap="Blues", vmin=0, vmax=1, aspect="auto")
-            for (layer, expert), value in np.ndenumerate(np.array(share_LE)):
-                colour = "white" if value > 0.55 else "black"
-                axes.text(expert, layer, f"{value:.2f}", ha="center", va="center", fontsize=8, color=colour)
+            _heat_map(axes, np.array(share_LE), "{:.2f}", cmap="Blues", vmin=0, vmax=1)
             axes.set_title(f"{domain} text", fontsize=10)
             axes.set_xticks(range(len(experts)), experts, fontsize=8, rotation=30)
             axes.set_yticks(range(layers), [str(n) for n in range(layers)])
-            axes.grid(False)
         grid[0, 0].set_ylabel("layer")
         return figure
 
     return _svg(draw, "Routed weight of each expert by layer and domain")
 
 
-def matrix(values: dict[str, dict[str, float]]) -> str:
-    """Rows leave, columns are read: the change in bits per byte."""
+def matrix(values: Mapping[str, Mapping[str, float]]) -> str:
+    """The change in bits per byte: a row for each owner that leaves, a column for each domain."""
 
-    def draw(plt):
+    def draw(plt: Any) -> Any:
         rows, columns = list(values), list(next(iter(values.values())))
         table = np.array([[values[row][column] for column in columns] for row in rows])
         most = np.abs(table).max() or 1.0
         figure, axes = plt.subplots(figsize=(1.1 * len(columns) + 1.6, 0.5 * len(rows) + 1.1))
-        axes.imshow(table, cmap="RdBu_r", vmin=-most, vmax=most, aspect="auto")
-        for (i, j), value in np.ndenumerate(table):
-            colour = "white" if abs(value) > 0.6 * most else "black"
-            axes.text(j, i, f"{value:+.3f}", ha="center", va="center", fontsize=9, color=colour)
+        _heat_map(axes, table, "{:+.3f}", cmap="RdBu_r", vmin=-most, vmax=most)
         axes.set_xticks(range(len(columns)), columns, rotation=30)
         axes.set_yticks(range(len(rows)), [f"without {row}" for row in rows])
-        axes.grid(False)
         return figure
 
     return _svg(draw, "Change in bits per byte when an owner leaves")
 
 
-def _svg(draw: Callable, title: str) -> str:
-    """What `draw(pyplot)` returns, a figure, as SVG of the page's width."""
+def _heat_map(axes: Any, values: np.ndarray, text: str, **colors: Any) -> None:
+    """A colored cell for each entry of a matrix, with the number in it; `text` is its format."""
+    axes.imshow(values, aspect="auto", **colors)
+    for (row, column), value in np.ndenumerate(values):
+        ink = "white" if abs(value) > 0.58 * colors["vmax"] else "black"
+        axes.text(column, row, text.format(value), ha="center", va="center", fontsize=8, color=ink)
+    axes.grid(False)
+
+
+def _svg(draw: Callable[[Any], Any], title: str) -> str:
+    """The figure that `draw(pyplot)` returns as SVG of the page's width."""
     import matplotlib
 
     matplotlib.use("svg")

@@ -1,4 +1,4 @@
-"""The page: what of a study's results goes where."""
+"""A study's results as one HTML page that needs nothing else: it opens offline, on a phone, in light and dark."""
 
 import json
 import pathlib
@@ -8,113 +8,103 @@ from typing import Any
 
 from flexmoe_jax.errors import ArtifactError, ConfigError
 from flexmoe_jax.study import figures
-from flexmoe_jax.study.train import METHOD
+from flexmoe_jax.study.results import RESULTS, SAMPLES, Kind, Results, SystemResult, read_results
 from flexmoe_jax.tree import PUBLIC
 
-_KEYS = {"config", "documents", "against_method", "choice", "forward_flops_per_token", "training_flops_after_public"}
-_KEYS |= {"share", "opting_out", "curves", "classifiers"}
 
+def read_study(path: pathlib.Path) -> tuple[Results, list[dict[str, Any]]]:
+    """(results, routed sample texts) of a study's folder, or of a file of results, which has no texts.
 
-def read_study(path: pathlib.Path) -> tuple[dict, list[dict]]:
-    """(results, routed sample texts or none) of a study's folder or of its results as one JSON file."""
-    file = path / "results.json" if path.is_dir() else path
-    samples = file.with_name("samples.json")
+    Raises ArtifactError for a missing or broken file and for one that holds several studies.
+    """
+    file = path / RESULTS if path.is_dir() else path
     if not file.exists():
         raise ArtifactError(f"{file} does not exist", "give the folder of a finished `flexmoe reproduce`")
-    try:
-        results = json.loads(file.read_bytes())
-        results["bits_per_byte"][METHOD]["mean"]
-        if missing := sorted(_KEYS - results.keys()):
-            raise KeyError(", ".join(missing))
-        return results, json.loads(samples.read_bytes()) if path.is_dir() and samples.exists() else []
-    except (ValueError, KeyError, TypeError) as error:
+    studies = read_results(file)
+    if len(studies) != 1:
+        names = ", ".join(study.study for study in studies)
         raise ArtifactError(
-            f"{file} holds no results of a study: {error!r}", "run `flexmoe reproduce` again"
-        ) from error
+            f"{file} holds {len(studies)} studies: {names}", "give the folder or the lines of one study"
+        )
+    samples = file.with_name(SAMPLES)
+    try:
+        return studies[0], json.loads(samples.read_bytes()) if path.is_dir() and samples.exists() else []
+    except ValueError as error:
+        raise ArtifactError(f"{samples} is not valid JSON: {error}", "run `flexmoe reproduce` again") from error
 
 
-def render(results: dict, samples: list[dict]) -> str:
-    """The report on `results` as one HTML page; needs the extra `report`."""
+def render(results: Results, samples: list[dict[str, Any]]) -> str:
+    """The page. Needs the extra `report`."""
     try:
         import jinja2
         import matplotlib  # noqa: F401 - the figures need it
     except ImportError as error:
         raise ConfigError(f"the report needs {error.name}", "pip install 'flexmoe_jax[report]'") from error
-    bits, config = results["bits_per_byte"], results["config"]
-    owners = sorted(config["domains"].split(","))
-    experts = [PUBLIC, *owners]
-    domains = [*experts, *(name for name in bits[METHOD] if name not in (*experts, "mean"))]
-    against = {METHOD: {"value": 0.0, "low": 0.0, "high": 0.0}}
-    against |= {system: row["mean"] for system, row in results["against_method"].items()}
-    order = sorted(bits, key=lambda system: bits[system]["mean"]["value"])
-    alone = {
-        o: {d: bits[f"without {o}"][d]["value"] - bits[METHOD][d]["value"] for d in (PUBLIC, *owners)} for o in owners
-    }
-    colours = figures.colours(experts)
+    groups, method, experts = results.grouped(), results.method, [PUBLIC, *results.owners]
+    colors, panels = figures.expert_colors(experts), _panels(results)
     template = jinja2.Environment(autoescape=True, trim_blocks=True, lstrip_blocks=True).from_string(
         resources.files("flexmoe_jax.study").joinpath("page.html").read_text(encoding="utf-8")
     )
     return template.render(
-        method=METHOD,
-        domains=domains,
-        owners=owners,
-        rows=[_row(system, results, domains) for system in order],
         results=results,
-        config=config,
-        command=_command(config),
+        method=method,
+        groups=groups,
+        command=_command(results),
+        failed=_failed_opt_outs(results),
         figures={
-            "ranking": figures.ranking([(name, against[name]) for name in order], METHOD),
-            "curves": figures.learning_curves(_groups(results["curves"], owners)),
-            "routing": figures.routing({d: results["share"][METHOD][d] for d in domains}, experts),
-            "leaving": figures.matrix(alone),
+            "ranking": figures.ranking(groups, method.name),
+            "curves": figures.learning_curves(panels) if panels else "",
+            "routing": figures.routing({domain: method.share[domain] for domain in results.domains}, experts),
+            "leaving": figures.matrix(
+                {o: {d: row.against_method[d].value for d in experts} for o, row in _without(results).items()}
+            ),
         },
-        samples=[_coloured(sample, colours) for sample in samples],
-        colours=colours,
+        samples=[_colored(sample, colors) for sample in samples],
+        colors=colors,
     )
 
 
-def _row(system: str, results: dict, domains: list[str]) -> dict[str, Any]:
-    bits, public = results["bits_per_byte"][system], results["forward_flops_per_token"][PUBLIC]
-    training = results["training_flops_after_public"]
+def _without(results: Results) -> dict[str, SystemResult]:
+    """{owner: the merged model without its expert}."""
+    every = {PUBLIC, *results.owners}
     return {
-        "system": system,
-        "cells": [bits[domain] for domain in (*domains, "mean")],
-        "against": results["against_method"].get(system, {}).get("mean"),
-        "choice": results["choice"][system]["mean"],
-        "cost": results["forward_flops_per_token"][system] / public,
-        "training": 0 if system == PUBLIC else training.get(system, training[_trained(system)]),
+        owner: next(system for system in results.systems if {*system.experts} == every - {owner})
+        for owner in results.owners
     }
 
 
-def _trained(system: str) -> str:
-    """What a system that was not trained by itself is made of: the dense experts, those of a frozen trunk, or ours."""
-    if "frozen trunk" in system:
-        return "frozen trunk"
-    dense = "BTM" in system or "soup" in system or "dense" in system or system == "prompt routing"
-    return "dense" if dense else METHOD
+def _failed_opt_outs(results: Results) -> list[str]:
+    return [
+        f"{owner}, seed {seed}"
+        for seed, owners in enumerate(results.opting_out)
+        for owner, row in owners.items()
+        if not row["equal"]
+    ]
 
 
-def _groups(curves: dict[str, list], owners: list[str]) -> dict[str, dict[str, list]]:
-    groups = {"public model": {"public": curves["public"]}} if "public" in curves else {}
-    for owner in owners:
-        groups[owner] = {"expert": curves[f"{METHOD}_{owner}"], "dense": curves[f"dense_{owner}"]}
-    together = {name.replace("_", " "): points for name, points in curves.items() if name.startswith("unrestricted")}
-    return groups | ({"trained together": together} if together else {})
+def _panels(results: Results) -> dict[str, dict[str, list[list[float]]]]:
+    """{text: {system: points}} of all curves but those of ablations."""
+    shown = {system.name for system in results.systems if system.kind != Kind.ABLATION}
+    panels: dict[str, dict[str, list[list[float]]]] = {}
+    for curve in results.curves:
+        if curve.system in shown:
+            panels.setdefault(curve.text, {})[curve.system] = curve.points
+    return panels
 
 
-def _coloured(sample: dict, colours: dict[str, str]) -> dict:
-    """A text as (piece, colour, opacity, all weights in words): the expert with most weight, the more the stronger."""
+def _colored(sample: dict[str, Any], colors: dict[str, str]) -> dict[str, Any]:
+    """A text as (piece, color, opacity, all weights in words): the color of the expert with most weight."""
     pieces = []
     for piece, weights in zip(sample["pieces"], sample["weights"], strict=True):
         best = max(range(len(weights)), key=weights.__getitem__)
         words = ", ".join(f"{name} {weight:.2f}" for name, weight in zip(sample["experts"], weights, strict=True))
-        pieces.append((piece, colours[sample["experts"][best]], round(weights[best], 2), words))
+        pieces.append((piece, colors[sample["experts"][best]], round(weights[best], 2), words))
     return {"domain": sample["domain"], "pieces": pieces}
 
 
-def _command(config: dict) -> str:
-    name = re.sub(r".*reproduction-", "", config["out"].rstrip("/"))
-    return (
-        f"flexmoe reproduce --config=experiments/reproduction.py:{name if name.isalpha() else 'small'} "
-        f"--config.seeds={config['seeds']}"
-    )
+def _command(results: Results) -> str:
+    """The command that made the study, where its folder has the name that experiments/reproduction.py gives."""
+    size = re.fullmatch(r"reproduction-([a-z]+)", results.study)
+    if size is None:
+        return ""
+    return f"flexmoe reproduce --config=experiments/reproduction.py:{size[1]} --config.seeds={results.config['seeds']}"

@@ -1,24 +1,28 @@
-"""From scores to tables: bits per byte and choices with intervals, costs, and each system against the method."""
+"""A study from start to end, and studies at several values of one of its numbers."""
 
 import dataclasses
-import json
 import pathlib
 from collections.abc import Sequence
 
 from flexmoe_jax.api import load
-from flexmoe_jax.artifacts.sealed import differences, write_json
+from flexmoe_jax.artifacts.sealed import differences, parse_json, read_bytes
 from flexmoe_jax.config import to_mapping
 from flexmoe_jax.errors import ArtifactError, ConfigError, did_you_mean
+from flexmoe_jax.files import write_json
+from flexmoe_jax.study import tables
 from flexmoe_jax.study.config import StudyConfig
-from flexmoe_jax.study.systems import make_texts, score_seed
-from flexmoe_jax.study.tables import classifiers, compare_never_merged, curves, samples, tabulate
-from flexmoe_jax.study.train import METHOD, OF_PUBLIC, OF_SHARED, make_shared, train_public, train_seed
+from flexmoe_jax.study.results import RESULTS, SAMPLES, Results, write_results
+from flexmoe_jax.study.scoring import Bench, SystemScore, make_texts
+from flexmoe_jax.study.systems import METHOD, systems
+from flexmoe_jax.study.train import OF_PUBLIC, OF_SHARED, make_shared, train_public, train_seed
+from flexmoe_jax.study.workshop import Artifacts
 
 
-def reproduce(config: StudyConfig, shared: pathlib.Path | None = None) -> dict:
-    """Runs the study, or what is missing of it, in `config.out`; writes and returns `results.json`.
+def reproduce(config: StudyConfig, shared: pathlib.Path | None = None) -> Results:
+    """Runs the study in `config.out`, or what is missing of it; writes and returns its results.
 
-    `shared` is the folder of another study of the same domains, with its mix and domain vectors.
+    `shared` is the folder of another study of the same domains, whose mix and domain vectors are used. Raises
+    ArtifactError where `config.out` holds another study.
     """
     root = pathlib.Path(config.out)
     shared = root if shared is None else shared
@@ -26,33 +30,41 @@ def reproduce(config: StudyConfig, shared: pathlib.Path | None = None) -> dict:
     make_shared(config, shared)
     texts = make_texts(config, shared / "mix")
     public = train_public(config, shared, root)
-    made, scores = [], []
+    made: list[Artifacts] = []
+    scores: list[dict[str, SystemScore]] = []
     for seed in range(config.seeds):
         home = root / f"seed-{seed}"
         made.append(train_seed(config, shared, public, home, seed))
-        scores.append(score_seed(config, made[-1], texts, home))
-    results = tabulate(config, texts, scores, made[0].flops)
-    results |= {
-        "opting_out": [compare_never_merged(artefacts) for artefacts in made],
-        "curves": curves([root / "runs", root / "seed-0" / "runs"]),
-        "classifiers": classifiers(config, shared),
-    }
+        bench = Bench(config, made[-1], texts, shared / "mix", home)
+        for system in systems(config):
+            bench.scores[system.name] = system.score(bench)
+        scores.append(bench.scores)
+    results = Results(
+        study=root.resolve().name,
+        config=to_mapping(config),
+        documents=tables.document_sizes(texts),
+        choice_items=tables.choice_items(config, texts),
+        opting_out=[tables.compare_never_merged(artifacts) for artifacts in made],
+        curves=tables.curves(config, root),
+        classifiers=tables.classifiers(config, shared),
+        systems=tables.tabulate(config, texts, scores),
+    )
     # Held-out text stays in the study's folder: results may be published, news may not.
-    write_json(root / "samples.json", samples(load(made[0].merged[METHOD]), texts))
-    write_json(root / "results.json", results)
+    write_json(root / SAMPLES, tables.samples(load(made[0].models[METHOD]), texts))
+    write_results(root / RESULTS, [results])
     return results
 
 
-def vary(config: StudyConfig, key: str, values: Sequence[str]) -> dict[str, dict]:
-    """{value: results} of the study at each value of one of its numbers: the method and its dense experts alone.
+def vary(config: StudyConfig, key: str, values: Sequence[str]) -> dict[str, Results]:
+    """{value: results} of the study at each value of one number, of the method and the dense experts only.
 
-    Each is a study of its own in `config.out`/KEY-VALUE. They share the text and the public model where these do not
-    depend on the number.
+    Each is a study of its own in `config.out`/KEY-VALUE; `config.out`/KEY.jsonl has the results of all. They share the
+    text and the public model where these do not depend on the number.
     """
     kinds = {field.name: field.type for field in dataclasses.fields(StudyConfig) if field.type in (int, float)}
     if key not in kinds:
         raise ConfigError(f"config.{key} cannot be varied", did_you_mean(key, kinds))
-    if config.public and key in ("public_steps", "public_share"):
+    if config.public is not None and key in ("public_steps", "public_share"):
         raise ConfigError(f"config.public is {config.public!r} and config.{key} is varied", "leave config.public out")
     root, base = pathlib.Path(config.out), dataclasses.replace(config, systems="method")
     try:
@@ -65,20 +77,22 @@ def vary(config: StudyConfig, key: str, values: Sequence[str]) -> dict[str, dict
         public = str(train_public(base, root, root))
         studies = [dataclasses.replace(study, public=public) for study in studies]
     shared = None if key in OF_SHARED else root
-    return {value: reproduce(study, shared) for value, study in zip(values, studies, strict=True)}
+    results = {value: reproduce(study, shared) for value, study in zip(values, studies, strict=True)}
+    write_results(root / f"{key}.jsonl", results.values())
+    return results
 
 
 def check_same(config: StudyConfig, root: pathlib.Path) -> None:
-    """Refuses a folder that holds another study: what is cached there would be taken for this one's.
+    """Refuses a folder that holds another study, since its models and scores would be taken for this one's.
 
-    More seeds may be added, other ablations, and more systems.
+    More seeds, other ablations and more systems may be added.
     """
     path, fields = root / "study.json", to_mapping(config)
     fields = {key: value for key, value in fields.items() if key not in ("out", "seeds", "ablations", "systems")}
     if not path.exists():
         root.mkdir(parents=True, exist_ok=True)
         write_json(path, fields)
-    elif lines := differences(json.loads(path.read_text()), fields):
+    elif lines := differences(parse_json(read_bytes(path), path), fields):
         raise ArtifactError(
             f"{root} holds another study (there != now):\n    " + "\n    ".join(lines), "give another config.out"
         )

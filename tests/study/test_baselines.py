@@ -1,17 +1,17 @@
-"""Mixtures of models against sums written out, and what may not see the future."""
+"""Mixtures of models equal sums written out, and the causal one does not see the future."""
 
 import math
 
 import numpy as np
 import pytest
 
-from flexmoe_jax.study.baselines import branch_train_merge, causal_branch_train_merge, choose
+from flexmoe_jax.study.baselines import branch_train_merge, causal_branch_train_merge, choose, oracle
 
 A, B = np.array([0.5, 2.0, 1.0]), np.array([1.5, 0.25, 3.0])
 NATS = {"a": [A], "b": [B]}
 
 
-def test_btm_is_the_mixture_its_weights_say():
+def test_btm_is_the_mixture_with_its_weights():
     temperature = 0.7
     scores = [math.exp(-A.mean() / temperature), math.exp(-B.mean() / temperature)]
     weights = [score / sum(scores) for score in scores]
@@ -26,21 +26,27 @@ def test_causal_btm_is_the_posterior_mixture_whose_total_is_the_mean_likelihood(
     assert mixed.sum() == pytest.approx(total, rel=1e-12)
 
 
-def test_causal_btm_never_looks_ahead_and_the_papers_form_does():
+def test_causal_btm_does_not_look_ahead_and_the_papers_form_does():
     later = {"a": [np.array([0.5, 2.0, 9.0])], "b": [np.array([1.5, 0.25, 0.1])]}
     np.testing.assert_array_equal(causal_branch_train_merge(later)[0][:2], causal_branch_train_merge(NATS)[0][:2])
     assert branch_train_merge(later)[0][0] != branch_train_merge(NATS)[0][0]
 
 
 @pytest.mark.parametrize("mix", [branch_train_merge, causal_branch_train_merge])
-def test_one_of_two_kept_is_one_experts_word_and_all_kept_is_the_whole_mixture(mix):
+def test_top_1_is_one_expert_and_top_2_of_two_is_the_whole_mixture(mix):
     single = mix(NATS, top_k=1)[0]
     assert all(min(abs(s - a), abs(s - b)) < 1e-12 for s, a, b in zip(single, A, B, strict=True))
     np.testing.assert_array_equal(mix(NATS, top_k=2)[0], mix(NATS)[0])
 
 
-def test_choosing_takes_each_document_from_its_expert():
+def test_prompt_routing_takes_each_document_from_its_expert():
     nats = {"a": [A, A], "b": [B, B]}
     chosen = choose(nats, ["b", "a"])
     assert chosen[0] is B
     assert chosen[1] is A
+
+
+def test_the_oracle_takes_all_documents_from_the_expert_with_the_lowest_total():
+    nats = {"a": [A, A], "b": [B, A - 0.3]}
+    assert oracle(nats) is nats["a"]  # 7.0 against 7.35
+    assert oracle({**nats, "b": [B, A - 0.5]})[1][0] == 0.0

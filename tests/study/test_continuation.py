@@ -1,4 +1,4 @@
-"""The four-way task: items share their beginning and length, and only the likeliest true text counts."""
+"""The four-way task: the texts of an item share context and length, and only the likeliest true text counts."""
 
 import numpy as np
 
@@ -9,7 +9,7 @@ def texts(count: int) -> list[str]:
     return [f"{n:03d} " * 200 for n in range(count)] + ["too short"]
 
 
-def test_an_items_texts_begin_alike_end_apart_and_the_first_is_true():
+def test_an_items_texts_have_one_context_and_four_endings_and_the_first_is_true():
     documents = texts(6)
     items = make_items(documents, 6)
     assert len(items) == 6 * CHOICES

@@ -1,51 +1,14 @@
-"""The page of a study whose figures are known: everything is there, nothing is fetched, nothing is taken for markup."""
+"""The page shows every figure of a study, fetches nothing, and escapes markup."""
 
+import dataclasses
 import json
 import re
 
-import pytest
-
 from flexmoe_jax.cli.main import main
 from flexmoe_jax.study.page import read_study, render
-from flexmoe_jax.study.train import METHOD
-
-DOMAINS = ("public", "code", "news", "code + news")
-SYSTEMS = {
-    METHOD: 1.5,
-    "public": 2.0,
-    "without code": 1.75,
-    "without news": 1.7,
-    "BTM": 1.6,
-    "unrestricted 2x": 1.4,
-    "frozen trunk code": 1.65,
-}
-
-
-def cell(value: float) -> dict:
-    return {"value": value, "low": value - 0.01, "high": value + 0.02}
-
-
-@pytest.fixture
-def results() -> dict:
-    rows = {name: {d: cell(bits) for d in (*DOMAINS, "mean")} for name, bits in SYSTEMS.items()}
-    curve = [[0, 5.0], [10, 4.0]]
-    runs = ("public", f"{METHOD}_code", f"{METHOD}_news", "dense_code", "dense_news", "unrestricted_1x")
-    return {
-        "config": {"domains": "news,code", "seeds": 2, "out": "runs/reproduction-small", "model": {"d_model": 8}},
-        "documents": {d: {"documents": 3, "bytes": 4321} for d in DOMAINS},
-        "bits_per_byte": rows,
-        "against_method": {
-            name: {"mean": cell(bits - SYSTEMS[METHOD])} for name, bits in SYSTEMS.items() if name != METHOD
-        },
-        "choice": {name: {"mean": cell(0.5)} for name in SYSTEMS},
-        "forward_flops_per_token": {name: 1e6 if name == "public" else 2e6 for name in SYSTEMS},
-        "training_flops_after_public": {METHOD: 1e9, "dense": 2e9, "frozen trunk": 3e9},
-        "share": {METHOD: {d: [[0.5, 0.25, 0.25], [0.1, 0.2, 0.7]] for d in DOMAINS}},
-        "opting_out": [{"code": {"equal": True}, "news": {"equal": True}}],
-        "curves": dict.fromkeys(runs, curve),
-        "classifiers": {"code": 0.975, "news": 0.9},
-    }
-
+from flexmoe_jax.study.results import Kind, write_results
+from flexmoe_jax.study.systems import METHOD
+from tests.study import tiny
 
 SAMPLE = {
     "domain": "news",
@@ -55,54 +18,92 @@ SAMPLE = {
 }
 
 
-def test_every_system_stands_with_its_figures_the_best_first(results):
-    page = render(results, [])
-    table = re.findall(r"<tr[^>]*><td>(.*?)</td>", page)
-    assert table[: len(SYSTEMS)] == sorted(SYSTEMS, key=SYSTEMS.__getitem__)
-    row = page[page.index('<tr class="method">') :].split("</tr>")[0]
-    assert "1.500" in row
-    assert "±0.015" in row  # half of the mean's interval
-    assert "2.00x" in row
-    assert "1e+09" in row
-    assert "3e+09" in page[page.index("<td>frozen trunk code</td>") :].split("</tr>")[0]
-    assert "+0.500 <small>+0.490 to +0.520</small>" in page  # public against the method
+def row(page: str, system: str) -> str:
+    return page[page.index(f"<td>{system}</td>") :].split("</tr>")[0]
+
+
+def test_every_system_is_in_its_group_with_its_figures_the_best_first():
+    page = render(tiny.results(), [])
+    table = page[page.index("<tbody>") : page.index("</table>")]
+    found = re.findall(r"<tr[^>]*><(?:td|th)>(.*?)</(?:td|th)>", table)
+    groups = {
+        Kind.METHOD: [METHOD],
+        Kind.BASELINE: ["unrestricted 2x", "BTM", "public"],
+        Kind.ABLATION: ["no bias"],
+        Kind.PART: ["frozen trunk code", "without news", "without code"],
+    }
+    assert found == [line for kind, names in groups.items() for line in (kind.heading, *names)]
+    assert page[page.index('<tr class="method">') :].startswith(f'<tr class="method"><td>{METHOD}</td>')
+    assert "1.500" in row(page, METHOD)
+    assert "±0.015" in row(page, METHOD)  # half of the mean's interval
+    assert "2.00x" in row(page, METHOD)
+    assert "1e+09" in row(page, METHOD)
+    assert "3e+09" in row(page, "frozen trunk code")
+    assert "+0.500 <small>+0.490 to +0.520</small>" in row(page, "public")
     assert "code 97.5%" in page
     assert "flexmoe reproduce --config=experiments/reproduction.py:small --config.seeds=2" in page
 
 
-def test_the_page_needs_nothing_from_anywhere(results):
-    page = render(results, [SAMPLE])
+def test_a_study_without_an_experiment_of_its_name_shows_no_command():
+    assert "flexmoe reproduce" not in render(tiny.results("owner_steps-25"), [])
+
+
+def test_an_opt_out_that_is_not_exact_is_named():
+    results = tiny.results()
+    assert "opting out is exact" in render(results, [])
+    results.opting_out[0]["news"]["equal"] = False
+    page = render(results, [])
+    assert "opting out is exact" not in page
+    assert "news, seed 0" in page
+
+
+def test_curves_of_ablations_are_left_out():
+    page = render(tiny.results(), [])
+    curves = page[page.index("Learning curves") : page.index("Proxies")]
+    assert "unrestricted 2x" in curves
+    assert "no bias" not in curves
+    assert "Learning curves" not in render(dataclasses.replace(tiny.results(), curves=[]), [])
+
+
+def test_the_page_needs_nothing_from_anywhere():
+    page = render(tiny.results(), [SAMPLE])
     assert page.count("<svg") == page.count("</svg>") == 4
     assert not re.search(r"<(script|link|img|iframe)|src=|@import|url\((?!#)", page)
     assert "currentColor" in page
     assert "#010203" not in page
 
 
-def test_texts_are_shown_and_never_taken_for_markup(results):
+def test_texts_are_shown_and_escaped():
+    results = tiny.results()
     page = render(results, [SAMPLE])
     assert "&lt;b&gt;</span>" in page
     assert 'title="public 0.20, code 0.70, news 0.10"' in page
-    results["config"]["<i>"] = "<script>"
+    results.config["<i>"] = "<script>"
     assert "<script>" not in render(results, [SAMPLE])
 
 
-def test_by_command_from_a_folder_or_a_file(results, tmp_path, capsys):
-    (tmp_path / "results.json").write_text(json.dumps(results))
+def test_the_command_takes_a_folder_or_a_file(tmp_path, capsys):
+    write_results(tmp_path / "results.jsonl", [tiny.results()])
     (tmp_path / "samples.json").write_text(json.dumps([SAMPLE]))
     assert main(["report", str(tmp_path)]) == 0
     assert " rose</span>" in (tmp_path / "report.html").read_text()
-    assert main(["report", str(tmp_path / "results.json"), "--out", str(tmp_path / "p.html")]) == 0
+    assert main(["report", str(tmp_path / "results.jsonl"), "--out", str(tmp_path / "p.html")]) == 0
     assert " rose</span>" not in (tmp_path / "p.html").read_text()  # published results hold no text
     assert main(["report", str(tmp_path), "--out", str(tmp_path / "nowhere" / "page.html")]) == 1
     assert "cannot be written" in capsys.readouterr().err
-    older = json.dumps({key: value for key, value in results.items() if key != "curves"})
-    for broken in ("[]", "{}", "x", older):
-        (tmp_path / "results.json").write_text(broken)
-        assert main(["report", str(tmp_path)]) == 1
+    (tmp_path / "samples.json").write_text("[")
+    assert main(["report", str(tmp_path)]) == 1
+    assert "samples.json is not valid JSON" in capsys.readouterr().err
+
+
+def test_the_command_refuses_what_is_not_one_study(tmp_path, capsys):
     assert main(["report", str(tmp_path / "none")]) == 1
     assert "does not exist" in capsys.readouterr().err
+    write_results(tmp_path / "results.jsonl", [tiny.results("a-1"), tiny.results("a-2")])
+    assert main(["report", str(tmp_path)]) == 1
+    assert "holds 2 studies: a-1, a-2" in capsys.readouterr().err
 
 
-def test_read_study_gives_no_samples_where_there_are_none(results, tmp_path):
-    (tmp_path / "results.json").write_text(json.dumps(results))
-    assert read_study(tmp_path) == (results, [])
+def test_a_folder_without_samples_gives_none(tmp_path):
+    write_results(tmp_path / "results.jsonl", [tiny.results()])
+    assert read_study(tmp_path) == (tiny.results(), [])

@@ -1,4 +1,4 @@
-"""Soups and the start of BTX, leaf by leaf."""
+"""Soups and the start of BTX are right leaf by leaf."""
 
 import numpy as np
 

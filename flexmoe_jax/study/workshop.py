@@ -1,0 +1,230 @@
+"""Trains or finds the models of one seed: a run that is done is skipped, one that was interrupted is resumed."""
+
+import dataclasses
+import functools
+import json
+import logging
+import pathlib
+import re
+from collections.abc import Callable, Mapping
+from typing import Any
+
+import numpy as np
+
+from flexmoe_jax.api import load
+from flexmoe_jax.artifacts.model_dir import create_model, open_model
+from flexmoe_jax.compose.merge import merge
+from flexmoe_jax.compose.tune import tune
+from flexmoe_jax.config import OptimizerConfig, RunConfig
+from flexmoe_jax.data.embedding import DomainVector
+from flexmoe_jax.study.baselines import branch_train_mix
+from flexmoe_jax.study.config import Experts, StudyConfig
+from flexmoe_jax.train.loop import train
+from flexmoe_jax.tree import PUBLIC, Params, split
+
+log = logging.getLogger(__name__)
+
+RANDOM_ROW_SEED = 1000
+ALL = "all"  # the text of every domain in equal amounts
+
+
+@dataclasses.dataclass(frozen=True)
+class Artifacts:
+    """Model directories of one seed by the name of the system, `public` among them."""
+
+    models: Mapping[str, pathlib.Path]
+
+
+@dataclasses.dataclass(frozen=True)
+class Joint:
+    """A model trained further as a whole, on one text (a domain, or "all")."""
+
+    text: str
+    steps: int
+    start: Callable[["Workshop", Artifacts], pathlib.Path]
+    """Makes or finds the model directory that training starts from."""
+    changes: Mapping[str, Any] = dataclasses.field(default_factory=dict)
+    """Keys of its `RunConfig` beside those that every joint run has."""
+
+
+@dataclasses.dataclass(frozen=True)
+class Tuned:
+    """The merged model of the system `of` with its router tuned on proxies (paper section 3.3)."""
+
+    of: str
+    together: bool
+    """Whether all rows are tuned at once, or each owner's by itself."""
+
+
+Training = Experts | Joint | Tuned
+
+
+def trained(name: str) -> Callable[["Workshop", Artifacts], pathlib.Path]:
+    """A joint run's start: the model of the system `name`."""
+    return lambda workshop, artifacts: artifacts.models[name]
+
+
+@dataclasses.dataclass(frozen=True)
+class Workshop:
+    """Trains or finds the models of one seed in `home`; `shared` holds what `make_shared` makes."""
+
+    config: StudyConfig
+    shared: pathlib.Path
+    home: pathlib.Path
+    seed: int
+
+    def make(self, name: str, training: Training, artifacts: Artifacts) -> pathlib.Path:
+        """The model directory of the system `name`; `artifacts` has the models that it is made from."""
+        match training:
+            case Experts():
+                return self._merged(name, training, self.at_norm(artifacts.models[PUBLIC], training.router_scale))
+            case Joint(text, steps, start, changes):
+                options = {"public": str(start(self, artifacts)), "router_z_loss": 0.0, **changes}
+                return self.train(name, owner=PUBLIC, text=text, steps=steps, **options)
+            case Tuned(of, together):
+                return self._tuned(name, artifacts.models[of], together)
+
+    def runs(self, name: str, training: Training) -> dict[str, pathlib.Path]:
+        """{text: run directory} of the runs that train the system `name`, without those of router tuning."""
+        match training:
+            case Experts():
+                return {owner: self._run(_expert_of(name, owner)) for owner in self.config.owners}
+            case Joint(text):
+                return {text: self._run(name)}
+        return {}
+
+    def train(self, name: str, *, owner: str, text: str, steps: int, **changes: Any) -> pathlib.Path:
+        """The product of a run on the mix's domain `text`, or on the folder `text` beside the mix."""
+        folder = self.shared / text if text == ALL else self.shared / "mix" / text
+        options: dict[str, Any] = {
+            "optimizer": OptimizerConfig(lr=1.5e-3, warmup_steps=10, weight_decay=0.1),
+            "out": str(self._run(name)),
+            "batch_size": self.config.batch_size,
+            "seq_len": self.config.seq_len,
+            "seed": self.seed,
+            "save_every": 200,
+        }
+        product = train(RunConfig(owner=owner, data=str(folder), steps=steps, **options | changes))
+        log.info(f"seed {self.seed}: {name}: {product}")
+        return product
+
+    def at_norm(self, release: pathlib.Path, scale: float | None) -> pathlib.Path:
+        """`release` with router rows that start at the norm `scale`; itself where it has them, or for None."""
+        if scale in (None, open_model(release).manifests[PUBLIC].record.fields["router"]["scale"]):
+            return release
+        return self.made(f"public, rows of norm {scale}", functools.partial(_rescale, release, scale))
+
+    def made(self, name: str, make: Callable[[pathlib.Path], object]) -> pathlib.Path:
+        """What `make` writes at a path of its own, once; it must write whole or not at all."""
+        path = self._made(name)
+        if not path.exists():
+            path.parent.mkdir(parents=True, exist_ok=True)
+            make(path)
+        return path
+
+    def _merged(self, name: str, how: Experts, release: pathlib.Path) -> pathlib.Path:
+        """Every owner's expert, and the model merged from them."""
+        packages = []
+        for i, owner in enumerate(self.config.owners):
+            vector = self.shared / "domains" / f"{owner}.json"
+            if how.random_rows:
+                vector = self.made(f"random row {owner}.json", functools.partial(_random_row, vector, self.seed, i))
+            options: dict[str, Any] = {
+                "public": str(release),
+                "public_data": str(self.shared / "mix" / PUBLIC),
+                "public_fraction": 0.25,
+                "router_contrast": 0.1,
+                "domain_vector": str(vector),
+                **how.changes,
+            }
+            run = _expert_of(name, owner)
+            packages.append(self.train(run, owner=owner, text=owner, steps=self.config.owner_steps, **options))
+        return self.made(f"merged {name}", lambda path: merge(release, packages, path, top_k=self.config.top_k))
+
+    def _tuned(self, name: str, model: pathlib.Path, together: bool) -> pathlib.Path:
+        made = tune(
+            model,
+            {owner: self.shared / "proxies" / owner for owner in self.config.owners},
+            self.shared / "mix" / PUBLIC,
+            self._made(name),
+            together=together,
+            seed=self.seed,
+            batch_size=self.config.batch_size,
+            seq_len=self.config.seq_len,
+            steps=self.config.tune_steps,
+        )
+        log.info(f"seed {self.seed}: {name}: {made.path}")
+        return made.path
+
+    def _run(self, name: str) -> pathlib.Path:
+        return self.home / "runs" / _folder_name(name)
+
+    def _made(self, name: str) -> pathlib.Path:
+        return self.home / "made" / _folder_name(name)
+
+
+def _expert_of(name: str, owner: str) -> str:
+    return f"{name} {owner}"
+
+
+def _folder_name(name: str) -> str:
+    return re.sub("[,']", "", name).replace(" ", "_")
+
+
+def btx_start(dense: Mapping[str, str]) -> Callable[[Workshop, Artifacts], pathlib.Path]:
+    """The start of BTX's joint training: experts out of the dense systems `dense` {owner: name}."""
+
+    def make(workshop: Workshop, artifacts: Artifacts) -> pathlib.Path:
+        def write(path: pathlib.Path) -> None:
+            sources = {PUBLIC: PUBLIC, **dense}
+            models = {expert: load(artifacts.models[name]).params for expert, name in sources.items()}
+            _write_joint(workshop, artifacts, branch_train_mix(models), path)
+
+        return workshop.made("BTX start", write)
+
+    return make
+
+
+def upcycled(workshop: Workshop, artifacts: Artifacts) -> pathlib.Path:
+    """As many copies of the public feed-forward network as the method has experts.
+
+    Komatsuzaki et al., Sparse Upcycling, arXiv 2212.05055.
+    """
+
+    def write(path: pathlib.Path) -> None:
+        params = load(artifacts.models[PUBLIC]).params
+        experts = dict.fromkeys((PUBLIC, *workshop.config.owners), params["experts"][PUBLIC])
+        _write_joint(workshop, artifacts, {**params, "experts": experts}, path)
+
+    return workshop.made("upcycled", write)
+
+
+def _write_joint(workshop: Workshop, artifacts: Artifacts, params: Params, path: pathlib.Path) -> None:
+    """A model directory for joint training, with router rows from N(0, 0.02^2)."""
+    config, release = workshop.config, open_model(artifacts.models[PUBLIC])
+    generator = np.random.Generator(np.random.Philox([RANDOM_ROW_SEED + workshop.seed, len(config.owners)]))
+    experts = {}
+    for name, expert in params["experts"].items():
+        row = generator.standard_normal(expert["router"].shape).astype(np.float32) * np.float32(0.02)
+        experts[name] = {**expert, "router": row}
+    parts = {**params, "experts": experts}
+    records = dict.fromkeys(split(parts), release.manifests[PUBLIC].record.fields)
+    create_model(path, parts, config.model, release.tokenizer_path, records, config.top_k)
+
+
+def _random_row(vector: pathlib.Path, seed: int, owner: int, path: pathlib.Path) -> None:
+    """A domain vector without the domain: a direction drawn at random."""
+    true = DomainVector.load(vector)
+    generator = np.random.Generator(np.random.Philox([RANDOM_ROW_SEED + seed, owner]))
+    dataclasses.replace(true, vector=generator.standard_normal(true.vector.size).astype(np.float32)).save(path)
+
+
+def _rescale(public: pathlib.Path, scale: float, path: pathlib.Path) -> None:
+    """The release with its router row, and so those of all later experts, at another norm."""
+    model, release = load(public), open_model(public)
+    record = json.loads(json.dumps(release.manifests[PUBLIC].record.fields))
+    expert = dict(model.params["experts"][PUBLIC])
+    expert["router"] = np.asarray(expert["router"] * (scale / record["router"]["scale"]), np.float32)
+    record["router"]["scale"] = scale
+    params = {**model.params, "experts": {PUBLIC: expert}}
+    create_model(path, params, model.config, release.tokenizer_path, dict.fromkeys(split(params), record))
