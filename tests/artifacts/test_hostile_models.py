@@ -21,8 +21,8 @@ from flexmoe_jax.cli.main import main
 from flexmoe_jax.compose.merge import merge
 from flexmoe_jax.compose.optout import opt_out
 from flexmoe_jax.errors import FlexMoEError
-from tests.artifacts.tiny import contents
 from tests.faults.hostile import reseal
+from tests.tiny import contents
 
 Attack = Callable[[pathlib.Path], object]
 

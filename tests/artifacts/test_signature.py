@@ -17,7 +17,7 @@ from flexmoe_jax.cli.main import main
 from flexmoe_jax.compose.merge import merge
 from flexmoe_jax.compose.optout import opt_out, replace
 from flexmoe_jax.errors import ArtifactError, FlexMoEError
-from tests.artifacts.tiny import contents, flip_bit, make_expert, make_release
+from tests.tiny import contents, flip_bit, make_expert, make_release
 
 
 @pytest.fixture(scope="module")
