@@ -62,7 +62,7 @@ class Classifier:
     @classmethod
     def load(cls, path: str | Path) -> "Classifier":
         """What `save` wrote; DataError for anything else."""
-        remedy = "make it with `flexmoe classify`"
+        remedy = "make it with `flexmoe train-classifier`"
         try:
             content = json.loads(Path(path).read_bytes())
             if content.pop("format") != FORMAT:

@@ -110,7 +110,7 @@ class _Costs:
 def make_shared(config: StudyConfig, shared: pathlib.Path) -> None:
     """The mix, a domain vector of each domain, proxies of each owner, and `all/`: equal amounts of every domain's text.
 
-    Owners' classifiers are made here for all owners at once; the owners' commands are in `flexmoe classify`.
+    Owners' classifiers are made here for all owners at once; the owners' command is `flexmoe train-classifier`.
     """
     from flexmoe_jax.data.embedding import domain_vector
     from flexmoe_jax.data.proxies import find_proxies, train_classifier
