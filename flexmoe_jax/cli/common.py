@@ -28,7 +28,7 @@ _KEY_PREFIX = "--config."
 
 
 def suggest(word: str, known: Collection[str], where: str = "") -> str:
-    """A hint for an unknown `word` (an option `where` is the verb): its new name, else the closest of `known`."""
+    """A hint for an unknown verb, or option of the verb `where`: its new name, else the closest of `known`."""
     new = RENAMED.get(f"{where} {word}".strip())
     return f"did you mean {new!r}?" if new else did_you_mean(word, known)
 
