@@ -221,7 +221,7 @@ def test_by_command(home, tmp_path, capsys):
     assert "is not signed" in capsys.readouterr().err
     assert main(["verify", str(package), "--require-signature"]) == 1
     assert "without --trusted" in capsys.readouterr().err
-    merge_it = ["merge", "--public", str(home / "public"), "--expert", str(package), "--out", str(tmp_path / "model")]
+    merge_it = ["merge", "--public", str(home / "public"), "--package", str(package), "--out", str(tmp_path / "model")]
     assert main([*merge_it, *trusted]) == 1  # the release is signed by a key that this file does not trust
     assert "a key not trusted for 'trunk'" in capsys.readouterr().err
     (tmp_path / "both").write_text((home / "public.key.pub").read_text() + (tmp_path / "code.key.pub").read_text())
