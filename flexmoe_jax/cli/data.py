@@ -102,12 +102,11 @@ def embed(argv: list[str]) -> int:
     p.add_argument("--seed", type=int, default=0, help="of the sample; 0 by default")
     add_json(p)
     args = p.parse(argv)
-    from flexmoe_jax.data.embedding import DEFAULT_ENCODER, domain_vector
-    from flexmoe_jax.data.sources import read_documents
+    from flexmoe_jax.data.embedding import DEFAULT_ENCODER
+    from flexmoe_jax.data.embedding import embed as embed_documents
 
     encoder = args.encoder or DEFAULT_ENCODER
-    vector = domain_vector(read_documents(args.documents), encoder=encoder, count=args.count, seed=args.seed)
-    vector.save(args.out)
+    vector = embed_documents(args.documents, args.out, encoder=encoder, count=args.count, seed=args.seed)
     result = {"out": args.out, "count": vector.count, "seen": vector.seen, "width": vector.vector.size}
     result |= {"encoder": vector.encoder, "encoder_digest": vector.encoder_digest}
     mean = f"mean of {vector.count} of {vector.seen} documents by {vector.encoder}, {vector.vector.size} wide"

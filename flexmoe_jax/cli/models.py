@@ -135,31 +135,16 @@ def verify(argv: list[str]) -> int:
     add_json(p)
     args = p.parse(argv)
     trust = _trust(args)
-    from flexmoe_jax.artifacts.model_checks import verify_model
-    from flexmoe_jax.artifacts.package import verify_package
+    from flexmoe_jax.compose.verify import verify as verify_path
 
-    path = pathlib.Path(args.path)
-    if _is_model(path):
-        checks = verify_model(path, quick=args.quick, trust=trust)
-        if args.certificate:
-            from flexmoe_jax.compose.certificate import verify_certificate
-
-            checks += verify_certificate(args.certificate, path)
-    elif args.certificate:
-        raise ArtifactError(f"{path} is not a model directory", "a certificate is about a model: give its directory")
-    elif (path / "checkpoints").is_dir():
-        from flexmoe_jax.artifacts.checkpoints import verify_run
-
-        checks = verify_run(path, quick=args.quick)
-    else:
-        checks = verify_package(path, quick=args.quick, trust=trust)
+    checks = verify_path(args.path, quick=args.quick, trust=trust, certificate=args.certificate)
     bad = [check for check in checks if not check.ok]
     lines = [f"{'ok ' if c.ok else 'BAD'}  {c.subject}  {c.detail}" for c in checks]
     rows = [{"subject": c.subject, "ok": c.ok, "detail": c.detail} for c in checks]
     emit({"path": args.path, "ok": not bad, "checks": rows}, lines, args.json)
     if bad:
         named = "; ".join(f"{c.subject}: {c.detail}" for c in bad[:3])
-        what = f"{len(bad)} of {len(checks)} checks of {path} failed: {named}"
+        what = f"{len(bad)} of {len(checks)} checks of {args.path} failed: {named}"
         raise ArtifactError(what, "restore it from its source")
     return 0
 

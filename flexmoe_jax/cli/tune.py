@@ -100,12 +100,12 @@ def tune(argv: list[str]) -> int:
     p.add_argument("--seed", type=int, default=0, help="of the order of documents; 0 by default")
     add_json(p)
     args = p.parse(argv)
+    from flexmoe_jax.compose.tune import Tuning
     from flexmoe_jax.compose.tune import tune as tune_router
 
     folders = _proxy_folders(args.model, pathlib.Path(args.proxies))
-    options = {"steps": args.steps, "batch_size": args.batch_size, "seq_len": args.seq_len, "lr": args.lr}
-    options |= {"seed": args.seed, "together": args.together}
-    model = tune_router(args.model, folders, args.public_data, args.out, **options)
+    tuning = Tuning(args.together, args.steps, args.batch_size, args.seq_len, args.lr, args.seed)
+    model = tune_router(args.model, folders, args.public_data, args.out, tuning)
     form = "together: opting out is approximate" if args.together else "each owner's by itself: opting out is exact"
     result = {"model": str(model.path), "digest": model.digest, "tuned": list(folders), "together": args.together}
     emit(result, [f"{model.path}: rows of {', '.join(folders)} tuned, {form}"], args.json)
