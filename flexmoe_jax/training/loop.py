@@ -82,9 +82,14 @@ def train(run: RunConfig, allow: Collection[str] = (), profile: str | None = Non
 
 
 def _fit(
-    run: RunConfig, stage: Stage, mesh: Mesh, stores: list[TokenStore], checkpoints: RunCheckpoints, out: pathlib.Path,
+    run: RunConfig,
+    stage: Stage,
+    mesh: Mesh,
+    stores: list[TokenStore],
+    checkpoints: RunCheckpoints,
+    out: pathlib.Path,
     traced: range,
-) -> TrainState:  # fmt: skip
+) -> TrainState:
     optimizer = make_optimizer(run.optimizer, run.steps)
     state, frozen = create_state(mesh, stage.params, run.owner, optimizer, jnp.dtype(run.compute_dtype), run.freeze)
     iterator = make_iterator(_batches(run, stores))

@@ -204,8 +204,23 @@ def tuned_with(name) -> Attack:
     return attack
 
 
-HOSTILE_NAMES = ("..", ".", "", "/", "../victim", "victim/../../victim", "../victim.txt", "a\0b", "trunk", "model.json",
-                 "x" * 300, None, 3, ["news"], {"a": 1})  # fmt: skip
+HOSTILE_NAMES = (
+    "..",
+    ".",
+    "",
+    "/",
+    "../victim",
+    "victim/../../victim",
+    "../victim.txt",
+    "a\0b",
+    "trunk",
+    "model.json",
+    "x" * 300,
+    None,
+    3,
+    ["news"],
+    {"a": 1},
+)
 names = st.sampled_from(HOSTILE_NAMES) | st.text(max_size=6) | st.just("ABSOLUTE")
 
 
@@ -248,16 +263,44 @@ def hard_link(place: str) -> Attack:
 
 
 LINKED_FILES = (
-    ".model.json.partial", ".journal.jsonl.partial", ".tokenizer.json.partial", ".model.json.partial-00000000",
-    ".journal.jsonl.partial-0123abcd", "tokenizer_config.json", "news/signature.json", "news/.signature.json.partial",
-    "trunk/signature.json", "public/.signature.json.partial", "public/signature.json", "news/arrays/x", "extra",
-)  # fmt: skip
+    ".model.json.partial",
+    ".journal.jsonl.partial",
+    ".tokenizer.json.partial",
+    ".model.json.partial-00000000",
+    ".journal.jsonl.partial-0123abcd",
+    "tokenizer_config.json",
+    "news/signature.json",
+    "news/.signature.json.partial",
+    "trunk/signature.json",
+    "public/.signature.json.partial",
+    "public/signature.json",
+    "news/arrays/x",
+    "extra",
+)
 LINKED_FOLDERS = (
-    ".news-NEWS.", ".code-CODE.", ".code-CODE2.", "..code-CODE2..partial-00000000", "law", ".trunk-000000000000",
-    "news/arrays/extra", ".model.partial-00000000", "extra",
-)  # fmt: skip
-MOVED = ("model.json", "journal.jsonl", "tokenizer.json", "trunk", "public", "news", "code", "news/arrays",
-         "news/manifest.json", "public/arrays/w_up", "trunk/arrays/embed/0.0")  # fmt: skip
+    ".news-NEWS.",
+    ".code-CODE.",
+    ".code-CODE2.",
+    "..code-CODE2..partial-00000000",
+    "law",
+    ".trunk-000000000000",
+    "news/arrays/extra",
+    ".model.partial-00000000",
+    "extra",
+)
+MOVED = (
+    "model.json",
+    "journal.jsonl",
+    "tokenizer.json",
+    "trunk",
+    "public",
+    "news",
+    "code",
+    "news/arrays",
+    "news/manifest.json",
+    "public/arrays/w_up",
+    "trunk/arrays/embed/0.0",
+)
 links = (
     st.builds(link, st.sampled_from(LINKED_FILES))
     | st.builds(link, st.sampled_from(LINKED_FOLDERS), st.sampled_from(("victim", "victim/package")))
@@ -293,8 +336,15 @@ def test_commands_that_compute_leave_everything_outside_as_it_was(home, verb, pl
 
 
 @pytest.mark.parametrize("verb", ["optout", "optout code", "replace", "sign"])
-@pytest.mark.parametrize("attack", [link("extra"), link(".model.json.partial-00000000"), link("extra", "victim"),
-                                    lambda model: (model / "notes.txt").write_text("mine")])  # fmt: skip
+@pytest.mark.parametrize(
+    "attack",
+    [
+        link("extra"),
+        link(".model.json.partial-00000000"),
+        link("extra", "victim"),
+        lambda model: (model / "notes.txt").write_text("mine"),
+    ],
+)
 def test_a_change_in_place_refuses_entries_that_no_command_makes(home, verb, attack, capsys):
     assert strike(home, [attack], verb) == "refused"
     said = capsys.readouterr().err

@@ -102,8 +102,9 @@ def test_no_later_training_forgets_who_had_a_part(world, proxies, tmp_path):
     together = tune(world / "model", proxies, data, tmp_path / "together", Tuning(together=True, **STEPS))
     alone = tune(together.path, proxies, data, tmp_path / "alone", Tuning(**STEPS))
     assert alone.manifests["code"].record.tuned_with == ("code", "news")
-    run = expert_run(tmp_path, "code", world / "public" / "run" / "model", domain_vector="",
-                     expert=str(alone.package("code")))  # fmt: skip
+    run = expert_run(
+        tmp_path, "code", world / "public" / "run" / "model", domain_vector="", expert=str(alone.package("code"))
+    )
     assert read_manifest(train(run), "code").record.tuned_with == ("code", "news")
     opt_out(alone.path, "news", tmp_path / "left", certificate=tmp_path / "proof.json")
     assert read_certificate(tmp_path / "proof.json")["label"] == "approximate"
@@ -120,8 +121,14 @@ def test_experts_trained_together_say_so(world, tmp_path):
 
 def test_an_owner_goes_on_from_its_own_package_and_no_other(world, tmp_path):
     package = world / "news" / "run" / "package"
-    run = expert_run(tmp_path, "news", world / "public" / "run" / "model", domain_vector="", expert=str(package),
-                     optimizer=OptimizerConfig(lr=0.0, warmup_steps=0, weight_decay=0.1))  # fmt: skip
+    run = expert_run(
+        tmp_path,
+        "news",
+        world / "public" / "run" / "model",
+        domain_vector="",
+        expert=str(package),
+        optimizer=OptimizerConfig(lr=0.0, warmup_steps=0, weight_decay=0.1),
+    )
     made = read_manifest(train(run), "news")
     assert made.content == read_manifest(package).content  # it began where the package ended, and nothing moved it
     assert made.record.fields["start"] == read_manifest(package).digest
@@ -133,8 +140,14 @@ def test_an_owner_goes_on_from_its_own_package_and_no_other(world, tmp_path):
 
 def _another_version(package, tmp_path):
     manifest, params = read_manifest(package), load_package(package)
-    write_package(tmp_path / "other", owner="news", params={**params, "router": params["router"] * 2},
-                  config=manifest.config, base=manifest.base, record=manifest.record.fields)  # fmt: skip
+    write_package(
+        tmp_path / "other",
+        owner="news",
+        params={**params, "router": params["router"] * 2},
+        config=manifest.config,
+        base=manifest.base,
+        record=manifest.record.fields,
+    )
     return tmp_path / "other"
 
 

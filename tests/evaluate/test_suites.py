@@ -39,9 +39,18 @@ def test_the_papers_tasks_are_all_there():
         groups[task.group] = groups.get(task.group, 0) + 1
         assert bool(task.source) == (task.where == WHEEL) != bool(task.remedy)
     assert groups == {
-        "mc9": 9, "gen5": 5, "mmlu": 1, "mmlu_pro": 1, "agieval": 1, "bbh": 1, "math2": 2, "newsg": 1, "poemg": 1,
-        "sciriff5": 5, "code4": 4,
-    }  # fmt: skip
+        "mc9": 9,
+        "gen5": 5,
+        "mmlu": 1,
+        "mmlu_pro": 1,
+        "agieval": 1,
+        "bbh": 1,
+        "math2": 2,
+        "newsg": 1,
+        "poemg": 1,
+        "sciriff5": 5,
+        "code4": 4,
+    }
     assert len(TASKS) == 31
     assert sum(task.where == WHEEL for task in TASKS) == 19
     assert [row[0] for row in availability()] == list(groups)

@@ -139,9 +139,9 @@ def test_blocks_equal_the_whole_in_values_and_gradients(monkeypatch, length, blo
         return (attention.attend(q, k, v, mask) * mix).sum()
 
     whole = jax.value_and_grad(plain, (0, 1, 2))(q, k, v)
-    blocks = jax.jit(jax.value_and_grad(
-        lambda q, k, v: (attention.attend_documents(q, k, v, segments) * mix).sum(), (0, 1, 2)
-    ))(q, k, v)  # fmt: skip
+    blocks = jax.jit(
+        jax.value_and_grad(lambda q, k, v: (attention.attend_documents(q, k, v, segments) * mix).sum(), (0, 1, 2))
+    )(q, k, v)
     for ours, theirs in zip(jax.tree.leaves(blocks), jax.tree.leaves(whole), strict=True):
         # Values of order 1 to 10, sums of at most `length` terms in another order.
         assert max_difference(ours, theirs) < 1e-5 * max(1.0, float(jnp.abs(theirs).max()))

@@ -111,8 +111,15 @@ def main(root: pathlib.Path) -> dict:
     sample = write_documents(root / "sample", "public")
 
     def hybrid(tag):
-        return expert_run(root / "h" / tag, "news", release, public_data=str(sample), public_fraction=0.5,
-                          router_contrast=0.1, **steps)  # fmt: skip
+        return expert_run(
+            root / "h" / tag,
+            "news",
+            release,
+            public_data=str(sample),
+            public_fraction=0.5,
+            router_contrast=0.1,
+            **steps,
+        )
 
     result["hybrid"] = compare(hybrid, PUBLIC_MESHES, load_package)
     packages = [root / "h" / "one" / "news" / "run" / "package"]

@@ -33,8 +33,15 @@ STEPS = {"steps": 6, "batch_size": 8}
 def hybrid_run(root: pathlib.Path, world: pathlib.Path, **changes) -> RunConfig:
     """An owner's run beside the release of `world`, half on public text."""
     sample = write_documents(root / "sample", "public")
-    return expert_run(root, "news", world / "public" / "run" / "model", public_data=str(sample), public_fraction=0.5,
-                      router_contrast=0.1, **STEPS | changes)  # fmt: skip
+    return expert_run(
+        root,
+        "news",
+        world / "public" / "run" / "model",
+        public_data=str(sample),
+        public_fraction=0.5,
+        router_contrast=0.1,
+        **STEPS | changes,
+    )
 
 
 def job(count: str, number: str, coordinator: str) -> dict[str, str]:
@@ -128,11 +135,14 @@ def test_when_one_dies_the_others_end_soon(tmp_path):
 
 
 @pytest.mark.slow
-@pytest.mark.parametrize(("count", "mesh", "experts"), [
-    (2, "expert=2", "public,news"),
-    (4, "fsdp=2,expert=2", "public,news"),
-    (2, "", "public,code,news"),
-])  # fmt: skip
+@pytest.mark.parametrize(
+    ("count", "mesh", "experts"),
+    [
+        (2, "expert=2", "public,news"),
+        (4, "fsdp=2,expert=2", "public,news"),
+        (2, "", "public,code,news"),
+    ],
+)
 def test_several_processes_score_what_one_scores(world, count, mesh, experts):
     """The lead alone prints. Each token's loss differs by the rounding of float32 sums, 1e-6 of about 6 nats."""
     model = fm.load(world / "model").select(experts.split(","))

@@ -104,9 +104,16 @@ def test_frozen_weights_cost_no_product():
     to the owner's expert, and no weight but its three has a gradient (within 5%: norms, softmax, router are above).
     """
     one = dataclasses.replace(
-        MODEL, vocab_size=512, num_layers=1, d_model=128, num_heads=2, num_kv_heads=2, head_dim=64, d_ff=512,
+        MODEL,
+        vocab_size=512,
+        num_layers=1,
+        d_model=128,
+        num_heads=2,
+        num_kv_heads=2,
+        head_dim=64,
+        d_ff=512,
         max_seq_len=64,
-    )  # fmt: skip
+    )
     run, p = dataclasses.replace(RUN, batch_size=8, seq_len=64), products(one, 64)
     state, frozen = start(run, init_params(one, jax.random.key(0), (PUBLIC, "news")))
     step = make_train_step(one, run).lower(state, frozen, Batch.shapes(8, 64)).compile()
