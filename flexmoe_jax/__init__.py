@@ -1,7 +1,7 @@
 """FlexMoE: language models whose parts belong to different data owners.
 
-`load(path)` opens a model directory as a `Model`. Everything else lives in the modules it belongs to; importing this
-package imports nothing heavy.
+`load(path)` opens a model directory as a `Model`. Everything else is imported from its own module. Importing this
+package does not import JAX.
 """
 
 __version__ = "0.1.0"

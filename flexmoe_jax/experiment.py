@@ -1,4 +1,4 @@
-"""Experiment files: Python files that define `get_config(arg) -> ConfigDict`, and the configurations made of them."""
+"""Experiment files: Python files that define `get_config(arg) -> ConfigDict`, and how they are loaded."""
 
 import dataclasses
 import pathlib
@@ -13,7 +13,11 @@ from flexmoe_jax.errors import ConfigError
 
 
 def run_config(*, model: ModelConfig | None = None, **values: Any) -> ConfigDict:
-    """A ConfigDict with every key of `RunConfig`, for experiment files; required keys may wait for the command line."""
+    """A ConfigDict with every key of `RunConfig`, for experiment files: `values`, else the defaults.
+
+    Required keys that are not given are placeholders for the command line. TypeError for a value whose type is not that
+    of the default.
+    """
     config = ConfigDict()
     for field in dataclasses.fields(RunConfig):
         if field.default is dataclasses.MISSING:
@@ -34,12 +38,15 @@ def run_config(*, model: ModelConfig | None = None, **values: Any) -> ConfigDict
 
 
 def load_experiment(spec: str) -> ConfigDict:
-    """`FILE[:ARG]` -> the file's `get_config(ARG)`."""
+    """`FILE[:ARG]` -> the result of the file's `get_config(ARG)` (ARG is "" by default).
+
+    ConfigError if there is no such file, or it defines no `get_config`.
+    """
     name, _, arg = spec.partition(":")
     path = pathlib.Path(name)
     if not path.is_file():
         raise ConfigError(f"the configuration file {name} does not exist", "give the path of an experiment file")
     module = runpy.run_path(str(path))
     if "get_config" not in module:
-        raise ConfigError(f"{name} has no get_config", "an experiment file defines get_config(arg) -> ConfigDict")
+        raise ConfigError(f"{name} defines no get_config", "define get_config(arg) -> ConfigDict in it")
     return module["get_config"](arg)

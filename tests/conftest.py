@@ -1,4 +1,4 @@
-"""What tests of several folders share: a tiny shape, deterministic parameters, and reproducible property tests."""
+"""Shared by tests of several folders: a tiny shape, deterministic parameters, and reproducible property tests."""
 
 import functools
 import math
@@ -7,7 +7,7 @@ import zlib
 
 from flexmoe_jax.cli.main import use_compilation_cache
 
-# Compiled programs are shared by the test processes: the same small training step is compiled once, not thirty times.
+# Test processes share compiled programs: the same small training step is compiled once, not thirty times.
 os.environ.setdefault("JAX_PERSISTENT_CACHE_MIN_COMPILE_TIME_SECS", "0.1")
 use_compilation_cache()
 
@@ -25,7 +25,7 @@ from flexmoe_jax.parallel.stacked import stack_weights
 from flexmoe_jax.params import model_leaves
 from flexmoe_jax.tree import PUBLIC, Params, unflatten
 
-# The same examples on every run (a red test is a change of the code); no deadline, since the first example compiles.
+# The same examples on every run, so that a failure is due to a change of the code; no deadline: the first one compiles.
 settings.register_profile("reproducible", derandomize=True, deadline=None)
 settings.load_profile("reproducible")
 
@@ -39,20 +39,20 @@ _forward = jax.jit(forward, static_argnums=0)
 def jit_forward(
     config: ModelConfig, params: Params, tokens_BT, *, segments_BT=None, positions_BT=None, **how
 ) -> Output:
-    """`forward` of the decoder that `how` describes, compiled."""
+    """Compiled `forward` of the `Decoder` with the fields `how`."""
     arrays = {"segments_BT": segments_BT, "positions_BT": positions_BT}
     return _forward(Decoder(config, **how), params, tokens_BT, **arrays)
 
 
 @functools.partial(jax.jit, static_argnums=0)
 def jit_decode(run: Decoder, params: Params, tokens_BT, positions_BT, kv_cache):
-    """(logits [B, T, V], cache) of tokens written at `positions_BT` of the cache."""
+    """(logits [B, T, V], cache) after the tokens are written at `positions_BT` of the cache."""
     x_BTD, kv_cache = decode(run, params, tokens_BT, positions_BT, kv_cache)
     return logits(run, params, x_BTD), kv_cache
 
 
 def stacked(params: Params) -> Params:
-    """Named parameters as models are run: on one device, experts stacked."""
+    """Named parameters in the form in which models run: on one device, experts stacked."""
     return place(mesh_of_one(), {**params, "experts": stack_weights(params["experts"])})
 
 
@@ -64,7 +64,7 @@ def tiny_config() -> ModelConfig:
 def random_params(config: ModelConfig, experts: tuple[str, ...] = (PUBLIC,), seed: int = 0) -> Params:
     """Named parameters of ordinary scale in which nothing is neutral: norms away from 1, owners' biases below 0.
 
-    A leaf's values depend on its path and `seed` alone, so a model of fewer experts holds the same ones.
+    A leaf's values depend only on its path and `seed`, so a model of fewer experts holds the same ones.
     """
 
     def draw(path: str, shape: tuple[int, ...]):
