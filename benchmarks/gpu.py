@@ -19,9 +19,9 @@ from flexmoe_jax.data.pipeline import Batch
 from flexmoe_jax.model.decoder import init_params
 from flexmoe_jax.model.flops import training_flops
 from flexmoe_jax.parallel.mesh import mesh_of_one
-from flexmoe_jax.train.optimizer import make_optimizer
-from flexmoe_jax.train.state import create_state
-from flexmoe_jax.train.step import make_train_step
+from flexmoe_jax.training.optimizer import make_optimizer
+from flexmoe_jax.training.state import create_state
+from flexmoe_jax.training.step import make_train_step
 from flexmoe_jax.tree import PUBLIC
 
 LAYER = ModelConfig(100_352, 2, 4096, 32, 32, 128, 11_008, 4096)

@@ -14,9 +14,9 @@ from flexmoe_jax.config import ModelConfig, OptimizerConfig, RunConfig
 from flexmoe_jax.data.pipeline import Batch
 from flexmoe_jax.model.flops import training_flops
 from flexmoe_jax.parallel.mesh import mesh_of_one
-from flexmoe_jax.train.optimizer import make_optimizer
-from flexmoe_jax.train.state import create_state
-from flexmoe_jax.train.step import make_train_step
+from flexmoe_jax.training.optimizer import make_optimizer
+from flexmoe_jax.training.state import create_state
+from flexmoe_jax.training.step import make_train_step
 from flexmoe_jax.tree import PUBLIC
 from tests.model import hf_oracle
 

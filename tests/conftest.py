@@ -96,7 +96,7 @@ def max_difference(ours, theirs) -> float:
 
 @pytest.fixture(scope="session")
 def world(tmp_path_factory):
-    """A trained public release, two experts and their merged model on disk (see `tests/train/tiny.py`); read only."""
-    from tests.train.tiny import build_world
+    """A trained public release, two experts and their merged model on disk (`tests/training/tiny.py`); read only."""
+    from tests.training.tiny import build_world
 
     return build_world(tmp_path_factory.mktemp("world"))

@@ -12,7 +12,7 @@ from flexmoe_jax.errors import FlexMoEError
 from flexmoe_jax.model.decoder import Decoder
 from flexmoe_jax.model.generate import GREEDY, Sampling, generate, sample
 from tests.conftest import stacked
-from tests.train.tiny import WORDS
+from tests.training.tiny import WORDS
 
 TOKENS = np.arange(40).reshape(2, 20) + 97
 

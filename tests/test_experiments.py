@@ -14,9 +14,9 @@ from flexmoe_jax.flexmix.build import DOMAINS
 from flexmoe_jax.model.decoder import init_params
 from flexmoe_jax.params import count_parameters
 from flexmoe_jax.study.config import ABLATIONS, StudyConfig
-from flexmoe_jax.train.optimizer import make_optimizer
-from flexmoe_jax.train.state import state_shapes
-from flexmoe_jax.train.step import make_train_step
+from flexmoe_jax.training.optimizer import make_optimizer
+from flexmoe_jax.training.state import state_shapes
+from flexmoe_jax.training.step import make_train_step
 from flexmoe_jax.tree import PUBLIC, TRUNK, canonical_order
 
 EXPERIMENTS = pathlib.Path(__file__).parents[1] / "experiments"

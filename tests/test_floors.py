@@ -11,7 +11,7 @@ FLOORS: tuple[set[str], ...] = (  # a folder or module imports from lower floors
     {"parallel"},  # shardings by path: the model asks for them
     {"model"},
     {"data", "artifacts"},
-    {"train"},
+    {"training"},
     {"compose", "evaluate"},
     {"api", "__init__"},  # the library's front door
     {"hf", "flexmix", "plan", "doctor"},  # wings of the command line
@@ -81,12 +81,12 @@ def test_a_file_imports_only_from_lower_floors(path):
     ("path", "source", "fault"),
     [
         ("model/x.py", "from flexmoe_jax.data import store", "model (floor 2) imports data (floor 3)"),
-        ("model/x.py", "import flexmoe_jax.train.step", "model (floor 2) imports train (floor 4)"),
+        ("model/x.py", "import flexmoe_jax.training.step", "model (floor 2) imports training (floor 4)"),
         ("tree.py", "def f():\n    from flexmoe_jax.model import norm", "tree (floor 0) imports model (floor 2)"),
         ("data/x.py", "from flexmoe_jax import artifacts", "data imports its sibling artifacts"),
         ("api.py", "from flexmoe_jax.cli import main", "api (floor 6) imports cli (floor 9)"),
         ("compose/x.py", "import flexmoe_jax", "compose (floor 5) imports __init__ (floor 6)"),
-        ("train/x.py", "import orbax.checkpoint as ocp", "train imports orbax: only artifacts may"),
+        ("training/x.py", "import orbax.checkpoint as ocp", "training imports orbax: only artifacts may"),
         ("data/x.py", "def f():\n    import safetensors", "data imports safetensors: only hf may"),
         ("hf/x.py", "import transformers", "hf imports transformers at module level"),
         ("data/x.py", "if True:\n    import torch", "data imports torch at module level"),
@@ -99,7 +99,7 @@ def test_a_broken_rule_is_found(path, source, fault):
 
 def test_allowed_imports_are_not_reported():
     allowed = "from flexmoe_jax.tree import split\nfrom flexmoe_jax.data import store\ndef f():\n    import torch\n"
-    assert faults(pathlib.Path("train/x.py"), allowed) == []
+    assert faults(pathlib.Path("training/x.py"), allowed) == []
     assert faults(pathlib.Path("cli/x.py"), "import flexmoe_jax\nprint(1)") == []
     assert faults(pathlib.Path("hf/x.py"), "def f():\n    import transformers") == []
 

@@ -179,7 +179,7 @@ def _spec(spec) -> list:
 def _lines(choice) -> list[str]:
     from flexmoe_jax.plan.costs import ATTAINABLE, activations, tokens_of
     from flexmoe_jax.plan.work import params_shapes
-    from flexmoe_jax.train.freezing import freezing_table
+    from flexmoe_jax.training.freezing import freezing_table
 
     work, costs, run = choice.work, choice.costs, choice.work.run
     shown = []

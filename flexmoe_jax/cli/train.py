@@ -47,7 +47,7 @@ def _run(argv, verb, what, example, *, public: bool) -> int:
         other = "train" if public else "pretrain"
         raise ConfigError(f"config.owner is {run.owner!r}: not a run of flexmoe {verb}", f"use flexmoe {other}")
     from flexmoe_jax.parallel.processes import is_lead, join
-    from flexmoe_jax.train.loop import train
+    from flexmoe_jax.training.loop import train
 
     join()
     if not is_lead():

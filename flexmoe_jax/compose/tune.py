@@ -20,7 +20,7 @@ from flexmoe_jax.artifacts.sealed import differences, parse_json, read_bytes, wr
 from flexmoe_jax.config import OptimizerConfig, RunConfig
 from flexmoe_jax.data.sources import blend, content_digest
 from flexmoe_jax.errors import ArtifactError, DataError
-from flexmoe_jax.train.loop import train
+from flexmoe_jax.training.loop import train
 from flexmoe_jax.tree import PUBLIC, check_known
 
 log = logging.getLogger(__name__)

@@ -19,7 +19,7 @@ from typing import Any
 import numpy as np
 import numpy.typing as npt
 
-from flexmoe_jax.data.sources import Document
+from flexmoe_jax.data.sources import Document, read_documents
 from flexmoe_jax.errors import DataError
 from flexmoe_jax.files import sha256_file, write_json
 from flexmoe_jax.progress import track
@@ -74,6 +74,24 @@ class DomainVector:
                 "make it again with `flexmoe embed`",
             )
         return cls(vector, content.get("encoder"), content.get("encoder_digest"), **numbers)
+
+
+def embed(
+    documents: str | pathlib.Path,
+    out: str | pathlib.Path | None = None,
+    *,
+    encoder: str | pathlib.Path = DEFAULT_ENCODER,
+    count: int = 1000,
+    seed: int = 0,
+) -> DomainVector:
+    """The domain vector of the training documents in the file or folder `documents`, written to `out` if given.
+
+    See `domain_vector` and `sources.read_documents`.
+    """
+    vector = domain_vector(read_documents(documents), encoder=encoder, count=count, seed=seed)
+    if out is not None:
+        vector.save(out)
+    return vector
 
 
 def domain_vector(

@@ -1,6 +1,6 @@
 """The program that a plan is for, and the shapes of its arguments. Nothing is allocated.
 
-train      an optimizer step, as train/loop.py runs it
+train      an optimizer step, as training/loop.py runs it
 prefill    generation's pass over prompts of `seq_len` tokens, which makes the cache
 decode     generation's step by one token per row, with a cache of `seq_len` positions
 """
@@ -24,9 +24,9 @@ from flexmoe_jax.parallel.mesh import replicated
 from flexmoe_jax.parallel.specs import BATCH_SPEC, CACHE_SPEC, leaf_spec, path_text, tree_shardings
 from flexmoe_jax.parallel.stacked import stack_weights
 from flexmoe_jax.params import EXPERT, model_leaves
-from flexmoe_jax.train.optimizer import make_optimizer
-from flexmoe_jax.train.state import state_shapes
-from flexmoe_jax.train.step import make_train_step
+from flexmoe_jax.training.optimizer import make_optimizer
+from flexmoe_jax.training.state import state_shapes
+from flexmoe_jax.training.step import make_train_step
 from flexmoe_jax.tree import Params, unflatten
 
 KINDS = ("train", "prefill", "decode")

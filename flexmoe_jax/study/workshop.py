@@ -19,7 +19,7 @@ from flexmoe_jax.config import OptimizerConfig, RunConfig
 from flexmoe_jax.data.embedding import DomainVector
 from flexmoe_jax.study.baselines import branch_train_mix
 from flexmoe_jax.study.config import Experts, StudyConfig
-from flexmoe_jax.train.loop import train
+from flexmoe_jax.training.loop import train
 from flexmoe_jax.tree import PUBLIC, Params, split
 
 log = logging.getLogger(__name__)

@@ -7,7 +7,7 @@ import pytest
 
 from flexmoe_jax.cli.main import main
 from tests.hf.tiny import our_model
-from tests.train.tiny import write_documents
+from tests.training.tiny import write_documents
 
 pytest.importorskip("transformers")
 pytestmark = pytest.mark.torch

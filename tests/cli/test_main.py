@@ -9,7 +9,7 @@ import sys
 import pytest
 
 from flexmoe_jax.cli.main import VERBS, main
-from tests.train.tiny import MODEL, write_documents
+from tests.training.tiny import MODEL, write_documents
 
 
 def test_help_imports_nothing_heavy():

@@ -15,10 +15,10 @@ from flexmoe_jax.compose.optout import opt_out
 from flexmoe_jax.compose.tune import tune
 from flexmoe_jax.config import OptimizerConfig
 from flexmoe_jax.errors import ArtifactError, DataError, FlexMoEError
-from flexmoe_jax.train.loop import train
+from flexmoe_jax.training.loop import train
 from flexmoe_jax.tree import PUBLIC, TRUNK
 from tests.faults.hostile import reseal
-from tests.train.tiny import expert_run, public_run, write_documents
+from tests.training.tiny import expert_run, public_run, write_documents
 
 STEPS = {"steps": 3, "batch_size": 4, "seq_len": 32, "lr": 0.05}
 ROUTER = {"router", "bias"}

@@ -24,7 +24,7 @@ from flexmoe_jax.compose.certificate import verify_certificate
 from flexmoe_jax.compose.merge import merge
 from flexmoe_jax.compose.optout import opt_out, replace
 from flexmoe_jax.errors import ArtifactError
-from flexmoe_jax.train.metrics import OF_TIME
+from flexmoe_jax.training.metrics import OF_TIME
 from tests.artifacts.tiny import contents, make_expert, make_release
 
 
@@ -240,7 +240,7 @@ def stop_training(world: pathlib.Path, folder: pathlib.Path, number: int, seed: 
 
     Compared are parameters, optimizer moments, data state, counters and metrics. SIGTERM must end in exit code 75.
     """
-    from tests.train.tiny import expert_run
+    from tests.training.tiny import expert_run
 
     rng, steps = random.Random(seed), 40 * (number + 1)
     settings = {"steps": steps, "save_every": 4, "log_every": 1}
@@ -270,7 +270,7 @@ import json, sys
 from flexmoe_jax.cli.main import use_compilation_cache
 use_compilation_cache()
 from flexmoe_jax.config import RunConfig, from_mapping
-from flexmoe_jax.train.loop import Stopped, train
+from flexmoe_jax.training.loop import Stopped, train
 try:
     train(from_mapping(RunConfig, json.loads(sys.argv[1])))
 except Stopped as stopped:

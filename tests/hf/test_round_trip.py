@@ -305,8 +305,8 @@ def test_a_dense_public_model_has_no_router_row_to_compare(tmp_path, ours):
 
 def test_owners_can_train_beside_a_dense_public_model_given_a_domain_vector(tmp_path):
     from flexmoe_jax.data.embedding import DomainVector
-    from flexmoe_jax.train.start import prepare
-    from tests.train.tiny import expert_run, write_vector
+    from flexmoe_jax.training.start import prepare
+    from tests.training.tiny import expert_run, write_vector
 
     checkpoint(tmp_path / "theirs", "llama")
     source = open_folder(tmp_path / "theirs")

@@ -10,7 +10,7 @@ import time
 
 from flexmoe_jax.config import RunConfig
 from flexmoe_jax.parallel import processes
-from flexmoe_jax.train import loop
+from flexmoe_jax.training import loop
 
 HERE = "from tests.parallel.jobs import train_in_process; from flexmoe_jax.config import *; "
 

@@ -23,9 +23,9 @@ from flexmoe_jax.errors import FlexMoEError
 from flexmoe_jax.model.decoder import init_params
 from flexmoe_jax.parallel.mesh import make_mesh
 from flexmoe_jax.parallel.specs import place_at
-from flexmoe_jax.train.loop import train
+from flexmoe_jax.training.loop import train
 from flexmoe_jax.tree import flatten
-from tests.train.tiny import MODEL, WORDS, expert_run, public_run, write_documents
+from tests.training.tiny import MODEL, WORDS, expert_run, public_run, write_documents
 
 PUBLIC_MESHES = ("fsdp=8", "data=2,fsdp=2,tensor=2", "data=8")
 EVALUATION_MESHES = ("data=2,fsdp=2,expert=2", "expert=4,fsdp=2")

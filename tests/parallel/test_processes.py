@@ -22,10 +22,10 @@ from flexmoe_jax.errors import MachineError
 from flexmoe_jax.evaluate.perplexity import heldout_texts
 from flexmoe_jax.parallel import processes
 from flexmoe_jax.parallel.processes import Place, place_of
-from flexmoe_jax.train.loop import train
+from flexmoe_jax.training.loop import train
 from flexmoe_jax.tree import PUBLIC, TRUNK, flatten
 from tests.parallel.jobs import end, printed, start_training, start_verb, wait_for_step
-from tests.train.tiny import expert_run, public_run, write_documents
+from tests.training.tiny import expert_run, public_run, write_documents
 
 STEPS = {"steps": 6, "batch_size": 8}
 

@@ -25,8 +25,8 @@ from flexmoe_jax.params import EXPERT
 from flexmoe_jax.plan.compiled import read
 from flexmoe_jax.plan.costs import estimate, part_bytes
 from flexmoe_jax.plan.work import Work, leaves, lower
-from flexmoe_jax.train.optimizer import make_optimizer
-from flexmoe_jax.train.state import create_state
+from flexmoe_jax.training.optimizer import make_optimizer
+from flexmoe_jax.training.state import create_state
 
 MODEL = ModelConfig(
     vocab_size=512, num_layers=3, d_model=128, num_heads=4, num_kv_heads=2, head_dim=32, d_ff=256, max_seq_len=128

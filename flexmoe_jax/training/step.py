@@ -16,8 +16,8 @@ from flexmoe_jax.model.router import route
 from flexmoe_jax.parallel.mesh import platform
 from flexmoe_jax.parallel.stacked import STACKED
 from flexmoe_jax.params import is_matrix
-from flexmoe_jax.train.optimizer import learning_rate, make_optimizer
-from flexmoe_jax.train.state import TrainState
+from flexmoe_jax.training.optimizer import learning_rate, make_optimizer
+from flexmoe_jax.training.state import TrainState
 from flexmoe_jax.tree import Params, combine
 
 

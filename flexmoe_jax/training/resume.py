@@ -11,7 +11,7 @@ from flexmoe_jax.data.sources import content_digest
 from flexmoe_jax.data.store import TokenStore
 from flexmoe_jax.errors import ArtifactError, ConfigError, did_you_mean
 from flexmoe_jax.parallel.processes import barrier, is_lead
-from flexmoe_jax.train.start import Stage
+from flexmoe_jax.training.start import Stage
 from flexmoe_jax.tree import flatten
 
 log = logging.getLogger(__name__)

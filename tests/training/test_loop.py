@@ -22,10 +22,10 @@ from flexmoe_jax.data.sources import read_documents
 from flexmoe_jax.data.store import write_store
 from flexmoe_jax.data.tokenizer import load_tokenizer
 from flexmoe_jax.errors import FlexMoEError
-from flexmoe_jax.train import loop
-from flexmoe_jax.train.metrics import OF_TIME, MetricsFile
+from flexmoe_jax.training import loop
+from flexmoe_jax.training.metrics import OF_TIME, MetricsFile
 from flexmoe_jax.tree import PUBLIC, TRUNK
-from tests.train.tiny import expert_run, public_run, write_documents, write_vector
+from tests.training.tiny import expert_run, public_run, write_documents, write_vector
 
 
 @pytest.fixture(scope="module")
@@ -117,7 +117,7 @@ import json, sys
 from flexmoe_jax.cli.main import use_compilation_cache
 use_compilation_cache()
 from flexmoe_jax.config import RunConfig, from_mapping
-from flexmoe_jax.train.loop import train
+from flexmoe_jax.training.loop import train
 train(from_mapping(RunConfig, json.loads(sys.argv[1])))
 """
 

@@ -8,7 +8,7 @@ import pytest
 
 from flexmoe_jax.config import OptimizerConfig
 from flexmoe_jax.errors import ConfigError
-from flexmoe_jax.train.optimizer import make_optimizer
+from flexmoe_jax.training.optimizer import make_optimizer
 
 L, D, F = 3, 128, 256
 PARAMS = {"w_up": jnp.zeros((L, D, F)), "bias": jnp.zeros(L)}

@@ -14,13 +14,13 @@ from flexmoe_jax.data.pipeline import Batch
 from flexmoe_jax.model.decoder import Decoder, forward, hidden_states, init_params
 from flexmoe_jax.model.flops import products
 from flexmoe_jax.parallel.mesh import mesh_of_one
-from flexmoe_jax.train import step as step_module
-from flexmoe_jax.train.freezing import freezing_mask, freezing_table
-from flexmoe_jax.train.optimizer import learning_rate, make_optimizer
-from flexmoe_jax.train.state import create_state
-from flexmoe_jax.train.step import make_train_step
+from flexmoe_jax.training import step as step_module
+from flexmoe_jax.training.freezing import freezing_mask, freezing_table
+from flexmoe_jax.training.optimizer import learning_rate, make_optimizer
+from flexmoe_jax.training.state import create_state
+from flexmoe_jax.training.step import make_train_step
 from flexmoe_jax.tree import PUBLIC, combine, flatten, partition
-from tests.train.tiny import MODEL
+from tests.training.tiny import MODEL
 
 RUN = RunConfig(
     owner="news",

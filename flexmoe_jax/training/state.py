@@ -18,7 +18,7 @@ from flexmoe_jax.model.flops import step_flops
 from flexmoe_jax.parallel.specs import place, place_leaf, tree_shardings
 from flexmoe_jax.parallel.stacked import stack_weights
 from flexmoe_jax.params import EXPERT
-from flexmoe_jax.train.freezing import freezing_mask
+from flexmoe_jax.training.freezing import freezing_mask
 from flexmoe_jax.tree import Params, flatten, partition
 
 

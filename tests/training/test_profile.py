@@ -12,10 +12,10 @@ from flexmoe_jax.errors import ConfigError
 from flexmoe_jax.model.decoder import init_params
 from flexmoe_jax.model.flops import forward_flops, products, training_flops
 from flexmoe_jax.parallel import chips
-from flexmoe_jax.train import loop, metrics
-from flexmoe_jax.train.profile import parse_steps
-from flexmoe_jax.train.state import flops_per_token
-from tests.train.tiny import MODEL, expert_run, public_run
+from flexmoe_jax.training import loop, metrics
+from flexmoe_jax.training.profile import parse_steps
+from flexmoe_jax.training.state import flops_per_token
+from tests.training.tiny import MODEL, expert_run, public_run
 
 RATES = {"step_seconds", "tokens_per_second"}
 

@@ -28,14 +28,14 @@ from flexmoe_jax.parallel.processes import Agreement, barrier, is_lead, to_host
 from flexmoe_jax.parallel.specs import place_batch
 from flexmoe_jax.parallel.stacked import STACKED, unstack_weights
 from flexmoe_jax.progress import Advance, track
-from flexmoe_jax.train.freezing import freezing_mask, freezing_table
-from flexmoe_jax.train.metrics import Meter, MetricsFile, Recorder
-from flexmoe_jax.train.optimizer import make_optimizer
-from flexmoe_jax.train.profile import Profile, parse_steps
-from flexmoe_jax.train.resume import check_identity, identity_of
-from flexmoe_jax.train.start import Stage, prepare
-from flexmoe_jax.train.state import TrainState, create_state, flops_per_token
-from flexmoe_jax.train.step import make_train_step
+from flexmoe_jax.training.freezing import freezing_mask, freezing_table
+from flexmoe_jax.training.metrics import Meter, MetricsFile, Recorder
+from flexmoe_jax.training.optimizer import make_optimizer
+from flexmoe_jax.training.profile import Profile, parse_steps
+from flexmoe_jax.training.resume import check_identity, identity_of
+from flexmoe_jax.training.start import Stage, prepare
+from flexmoe_jax.training.state import TrainState, create_state, flops_per_token
+from flexmoe_jax.training.step import make_train_step
 from flexmoe_jax.tree import Params, canonical_order, combine, partition, split
 
 log = logging.getLogger(__name__)

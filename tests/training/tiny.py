@@ -77,7 +77,7 @@ def expert_run(root: pathlib.Path, owner: str, public: pathlib.Path, **changes) 
 def build_world(root: pathlib.Path) -> pathlib.Path:
     """Trains a public model and two owners' experts under `root`, merges them as `root/model`; returns `root`."""
     from flexmoe_jax.compose.merge import merge
-    from flexmoe_jax.train.loop import train
+    from flexmoe_jax.training.loop import train
 
     release = train(public_run(root))
     packages = [train(expert_run(root, owner, release)) for owner in ("news", "code")]
