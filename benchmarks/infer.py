@@ -9,8 +9,8 @@ from flexmoe_jax.model.decoder import Decoder
 from flexmoe_jax.model.generate import generate
 from flexmoe_jax.params import count_parameters
 from flexmoe_jax.tree import TRUNK
-from tests.conftest import stacked
 from tests.model import hf_oracle
+from tests.tiny import stacked
 
 MODEL = ModelConfig(8192, 6, 512, 8, 8, 64, 1408, 1024)
 EXPERTS, ACTIVE, PROMPT, NEW, REPEATS = 8, 4, 256, 17, 3

@@ -15,8 +15,8 @@ from benchmarks.harness import Row, gemm, interleaved, ready, require_close
 from flexmoe_jax.config import ModelConfig
 from flexmoe_jax.model.decoder import Decoder, forward, moe
 from flexmoe_jax.parallel.stacked import with_stacked_rows
-from tests.conftest import stacked
 from tests.model import hf_oracle
+from tests.tiny import stacked
 
 D, F, K, REPEATS = 256, 512, 2, 9
 GROWTH_GOAL, COMPILE_GOAL_S = 1.5, 5.0

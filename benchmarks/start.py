@@ -10,7 +10,7 @@ import time
 import numpy as np
 
 from benchmarks.harness import Row, interleaved
-from tests.training.tiny import write_documents, write_vector
+from tests.tiny import write_documents, write_vector
 
 HELP_GOAL_S, START_GOAL_S = 0.7, 15.0
 ROOT = pathlib.Path(__file__).parents[1]

@@ -346,12 +346,12 @@ class RunConfig:
 
 
 def field_docs(cls: type) -> dict[str, str]:
-    """{field: the docstring under it} of a dataclass; every field must have one."""
+    """{field: the docstring under it} of a dataclass; fields without one are left out."""
     definition = ast.parse(textwrap.dedent(inspect.getsource(cls))).body[0]
     docs: dict[str, str] = {}
     for statement, after in itertools.pairwise(definition.body):  # type: ignore[attr-defined]
-        if isinstance(statement, ast.AnnAssign) and isinstance(statement.target, ast.Name):
-            docs[statement.target.id] = inspect.cleandoc(ast.literal_eval(after.value))  # type: ignore[attr-defined]
+        if isinstance(statement, ast.AnnAssign) and isinstance(after, ast.Expr):
+            docs[ast.unparse(statement.target)] = inspect.cleandoc(ast.literal_eval(after.value))
     return docs
 
 

@@ -16,6 +16,7 @@ import re
 import secrets
 import shutil
 import stat
+import tempfile
 from collections.abc import Callable, Iterable, Iterator
 from typing import Any
 
@@ -214,8 +215,24 @@ def digest_files(folder: pathlib.Path) -> dict[str, dict[str, Any]]:
 
 
 def default_cache() -> pathlib.Path:
-    """Where downloads and built mixes are kept: $FLEXMOE_CACHE, else ~/.cache/flexmoe."""
-    return pathlib.Path(os.environ.get("FLEXMOE_CACHE") or pathlib.Path.home() / ".cache" / "flexmoe")
+    """Where downloads, built mixes and compiled programs are kept: $FLEXMOE_CACHE, else ~/.cache/flexmoe.
+
+    Without a home directory that can be written, as in some containers: a folder of this user only in the system's
+    temporary directory. One that somebody else made there is an ArtifactError, for programs are run from it.
+    """
+    if given := os.environ.get("FLEXMOE_CACHE"):
+        return pathlib.Path(given)
+    with contextlib.suppress(RuntimeError):  # no $HOME, and the system does not know the user
+        home = pathlib.Path.home()
+        if os.access(home, os.W_OK) or (home / ".cache" / "flexmoe").is_dir():
+            return home / ".cache" / "flexmoe"
+    folder = pathlib.Path(tempfile.gettempdir(), f"flexmoe-{os.getuid()}")
+    with contextlib.suppress(FileExistsError):
+        folder.mkdir(mode=0o700)
+    status = folder.lstat()
+    if not stat.S_ISDIR(status.st_mode) or status.st_uid != os.getuid() or status.st_mode & 0o022:
+        raise ArtifactError(f"{folder} is not a folder of this user only", "set FLEXMOE_CACHE to another folder")
+    return folder
 
 
 def _partial_name(name: str) -> str:

@@ -11,8 +11,7 @@ from flexmoe_jax.compose.merge import merge
 from flexmoe_jax.errors import FlexMoEError
 from flexmoe_jax.model.decoder import Decoder
 from flexmoe_jax.model.generate import GREEDY, Sampling, generate, sample
-from tests.conftest import stacked
-from tests.training.tiny import WORDS
+from tests.tiny import WORDS, stacked
 
 TOKENS = np.arange(40).reshape(2, 20) + 97
 

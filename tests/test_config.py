@@ -10,7 +10,7 @@ from hypothesis import strategies as st
 from flexmoe_jax.artifacts.sealed import canonical_json, differences, digest
 from flexmoe_jax.config import ModelConfig, OptimizerConfig, RunConfig, field_docs, from_mapping, to_mapping
 from flexmoe_jax.errors import ConfigError, FlexMoEError
-from tests.conftest import TINY
+from tests.tiny import TINY
 
 MODEL = to_mapping(TINY)
 RUN = {"owner": "public", "data": "d", "out": "o", "steps": 3, "batch_size": 4, "seq_len": 8, "model": MODEL,

@@ -6,10 +6,10 @@ import jax
 import jax.numpy as jnp
 import pytest
 
-from flexmoe_jax.cli.configs import parse_config, parse_run
 from flexmoe_jax.config import ModelConfig, RunConfig
 from flexmoe_jax.data.pipeline import Batch
 from flexmoe_jax.errors import ConfigError
+from flexmoe_jax.experiment import read_config
 from flexmoe_jax.flexmix.build import DOMAINS
 from flexmoe_jax.model.decoder import init_params
 from flexmoe_jax.params import count_parameters
@@ -25,16 +25,16 @@ RUNS = sorted({*EXPERIMENTS.glob("*.py")} - {EXPERIMENTS / "reproduction.py"})
 
 def load(name: str, *overrides: str) -> RunConfig:
     """The run of an experiment file, completed with the keys that it leaves to the command line."""
-    open_keys = ["--config.data=data"]
+    open_keys = ["data=data"]
     if "dense" not in name:  # that run trains an existing model further, which has router rows
-        open_keys.append("--config.domain_vector=domain.json")
-    return parse_run([f"--config={EXPERIMENTS / name}", *open_keys, *overrides], "train")
+        open_keys.append("domain_vector=domain.json")
+    return read_config(RunConfig, f"{EXPERIMENTS / name}", [*open_keys, *overrides])
 
 
 @pytest.mark.parametrize("size", ["tiny", "small", "full"])
 def test_the_reproduction_names_real_domains_at_every_size(size):
     spec = f"{EXPERIMENTS / 'reproduction.py'}:{size}"
-    study = parse_config([f"--config={spec}", "--config.seeds=2"], "reproduce", StudyConfig)
+    study = read_config(StudyConfig, spec, ["seeds=2"])
     assert study.seeds == 2
     assert set(study.owners) < set(DOMAINS)
     assert study.seq_len <= study.model.max_seq_len
@@ -50,7 +50,7 @@ def model_7b() -> ModelConfig:
 
 @pytest.mark.parametrize("path", RUNS, ids=lambda path: path.name)
 def test_every_experiment_is_a_valid_run_and_holds_its_command(path):
-    needs_public = ["--config.public=public"] if "_expert" in path.name else []
+    needs_public = ["public=public"] if "_expert" in path.name else []
     arg = ":news" if needs_public else ""
     run = load(f"{path.name}{arg}", *needs_public)
     assert run.owner == ("news" if needs_public else PUBLIC)
@@ -59,7 +59,7 @@ def test_every_experiment_is_a_valid_run_and_holds_its_command(path):
 
 @pytest.mark.parametrize(("gpu", "moment"), [("80gb", "factored"), ("141gb", "full")])
 def test_the_7b_expert_has_a_form_for_one_gpu(gpu, moment):
-    run = load(f"olmo2_7b_expert.py:news,gpu={gpu}", "--config.public=public")
+    run = load(f"olmo2_7b_expert.py:news,gpu={gpu}", "public=public")
     assert (run.owner, run.optimizer.second_moment) == ("news", moment)
     assert run.steps * run.batch_size * run.seq_len > 1e9
     assert f"gpu={gpu}" in (EXPERIMENTS / "olmo2_7b_expert.py").read_text()
@@ -69,7 +69,7 @@ def test_the_7b_expert_has_a_form_for_one_gpu(gpu, moment):
 
 def test_an_expert_run_without_an_owner_is_refused_with_the_remedy():
     with pytest.raises(ConfigError, match="owner is empty") as error:
-        load("quickstart_expert.py", "--config.public=public")
+        load("quickstart_expert.py", "public=public")
     assert ":OWNER" in error.value.remedy
 
 
@@ -85,7 +85,7 @@ def test_the_7b_model_has_the_papers_size():
 @pytest.mark.parametrize("name", ["olmo2_7b_public.py", "olmo2_7b_expert.py:news"])
 def test_the_7b_training_steps_lower(name):
     """Traced and lowered from shapes only: no array of the model is allocated."""
-    beside = ["--config.public=public"] if ":" in name else []
+    beside = ["public=public"] if ":" in name else []
     run, model = load(name, *beside), model_7b()
     experts = canonical_order({PUBLIC, run.owner})
     params = jax.eval_shape(lambda: init_params(model, jax.random.key(0), experts))

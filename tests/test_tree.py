@@ -10,7 +10,7 @@ from flexmoe_jax import tree
 from flexmoe_jax.errors import ArtifactError, FlexMoEError
 from flexmoe_jax.model.decoder import init_params
 from flexmoe_jax.params import count_parameters, model_leaves, owner_leaves
-from tests.conftest import TINY, random_params
+from tests.tiny import TINY, random_params
 
 RESERVED = (
     "trunk",

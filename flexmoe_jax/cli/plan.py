@@ -1,56 +1,81 @@
-"""`flexmoe plan`: what a run would take on chips that are not here, and whether it fits."""
+"""`flexmoe plan`: memory and time of a run on given TPUs or GPUs, and whether it fits."""
 
 import argparse
 import dataclasses
 import math
 import pathlib
+from typing import TYPE_CHECKING, Any
 
 from flexmoe_jax.cli.common import add_json, emit, parser, table
-from flexmoe_jax.cli.configs import parse_mapping
-from flexmoe_jax.config import RunConfig, from_mapping
+from flexmoe_jax.config import ModelConfig, RunConfig, from_mapping
 from flexmoe_jax.errors import ConfigError, MachineError
+from flexmoe_jax.experiment import read_values
+from flexmoe_jax.tree import PUBLIC, canonical_order
 
-_TEXT = """Plans a run: parameters and where they lie, memory, operations, communication and time of a device.
+if TYPE_CHECKING:
+    from flexmoe_jax.plan.compiled import Compiled
+    from flexmoe_jax.plan.search import Choice
+    from flexmoe_jax.plan.work import Work
 
-All by arithmetic from shapes; with --compile (TPUs; needs the extra `tpu`) also by the compiler, without any TPU.
-Without --mesh all meshes are tried, without --topology all slices. Keys of the configuration are overridden as in
-`flexmoe train`. Ends with code 1 if it does not fit."""
+_TEXT = """Plans a run: where each parameter lies, and memory, operations, communication and time of a device.
+
+The plan is computed from shapes; --compile (TPUs; extra `tpu`) also asks the compiler, which needs no TPU. Without
+--mesh all meshes are tried, without --topology all slices. Paths need not exist. Exit code 1 if it does not fit."""
 _EXAMPLE = "flexmoe plan --config=experiments/olmo2_7b_expert.py:news --topology v5p:2x2x2 --mesh fsdp=8"
 SHOWN = 5  # meshes of a search
 
 
 def plan(argv: list[str]) -> int:
     """Prints the plan; 1 if nothing fits."""
-    p = parser("plan", _TEXT, _EXAMPLE)
-    p.add_argument("--config", required=True, metavar="FILE[:ARG]", help="an experiment file")
-    p.add_argument("--topology", help="v5e:4x4, v5p:4x4x4, v6e:2x2, h100:8, h200:1; the smallest that fit by default")
-    p.add_argument("--mesh", help="data=2,fsdp=4; the config's, or the best with as many microbatches as it takes")
-    p.add_argument("--kind", choices=("train", "prefill", "decode"), default="train", help="what is run")
-    p.add_argument("--experts", type=int, help="experts of a model that the configuration does not know yet")
-    p.add_argument("--compile", action="store_true", help="compile it for the topology as well")
+    p = parser("plan", _TEXT, _EXAMPLE, config=RunConfig)
+    what = "v5e:4x4, v5p:4x4x4, v6e:2x2, h100:8, h200:1; by default the smallest that fit"
+    p.add_argument("--topology", help=what)
+    what = "data=2,fsdp=4; by default config.mesh, or the best mesh with as many microbatches as it needs"
+    p.add_argument("--mesh", help=what)
+    what = "what runs: a training step (default), the prefill of a prompt, or the decoding of a token"
+    p.add_argument("--kind", choices=("train", "prefill", "decode"), default="train", help=what)
+    what = "number of experts, for a public run whose model is merged later"
+    p.add_argument("--experts", type=int, help=what)
+    p.add_argument("--compile", action="store_true", help="also compile the run for the topology")
     add_json(p)
-    args, overrides = p.parse_known_args(argv)
+    args = p.parse(argv)
     if args.compile and not args.topology:
         raise ConfigError("--compile was given without --topology", "say which chips to compile for")
-    work = _work(args, [f"--config={args.config}", *overrides])
+    work = _work(args)
     if not args.topology:
         return _smallest(work, args.json)
     return _plan(work, args)
 
 
-def _work(args: argparse.Namespace, argv: list[str]):
+def _work(args: argparse.Namespace) -> "Work":
     import jax
 
     from flexmoe_jax.plan.work import Work
-    from flexmoe_jax.tree import PUBLIC, canonical_order
 
     jax.config.update("jax_platforms", "cpu")  # a plan needs no device and takes none
-    values = {"data": "-", **parse_mapping(argv, "plan")}
+    run = _planned_run(args)
+    model, experts = _model_and_experts(run)
+    if args.experts:
+        if args.experts < 1 or not run.is_public:
+            raise ConfigError(f"--experts {args.experts} in the run of {run.owner!r}", "it is for public runs only")
+        experts = (PUBLIC, *(f"expert{i:02}" for i in range(1, args.experts)))
+    if not run.is_public and not run.coordinate:
+        experts = (run.owner,)
+    return Work(model, canonical_order(experts), run, args.kind)
+
+
+def _planned_run(args: argparse.Namespace) -> RunConfig:
+    """The configured run; paths that a plan does not need may be missing."""
+    values = {"data": "-", **read_values(RunConfig, args.config, args.overrides)}
     if values.get("owner") != PUBLIC:
         values["public"] = values.get("public") or "-"
     if not values.get("expert") and (values.get("owner") != PUBLIC or not values.get("public")):
         values["domain_vector"] = values.get("domain_vector") or "-"
-    run = from_mapping(RunConfig, values)
+    return from_mapping(RunConfig, values)
+
+
+def _model_and_experts(run: RunConfig) -> tuple[ModelConfig, tuple[str, ...]]:
+    """The shape and the experts of the model that `run` trains: config.public's where it is here, else config.model."""
     model = run.model
     experts: tuple[str, ...] = (PUBLIC,) if run.is_public else (PUBLIC, run.owner)
     if run.public and pathlib.Path(run.public).is_dir():
@@ -63,16 +88,10 @@ def _work(args: argparse.Namespace, argv: list[str]):
             f"the model's shape is not known: config.model is not set and config.public {run.public!r} is not here",
             "set config.public to a model directory, or config.model in the experiment",
         )
-    if args.experts:
-        if args.experts < 1 or not run.is_public:
-            raise ConfigError(f"--experts {args.experts} in the run of {run.owner!r}", "it is for public runs alone")
-        experts = (PUBLIC, *(f"expert{i:02}" for i in range(1, args.experts)))
-    if not run.is_public and not run.coordinate:
-        experts = (run.owner,)
-    return Work(model, canonical_order(experts), run, args.kind)
+    return model, experts
 
 
-def _smallest(work, as_json: bool) -> int:
+def _smallest(work: "Work", as_json: bool) -> int:
     from flexmoe_jax.parallel.chips import CHIPS
     from flexmoe_jax.plan.search import smallest
 
@@ -83,7 +102,7 @@ def _smallest(work, as_json: bool) -> int:
     return 0
 
 
-def _plan(work, args: argparse.Namespace) -> int:
+def _plan(work: "Work", args: argparse.Namespace) -> int:
     from flexmoe_jax.parallel.chips import parse_topology
     from flexmoe_jax.parallel.mesh import check_mesh
     from flexmoe_jax.plan.costs import estimate
@@ -128,14 +147,14 @@ def _gb(size: float) -> float:
     return size / 1e9
 
 
-def _choice_row(choice) -> list:
+def _choice_row(choice: "Choice") -> list:
     costs = choice.costs
     numbers = [f"{_gb(costs.total):.1f}", f"{_gb(costs.usable):.1f}", f"{costs.step_seconds:.3g}"]
     cut = choice.work.run.accumulation if choice.work.kind == "train" else "-"
     return [choice.topology.name, choice.mesh, cut, *numbers]
 
 
-def _choice(choice) -> dict:
+def _choice(choice: "Choice") -> dict:
     costs = choice.costs
     return {
         "topology": choice.topology.name,
@@ -152,7 +171,7 @@ def _choice(choice) -> dict:
     }
 
 
-def _head(work) -> list[str]:
+def _head(work: "Work") -> list[str]:
     run = work.run
     doing = f"{run.batch_size} rows of {run.seq_len} tokens, {run.compute_dtype}"
     if work.kind == "train":
@@ -160,23 +179,28 @@ def _head(work) -> list[str]:
     return [f"{work.kind} with {len(work.experts)} experts, {work.active} a token: {doing}"]
 
 
-def _leaves(choice) -> list[dict]:
+def _leaves(choice: "Choice") -> list[dict]:
     from flexmoe_jax.plan.costs import part_bytes
     from flexmoe_jax.plan.work import leaves
 
     sizes = choice.costs.sizes
     return [
-        {"part": leaf.part, "path": leaf.path, "shape": list(leaf.shape), "spec": _spec(leaf.spec),
-         "bytes": part_bytes(leaf, sizes)}
+        {
+            "part": leaf.part,
+            "path": leaf.path,
+            "shape": list(leaf.shape),
+            "spec": _spec(leaf.spec),
+            "bytes": part_bytes(leaf, sizes),
+        }
         for leaf in leaves(choice.work, sizes["expert"])
-    ]  # fmt: skip
+    ]
 
 
-def _spec(spec) -> list:
+def _spec(spec: Any) -> list:
     return [list(axes) if isinstance(axes, tuple) else axes for axes in spec]
 
 
-def _lines(choice) -> list[str]:
+def _lines(choice: "Choice") -> list[str]:
     from flexmoe_jax.plan.costs import ATTAINABLE, activations, tokens_of
     from flexmoe_jax.plan.work import params_shapes
     from flexmoe_jax.training.freezing import freezing_table
@@ -190,11 +214,14 @@ def _lines(choice) -> list[str]:
             )
     shown.append("")
     rows = [
-        [f"{leaf['part']} {leaf['path']}", "x".join(map(str, leaf["shape"])) or "1",
-         ",".join("+".join(a) if isinstance(a, list) else a or "-" for a in leaf["spec"]) or "everywhere",
-         f"{leaf['bytes'] / 1e6:.2f}"]
+        [
+            f"{leaf['part']} {leaf['path']}",
+            "x".join(map(str, leaf["shape"])) or "1",
+            ",".join("+".join(a) if isinstance(a, list) else a or "-" for a in leaf["spec"]) or "everywhere",
+            f"{leaf['bytes'] / 1e6:.2f}",
+        ]
         for leaf in _leaves(choice)
-    ]  # fmt: skip
+    ]
     shown += table(["array", "shape", "split by", "MB a device"], rows)
     cut = f", {run.accumulation} microbatches" if work.kind == "train" else ""
     shown += ["", f"{choice.topology.name}, mesh {choice.mesh}{cut}; a device takes:"]
@@ -218,7 +245,7 @@ def _lines(choice) -> list[str]:
     return shown
 
 
-def _compiled_lines(choice, compiled) -> list[str]:
+def _compiled_lines(choice: "Choice", compiled: "Compiled") -> list[str]:
     if compiled.refused:
         return [f"the compiler refuses it: {compiled.refused}"]
     costs = choice.costs

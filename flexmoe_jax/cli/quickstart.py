@@ -1,51 +1,63 @@
 """`flexmoe quickstart`: the whole life of a FlexMoE model on one machine, on real text.
 
-Every party's work is done by the command a person would type, printed as it runs. Each owner's commands run in
-processes of their own, in a folder that holds the owner's data and a copy of the public release (the public model and
-public documents), and nothing else.
+Every party's work is done by the command a person would type, which is printed when it runs. Each owner's commands run
+in processes of their own, in a folder that holds the owner's data and a copy of the public release (the public model
+and public documents), and nothing else.
 """
 
+import contextlib
 import pathlib
 import shutil
 import subprocess
 import sys
 import time
+from typing import TYPE_CHECKING
 
-from flexmoe_jax.artifacts.sealed import write_json
-from flexmoe_jax.cli.common import parser, table
+from flexmoe_jax.cli.common import LocalPath, add_json, emit, parser, table
 from flexmoe_jax.errors import ArtifactError, FlexMoEError
-from flexmoe_jax.evaluate.perplexity import describe, heldout_texts
+from flexmoe_jax.files import new_directory
+
+if TYPE_CHECKING:
+    from flexmoe_jax.api import Model
 
 OWNERS = ("code", "math", "news")
 LEAVER = "news"
 TOP_K = "2"
+_TEXT = """Does everything once on one machine, on real text, in about ten minutes on two cores: builds the data, trains
+a public model and three owners' experts, merges them, evaluates, removes an expert, and proves that the rest equals a
+model that never had it. The commands are printed as they run; the table is also written to OUT/results.json."""
 
 
 def quickstart(argv: list[str]) -> int:
     """Trains, merges, evaluates, opts out; prints the table and writes `results.json`."""
-    p = parser("quickstart", __doc__.split("\n\n")[0], "flexmoe quickstart --out runs/quickstart")
-    p.add_argument(
-        "--out", default="runs/quickstart", help="folder for everything this makes; a second run goes on in it"
-    )
-    p.add_argument("--seed", type=int, default=0, help="of initial weights and data order")
-    p.add_argument("--override", action="append", default=[], metavar="KEY=VALUE",
-                   help="a configuration key for all trainings, for example steps=20")  # fmt: skip
-    p.add_argument("--embed-count", type=int, default=64, help="documents in each party's domain embedding")
-    p.add_argument("--eval-bytes", type=int, default=24_000, help="held-out text per domain")
-    args = p.parse_args(argv)
-    began = time.monotonic()
+    p = parser("quickstart", _TEXT, "flexmoe quickstart --out runs/quickstart")
+    what = "folder for everything this makes; resumed if it exists; runs/quickstart by default"
+    p.add_argument("--out", default="runs/quickstart", action=LocalPath, help=what)
+    p.add_argument("--seed", type=int, default=0, help="of initial weights and data order; 0 by default")
+    what = "a configuration key for all trainings, for example steps=20; may be given several times"
+    p.add_argument("--override", action="append", default=[], metavar="KEY=VALUE", help=what)
+    what = "documents in each party's domain embedding; 64 by default"
+    p.add_argument("--embed-count", type=int, default=64, help=what)
+    p.add_argument("--eval-bytes", type=int, default=24_000, help="held-out text per domain; 24000 by default")
+    add_json(p)
+    args = p.parse(argv)
+    from flexmoe_jax.artifacts.sealed import write_json
+
+    start = time.monotonic()
     root = pathlib.Path(args.out)
     overrides = [f"--config.{o}" for o in (f"seed={args.seed}", *args.override)]
-    _prepare_data(root)
-    release = _train_public(root / "public", args.embed_count, overrides)
-    packages = {
-        owner: _train_owner(root / "owners" / owner, owner, release, args.embed_count, overrides) for owner in OWNERS
-    }
-    models = _compose(root, release, packages)
-    results = _evaluate(root, models, args.eval_bytes)
-    results |= {"seed": args.seed, "overrides": args.override, "seconds": round(time.monotonic() - began)}
+    with contextlib.redirect_stdout(sys.stderr) if args.json else contextlib.nullcontext():
+        _prepare_data(root)
+        release = _train_public(root / "public", args.embed_count, overrides)
+        packages = {
+            owner: _train_owner(root / "owners" / owner, owner, release, args.embed_count, overrides)
+            for owner in OWNERS
+        }
+        models = _compose(root, release, packages)
+        results = _evaluate(root, models, args.eval_bytes)
+    results |= {"seed": args.seed, "overrides": args.override, "seconds": round(time.monotonic() - start)}
     write_json(root / "results.json", results)
-    _show(results, root)
+    emit(results, _lines(results, root), args.json)
     return 0
 
 
@@ -68,8 +80,10 @@ def _train_public(home: pathlib.Path, embed_count: int, overrides: list[str]) ->
     return release
 
 
-def _train_owner(home: pathlib.Path, owner: str, release: pathlib.Path, embed_count: int, overrides) -> pathlib.Path:
-    """The hand-over of the public release is a copy: the owner's processes never look outside `home`."""
+def _train_owner(
+    home: pathlib.Path, owner: str, release: pathlib.Path, embed_count: int, overrides: list[str]
+) -> pathlib.Path:
+    """The public release is handed over as a copy: the owner's processes never look outside `home`."""
     _copy(release, home / "release")
     _embed(home, embed_count)
     _party(home, "train", f"--config={_experiment('quickstart_expert.py')}:{owner}", *overrides)
@@ -77,11 +91,10 @@ def _train_owner(home: pathlib.Path, owner: str, release: pathlib.Path, embed_co
 
 
 def _copy(source: pathlib.Path, target: pathlib.Path) -> None:
-    """Copies a folder, whole or not at all; one that is already there stays."""
+    """Copies a folder, whole or not at all; an existing one stays."""
     if not target.exists():
-        partial = target.with_name(f"{target.name}.partial")
-        shutil.copytree(source, partial, dirs_exist_ok=True)
-        partial.rename(target)
+        with new_directory(target) as partial:
+            shutil.copytree(source, partial, dirs_exist_ok=True)
 
 
 def _embed(home: pathlib.Path, count: int) -> None:
@@ -96,12 +109,9 @@ def _compose(root: pathlib.Path, release: pathlib.Path, packages: dict[str, path
         shutil.rmtree(path, ignore_errors=True)
     full, opted_out, never = map(str, models.values())
 
-    def merge(out: str, owners):
-        experts = [part for owner in owners for part in ("--expert", str(packages[owner]))]
-        _here("merge", "--public", str(release / "model"), *experts, "--top-k", TOP_K, "--out", out)
-
-    merge(full, OWNERS)
-    merge(never, [owner for owner in OWNERS if owner != LEAVER])
+    for out, owners in ((full, OWNERS), (never, [owner for owner in OWNERS if owner != LEAVER])):
+        given = [part for owner in owners for part in ("--package", str(packages[owner]))]
+        _here("merge", "--public", str(release / "model"), *given, "--top-k", TOP_K, "--out", out)
     _here("optout", full, "--expert", LEAVER, "--out", opted_out)
     return models
 
@@ -111,6 +121,7 @@ def _evaluate(root: pathlib.Path, paths: dict[str, pathlib.Path], max_bytes: int
     import numpy as np
 
     from flexmoe_jax import load
+    from flexmoe_jax.evaluate.perplexity import describe, heldout_texts
 
     model, opted_out, never = (load(path) for path in paths.values())
     rows = {"public alone": (model.select(["public"]), False)}
@@ -128,9 +139,8 @@ def _evaluate(root: pathlib.Path, paths: dict[str, pathlib.Path], max_bytes: int
         print(f"evaluated {name}: mean {bits[name]['mean']:.3f} bits per byte", file=sys.stderr, flush=True)
     tokens = np.array(model.tokenizer.encode(texts[LEAVER][0])[: model.config.max_seq_len])
     if not np.array_equal(opted_out.logits(tokens), never.logits(tokens)):
-        raise ArtifactError(
-            f"the logits without {LEAVER} differ from a model that never had it", "report this as a bug"
-        )
+        what = f"the logits without {LEAVER} differ from those of a model that never had it"
+        raise ArtifactError(what, "report this as a bug")
     samples = {domain: _sample(model, t[0]) for domain, t in texts.items()}
     return {
         "bits_per_byte": bits,
@@ -143,35 +153,35 @@ def _evaluate(root: pathlib.Path, paths: dict[str, pathlib.Path], max_bytes: int
     }
 
 
-def _sample(model, text: str) -> dict:
+def _sample(model: "Model", text: str) -> dict:
     prompt = model.tokenizer.decode(model.tokenizer.encode(text)[:24])
     return {"prompt": prompt, "continuation": model.generate(prompt, max_new_tokens=32, temperature=0.7, top_p=0.9)}
 
 
-def _show(results: dict, root: pathlib.Path) -> None:
+def _lines(results: dict, root: pathlib.Path) -> list[str]:
+    """The results for people."""
     bits, shares = results["bits_per_byte"], results["routed_share"]
-    columns = list(bits["merged"])
     scoring = "windows of {seq_len} tokens with stride {stride}, top-{top_k}".format(**results["scoring"])
-    print(f"\nHeld-out bits per byte (lower is better); {scoring}\n")
-    print("\n".join(table(["", *columns], [[row, *values.values()] for row, values in bits.items()])))
-    print("\nRouted share of each expert in the merged model, by domain\n")
+    lines = ["", f"Held-out bits per byte (lower is better); {scoring}", ""]
+    lines += table(["", *bits["merged"]], [[row, *values.values()] for row, values in bits.items()])
+    lines += ["", "Routed share of each expert in the merged model, by domain", ""]
     experts = list(shares["public"]["share"])
-    print("\n".join(table(["domain", *experts], [[d, *s["share"].values()] for d, s in shares.items()])))
-    print("\n... and by layer\n")
+    lines += table(["domain", *experts], [[d, *s["share"].values()] for d, s in shares.items()])
+    lines += ["", "... and by layer", ""]
     by_layer = [[f"{d}, layer {i}", *layer.values()] for d, s in shares.items() for i, layer in enumerate(s["layers"])]
-    print("\n".join(table(["", *experts], by_layer)))
-    print("\nSample continuations of held-out text (temperature 0.7, top-p 0.9)\n")
+    lines += table(["", *experts], by_layer)
+    lines += ["", "Sample continuations of held-out text (temperature 0.7, top-p 0.9)", ""]
     for domain, sample in results["samples"].items():
-        print(f"[{domain}] {sample['prompt']!r} -> {sample['continuation']!r}")
+        lines.append(f"[{domain}] {sample['prompt']!r} -> {sample['continuation']!r}")
     compared, places = results["opt_out"]["tokens_compared"], ", ".join(results["artefacts"].values())
-    print(f"\nWithout {LEAVER}: logits bit-identical to a model that never had it, on {compared} tokens.")
-    print(f"Artefacts: {places}; the table as {root / 'results.json'}.")
-    print(f"Each party's folder: {root / 'public'}, {root / 'owners'}/NAME. The commands above do each step by hand.")
-    print(f"Took {results['seconds']} s.")
+    lines += ["", f"Without {LEAVER}: logits bit-identical to a model that never had it, on {compared} tokens."]
+    lines.append(f"Models: {places}; the table as {root / 'results.json'}.")
+    lines.append(f"Each party's folder: {root / 'public'}, {root / 'owners'}/NAME. The commands above do each step.")
+    return [*lines, f"Took {results['seconds']} s."]
 
 
 def _here(*argv: str) -> None:
-    """Runs a verb in this process, showing the command."""
+    """Runs a verb in this process and shows the command."""
     from flexmoe_jax.cli.main import main
 
     print(f"$ flexmoe {' '.join(argv)}", flush=True)
@@ -181,9 +191,11 @@ def _here(*argv: str) -> None:
 
 
 def _party(home: pathlib.Path, *argv: str) -> None:
-    """Runs a verb as a process of its own inside `home`, showing the command."""
+    """Runs a verb in a process of its own inside `home` and shows the command."""
     print(f"$ (cd {home} && flexmoe {' '.join(argv)})", flush=True)
-    code = subprocess.run([sys.executable, "-m", "flexmoe_jax.cli.main", *argv], cwd=home, check=False).returncode
+    command = [sys.executable, "-m", "flexmoe_jax.cli.main", *argv]
+    to = sys.stderr if sys.stdout is sys.stderr else None  # with --json
+    code = subprocess.run(command, cwd=home, stdout=to, check=False).returncode
     if code:
         raise FlexMoEError(f"flexmoe {argv[0]} in {home} ended with exit code {code}", "see its message above")
 

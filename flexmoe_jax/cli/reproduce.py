@@ -1,66 +1,65 @@
 """`flexmoe reproduce`: the paper's comparison of merging methods, its ablations, with seeds and intervals."""
 
-import argparse
 import pathlib
 import typing
 from collections.abc import Mapping
 
-from flexmoe_jax.cli.common import parser, table
-from flexmoe_jax.cli.configs import parse_config
+from flexmoe_jax.cli.common import ExistingPath, LocalPath, add_json, check_paths, emit, parser, table
+from flexmoe_jax.experiment import read_config
 
 if typing.TYPE_CHECKING:
     from flexmoe_jax.study.results import Results
 
-_HELP = """usage: flexmoe reproduce --config=experiments/reproduction.py:small [--config.KEY=VALUE ...]
-           [--vary=KEY=VALUE,VALUE,...]
+_TEXT = """Runs the paper's comparison. Trains the public model, the owners' experts, every ablation and every baseline
+under several seeds, scores them on the same held-out text, prints the table and writes the results into config.out.
+What exists already is not trained again: the same command resumes a study.
 
-Trains the public model, the owners' experts, every ablation and every baseline, under several seeds; scores them on
-the same held-out text; prints the table and writes results.json into config.out. What is already there is not done
-again: stopped, it goes on with the same command.
-
-With --vary, the method and the experts that it is held against are trained at each value of one number of the
-configuration, each in a folder of its own in config.out.
-
-examples:
-  flexmoe reproduce --config=experiments/reproduction.py:small --config.seeds=1
-  flexmoe reproduce --config=experiments/reproduction.py:small --config.seeds=1 --config.out=runs/lengths \\
+With --vary, the method and the experts it is compared with are trained at each value of one number of the
+configuration, each in its own folder in config.out."""
+_EXAMPLE = """flexmoe reproduce --config=experiments/reproduction.py:small --config.seeds=1
+  flexmoe reproduce --config=experiments/reproduction.py:small --config.seeds=1 --config.out=runs/owner_steps \\
       --vary=owner_steps=50,100,200"""
 
 
 def reproduce(argv: list[str]) -> int:
     """Runs or resumes a study and prints its table."""
-    if not argv or "-h" in argv or "--help" in argv:
-        print(_HELP)
-        return 0 if argv else 2
     from flexmoe_jax.study.config import StudyConfig
-    from flexmoe_jax.study.reproduce import reproduce as run
+
+    p = parser("reproduce", _TEXT, _EXAMPLE, config=StudyConfig)
+    p.add_argument("--vary", metavar="KEY=VALUE,VALUE,..", help="train at each of these values of one key")
+    add_json(p)
+    args = p.parse(argv)
+    config = read_config(StudyConfig, args.config, args.overrides)
+    check_paths(config)
+    from flexmoe_jax.study.reproduce import reproduce as run_study
     from flexmoe_jax.study.reproduce import vary
 
-    p = argparse.ArgumentParser(prog="flexmoe reproduce", add_help=False, allow_abbrev=False)
-    p.add_argument("--vary")
-    options, rest = p.parse_known_args(argv)
-    config = parse_config(rest, "reproduce", StudyConfig)
-    if options.vary is not None:
-        key, _, values = options.vary.partition("=")
-        print("\n".join(varied_lines(key, vary(config, key, values.split(",")))))
+    if args.vary is not None:
+        key, _, values = args.vary.partition("=")
+        varied = vary(config, key, values.split(","))
+        emit(varied, varied_lines(key, varied), args.json)
     else:
-        print("\n".join(lines(run(config))))
+        results = run_study(config)
+        emit(results, lines(results), args.json)
     return 0
 
 
 def report(argv: list[str]) -> int:
-    """Writes the page; it opens offline, on a phone as well, in light and dark."""
-    p = parser("report", "One self-contained page about a study.", "flexmoe report runs/reproduction-small")
-    p.add_argument("run", help="the folder of a finished `flexmoe reproduce`, or its results.jsonl")
-    p.add_argument("--out", help="the page; RUN/report.html by default")
-    args = p.parse_args(argv)
+    """Writes the page; it opens offline, on a phone too, in light and dark."""
+    example = "flexmoe report runs/reproduction-small"
+    p = parser("report", "Writes a study as one HTML page, which opens offline.", example)
+    what = "the folder of a finished `flexmoe reproduce`, or its results.jsonl"
+    p.add_argument("run", action=ExistingPath, help=what)
+    p.add_argument("--out", action=LocalPath, help="the page; report.html in the study's folder by default")
+    add_json(p)
+    args = p.parse(argv)
     from flexmoe_jax.files import write_bytes
     from flexmoe_jax.study.page import read_study, render
 
     run = pathlib.Path(args.run)
     out = pathlib.Path(args.out) if args.out else (run if run.is_dir() else run.parent) / "report.html"
     write_bytes(out, render(*read_study(run)).encode())
-    print(out)
+    emit({"page": str(out)}, [str(out)], args.json)
     return 0
 
 

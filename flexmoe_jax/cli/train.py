@@ -1,56 +1,68 @@
-"""`flexmoe pretrain` and `flexmoe train`: one command per role, driven by an experiment file."""
+"""`flexmoe pretrain` and `flexmoe train`: one training run, driven by an experiment file."""
 
-import argparse
 import logging
+import pathlib
 
-from flexmoe_jax.cli.configs import parse_run
+from flexmoe_jax.cli.common import add_json, check_paths, emit, parser
+from flexmoe_jax.config import RunConfig
 from flexmoe_jax.errors import ConfigError
+from flexmoe_jax.experiment import read_config
 
-_HELP = """usage: flexmoe {verb} --config=experiments/FILE.py[:ARG] [--config.KEY=VALUE ...]
+_TEXT = """{what}
 
-{what}
-
-Every key of the experiment's configuration can be overridden. The run directory (config.out) is resumed when it exists
-and belongs to the same configuration and data, and refused with the differences shown otherwise; --allow=KEY (as shown
-there, may be given several times) goes on in spite of one. SIGTERM saves and exits with code 75.
-
---profile=10:13 writes an XLA trace of the steps 10 to 13 into the run directory (profile/).
-
-example:
-  {example}"""
+The run directory (config.out) is resumed if it exists and belongs to the same configuration and data; otherwise the
+run is refused and the differences are shown. SIGTERM saves the state and exits with code 75."""
 
 
 def pretrain(argv: list[str]) -> int:
-    """Trains the public model; prints the model directory."""
-    what = "Trains the public model: trunk and public expert, densely, on public data."
+    """Trains a public model; prints the model directory."""
+    what = (
+        "Trains a public model (trunk and public expert, densely, on public data), or all experts of a model together."
+    )
     example = "flexmoe pretrain --config=experiments/quickstart_public.py --config.optimizer.lr=1e-3"
-    return _run(argv, "pretrain", what, example, public=True)
+    return _run(argv, "pretrain", what, example)
 
 
 def train(argv: list[str]) -> int:
     """Trains one owner's expert; prints the package directory."""
     what = "Trains one owner's expert beside the frozen public model, on the owner's own data."
     example = "flexmoe train --config=experiments/quickstart_expert.py:news --config.data=data --config.public=public"
-    return _run(argv, "train", what, example, public=False)
+    return _run(argv, "train", what, example)
 
 
-def _run(argv, verb, what, example, *, public: bool) -> int:
-    if not argv or "-h" in argv or "--help" in argv:
-        print(_HELP.format(verb=verb, what=what, example=example))
-        return 0 if argv else 2
-    p = argparse.ArgumentParser(prog=f"flexmoe {verb}", add_help=False, allow_abbrev=False)
-    p.add_argument("--allow", action="append", default=[])
-    p.add_argument("--profile", default=None)
-    options, rest = p.parse_known_args(argv)
-    run = parse_run(rest, verb)
-    if run.is_public != public:
-        other = "train" if public else "pretrain"
+def _run(argv: list[str], verb: str, what: str, example: str) -> int:
+    p = parser(verb, _TEXT.format(what=what), example, config=RunConfig)
+    what = "resume although this key differs (as shown in the refusal); several may be given"
+    p.add_argument("--allow", action="append", default=[], metavar="KEY", help=what)
+    what = "10:13 writes an XLA trace of steps 10 to 13 into the run directory (profile/)"
+    p.add_argument("--profile", metavar="STEPS", help=what)
+    add_json(p)
+    args = p.parse(argv)
+    run = read_config(RunConfig, args.config, args.overrides)
+    if run.is_public != (verb == "pretrain"):
+        other = "pretrain" if run.is_public else "train"
         raise ConfigError(f"config.owner is {run.owner!r}: not a run of flexmoe {verb}", f"use flexmoe {other}")
+    check_paths(run)
     from flexmoe_jax.parallel.processes import is_lead, join
-    from flexmoe_jax.training.loop import train
+    from flexmoe_jax.training.loop import train as train_run
 
     join()
     if not is_lead():
         logging.getLogger("flexmoe_jax").setLevel(logging.WARNING)
-    print(train(run, allow=options.allow, profile=options.profile))
+    product = train_run(run, allow=args.allow, profile=args.profile)
+    if is_lead():
+        emit(_describe(product, run), [str(product)], args.json)
     return 0
+
+
+def _describe(product: pathlib.Path, run: RunConfig) -> dict:
+    """The model directory or the package as JSON values."""
+    if run.is_public:
+        from flexmoe_jax.artifacts.model_dir import open_model
+        from flexmoe_jax.cli.models import describe_model
+
+        return describe_model(open_model(product))
+    from flexmoe_jax.artifacts.manifest import read_manifest
+
+    manifest = read_manifest(product)
+    return {"path": str(product), "owner": run.owner, "digest": manifest.digest, "content": manifest.content}

@@ -1,103 +1,142 @@
-"""`flexmoe classify|proxies|tune`: router tuning on public documents that look like the owners' (paper section 3.3)."""
+"""`flexmoe train-classifier|find-proxies|tune`: router tuning on proxy documents (paper section 3.3)."""
 
 import pathlib
+from typing import TYPE_CHECKING
 
-from flexmoe_jax.cli.common import add_json, emit, parser
+from flexmoe_jax.cli.common import ExistingPath, LocalPath, add_json, check_path, emit, parser
 from flexmoe_jax.errors import DataError, did_you_mean
 
+if TYPE_CHECKING:
+    from flexmoe_jax.data.proxies import Classifier
 
-def classify(argv: list[str]) -> int:
+_ENCODER = "sentence-transformers name or folder; all-MiniLM-L6-v2, offline, by default"
+
+
+def train_classifier(argv: list[str]) -> int:
     """Trains an owner's classifier "mine or public?", on the owner's machine."""
-    example = "flexmoe classify data --public-data release/documents --out classifier.json"
-    p = parser("classify", "Trains the classifier that finds public documents like an owner's.", example)
-    p.add_argument("documents", help="the owner's documents (their training split)")
-    p.add_argument("--public-data", required=True, help="public documents")
-    p.add_argument("--out", required=True, help="JSON file to write: the one thing to give away")
-    p.add_argument("--encoder", help="sentence-transformers name or folder; all-MiniLM-L6-v2, offline, by default")
-    p.add_argument("--count", type=int, default=1000, help="documents of either kind in the sample")
-    p.add_argument("--seed", type=int, default=0)
-    args = p.parse_args(argv)
+    text = "Trains a classifier that finds public documents like an owner's; the owner gives away the classifier only."
+    example = "flexmoe train-classifier data --public-data release/documents --out classifier.json"
+    p = parser("train-classifier", text, example)
+    what = "the owner's documents, of which the training split is read"
+    p.add_argument("documents", action=ExistingPath, help=what)
+    p.add_argument("--public-data", required=True, action=ExistingPath, help="public documents")
+    p.add_argument("--out", required=True, action=LocalPath, help="JSON file to write, for the coordinator")
+    p.add_argument("--encoder", action=LocalPath, help=_ENCODER)
+    p.add_argument("--count", type=int, default=1000, help="documents of each kind in the sample; 1000 by default")
+    p.add_argument("--seed", type=int, default=0, help="of the sample; 0 by default")
+    add_json(p)
+    args = p.parse(argv)
+    from flexmoe_jax.data import proxies
     from flexmoe_jax.data.embedding import DEFAULT_ENCODER
-    from flexmoe_jax.data.proxies import train_classifier
     from flexmoe_jax.data.sources import read_documents
 
-    classifier = train_classifier(
-        read_documents(args.documents), read_documents(args.public_data),
-        encoder=args.encoder or DEFAULT_ENCODER, count=args.count, seed=args.seed,
-    )  # fmt: skip
+    own, public = read_documents(args.documents), read_documents(args.public_data)
+    encoder = args.encoder or DEFAULT_ENCODER
+    classifier = proxies.train_classifier(own, public, encoder=encoder, count=args.count, seed=args.seed)
     classifier.save(args.out)
-    print(
-        f"{args.out}: trained on {classifier.documents} documents; right on {classifier.accuracy:.1%} of "
-        f"{classifier.held_out} others, both kinds counted alike"
-    )
+    result = {"out": args.out, "documents": classifier.documents, "accuracy": classifier.accuracy}
+    result |= {"held_out": classifier.held_out, "encoder": classifier.encoder}
+    right = f"right on {classifier.accuracy:.1%} of {classifier.held_out} others, both kinds weighted equally"
+    emit(result, [f"{args.out}: trained on {classifier.documents} documents; {right}"], args.json)
     return 0
 
 
-def proxies(argv: list[str]) -> int:
+def find_proxies(argv: list[str]) -> int:
     """Keeps the public documents that owners' classifiers find most like theirs."""
-    example = "flexmoe proxies mix/public --classifier news=news.json --classifier math=math.json --out proxies"
-    p = parser("proxies", "Chooses proxy documents for every owner.", example)
-    p.add_argument("documents", help="public documents")
-    p.add_argument("--classifier", action="append", required=True, metavar="OWNER=FILE", help="several may be given")
-    p.add_argument("--count", type=int, default=200, help="proxies of each owner")
-    p.add_argument("--of", type=int, default=2000, help="public documents to choose from, sampled")
-    p.add_argument("--encoder", help="the classifiers' encoder, where it is not the default")
-    p.add_argument("--seed", type=int, default=0)
-    p.add_argument("--out", required=True, help="folder for one new folder per owner")
-    args = p.parse_args(argv)
+    text = (
+        "Chooses proxy documents for every owner: the public ones that the owner's classifier finds most like its own."
+    )
+    example = "flexmoe find-proxies mix/public --classifier news=news.json --classifier math=math.json --out proxies"
+    p = parser("find-proxies", text, example)
+    p.add_argument("documents", action=ExistingPath, help="public documents")
+    what = "an owner's classifier; may be given several times"
+    p.add_argument("--classifier", action="append", required=True, metavar="OWNER=FILE", help=what)
+    p.add_argument("--count", type=int, default=200, help="proxies for each owner; 200 by default")
+    what = "public documents to choose from, a random sample; 2000 by default"
+    p.add_argument("--of", type=int, default=2000, help=what)
+    p.add_argument("--encoder", action=LocalPath, help="the encoder of the classifiers; all-MiniLM-L6-v2 by default")
+    p.add_argument("--seed", type=int, default=0, help="of the sample; 0 by default")
+    p.add_argument("--out", required=True, action=LocalPath, help="folder that gets one new folder per owner")
+    add_json(p)
+    args = p.parse(argv)
+    from flexmoe_jax.data import proxies
     from flexmoe_jax.data.embedding import DEFAULT_ENCODER
-    from flexmoe_jax.data.proxies import Classifier, find_proxies
     from flexmoe_jax.data.sources import read_documents
 
-    classifiers = {}
-    for item in args.classifier:
-        owner, equals, path = item.partition("=")
-        if not equals or not owner:
-            raise DataError(f"--classifier {item!r} names no owner", "write OWNER=FILE")
-        if owner in classifiers:
-            raise DataError(f"two classifiers of {owner!r} are given, the second is {path}", "give one of each owner")
-        classifiers[owner] = Classifier.load(path)
-    odds = find_proxies(
-        classifiers, read_documents(args.documents), pathlib.Path(args.out), count=args.count, of=args.of,
-        encoder=args.encoder or DEFAULT_ENCODER, seed=args.seed,
-    )  # fmt: skip
-    for owner, (highest, lowest) in odds.items():
-        print(f"{args.out}/{owner}: {args.count} documents, log odds {highest:.2f} to {lowest:.2f}")
+    encoder = args.encoder or DEFAULT_ENCODER
+    options = {"count": args.count, "of": args.of, "encoder": encoder, "seed": args.seed}
+    classifiers, out = _load_classifiers(args.classifier), pathlib.Path(args.out)
+    odds = proxies.find_proxies(classifiers, read_documents(args.documents), out, **options)
+    folders = [
+        {
+            "owner": owner,
+            "path": str(out / owner),
+            "documents": args.count,
+            "log_odds": {"highest": high, "lowest": low},
+        }
+        for owner, (high, low) in odds.items()
+    ]
+    lines = [f"{out / o}: {args.count} documents, log odds {high:.2f} to {low:.2f}" for o, (high, low) in odds.items()]
+    emit({"proxies": folders}, lines, args.json)
     return 0
 
 
 def tune(argv: list[str]) -> int:
     """Tunes the router of a merged model on proxies."""
-    example = "flexmoe tune model --proxies proxies --public-data mix/public --out tuned"
-    p = parser("tune", "Tunes router rows and biases after the merge; opt-out stays exact.", example)
-    p.add_argument("model", help="a merged model; it stays as it is")
-    p.add_argument("--proxies", required=True, help="folder with one folder of proxies per owner")
-    p.add_argument("--public-data", required=True, help="public documents")
-    p.add_argument("--out", required=True, help="gets model/, packages/OWNER and runs/; resumed when it exists")
-    p.add_argument("--together", action="store_true", help="all rows at once, as in the paper: opt-out is approximate")
-    p.add_argument("--steps", type=int, default=100)
-    p.add_argument("--batch-size", type=int, default=8)
-    p.add_argument("--seq-len", type=int, help="the model's longest by default")
-    p.add_argument("--lr", type=float, default=2e-3)
-    p.add_argument("--seed", type=int, default=0)
+    text = "Tunes the router rows and biases of a merged model on proxy documents. Opting out stays exact."
+    p = parser("tune", text, "flexmoe tune model --proxies proxies --public-data mix/public --out tuned")
+    p.add_argument("model", action=ExistingPath, help="a merged model; it stays as it is")
+    what = "the folder made by flexmoe find-proxies; it holds a folder per owner"
+    p.add_argument("--proxies", required=True, action=ExistingPath, help=what)
+    p.add_argument("--public-data", required=True, action=ExistingPath, help="public documents")
+    what = "gets model/, packages/OWNER and runs/; resumed if it exists"
+    p.add_argument("--out", required=True, action=LocalPath, help=what)
+    what = "tune all rows at once, as in the paper; opting out is then approximate"
+    p.add_argument("--together", action="store_true", help=what)
+    p.add_argument("--steps", type=int, default=100, help="optimizer steps; 100 by default")
+    p.add_argument("--batch-size", type=int, default=8, help="sequences per step; 8 by default")
+    p.add_argument("--seq-len", type=int, help="tokens per sequence; the model's maximum by default")
+    p.add_argument("--lr", type=float, default=2e-3, help="peak learning rate; 2e-3 by default")
+    p.add_argument("--seed", type=int, default=0, help="of the order of documents; 0 by default")
     add_json(p)
-    args = p.parse_args(argv)
-    from flexmoe_jax.artifacts.model_dir import open_model
-    from flexmoe_jax.compose.tune import tune as run
+    args = p.parse(argv)
+    from flexmoe_jax.compose.tune import Tuning
+    from flexmoe_jax.compose.tune import tune as tune_router
 
-    root = pathlib.Path(args.proxies)
-    if not root.is_dir():
-        raise DataError(f"{root} is no folder", "make it with flexmoe proxies")
-    folders = {path.name: path for path in sorted(root.iterdir()) if path.is_dir() and not path.name.startswith(".")}
-    known = open_model(args.model).experts
-    for name in folders:
-        if name not in known:
-            raise DataError(f"{root / name}: there is no expert {name!r} in {args.model}", did_you_mean(name, known))
-    model = run(
-        args.model, folders, args.public_data, args.out, together=args.together, steps=args.steps,
-        batch_size=args.batch_size, seq_len=args.seq_len, lr=args.lr, seed=args.seed,
-    )  # fmt: skip
-    form = "together: opting out is approximate" if args.together else "each owner's alone: opting out is exact"
+    folders = _proxy_folders(args.model, pathlib.Path(args.proxies))
+    tuning = Tuning(args.together, args.steps, args.batch_size, args.seq_len, args.lr, args.seed)
+    model = tune_router(args.model, folders, args.public_data, args.out, tuning)
+    form = "together: opting out is approximate" if args.together else "each owner's by itself: opting out is exact"
     result = {"model": str(model.path), "digest": model.digest, "tuned": list(folders), "together": args.together}
     emit(result, [f"{model.path}: rows of {', '.join(folders)} tuned, {form}"], args.json)
     return 0
+
+
+def _load_classifiers(items: list[str]) -> "dict[str, Classifier]":
+    """`OWNER=FILE` of each item -> classifiers by owner."""
+    from flexmoe_jax.data.proxies import Classifier
+
+    classifiers: dict[str, Classifier] = {}
+    for item in items:
+        owner, equals, path = item.partition("=")
+        if not equals or not owner:
+            raise DataError(f"--classifier {item!r} names no owner", "write OWNER=FILE")
+        if owner in classifiers:
+            raise DataError(f"two classifiers of {owner!r} are given, the second is {path}", "give one of each owner")
+        check_path(path, "--classifier", "a file made by flexmoe train-classifier", must_exist=True)
+        classifiers[owner] = Classifier.load(path)
+    return classifiers
+
+
+def _proxy_folders(model: str, root: pathlib.Path) -> dict[str, pathlib.Path]:
+    """{owner: folder of its proxies} of the folders in `root`; a name that is not an expert's is a DataError."""
+    from flexmoe_jax.artifacts.model_dir import open_model
+
+    if not root.is_dir():
+        raise DataError(f"{root} is not a folder", "make it with flexmoe find-proxies")
+    folders = {path.name: path for path in sorted(root.iterdir()) if path.is_dir() and not path.name.startswith(".")}
+    known = open_model(model).experts
+    for name in folders:
+        if name not in known:
+            raise DataError(f"{root / name}: there is no expert {name!r} in {model}", did_you_mean(name, known))
+    return folders

@@ -1,31 +1,59 @@
-"""Router tuning on proxies, after the merge (paper section 3.3): rows and biases of the owners, nothing else.
+"""Router tuning on proxies after the merge (paper section 3.3): owners' rows and biases, nothing else.
 
-Alone, each owner's row is tuned in the pair {public, owner} on its own proxies and public text: what it becomes does
-not depend on who else is there, so that opting out stays exact. Together, as the paper does it, all rows are tuned at
-once on everybody's proxies: whoever leaves later has had a part in rows that stay, and the packages say so. The public
-row never moves; softmax knows rows by their differences alone, so nothing is lost.
+Each owner's row is tuned by itself by default, in the pair {public, owner}, on its own proxies and public text: the
+result does not depend on the other owners, so opting out stays exact. With `together`, as in the paper, all rows are
+tuned at once on everybody's proxies: an owner that leaves later had a part in rows that stay, and the packages say so.
+The public row never moves; softmax depends on differences of rows only, so nothing is lost.
 
-Whatever is tuned is a new package of its owner. The untuned ones stay where they are.
+A tuned part is a new package of its owner. The untuned packages stay where they are.
 """
 
+import dataclasses
 import logging
 import pathlib
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from typing import Any
 
 from flexmoe_jax.artifacts.manifest import Manifest
 from flexmoe_jax.artifacts.model_dir import ModelDir, assemble, open_model
 from flexmoe_jax.artifacts.package import load_package, read_manifest, write_package
-from flexmoe_jax.artifacts.sealed import differences, parse_json, read_bytes, write_json
+from flexmoe_jax.artifacts.sealed import differences, parse_json, read_bytes
 from flexmoe_jax.config import OptimizerConfig, RunConfig
 from flexmoe_jax.data.sources import blend, content_digest
 from flexmoe_jax.errors import ArtifactError, DataError
+from flexmoe_jax.files import write_json
+from flexmoe_jax.params import is_matrix
 from flexmoe_jax.training.loop import train
 from flexmoe_jax.tree import PUBLIC, check_known
 
 log = logging.getLogger(__name__)
 TOGETHER = "together"
 FROZEN = "trunk/.*|experts/public/.*|experts/.*/w_(gate|up|down)"
+Part = tuple[pathlib.Path, Manifest]
+
+
+@dataclasses.dataclass(frozen=True)
+class Tuning:
+    """How the router is tuned."""
+
+    together: bool = False
+    """Tune all rows at once, as in the paper; opting out is then approximate."""
+
+    steps: int = 100
+    """Optimizer steps of each training."""
+
+    batch_size: int = 8
+    """Sequences per step: half of them public where owners are tuned by themselves, equal parts of every owner's
+    proxies and public text where they are tuned together."""
+
+    seq_len: int | None = None
+    """Tokens per sequence; None: the model's maximum."""
+
+    lr: float = 2e-3
+    """Peak learning rate. The paper's."""
+
+    seed: int = 0
+    """Seed of the order of documents."""
 
 
 def tune(
@@ -33,61 +61,97 @@ def tune(
     proxies: Mapping[str, pathlib.Path | str],
     public_data: pathlib.Path | str,
     out: pathlib.Path | str,
-    *,
-    together: bool = False,
-    steps: int = 100,
-    batch_size: int = 8,
-    seq_len: int | None = None,
-    lr: float = 2e-3,
-    seed: int = 0,
+    tuning: Tuning = Tuning(),
 ) -> ModelDir:
-    """Tunes the router of the model directory `model`; `out`/model is the tuned one, `out`/packages its owners' parts.
+    """Tunes the router of the model directory `model` into `out`/model; `out`/packages holds the owners' tuned parts.
 
-    `proxies` are folders of public documents by owner; owners without any keep their rows. A step takes `batch_size`
-    sequences: alone, half of them public; together, every owner's proxies and public text in equal parts. `out` is
-    resumed like a run directory, and refused when it holds another tuning. Raises ArtifactError or DataError for
-    unknown owners and missing documents.
+    `proxies` are folders of public documents by owner; owners without proxies keep their rows. `out` is resumed like a
+    run directory, and refused if it holds another tuning. Raises ArtifactError or DataError for unknown owners and
+    missing documents.
     """
     opened, out = open_model(model), pathlib.Path(out)
     owners = [name for name in check_known({PUBLIC, *proxies}, opened.experts) if name != PUBLIC]
     if not owners:
         raise DataError("there are no proxies", "give a folder of them for at least one owner")
-    details: dict[str, Any] = {
-        "form": TOGETHER if together else "alone", "from": opened.digest, "steps": steps, "batch_size": batch_size,
-        "seq_len": seq_len or opened.config.max_seq_len, "lr": lr, "seed": seed,
-        "proxies": {name: content_digest(proxies[name]) for name in owners}, "public_data": content_digest(public_data),
-    }  # fmt: skip
+    folders = {name: pathlib.Path(proxies[name]) for name in owners}
+    details = _details(opened, folders, pathlib.Path(public_data), tuning)
     _check_same(out / "tuning.json", details)
     if (out / "model").exists():
         log.info(f"{out / 'model'} is already there: nothing to do")
         return open_model(out / "model")
     options: dict[str, Any] = {
-        "public": str(model), "steps": steps, "batch_size": batch_size, "seq_len": details["seq_len"],
-        "optimizer": OptimizerConfig(lr=lr, warmup_steps=min(100, steps // 10)), "seed": seed, "freeze": FROZEN,
-    }  # fmt: skip
-    packages = {PUBLIC: (opened.package(PUBLIC), opened.manifests[PUBLIC])}
-    packages |= {n: (opened.package(n), opened.manifests[n]) for n in opened.experts if n not in (PUBLIC, *owners)}
-    if together:
-        data = out / "data" / "train.jsonl"
-        blend([*(pathlib.Path(proxies[name]) for name in owners), pathlib.Path(public_data)], data)
-        others = [f"|experts/{name}/.*" for name in opened.experts if name not in (PUBLIC, *owners)]
-        run = RunConfig(owner=PUBLIC, data=str(data.parent), out=str(out / "runs" / TOGETHER),
-                        top_k=opened.wanted_top_k, **options | {"freeze": FROZEN + "".join(others)})  # fmt: skip
-        made = open_model(train(run))
-        tuned = {name: (made.package(name), made.manifests[name], owners) for name in owners}
-    else:
-        tuned = {}
-        for name in owners:
-            run = RunConfig(
-                owner=name, expert=str(opened.package(name)), data=str(proxies[name]), public_data=str(public_data),
-                public_fraction=0.5, out=str(out / "runs" / name), **options,
-            )  # fmt: skip
-            package = train(run)
-            tuned[name] = (package, read_manifest(package, name), [name])
-    for name, (path, manifest, moved_by) in tuned.items():
-        packages[name] = _package(out / "packages" / name, opened.manifests[name], path, manifest, moved_by)
-    ordered = {name: packages[name] for name in opened.experts}
-    return assemble(out / "model", opened, ordered, opened.wanted_top_k, "tuned", details)
+        "public": str(model),
+        "steps": tuning.steps,
+        "batch_size": tuning.batch_size,
+        "seq_len": details["seq_len"],
+        "optimizer": OptimizerConfig(lr=tuning.lr, warmup_steps=min(100, tuning.steps // 10)),
+        "seed": tuning.seed,
+        "freeze": FROZEN,
+    }
+    work = _tune_together if tuning.together else _tune_each
+    tuned = work(opened, folders, pathlib.Path(public_data), out, options)
+    packages = {name: (opened.package(name), opened.manifests[name]) for name in opened.experts}
+    for name, part in tuned.items():
+        moved_by = owners if tuning.together else [name]
+        packages[name] = _package(out / "packages" / name, opened.manifests[name], part, moved_by)
+    return assemble(out / "model", opened, packages, opened.wanted_top_k, "tuned", details)
+
+
+def _details(
+    model: ModelDir, proxies: Mapping[str, pathlib.Path], public_data: pathlib.Path, tuning: Tuning
+) -> dict[str, Any]:
+    """What a tuning is: it must not change between a start and its resumption, and the journal records it."""
+    return {
+        "form": TOGETHER if tuning.together else "alone",
+        "from": model.digest,
+        "steps": tuning.steps,
+        "batch_size": tuning.batch_size,
+        "seq_len": tuning.seq_len or model.config.max_seq_len,
+        "lr": tuning.lr,
+        "seed": tuning.seed,
+        "proxies": {name: content_digest(folder) for name, folder in proxies.items()},
+        "public_data": content_digest(public_data),
+    }
+
+
+def _tune_together(
+    model: ModelDir,
+    proxies: Mapping[str, pathlib.Path],
+    public_data: pathlib.Path,
+    out: pathlib.Path,
+    options: dict[str, Any],
+) -> dict[str, Part]:
+    """One training of all rows on equal amounts of every owner's proxies and public text."""
+    data = out / "data" / "train.jsonl"
+    blend([*proxies.values(), public_data], data)
+    others = [f"|experts/{name}/.*" for name in model.experts if name not in (PUBLIC, *proxies)]
+    options = options | {"freeze": FROZEN + "".join(others), "out": str(out / "runs" / TOGETHER)}
+    made = open_model(train(RunConfig(owner=PUBLIC, data=str(data.parent), top_k=model.wanted_top_k, **options)))
+    return {name: (made.package(name), made.manifests[name]) for name in proxies}
+
+
+def _tune_each(
+    model: ModelDir,
+    proxies: Mapping[str, pathlib.Path],
+    public_data: pathlib.Path,
+    out: pathlib.Path,
+    options: dict[str, Any],
+) -> dict[str, Part]:
+    """A training of each owner's row, half on its proxies and half on public text."""
+    tuned = {}
+    for name, folder in proxies.items():
+        run = RunConfig(
+            owner=name,
+            expert=str(model.package(name)),
+            data=str(folder),
+            public_data=str(public_data),
+            public_fraction=0.5,
+            out=str(out / "runs" / name),
+            **options,
+        )
+        package = train(run)
+        tuned[name] = (package, read_manifest(package, name))
+    return tuned
 
 
 def _check_same(path: pathlib.Path, details: dict) -> None:
@@ -101,17 +165,16 @@ def _check_same(path: pathlib.Path, details: dict) -> None:
         )
 
 
-def _package(
-    path: pathlib.Path, before: Manifest, made: pathlib.Path, manifest: Manifest, moved_by: list[str]
-) -> tuple[pathlib.Path, Manifest]:
-    """The tuned package of an owner: its own records, and how it was tuned."""
+def _package(path: pathlib.Path, before: Manifest, part: Part, moved_by: Sequence[str]) -> Part:
+    """The tuned package of an owner at `path`: its own record, and how it was tuned."""
+    made, manifest = part
     params = load_package(made, digest=manifest.digest)
-    moved = [n for n, t in manifest.tensors.items() if n.startswith("w_") and t.sha256 != before.tensors[n].sha256]
+    moved = [n for n, t in manifest.tensors.items() if is_matrix(n) and t.sha256 != before.tensors[n].sha256]
     if moved:
         raise ArtifactError(f"tuning moved {', '.join(moved)} of {before.owner!r}", "do not use what it made")
-    parts = sorted({*before.record.tuned_with, *moved_by})  # whoever had a part before still has
-    tuned = {"start": before.digest, "with": parts, "training": manifest.record.training}
+    owners = sorted({*before.record.tuned_with, *moved_by})  # an owner that had a part before still has
+    tuned = {"start": before.digest, "with": owners, "training": manifest.record.training}
     if not path.exists():
-        write_package(path, owner=before.owner, params=params, config=before.config, base=before.base,
-                      record={**before.record.fields, "tuned": tuned})  # fmt: skip
+        record = {**before.record.fields, "tuned": tuned}
+        write_package(path, owner=before.owner, params=params, config=before.config, base=before.base, record=record)
     return path, read_manifest(path, before.owner)

@@ -35,14 +35,16 @@ class HarnessLM(TemplateLM):
     def tok_encode(self, string: str, add_special_tokens: bool | None = None, **kwargs) -> list[int]:
         return self.lm.tokenizer.encode(string)
 
-    def _loglikelihood_tokens(self, requests, disable_tqdm: bool = False, **kwargs) -> list[tuple[float, bool]]:
+    def _loglikelihood_tokens(
+        self, requests: list, disable_tqdm: bool = False, **kwargs: Any
+    ) -> list[tuple[float, bool]]:
         results = self.lm.loglikelihoods([(context, continuation) for _, context, continuation in requests])
         for (key, _, _), result in zip(requests, results, strict=True):
             if key is not None:
                 self.cache_hook.add_partial("loglikelihood", key, result)
         return results
 
-    def loglikelihood_rolling(self, requests, disable_tqdm: bool = False) -> list[float]:
+    def loglikelihood_rolling(self, requests: list, disable_tqdm: bool = False) -> list[float]:
         windows: list[tuple[Any, list[int], list[int]]] = []
         owners: list[int] = []
         for i, request in enumerate(requests):
@@ -62,7 +64,7 @@ class HarnessLM(TemplateLM):
             self.cache_hook.add_partial("loglikelihood_rolling", request.args, total)
         return totals
 
-    def generate_until(self, requests, disable_tqdm: bool = False) -> list[str]:
+    def generate_until(self, requests: list, disable_tqdm: bool = False) -> list[str]:
         texts = [""] * len(requests)
         groups: dict[str, list[int]] = {}
         for i, request in enumerate(requests):

@@ -46,9 +46,9 @@ TASKS = (
     Task("triviaqa", "gen5", F1, ("trivia_qa/rc.wikipedia.nocontext",)),
     Task("drop", "gen5", F1, ("drop/bpb_5shot",)),
     Task("mmlu", "mmlu", CHOICE, ("hails/mmlu_no_train",)),
-    Task("mmlu_pro", "mmlu_pro", CHOICE, where=HUB, remedy="--tasks mmlu_pro"),
-    Task("agieval", "agieval", CHOICE, where=HUB, remedy="--tasks agieval_en"),
-    Task("bbh", "bbh", F1, where=HUB, remedy="--tasks bbh_cot_fewshot"),
+    Task("mmlu_pro", "mmlu_pro", CHOICE, where=HUB, remedy="flexmoe eval-harness --tasks mmlu_pro"),
+    Task("agieval", "agieval", CHOICE, where=HUB, remedy="flexmoe eval-harness --tasks agieval_en"),
+    Task("bbh", "bbh", F1, where=HUB, remedy="flexmoe eval-harness --tasks bbh_cot_fewshot"),
     Task("gsm8k", "math2", EXACT_NUMBER, ("gsm8k/gold_bpb_5shot",)),
     Task("math", "math2", EXACT_MATH, ("minerva_math_500/gold_bpb_0shot",)),  # MATH-500: the mini-FlexMix has the rest
     Task("newsg", "newsg", F1, where=NOWHERE, remedy=_JUDGE),
@@ -56,8 +56,8 @@ TASKS = (
     *(Task(f"sciriff_{i}", "sciriff5", F1, where=HUB, remedy="allenai/SciRIFF on the hub") for i in range(1, 6)),
     Task("humaneval", "code4", PROGRAM, ("codex_humaneval/gold_bpb_0shot",)),
     Task("mbpp", "code4", PROGRAM, ("codex_mbpp/gold_bpb_3shot",)),
-    Task("humaneval_plus", "code4", PROGRAM, where=HUB, remedy="--tasks humaneval_plus"),
-    Task("mbpp_plus", "code4", PROGRAM, where=HUB, remedy="--tasks mbpp_plus"),
+    Task("humaneval_plus", "code4", PROGRAM, where=HUB, remedy="flexmoe eval-harness --tasks humaneval_plus"),
+    Task("mbpp_plus", "code4", PROGRAM, where=HUB, remedy="flexmoe eval-harness --tasks mbpp_plus"),
 )
 # How a choice task is asked: each choice's text is scored after five examples or none, or its letter after five.
 FORMS = {"rc": "val_rc_5shot", "rc0": "rc_0shot", "mc": "val_mc_5shot"}

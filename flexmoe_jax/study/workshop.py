@@ -14,7 +14,7 @@ import numpy as np
 from flexmoe_jax.api import load
 from flexmoe_jax.artifacts.model_dir import create_model, open_model
 from flexmoe_jax.compose.merge import merge
-from flexmoe_jax.compose.tune import tune
+from flexmoe_jax.compose.tune import Tuning, tune
 from flexmoe_jax.config import OptimizerConfig, RunConfig
 from flexmoe_jax.data.embedding import DomainVector
 from flexmoe_jax.study.baselines import branch_train_mix
@@ -147,11 +147,13 @@ class Workshop:
             {owner: self.shared / "proxies" / owner for owner in self.config.owners},
             self.shared / "mix" / PUBLIC,
             self._made(name),
-            together=together,
-            seed=self.seed,
-            batch_size=self.config.batch_size,
-            seq_len=self.config.seq_len,
-            steps=self.config.tune_steps,
+            Tuning(
+                together=together,
+                seed=self.seed,
+                batch_size=self.config.batch_size,
+                seq_len=self.config.seq_len,
+                steps=self.config.tune_steps,
+            ),
         )
         log.info(f"seed {self.seed}: {name}: {made.path}")
         return made.path

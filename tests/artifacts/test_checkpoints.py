@@ -13,7 +13,7 @@ import pytest
 from flexmoe_jax.artifacts.checkpoints import RunCheckpoints, verify_run
 from flexmoe_jax.errors import ArtifactError
 from flexmoe_jax.files import list_files
-from tests.artifacts.tiny import flip_bit, random_params
+from tests.tiny import flip_bit, random_part
 
 OPTIMIZER = optax.chain(
     optax.clip_by_global_norm(1.0),
@@ -22,7 +22,7 @@ OPTIMIZER = optax.chain(
 
 
 def start():
-    trainable = jax.tree.map(jnp.asarray, {"experts": {"news": random_params("news", 0)}})
+    trainable = jax.tree.map(jnp.asarray, {"experts": {"news": random_part("news", 0)}})
     trainable["experts"]["news"]["bias"] = trainable["experts"]["news"]["bias"].astype(jnp.bfloat16)
     return trainable, OPTIMIZER.init(trainable)
 

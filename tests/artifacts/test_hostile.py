@@ -19,8 +19,8 @@ from flexmoe_jax.compose.merge import merge
 from flexmoe_jax.errors import FlexMoEError
 from flexmoe_jax.files import list_files
 from flexmoe_jax.tree import union
-from tests.artifacts.tiny import CONFIG, RECORDS, TOKENIZER, make_expert, make_release, random_params, same_tree
 from tests.faults.hostile import ATTACKS, limits, places, reseal, snapshot
+from tests.tiny import CONFIG, RECORDS, TOKENIZER, make_expert, make_release, random_part, same_tree
 
 SEEN_BY_MERGE_ALONE = {  # the package is sound, but does not belong here
     "hard link",
@@ -58,7 +58,7 @@ def test_an_attack_is_refused_by_name_and_nothing_is_written(home, tmp_path, att
 
 
 def test_a_trunk_altered_by_one_unit_in_the_last_place_is_another_trunk(home, tmp_path):
-    trunk, public = random_params("trunk", 0), random_params("public", 0)
+    trunk, public = random_part("trunk", 0), random_part("public", 0)
     trunk["embed"][3, 5] = np.nextafter(trunk["embed"][3, 5], np.float32(np.inf))
     params = union({"trunk": trunk, "public": public})
     create_model(tmp_path / "public", params, CONFIG, TOKENIZER, RECORDS)
@@ -166,4 +166,4 @@ def test_a_mutated_package_is_refused_or_holds_the_very_same_parameters(home, mu
             good.config,
             good.tensors,
         )
-        assert same_tree(load_package(model.package(found.owner)), random_params("news", 1))
+        assert same_tree(load_package(model.package(found.owner)), random_part("news", 1))

@@ -21,8 +21,8 @@ from flexmoe_jax.cli.main import main
 from flexmoe_jax.compose.merge import merge
 from flexmoe_jax.compose.optout import opt_out
 from flexmoe_jax.errors import FlexMoEError
-from tests.artifacts.tiny import contents
 from tests.faults.hostile import reseal
+from tests.tiny import contents
 
 Attack = Callable[[pathlib.Path], object]
 
@@ -57,7 +57,7 @@ VERBS = {
     "optout code": ["optout", "model", "--expert", "code"],
     "optout, certificate": ["optout", "model", "--expert", "news", "--certificate", "out/proof.json"],
     "optout --out": ["optout", "model", "--expert", "news", "--out", "out/model"],
-    "replace": ["replace", "model", "--expert", "code2"],
+    "replace": ["replace", "model", "--package", "code2"],
     "sign": ["sign", "release", "--key", "key", "--version", "1"],
     "sign model": ["sign", "model", "--key", "key", "--version", "1"],
     "sign package": ["sign", "model/news", "--key", "key", "--version", "1"],
@@ -66,8 +66,8 @@ VERBS = {
     "verify, certificate": ["verify", "model", "--certificate", "proof.json"],
     "inspect": ["inspect", "model"],
     "inspect --journal": ["inspect", "model", "--journal"],
-    "merge": ["merge", "--public", "release", "--expert", "news", "--out", "out/model"],
-    "merge --link": ["merge", "--public", "release", "--expert", "news", "--out", "out/model", "--link"],
+    "merge": ["merge", "--public", "release", "--package", "news", "--out", "out/model"],
+    "merge --link": ["merge", "--public", "release", "--package", "news", "--out", "out/model", "--link"],
     "export-hf": ["export-hf", "model", "--out", "out/hf", "--no-logits", "--custom-code"],
     "generate": ["generate", "model", "--prompt", "a", "--max-new-tokens", "1"],
     "eval": ["eval", "model", "--data", "victim", "--seq-len", "8"],

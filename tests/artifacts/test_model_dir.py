@@ -12,7 +12,7 @@ from flexmoe_jax.artifacts.model_dir import create_model, load_params, open_mode
 from flexmoe_jax.artifacts.sealed import canonical_json, json_bytes, seal
 from flexmoe_jax.compose.merge import merge
 from flexmoe_jax.errors import ArtifactError, FlexMoEError
-from tests.artifacts.tiny import (
+from tests.tiny import (
     CONFIG,
     NO_RECORDS,
     TOKENIZER,
@@ -20,7 +20,7 @@ from tests.artifacts.tiny import (
     flip_bit,
     make_expert,
     make_release,
-    random_params,
+    random_part,
     release_params,
     same_tree,
 )
@@ -54,8 +54,8 @@ def test_the_public_release_is_a_model_of_one_expert(tmp_path):
     assert (release.experts, release.top_k, release.wanted_top_k, release.config) == (("public",), 1, None, CONFIG)
     assert release.tokenizer_digest == hashlib.sha256(release.tokenizer_path.read_bytes()).hexdigest()
     params = load_params(release)
-    assert same_tree(params["trunk"], random_params("trunk", 0))
-    assert same_tree(params["experts"], {"public": random_params("public", 0)})
+    assert same_tree(params["trunk"], random_part("trunk", 0))
+    assert same_tree(params["experts"], {"public": random_part("public", 0)})
     assert problems(release.path) == {}
     assert [entry.event for entry in read_journal(release.path)] == ["created"]
 
@@ -94,7 +94,7 @@ def test_experts_are_loaded_by_name_in_canonical_order(model):
     assert opened.experts == ("public", "code", "news")
     assert list(load_params(opened)["experts"]) == ["public", "code", "news"]
     chosen = load_params(opened, ["news", "public"])["experts"]
-    assert same_tree(chosen, {"public": random_params("public", 0), "news": random_params("news", 1)})
+    assert same_tree(chosen, {"public": random_part("public", 0), "news": random_part("news", 1)})
     with pytest.raises(FlexMoEError, match="did you mean 'news'"):
         load_params(opened, ["nws"])
 

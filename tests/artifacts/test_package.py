@@ -14,14 +14,14 @@ from flexmoe_jax.artifacts.sealed import json_bytes, seal, sha256_array
 from flexmoe_jax.errors import ArtifactError, FlexMoEError
 from flexmoe_jax.files import sha256_file
 from flexmoe_jax.tree import flatten, unflatten
-from tests.artifacts.tiny import CONFIG, contents, flip_bit, random_params, same_tree
+from tests.tiny import CONFIG, contents, flip_bit, random_part, same_tree
 
 BASE = dict.fromkeys(("trunk", "public", "tokenizer"), "ab" * 32)
 RECORD = {"licence": "Apache-2.0", "contact": "who@example.org", "training": {"steps": 3, "note": "é"}}
 
 
 def write(path, owner="news", seed=0, **changes):
-    params = changes.pop("params", random_params(owner, seed))
+    params = changes.pop("params", random_part(owner, seed))
     base = BASE if owner not in ("trunk", "public") else {"tokenizer": BASE["tokenizer"]}
     arguments = {"params": params, "config": CONFIG, "base": base, "record": RECORD} | changes
     return write_package(path, owner=owner, **arguments)
@@ -55,7 +55,7 @@ def reseal(package, change):
 @pytest.mark.parametrize("dtype", ["float32", "bfloat16"])
 @pytest.mark.parametrize("owner", ["trunk", "public", "news"])
 def test_round_trip_is_bit_exact(tmp_path, owner, dtype):
-    params = random_params(owner, 0, dtype)
+    params = random_part(owner, 0, dtype)
     digest = write(tmp_path / "p", owner, params=params)
     assert same_tree(load_package(tmp_path / "p"), params)
     assert same_tree(load_package(tmp_path / "p", verify=False), params)
@@ -70,11 +70,11 @@ def test_a_relative_path_with_dots_is_written_and_read(tmp_path, monkeypatch):
     (tmp_path / "here").mkdir()
     monkeypatch.chdir(tmp_path / "here")
     write("../p")
-    assert same_tree(load_package("../p"), random_params("news", 0))
+    assert same_tree(load_package("../p"), random_part("news", 0))
 
 
 def test_jax_arrays_negative_zeros_and_subnormals_keep_their_bits(tmp_path):
-    params = random_params("news", 0)
+    params = random_part("news", 0)
     params["w_up"].flat[:3] = [-0.0, 1e-42, np.finfo(np.float32).max]
     write(tmp_path / "p", params={name: jnp.asarray(leaf) for name, leaf in params.items()})
     assert same_tree(load_package(tmp_path / "p"), params)
@@ -96,11 +96,11 @@ def test_content_is_the_identity_of_the_parameters_not_of_the_record(original, t
 def test_orbax_alone_reads_the_arrays(original):
     import orbax.checkpoint as ocp
 
-    assert same_tree(ocp.PyTreeCheckpointer().restore(original / "arrays"), random_params("news", 0))
+    assert same_tree(ocp.PyTreeCheckpointer().restore(original / "arrays"), random_part("news", 0))
 
 
 def test_a_tensors_sha256_is_that_of_its_file(original):
-    params, manifest = random_params("news", 0), read_manifest(original)
+    params, manifest = random_part("news", 0), read_manifest(original)
     for name, tensor in manifest.tensors.items():
         (file,) = (f for f in (original / "arrays" / name).iterdir() if f.name != ".zarray")
         assert tensor.sha256 == sha256_array(params[name]) == sha256_file(file)
@@ -182,11 +182,11 @@ def test_arrays_of_another_package_are_noticed(package, tmp_path):
     write(tmp_path / "other", seed=1)
     shutil.rmtree(package / "arrays")
     shutil.copytree(tmp_path / "other/arrays", package / "arrays")
-    assert len(problems(package)) == len(random_params("news", 0))
+    assert len(problems(package)) == len(random_part("news", 0))
 
 
 def test_wrong_parameters_are_refused_by_name_and_nothing_is_written(tmp_path):
-    good = flatten(random_params("news", 0))
+    good = flatten(random_part("news", 0))
     nan = good["w_up"].copy()
     nan[0, 1, 2] = np.nan
     cases = {
@@ -208,7 +208,7 @@ def test_wrong_parameters_are_refused_by_name_and_nothing_is_written(tmp_path):
             write(tmp_path / "p", **change)
     for owner in ("Model", "model", "../x", ""):
         with pytest.raises(FlexMoEError, match="expert name"):
-            write(tmp_path / "p", owner, params=random_params("news", 0))
+            write(tmp_path / "p", owner, params=random_part("news", 0))
     assert list(tmp_path.iterdir()) == []
 
 

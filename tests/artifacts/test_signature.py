@@ -17,7 +17,7 @@ from flexmoe_jax.cli.main import main
 from flexmoe_jax.compose.merge import merge
 from flexmoe_jax.compose.optout import opt_out, replace
 from flexmoe_jax.errors import ArtifactError, FlexMoEError
-from tests.artifacts.tiny import contents, flip_bit, make_expert, make_release
+from tests.tiny import contents, flip_bit, make_expert, make_release
 
 
 @pytest.fixture(scope="module")
@@ -221,7 +221,7 @@ def test_by_command(home, tmp_path, capsys):
     assert "is not signed" in capsys.readouterr().err
     assert main(["verify", str(package), "--require-signature"]) == 1
     assert "without --trusted" in capsys.readouterr().err
-    merge_it = ["merge", "--public", str(home / "public"), "--expert", str(package), "--out", str(tmp_path / "model")]
+    merge_it = ["merge", "--public", str(home / "public"), "--package", str(package), "--out", str(tmp_path / "model")]
     assert main([*merge_it, *trusted]) == 1  # the release is signed by a key that this file does not trust
     assert "a key not trusted for 'trunk'" in capsys.readouterr().err
     (tmp_path / "both").write_text((home / "public.key.pub").read_text() + (tmp_path / "code.key.pub").read_text())

@@ -1,4 +1,4 @@
-"""`flexmoe import-hf`, `export-hf` and `eval --suite|--tasks`, as a user types them."""
+"""`flexmoe import-hf`, `export-hf`, `eval-suite` and `eval-harness`, as a user types them."""
 
 import json
 import pathlib
@@ -7,7 +7,7 @@ import pytest
 
 from flexmoe_jax.cli.main import main
 from tests.hf.tiny import our_model
-from tests.training.tiny import write_documents
+from tests.tiny import write_documents
 
 pytest.importorskip("transformers")
 pytestmark = pytest.mark.torch
@@ -69,7 +69,8 @@ def test_an_export_that_transformers_computes_otherwise_is_not_left_behind(biase
 
 def test_a_suite_on_two_experts(biased, tmp_path, capsys):
     model = biased / "model"
-    result = run(capsys, "eval", model, "--suite", "boolq", "--form", "rc0", "--limit", 4, "--experts", "public,news")
+    two = ("--experts", "public,news")
+    result = run(capsys, "eval-suite", model, "--tasks", "boolq", "--form", "rc0", "--limit", 4, *two)
     assert (result["experts"], result["tasks"]["boolq"]["examples"]) == (["public", "news"], 4)
     assert result["tasks"]["boolq"]["score"] in (0, 0.25, 0.5, 0.75, 1)
     (tmp_path / "result.json").write_text(json.dumps(result))
@@ -78,14 +79,32 @@ def test_a_suite_on_two_experts(biased, tmp_path, capsys):
     assert f"| boolq | acc_raw | {result['tasks']['boolq']['score']:.3f} | 4 |" in _card(tmp_path / "hf")
 
 
-def test_evaluations_that_do_not_go(biased, capsys):
-    model = str(biased / "model")
-    assert main(["eval", model, "--suite", "gsm8k,humaneval"]) == 1  # before gsm8k begins
+def test_tasks_that_run_programs_are_refused_before_the_first_task_starts(biased, capsys):
+    assert main(["eval-suite", str(biased / "model"), "--tasks", "gsm8k,humaneval"]) == 1
     assert "--allow-code-execution" in capsys.readouterr().err
-    for wrong in ([], ["--suite", "mc9", "--tasks", "x"]):
-        with pytest.raises(SystemExit, match="2"):
-            main(["eval", model, *wrong])
-    assert run(capsys, "eval", "--list-suites")["groups"][0]["here"] == "9 of 9"
+
+
+def test_the_suites_are_listed_with_what_the_others_need(capsys):
+    groups = run(capsys, "eval-suite", "--list")["groups"]
+    assert groups[0]["here"] == "9 of 9"
+    assert (
+        "flexmoe eval-harness --tasks mmlu_pro"
+        in {group["group"]: group for group in groups}["mmlu_pro"]["the others need"]
+    )
+
+
+def test_a_harness_task_from_a_folder_on_two_experts(biased, tmp_path, capsys):
+    pytest.importorskip("lm_eval")
+    (tmp_path / "data.jsonl").write_text('{"text": "the river and the stone"}\n' * 3)
+    (tmp_path / "tiny.yaml").write_text(
+        f"task: tiny_text\ndataset_path: json\ndataset_kwargs: {{data_files: {{test: {tmp_path / 'data.jsonl'}}}}}\n"
+        "test_split: test\noutput_type: loglikelihood_rolling\ndoc_to_text: ''\ndoc_to_target: '{{text}}'\n"
+        "metric_list: [{metric: bits_per_byte}]\n"
+    )
+    asked = ("--tasks", "tiny_text", "--include", tmp_path, "--experts", "public,news", "--limit", 2)
+    result = run(capsys, "eval-harness", biased / "model", *asked)
+    assert (result["experts"], result["limit"]) == (["public", "news"], 2)
+    assert result["tasks"]["tiny_text"]["metric"] == "bits_per_byte"
 
 
 def _card(folder: pathlib.Path) -> str:

@@ -1,6 +1,5 @@
 """The command line: lazy, helpful, exit codes that can be relied on, nothing half-written."""
 
-import contextlib
 import json
 import os
 import subprocess
@@ -9,7 +8,7 @@ import sys
 import pytest
 
 from flexmoe_jax.cli.main import VERBS, main
-from tests.training.tiny import MODEL, write_documents
+from tests.tiny import MODEL, write_documents
 
 
 def test_help_imports_nothing_heavy():
@@ -22,17 +21,30 @@ def test_help_imports_nothing_heavy():
 
 
 @pytest.mark.parametrize("verb", VERBS)
-def test_every_verb_has_help_with_an_example(verb, capsys):
-    with contextlib.suppress(SystemExit):  # argparse ends the process itself
-        assert main([verb, "--help"]) == 0
+def test_every_verb_has_help_with_an_example_and_a_result_for_programs(verb, capsys):
+    words = [verb, "build"] if verb == "data" else [verb]
+    with pytest.raises(SystemExit, match="0"):
+        main([*words, "--help"])
     printed = capsys.readouterr().out
-    assert f"flexmoe {verb}" in printed
-    assert "example" in printed
+    assert f"example:\n  flexmoe {' '.join(words)}" in printed
+    assert "--json" in printed
 
 
-def test_a_misspelt_verb_gets_a_hint(capsys):
-    assert main(["mrege"]) == 2
-    assert "did you mean 'merge'" in capsys.readouterr().err
+def test_help_names_every_verb_once_under_its_role(capsys):
+    assert main(["--help"]) == 0
+    lines = capsys.readouterr().out.splitlines()
+    listed = [line.split()[0] for line in lines if line.startswith("  ")]
+    assert listed == list(VERBS)
+    assert len([line for line in lines if line.startswith("for ")]) == 6
+    assert all(len(line) <= 110 for line in lines)
+
+
+@pytest.mark.parametrize(
+    ("verb", "meant"), [("mrege", "merge"), ("classify", "train-classifier"), ("proxies", "find-proxies")]
+)
+def test_a_misspelt_or_renamed_verb_gets_a_hint(verb, meant, capsys):
+    assert main([verb]) == 2
+    assert f"did you mean '{meant}'?" in capsys.readouterr().err
 
 
 @pytest.mark.parametrize(
@@ -43,10 +55,9 @@ def test_a_misspelt_verb_gets_a_hint(capsys):
         (["train", "--config=experiments/quickstart_public.py"], "use flexmoe pretrain"),
         (["pretrain", "--config=experiments/quickstart_public.py", "--config.steps=x"], "steps"),
         (["pretrain", "--config=experiments/quickstart_public.py", "--config.steps=0"], "config.steps is 0"),
-        (["pretrain", "--config=experiments/quickstart_public.py", "extra"], "extra"),
         (["pretrain", "--config=experiments/olmo2_7b_public.py"], "config.data is not set"),
-        (["pretrain"] * 2, "--config"),
-        (["verify", "nowhere"], "nowhere is not a directory"),
+        (["train", "--config=experiments/quickstart_expert.py"], "config.owner is empty"),
+        (["verify", "nowhere"], "nowhere does not exist"),
         (["inspect", "tests"], "manifest.json"),
         (["eval", "nowhere", "--data", "x"], "nowhere"),
         (["generate", "nowhere", "--prompt", "x"], "nowhere"),
@@ -81,7 +92,7 @@ def test_a_document_that_is_not_utf8_names_file_and_place(tmp_path, capsys):
 
 def test_merge_inspect_verify_optout_by_command(world, tmp_path, capsys):
     release, out = world / "public" / "run" / "model", tmp_path / "model"
-    experts = [part for owner in ("news", "code") for part in ("--expert", str(world / owner / "run" / "package"))]
+    experts = [part for owner in ("news", "code") for part in ("--package", str(world / owner / "run" / "package"))]
     assert main(["merge", "--public", str(release), *experts, "--out", str(out), "--top-k", "2", "--json"]) == 0
     assert json.loads(capsys.readouterr().out)["experts"] == ["public", "code", "news"]
     assert main(["verify", str(out), "--json"]) == 0
@@ -108,9 +119,9 @@ def test_merge_refuses_and_leaves_nothing(world, tmp_path, capsys):
     release, package = str(world / "public" / "run" / "model"), str(world / "news" / "run" / "package")
     out = str(tmp_path / "model")
     for argv, message in (
-        (["--expert", package, "--expert", package], "given twice"),
-        (["--expert", package, "--top-k", "3"], "top_k is 3, the model has 2 experts"),
-        (["--expert", release + "/public"], "reserved"),
+        (["--package", package, "--package", package], "given twice"),
+        (["--package", package, "--top-k", "3"], "top_k is 3, the model has 2 experts"),
+        (["--package", release + "/public"], "reserved"),
     ):
         assert main(["merge", "--public", release, *argv, "--out", out]) == 1
         assert message in capsys.readouterr().err
@@ -155,12 +166,6 @@ def test_a_process_that_cannot_know_its_number_is_refused(world, capsys, monkeyp
     monkeypatch.setenv("FLEXMOE_PROCESSES", "auto")
     assert main(["inspect", str(world / "model")]) == 1
     assert "without FLEXMOE_PROCESSES" in capsys.readouterr().err
-
-
-def test_a_mesh_is_for_held_out_text(world, capsys):
-    with pytest.raises(SystemExit):
-        main(["eval", str(world / "model"), "--suite", "mc9", "--mesh", "fsdp=2"])
-    assert "--mesh is for --data" in capsys.readouterr().err
 
 
 def test_training_by_command_and_sigterm_exit_code(world, tmp_path):

@@ -1,4 +1,4 @@
-"""The quickstart, at a few steps: every artefact, the opt-out proof, and that no owner's process leaves its folder."""
+"""The quickstart, at a few steps: every artifact, the opt-out proof, and that no owner's process leaves its folder."""
 
 import collections
 import json
@@ -15,6 +15,7 @@ from flexmoe_jax.files import list_files, sha256_file
 
 pytestmark = pytest.mark.torch
 OWNERS = ("code", "math", "news")
+OVERRIDES = ("steps=4", "batch_size=4", "seq_len=64", "save_every=2")
 
 # Python runs `sitecustomize` before anything else: every process of the quickstart then notes each file it opens.
 AUDIT = """
@@ -37,10 +38,9 @@ def done(tmp_path_factory) -> pathlib.Path:
     root = tmp_path_factory.mktemp("quickstart")
     (root / "hook").mkdir()
     (root / "hook" / "sitecustomize.py").write_text(AUDIT)
-    overrides = ("steps=4", "batch_size=4", "seq_len=64", "save_every=2")
     command = [sys.executable, "-m", "flexmoe_jax.cli.main", "quickstart", "--out", "out", "--eval-bytes", "3000"]
     command += ["--embed-count", "16"]
-    command += [part for override in overrides for part in ("--override", override)]
+    command += [part for override in OVERRIDES for part in ("--override", override)]
     environment = {**os.environ, "PYTHONPATH": str(root / "hook"), "FLEXMOE_TEST_AUDIT": str(root / "audit.log")}
     finished = subprocess.run(command, cwd=root, env=environment, capture_output=True, text=True, check=False)
     assert finished.returncode == 0, finished.stderr[-3000:]
@@ -144,6 +144,16 @@ def test_every_step_is_shown_as_a_command(done):
     shown = [line for line in (done / "stdout.txt").read_text().splitlines() if line.startswith("$ ")]
     verbs = [line.split("flexmoe ")[1].split()[0] for line in shown]
     assert verbs == ["data", "embed", "pretrain", *["embed", "train"] * 3, "merge", "merge", "optout"]
+
+
+def test_as_json_the_results_are_all_that_stdout_holds(done):
+    """A second run, which trains nothing; the commands it shows go to stderr."""
+    command = [sys.executable, "-m", "flexmoe_jax.cli.main", "quickstart", "--out", "out", "--eval-bytes", "3000"]
+    command += [part for override in OVERRIDES for part in ("--override", override)]
+    finished = subprocess.run([*command, "--json"], cwd=done, capture_output=True, text=True, check=False)
+    assert finished.returncode == 0, finished.stderr[-3000:]
+    assert json.loads(finished.stdout) == json.loads((done / "out" / "results.json").read_text())
+    assert "$ flexmoe merge --public" in finished.stderr
 
 
 def test_running_again_keeps_what_is_trained(done):

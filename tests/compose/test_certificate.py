@@ -15,7 +15,7 @@ from flexmoe_jax.compose.certificate import read_certificate, scan, verify_certi
 from flexmoe_jax.compose.merge import merge
 from flexmoe_jax.compose.optout import opt_out, replace
 from flexmoe_jax.errors import ArtifactError, FlexMoEError
-from tests.artifacts.tiny import Crash, contents, crash_at, flip_bit, make_expert, make_release, random_params
+from tests.tiny import Crash, contents, crash_at, flip_bit, make_expert, make_release, random_part
 
 
 @pytest.fixture(scope="module")
@@ -104,10 +104,10 @@ def test_every_window_is_found_at_any_offset_and_nothing_else(tmp_path):
 def test_bytes_that_stayed_are_named_and_fail_the_certificate(home, tmp_path):
     release = open_model(home / "public")
     thief = shutil.copytree(home / "code", tmp_path / "code")
-    params = random_params("code", 1)
-    params["w_down"].reshape(-1)[3:19] = random_params("news", 1)["w_down"].reshape(-1)[8:24]  # 64 bytes
+    params = random_part("code", 1)
+    params["w_down"].reshape(-1)[3:19] = random_part("news", 1)["w_down"].reshape(-1)[8:24]  # 64 bytes
     from flexmoe_jax.artifacts.package import write_package
-    from tests.artifacts.tiny import CONFIG, base_of
+    from tests.tiny import CONFIG, base_of
 
     shutil.rmtree(thief)
     write_package(thief, owner="code", params=params, config=CONFIG, base=base_of(release), record={})

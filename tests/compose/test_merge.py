@@ -10,7 +10,7 @@ from flexmoe_jax.artifacts.model_dir import load_params, open_model
 from flexmoe_jax.artifacts.package import load_package, write_package
 from flexmoe_jax.compose.merge import merge
 from flexmoe_jax.errors import ArtifactError, FlexMoEError
-from tests.artifacts.tiny import (
+from tests.tiny import (
     CONFIG,
     Crash,
     base_of,
@@ -19,7 +19,7 @@ from tests.artifacts.tiny import (
     flip_bit,
     make_expert,
     make_release,
-    random_params,
+    random_part,
     same_tree,
 )
 
@@ -54,10 +54,8 @@ def test_the_merged_model_holds_every_part_bit_for_bit(home, tmp_path):
     model = merge(home / "public", paths(home), tmp_path / "model")
     assert model.experts == ("public", *NAMES)
     params = load_params(model)
-    assert same_tree(
-        params["experts"], {"public": random_params("public", 0)} | {n: random_params(n, 1) for n in NAMES}
-    )
-    assert same_tree(params["trunk"], random_params("trunk", 0))
+    assert same_tree(params["experts"], {"public": random_part("public", 0)} | {n: random_part(n, 1) for n in NAMES})
+    assert same_tree(params["trunk"], random_part("trunk", 0))
     for name in NAMES:
         assert contents(model.path / name) == contents(home / name)
     assert all(f.ok for f in verify_model(model.path))
@@ -99,7 +97,7 @@ def test_an_expert_of_another_public_model_is_refused_with_both_digests(home, tm
 def test_each_part_of_the_base_is_compared(home, tmp_path, part):
     release = open_model(home / "public")
     base = base_of(release) | {part: "cd" * 32}
-    write_package(tmp_path / "x", owner="x", params=random_params("x", 1), config=CONFIG, base=base, record={})
+    write_package(tmp_path / "x", owner="x", params=random_part("x", 1), config=CONFIG, base=base, record={})
     words = {"public": "public expert"}
     with pytest.raises(
         ArtifactError, match=f"'x'.*{words.get(part, part)} {'cd' * 32}, this model's is {base_of(release)[part]}"
@@ -112,7 +110,7 @@ def test_another_configuration_of_the_same_shapes_is_refused(home, tmp_path):
 
     config = dataclasses.replace(CONFIG, rope_theta=1e4)
     base = base_of(open_model(home / "public"))
-    write_package(tmp_path / "x", owner="x", params=random_params("x", 1), config=config, base=base, record={})
+    write_package(tmp_path / "x", owner="x", params=random_part("x", 1), config=config, base=base, record={})
     with pytest.raises(ArtifactError, match=r"rope_theta: 10000.0 != 500000.0"):
         merge(home / "public", [tmp_path / "x"], tmp_path / "model")
 
@@ -183,7 +181,7 @@ def test_a_merge_that_fails_while_copying_leaves_nothing(home, tmp_path, monkeyp
         merge(home / "public", paths(home), tmp_path / "model")
     assert list(tmp_path.iterdir()) == []
     monkeypatch.undo()
-    assert same_tree(load_package(home / "news"), random_params("news", 1))
+    assert same_tree(load_package(home / "news"), random_part("news", 1))
 
 
 def test_what_a_killed_merge_left_is_removed_by_the_next_and_what_a_living_one_writes_is_not(home, tmp_path):

@@ -14,7 +14,7 @@ from flexmoe_jax.compose.merge import merge
 from flexmoe_jax.compose.optout import opt_out, replace
 from flexmoe_jax.errors import ArtifactError, FlexMoEError
 from flexmoe_jax.tree import flatten
-from tests.artifacts.tiny import Crash, contents, crash_at, make_expert, make_release, random_params, same_tree
+from tests.tiny import Crash, contents, crash_at, make_expert, make_release, random_part, same_tree
 
 NAMES = ("code", "math", "zebrafish")
 WINDOW = 64
@@ -72,7 +72,7 @@ def windows(raw):
 
 
 def test_no_byte_window_and_no_name_of_the_expert_remains(home, model):
-    gone = flatten(random_params("zebrafish", 1))
+    gone = flatten(random_part("zebrafish", 1))
     removed = {path: windows(leaf.tobytes()) for path, leaf in gone.items()}
 
     def hits(folder):
@@ -108,7 +108,7 @@ def test_a_reader_under_whom_the_model_changes_gets_the_model_after_it(home, mod
         whole = open_model(path)
         assert opened.digest in (open_model(home / "model").digest, whole.digest)
         assert tuple(params["experts"]) == opened.experts
-        code = random_params("code", 1 + (opened.manifests["code"] == read_manifest(home / "code2")))
+        code = random_part("code", 1 + (opened.manifests["code"] == read_manifest(home / "code2")))
         assert same_tree(params["experts"]["code"], code)
         if opened.digest == whole.digest and "math" not in whole.experts:
             assert "math" not in params["experts"]
@@ -220,7 +220,7 @@ def test_replacing_equals_merging_the_new_package(home, model, tmp_path):
     replaced = replace(model, home / "code2")
     assert contents(model) == expected
     assert contents(home / "code2") == before
-    assert same_tree(load_params(replaced)["experts"]["code"], random_params("code", 2))
+    assert same_tree(load_params(replaced)["experts"]["code"], random_part("code", 2))
     assert problems(model) == set()
     assert [e.event for e in read_journal(model)] == ["created", "merged", "replaced"]
     journal = (model / "journal.jsonl").read_bytes()

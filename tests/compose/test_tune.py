@@ -12,13 +12,13 @@ from flexmoe_jax.artifacts.package import load_package, read_manifest, write_pac
 from flexmoe_jax.compose.certificate import read_certificate, verify_certificate
 from flexmoe_jax.compose.merge import merge
 from flexmoe_jax.compose.optout import opt_out
-from flexmoe_jax.compose.tune import tune
+from flexmoe_jax.compose.tune import Tuning, tune
 from flexmoe_jax.config import OptimizerConfig
 from flexmoe_jax.errors import ArtifactError, DataError, FlexMoEError
 from flexmoe_jax.training.loop import train
 from flexmoe_jax.tree import PUBLIC, TRUNK
 from tests.faults.hostile import reseal
-from tests.training.tiny import expert_run, public_run, write_documents
+from tests.tiny import expert_run, public_run, write_documents
 
 STEPS = {"steps": 3, "batch_size": 4, "seq_len": 32, "lr": 0.05}
 ROUTER = {"router", "bias"}
@@ -35,7 +35,7 @@ def proxies(world, tmp_path_factory):
 def tuned(request, world, proxies, tmp_path_factory):
     """(folder, whether the rows were tuned together)."""
     out = tmp_path_factory.mktemp("tuned") / "out"
-    tune(world / "model", proxies, world / "public" / "data", out, together=request.param, **STEPS)
+    tune(world / "model", proxies, world / "public" / "data", out, Tuning(together=request.param, **STEPS))
     return out, request.param
 
 
@@ -69,10 +69,10 @@ def test_untuned_packages_are_left_and_tuned_ones_merge(world, tuned, tmp_path):
 def test_opting_out_of_a_model_tuned_alone_equals_tuning_without_that_owner(world, proxies, tmp_path):
     """Bit for bit, with the certificate's word for it."""
     data = world / "public" / "data"
-    both = tune(world / "model", proxies, data, tmp_path / "both", **STEPS)
+    both = tune(world / "model", proxies, data, tmp_path / "both", Tuning(**STEPS))
     left = opt_out(both.path, "news", tmp_path / "left", certificate=tmp_path / "proof.json")
     opt_out(world / "model", "news", tmp_path / "never")
-    never = tune(tmp_path / "never", {"code": proxies["code"]}, data, tmp_path / "alone", **STEPS)
+    never = tune(tmp_path / "never", {"code": proxies["code"]}, data, tmp_path / "alone", Tuning(**STEPS))
     assert left.digest == never.digest
     assert (left.path / "code" / "manifest.json").read_bytes() == (never.path / "code" / "manifest.json").read_bytes()
     assert read_certificate(tmp_path / "proof.json")["label"] == "exact"
@@ -80,7 +80,7 @@ def test_opting_out_of_a_model_tuned_alone_equals_tuning_without_that_owner(worl
 
 def test_opting_out_of_a_model_tuned_together_is_labelled_approximate(world, proxies, tmp_path):
     data = world / "public" / "data"
-    both = tune(world / "model", proxies, data, tmp_path / "both", together=True, **STEPS)
+    both = tune(world / "model", proxies, data, tmp_path / "both", Tuning(together=True, **STEPS))
     left = opt_out(both.path, "news", tmp_path / "left", certificate=tmp_path / "proof.json")
     certificate = read_certificate(tmp_path / "proof.json")
     assert certificate["label"] == "approximate"
@@ -90,15 +90,17 @@ def test_opting_out_of_a_model_tuned_together_is_labelled_approximate(world, pro
     assert check.detail.endswith("was removed: approximate " + certificate["reason"])
     # It says so because it is so: the row that stays is not the one that tuning without news gives.
     opt_out(world / "model", "news", tmp_path / "never")
-    never = tune(tmp_path / "never", {"code": proxies["code"]}, data, tmp_path / "alone", together=True, **STEPS)
+    never = tune(
+        tmp_path / "never", {"code": proxies["code"]}, data, tmp_path / "alone", Tuning(together=True, **STEPS)
+    )
     assert left.manifests["code"].content != never.manifests["code"].content
 
 
 def test_no_later_training_forgets_who_had_a_part(world, proxies, tmp_path):
     """Tuned together, then alone or trained on by its owner: the other's part is still in the row."""
     data = world / "public" / "data"
-    together = tune(world / "model", proxies, data, tmp_path / "together", together=True, **STEPS)
-    alone = tune(together.path, proxies, data, tmp_path / "alone", **STEPS)
+    together = tune(world / "model", proxies, data, tmp_path / "together", Tuning(together=True, **STEPS))
+    alone = tune(together.path, proxies, data, tmp_path / "alone", Tuning(**STEPS))
     assert alone.manifests["code"].record.tuned_with == ("code", "news")
     run = expert_run(tmp_path, "code", world / "public" / "run" / "model", domain_vector="",
                      expert=str(alone.package("code")))  # fmt: skip
@@ -140,8 +142,8 @@ def test_owners_without_proxies_keep_their_rows(world, proxies, tmp_path):
     before = open_model(world / "model")
     for together in (False, True):
         out = tmp_path / str(together)
-        model = tune(world / "model", {"news": proxies["news"]}, world / "public" / "data", out, together=together,
-                     **STEPS)  # fmt: skip
+        tuning = Tuning(together=together, **STEPS)
+        model = tune(world / "model", {"news": proxies["news"]}, world / "public" / "data", out, tuning)
         assert model.manifests["code"].digest == before.manifests["code"].digest
         assert model.manifests["news"].content != before.manifests["news"].content
         assert not (out / "packages" / "code").exists()
@@ -150,11 +152,12 @@ def test_owners_without_proxies_keep_their_rows(world, proxies, tmp_path):
 def test_done_again_it_is_found_and_another_tuning_in_its_place_refused(world, tuned, proxies, caplog):
     out, together = tuned
     caplog.set_level("INFO", "flexmoe_jax")
-    again = tune(world / "model", proxies, world / "public" / "data", out, **STEPS, together=together)
+    again = tune(world / "model", proxies, world / "public" / "data", out, Tuning(together=together, **STEPS))
     assert again.path == out / "model"
     assert caplog.messages == [f"{out / 'model'} is already there: nothing to do"]
     for change in ({"together": not together}, {"steps": 4}, {"proxies": {"news": proxies["news"]}}):
-        arguments = {"proxies": proxies, "together": together, **STEPS} | change
+        settings = {"together": together, **STEPS} | {key: value for key, value in change.items() if key != "proxies"}
+        arguments = {"proxies": change.get("proxies", proxies), "tuning": Tuning(**settings)}
         with pytest.raises(ArtifactError, match="holds another tuning"):
             tune(world / "model", public_data=world / "public" / "data", out=out, **arguments)
 
@@ -164,9 +167,15 @@ def test_done_again_it_is_found_and_another_tuning_in_its_place_refused(world, t
 )
 def test_impossible_tunings_are_refused(world, proxies, tmp_path, names, message):
     with pytest.raises(FlexMoEError, match=message):
-        tune(world / "model", dict.fromkeys(names, proxies["news"]), world / "public" / "data", tmp_path / "o", **STEPS)
+        tune(
+            world / "model",
+            dict.fromkeys(names, proxies["news"]),
+            world / "public" / "data",
+            tmp_path / "o",
+            Tuning(**STEPS),
+        )
     with pytest.raises(DataError, match="does not exist"):
-        tune(world / "model", {"news": tmp_path / "none"}, world / "public" / "data", tmp_path / "o", **STEPS)
+        tune(world / "model", {"news": tmp_path / "none"}, world / "public" / "data", tmp_path / "o", Tuning(**STEPS))
 
 
 @pytest.mark.parametrize("tuned", [3, [], {"with": "news"}, {"with": {"a": 1}}, {"with": [1]}, {"with": ["../news"]}])

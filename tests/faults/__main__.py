@@ -15,7 +15,7 @@ from flexmoe_jax.errors import FlexMoEError
 from tests.artifacts.test_checkpoints import advance, save, start
 from tests.faults import hostile, kills, optouts, tamper
 from tests.faults.kills import Fault
-from tests.training.tiny import build_world
+from tests.tiny import build_world
 
 SEED = 0
 

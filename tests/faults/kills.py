@@ -25,7 +25,7 @@ from flexmoe_jax.compose.merge import merge
 from flexmoe_jax.compose.optout import opt_out, replace
 from flexmoe_jax.errors import ArtifactError
 from flexmoe_jax.training.metrics import OF_TIME
-from tests.artifacts.tiny import contents, make_expert, make_release
+from tests.tiny import contents, make_expert, make_release
 
 
 @dataclasses.dataclass(frozen=True)
@@ -240,7 +240,7 @@ def stop_training(world: pathlib.Path, folder: pathlib.Path, number: int, seed: 
 
     Compared are parameters, optimizer moments, data state, counters and metrics. SIGTERM must end in exit code 75.
     """
-    from tests.training.tiny import expert_run
+    from tests.tiny import expert_run
 
     rng, steps = random.Random(seed), 40 * (number + 1)
     settings = {"steps": steps, "save_every": 4, "log_every": 1}

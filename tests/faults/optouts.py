@@ -19,9 +19,9 @@ from flexmoe_jax.compose.optout import opt_out
 from flexmoe_jax.config import ModelConfig
 from flexmoe_jax.params import owner_leaves
 from flexmoe_jax.tree import PUBLIC, TRUNK, unflatten, union
-from tests.artifacts.tiny import base_of, contents, make_expert, make_release
 from tests.faults.kills import Fault
 from tests.hf.tiny import tokenizer
+from tests.tiny import base_of, contents, make_expert, make_release
 
 NAMES = ("code", "law", "math", "news", "poems")
 SUBSETS = (("news",), ("code", "math"), ("law", "poems"), ("code", "law", "news"), ("code", "law", "math", "poems"))

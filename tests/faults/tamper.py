@@ -11,8 +11,8 @@ from flexmoe_jax.artifacts.model_dir import load_model
 from flexmoe_jax.artifacts.package import load_package, verify_package
 from flexmoe_jax.errors import FlexMoEError
 from flexmoe_jax.files import list_files
-from tests.artifacts.tiny import flip_bit
 from tests.faults.kills import Fault
+from tests.tiny import flip_bit
 
 KINDS = ("flipped bit", "truncated", "missing", "extra", "swapped file", "missing folder", "swapped folder")
 

@@ -10,7 +10,7 @@ import numpy as np
 import pytest
 
 from flexmoe_jax.artifacts.journal import read_journal
-from flexmoe_jax.artifacts.model_dir import verify_model
+from flexmoe_jax.artifacts.model_checks import verify_model
 from flexmoe_jax.errors import FlexMoEError
 from flexmoe_jax.hf.checkpoint import open_folder
 from flexmoe_jax.hf.configuration import FLEX_OLMO, write_config

@@ -25,9 +25,8 @@ from flexmoe_jax.hf.tensors import Tensor, read_tensors, write_tensors
 from flexmoe_jax.model.decoder import Decoder
 from flexmoe_jax.model.generate import generate
 from flexmoe_jax.parallel.mesh import mesh_of_one
-from tests.artifacts.tiny import contents
-from tests.conftest import jit_forward, stacked
 from tests.hf.tiny import CONFIG, SHAPES, checkpoint, edit_config, our_model, tokenizer
+from tests.tiny import contents, jit_forward, stacked
 
 torch = pytest.importorskip("torch")
 transformers = pytest.importorskip("transformers")
@@ -306,7 +305,7 @@ def test_a_dense_public_model_has_no_router_row_to_compare(tmp_path, ours):
 def test_owners_can_train_beside_a_dense_public_model_given_a_domain_vector(tmp_path):
     from flexmoe_jax.data.embedding import DomainVector
     from flexmoe_jax.training.start import prepare
-    from tests.training.tiny import expert_run, write_vector
+    from tests.tiny import expert_run, write_vector
 
     checkpoint(tmp_path / "theirs", "llama")
     source = open_folder(tmp_path / "theirs")

@@ -14,7 +14,7 @@ from flexmoe_jax.compose.merge import merge
 from flexmoe_jax.config import ModelConfig
 from flexmoe_jax.data.tokenizer import load_tokenizer
 from flexmoe_jax.tree import PUBLIC, TRUNK, select
-from tests.conftest import random_params
+from tests.tiny import random_params
 
 CONFIG = ModelConfig(
     vocab_size=300, num_layers=2, d_model=32, num_heads=4, num_kv_heads=2, head_dim=8, d_ff=40, max_seq_len=64

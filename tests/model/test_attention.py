@@ -14,7 +14,7 @@ from flexmoe_jax.model import attention
 from flexmoe_jax.model.cache import init_cache
 from flexmoe_jax.model.decoder import Decoder, forward
 from flexmoe_jax.model.rope import apply_rope, rope_table
-from tests.conftest import TINY, jit_decode, jit_forward, max_difference, random_params, random_tokens, stacked
+from tests.tiny import TINY, jit_decode, jit_forward, max_difference, random_params, random_tokens, stacked
 
 LLAMA = dataclasses.replace(TINY, pre_norm=True, qk_norm=False)
 EXPERTS = ("public", "code", "news")

@@ -13,7 +13,7 @@ import numpy as np
 import pytest
 
 from flexmoe_jax.model.decoder import Decoder, forward
-from tests.conftest import TINY, random_params, random_tokens, stacked
+from tests.tiny import TINY, random_params, random_tokens, stacked
 
 STORED = pathlib.Path(__file__).with_name("curve.json")
 EXPERTS = ("public", "code", "news")

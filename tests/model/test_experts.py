@@ -14,7 +14,7 @@ from flexmoe_jax.model import experts as experts_module
 from flexmoe_jax.model.decoder import Decoder, moe
 from flexmoe_jax.model.experts import dense, sparse
 from flexmoe_jax.model.router import Routing, route
-from tests.conftest import TINY, max_difference
+from tests.tiny import TINY, max_difference
 
 D, F = 4, 6
 

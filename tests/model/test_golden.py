@@ -15,7 +15,7 @@ from flexmoe_jax.model.decoder import Decoder, moe
 from flexmoe_jax.model.norm import rms_norm
 from flexmoe_jax.model.rope import apply_rope, rope_table
 from flexmoe_jax.parallel.stacked import STACKED, with_stacked_rows
-from tests.conftest import jit_decode, jit_forward, max_difference, random_tokens, stacked
+from tests.tiny import jit_decode, jit_forward, max_difference, random_tokens, stacked
 
 torch = pytest.importorskip("torch")
 pytest.importorskip("transformers")

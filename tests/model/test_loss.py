@@ -9,7 +9,7 @@ import pytest
 
 from flexmoe_jax.model import loss as loss_module
 from flexmoe_jax.model.loss import next_token_loss
-from tests.conftest import max_difference
+from tests.tiny import max_difference
 
 B, T, D, V, Z = 3, 13, 8, 40, 1e-2
 

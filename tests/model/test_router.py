@@ -9,7 +9,7 @@ from hypothesis import strategies as st
 
 from flexmoe_jax.model.decoder import Decoder, moe
 from flexmoe_jax.model.router import negative_part, route, route_uniform, router_logits
-from tests.conftest import TINY, jit_forward, max_difference, random_params, random_tokens
+from tests.tiny import TINY, jit_forward, max_difference, random_params, random_tokens
 
 
 def logits(N: int, E: int, seed: int = 0, scale: float = 2.0):

@@ -25,7 +25,7 @@ from flexmoe_jax.parallel.mesh import make_mesh
 from flexmoe_jax.parallel.specs import place_at
 from flexmoe_jax.training.loop import train
 from flexmoe_jax.tree import flatten
-from tests.training.tiny import MODEL, WORDS, expert_run, public_run, write_documents
+from tests.tiny import MODEL, WORDS, expert_run, public_run, write_documents
 
 PUBLIC_MESHES = ("fsdp=8", "data=2,fsdp=2,tensor=2", "data=8")
 EVALUATION_MESHES = ("data=2,fsdp=2,expert=2", "expert=4,fsdp=2")

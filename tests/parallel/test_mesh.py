@@ -20,7 +20,7 @@ from flexmoe_jax.parallel.specs import RULES, spec_of
 from flexmoe_jax.parallel.stacked import stack_weights, unstack_weights, with_stacked_rows
 from flexmoe_jax.params import AXES
 from flexmoe_jax.tree import flatten, match_rules
-from tests.conftest import TINY, random_params
+from tests.tiny import TINY, random_params
 
 PARAMETERS, LOSSES = 5e-4, 1e-5
 

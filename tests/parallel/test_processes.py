@@ -25,7 +25,7 @@ from flexmoe_jax.parallel.processes import Place, place_of
 from flexmoe_jax.training.loop import train
 from flexmoe_jax.tree import PUBLIC, TRUNK, flatten
 from tests.parallel.jobs import end, printed, start_training, start_verb, wait_for_step
-from tests.training.tiny import expert_run, public_run, write_documents
+from tests.tiny import expert_run, public_run, write_documents
 
 STEPS = {"steps": 6, "batch_size": 8}
 
@@ -151,7 +151,7 @@ def test_several_processes_score_what_one_scores(world, count, mesh, experts):
 def test_a_merge_by_several_processes_is_that_of_one(world, tmp_path):
     """Process 0 does it, the other leaves it to it."""
     release, *packages = (world / name / "run" for name in ("public", "news", "code"))
-    experts = [f"--expert={path / 'package'}" for path in packages]
+    experts = [f"--package={path / 'package'}" for path in packages]
     running = start_verb(["merge", f"--public={release / 'model'}", *experts, f"--out={tmp_path / 'many'}"], 2)
     lead, other = printed(running)
     assert "many: public, code, news" in lead

@@ -4,7 +4,7 @@ import numpy as np
 
 from flexmoe_jax.study.baselines import branch_train_mix, soup
 from flexmoe_jax.tree import PUBLIC, flatten
-from tests.conftest import TINY, random_params
+from tests.tiny import TINY, random_params
 
 
 def models():

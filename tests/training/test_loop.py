@@ -25,7 +25,7 @@ from flexmoe_jax.errors import FlexMoEError
 from flexmoe_jax.training import loop
 from flexmoe_jax.training.metrics import OF_TIME, MetricsFile
 from flexmoe_jax.tree import PUBLIC, TRUNK
-from tests.training.tiny import expert_run, public_run, write_documents, write_vector
+from tests.tiny import expert_run, public_run, write_documents, write_vector
 
 
 @pytest.fixture(scope="module")

@@ -15,7 +15,7 @@ from flexmoe_jax.parallel import chips
 from flexmoe_jax.training import loop, metrics
 from flexmoe_jax.training.profile import parse_steps
 from flexmoe_jax.training.state import flops_per_token
-from tests.training.tiny import MODEL, expert_run, public_run
+from tests.tiny import MODEL, expert_run, public_run
 
 RATES = {"step_seconds", "tokens_per_second"}
 

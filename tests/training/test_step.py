@@ -20,7 +20,7 @@ from flexmoe_jax.training.optimizer import learning_rate, make_optimizer
 from flexmoe_jax.training.state import create_state
 from flexmoe_jax.training.step import make_train_step
 from flexmoe_jax.tree import PUBLIC, combine, flatten, partition
-from tests.training.tiny import MODEL
+from tests.tiny import MODEL
 
 RUN = RunConfig(
     owner="news",

@@ -1,0 +1,103 @@
+"""`flexmoe` as a process: streams that are closed or narrow, and users without a home directory."""
+
+import os
+import pathlib
+import pwd
+import subprocess
+import sys
+
+import pytest
+
+from flexmoe_jax import errors, files
+
+FLEXMOE = f"{sys.executable} -m flexmoe_jax.cli.main"
+
+
+def shell(command: str, **environment: str) -> tuple[int, str, str]:
+    """(exit code, stdout, stderr) of a line of bash; FLEXMOE is the command."""
+    variables = {**os.environ, **environment, "FLEXMOE": FLEXMOE}
+    done = subprocess.run(["bash", "-c", command], env=variables, capture_output=True, text=True, check=False)
+    return done.returncode, done.stdout, done.stderr
+
+
+@pytest.mark.parametrize("unbuffered", ["", "1"])
+@pytest.mark.parametrize("arguments", ["--help", "merge --help", "keys train"])
+def test_a_reader_that_leaves_or_a_closed_stream_gives_no_traceback(arguments, unbuffered):
+    environment = {"PYTHONUNBUFFERED": unbuffered}
+    assert shell(f"$FLEXMOE {arguments} | true", **environment) == (0, "", "")
+    assert shell(f"$FLEXMOE {arguments} >&-", **environment)[::2] == (0, "")
+    assert shell(f"$FLEXMOE {arguments} >&- 2>&-", **environment) == (0, "", "")
+
+
+def test_output_that_cannot_be_written_is_an_error():
+    code, _, err = shell("$FLEXMOE keys train seed >/dev/full", PYTHONUNBUFFERED="")
+    assert (code, err) == (1, "flexmoe: the output cannot be written: [Errno 28] No space left on device\n")
+
+
+def test_a_message_does_not_end_in_stdout_where_stderr_is_closed():
+    assert shell("$FLEXMOE mrege 2>&-") == (2, "", "")
+    assert shell("$FLEXMOE inspect nowhere --json 2>&-") == (1, "", "")
+
+
+def test_text_that_the_terminal_cannot_show_is_escaped(world):
+    command = f"$FLEXMOE generate {world / 'model'} --prompt 'caf\u00e9 \u4e16' --max-new-tokens 1"
+    code, out, err = shell(command, PYTHONIOENCODING="ascii")
+    assert (code, out[:14]) == (0, "caf\\xe9 \\u4e16"), err
+
+
+def test_the_library_logs_a_line_once_whatever_the_root_logger_does(world, tmp_path):
+    """Libraries give the root logger a handler; ours is the one that prints."""
+    code = (
+        "import logging, sys; logging.basicConfig(); sys.argv = ['flexmoe', 'keys', 'train', 'seed']\n"
+        "from flexmoe_jax.cli import main; main.entry(); logging.getLogger('flexmoe_jax.x').info('once')"
+    )
+    environment = {**os.environ, "GLIBC_TUNABLES": ""}
+    done = subprocess.run([sys.executable, "-c", code], env=environment, capture_output=True, text=True, check=True)
+    assert done.stderr == "once\n"
+
+
+# -- no home directory -------------------------------------------------------------------------------------------------
+
+
+@pytest.fixture
+def homeless(monkeypatch, tmp_path) -> pathlib.Path:
+    """The system's temporary directory of a user whom the system does not know."""
+
+    def unknown(uid: int):
+        raise KeyError(uid)
+
+    monkeypatch.setattr(pwd, "getpwuid", unknown)
+    monkeypatch.setattr(files.tempfile, "tempdir", str(tmp_path))
+    for name in ("HOME", "FLEXMOE_CACHE"):
+        monkeypatch.delenv(name, raising=False)
+    return tmp_path
+
+
+def test_without_a_home_directory_the_cache_is_a_private_folder_in_the_temporary_one(homeless, monkeypatch):
+    with pytest.raises(RuntimeError):
+        pathlib.Path.home()
+    cache = files.default_cache()
+    assert cache == homeless / f"flexmoe-{os.getuid()}" == files.default_cache()
+    assert cache.stat().st_mode & 0o777 == 0o700
+    monkeypatch.setenv("HOME", str(homeless / "nowhere"))  # as containers have it
+    assert files.default_cache() == cache
+    monkeypatch.setenv("HOME", str(homeless))
+    assert files.default_cache() == homeless / ".cache" / "flexmoe"
+    monkeypatch.setenv("FLEXMOE_CACHE", "mine")
+    assert files.default_cache() == pathlib.Path("mine")
+
+
+@pytest.mark.parametrize("kind", ["link", "file", "shared"])
+def test_a_cache_that_somebody_else_could_write_is_refused(kind, homeless):
+    folder = homeless / f"flexmoe-{os.getuid()}"
+    if kind == "link":
+        (homeless / "theirs").mkdir(mode=0o700)
+        folder.symlink_to(homeless / "theirs")
+    elif kind == "file":
+        folder.write_text("")
+    else:
+        folder.mkdir()
+        folder.chmod(0o777)
+    with pytest.raises(errors.ArtifactError, match="is not a folder of this user only") as error:
+        files.default_cache()
+    assert "FLEXMOE_CACHE" in error.value.remedy
