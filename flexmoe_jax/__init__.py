@@ -1,16 +1,16 @@
-"""FlexMoE: language models whose parts belong to different data owners (FlexOlmo, arXiv 2507.07024, in JAX).
+"""FlexMoE: language models whose experts belong to different data owners (FlexOlmo, arXiv 2507.07024, in JAX).
 
     import flexmoe_jax as fm
 
-    fm.embed("data", out="domain.json")                  # a domain vector of an owner's documents
+    fm.embed("data", out="domain.json")                  # the domain vector of an owner's documents
     package = fm.train(fm.RunConfig(owner="news", ...))  # an expert beside a public model
     fm.merge("release/model", [package], "model")        # one model, without training
     model = fm.load("model")                             # experts by name; logits, text, scores
     fm.opt_out("model", "news", certificate="news-left.json")
     fm.replace("model", "news/package")
-    fm.verify("model")                                   # every digest
+    fm.verify("model")                                   # checks every digest
 
-Importing this package imports nothing heavy: each name is imported when it is used.
+Each of these names is imported when it is first used: importing this package does not import JAX.
 """
 
 import importlib

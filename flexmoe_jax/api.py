@@ -1,4 +1,4 @@
-"""The library's front door: open a model directory, choose experts, get logits, text and scores."""
+"""Models in memory: open a model directory, choose experts, and get logits, text and scores."""
 
 import dataclasses
 import functools
@@ -27,13 +27,13 @@ from flexmoe_jax.parallel.stacked import stack_weights
 
 @dataclasses.dataclass(frozen=True, eq=False)
 class Model:
-    """A model in memory. `params` is the whole tree with named experts; `top_k` the experts active per token.
+    """A model in memory. `params` is the whole tree with named experts; `top_k` experts are active per token.
 
-    The devices of `mesh` hold it in parts, made of `params` when they are first wanted. `score` is for any number of
-    processes, the rest for one.
+    The devices of `mesh` hold the shards of `params`, which are placed there at the first use. `score` works with any
+    number of processes, all other methods with one.
 
     `select` and `without` return the model that never had the other experts: the same arrays, run by the same code as a
-    model merged without them, so its outputs are bit-identical (experts are left out, never masked).
+    model merged without them. Its outputs are bit-identical to that model's: experts are left out, never masked.
     """
 
     config: ModelConfig
@@ -44,24 +44,27 @@ class Model:
 
     @property
     def experts(self) -> tuple[str, ...]:
-        """Names in canonical order: `public` first, then alphabetical."""
+        """Names of the experts in canonical order: `public` first, then alphabetical."""
         return tree.canonical_order(self.params["experts"])
 
     @property
     def top_k(self) -> int:
-        """Experts active per token: the wanted number, at most as many as there are."""
+        """Experts active per token: `wanted_top_k` (None: all), at most the number of experts."""
         return min(self.wanted_top_k or len(self.experts), len(self.experts))
 
     def select(self, names: Iterable[str]) -> "Model":
-        """The model of only these experts."""
+        """The model that has only these experts; FlexMoEError for an unknown name, a name given twice, or none."""
         return dataclasses.replace(self, params=tree.select(self.params, names))
 
     def without(self, *names: str) -> "Model":
-        """The model that never had these experts."""
+        """The model that never had these experts; FlexMoEError for an unknown name, or if no expert is left."""
         return dataclasses.replace(self, params=tree.without(self.params, *names))
 
     def logits(self, tokens: npt.ArrayLike) -> jax.Array:
-        """Integer token ids [T] or [B, T] -> float32 logits [T, V] or [B, T, V]."""
+        """Integer token ids [T] or [B, T] -> float32 logits [T, V] or [B, T, V].
+
+        DataError for another shape or dtype, no token, more than `max_seq_len` tokens, or ids outside the vocabulary.
+        """
         tokens = jnp.asarray(tokens)
         if tokens.ndim not in (1, 2) or not jnp.issubdtype(tokens.dtype, jnp.integer) or tokens.size == 0:
             raise DataError(
@@ -80,7 +83,7 @@ class Model:
         return _logits(self.decoder(), self._stacked, jnp.atleast_2d(tokens)).reshape(*tokens.shape, -1)
 
     def generate(self, prompt: str, **kwargs) -> str:
-        """Continues `prompt`: what `stream` yields, joined."""
+        """The continuation of `prompt`, without the prompt; arguments and errors as of `stream`."""
         return "".join(self.stream(prompt, **kwargs))
 
     def stream(
@@ -97,8 +100,10 @@ class Model:
     ) -> Iterator[str]:
         """Yields the continuation of `prompt` piece by piece, with only `experts` if given.
 
-        `top_k` and `top_p` restrict the sampled tokens. The text ends before the end-of-text token or one of
-        `stop_ids`. A piece is one token's text, or more where a character takes several tokens.
+        `temperature` 0 is greedy; `top_k` and `top_p` restrict the sampled tokens (not the experts). The text ends
+        before the end-of-text token or one of `stop_ids`, or after `max_new_tokens`. A piece is the text of one token,
+        or of several that form one character. FlexMoEError for an unknown expert, impossible sampling, or a prompt that
+        exceeds `max_seq_len` together with `max_new_tokens`.
         """
         if experts is not None:
             model = self.select(experts)
@@ -112,7 +117,7 @@ class Model:
                 seed=seed,
             )
         steps = stream(
-            dataclasses.replace(self.decoder(), dispatch="sparse"),  # it reads weights in place
+            dataclasses.replace(self.decoder(), dispatch="sparse"),  # sparse decoding reads weights in place
             self._stacked,
             [self.tokenizer.encode(prompt) or [self.tokenizer.eos_id]],
             max_new_tokens=max_new_tokens,
@@ -132,9 +137,10 @@ class Model:
         uniform: bool = False,
         batch_size: int = 8,
     ) -> Score:
-        """Bits per byte and routed shares of `texts`; windows of `max_seq_len`, moved by half of it, unless told.
+        """Bits per byte and routed shares of `texts`.
 
-        `uniform` ignores the router: every expert has equal weight.
+        Windows of `seq_len` tokens (default: `max_seq_len`) advance by `stride` (default: half a window).
+        `uniform` ignores the router: every expert has equal weight. Errors as of `evaluate.perplexity.score`.
         """
         seq_len = seq_len or self.config.max_seq_len
         run = self.decoder(uniform)
@@ -144,29 +150,33 @@ class Model:
         )
 
     def routing(self, text: str) -> TokenRouting:
-        """Each token of the beginning of `text` and the experts that every layer sends it to."""
+        """The tokens of `text` (the first `max_seq_len - 1`) and the weights that every layer gives each expert.
+
+        DataError if there is no token.
+        """
         return route_text(self.decoder(), self._stacked, text, self.tokenizer)
 
     def lm(self, batch_size: int = 8) -> LM:
-        """This selection of experts as benchmarks call it: log-likelihoods and text until a stop string."""
+        """The model as benchmarks call it: log-likelihoods, and text until a stop string."""
         return LM(self.decoder(), self._stacked, self.tokenizer, batch_size)
 
     def decoder(self, uniform: bool = False) -> Decoder:
-        """How this model is run: top-k of its experts, or all of them with equal weights (`uniform`)."""
+        """The `Decoder` that runs this model: top-k of its experts, or all of them with equal weights (`uniform`)."""
         sparse = self.mesh.size > 1 or self.top_k < len(self.experts)
         return Decoder(self.config, self.top_k, "sparse" if sparse else "dense", uniform)
 
     @functools.cached_property
     def _stacked(self) -> tree.Params:
-        """The run-time form on the devices: experts stacked, once per selection."""
+        """The parameters on the devices, experts stacked; made once per selection."""
         return place(self.mesh, {**self.params, "experts": stack_weights(self.params["experts"])})
 
 
 def load(path: str | pathlib.Path, mesh: Mesh | None = None) -> Model:
-    """Opens a model directory; every digest is checked before anything is used.
+    """Opens the model directory `path` after all its digests are checked.
 
-    `mesh` (`parallel.mesh.make_mesh`) splits the model over devices, the first device holds it by default. For several
-    devices arrays are mapped files: a process reads into memory what its devices hold.
+    `mesh` (`parallel.mesh.make_mesh`) splits the model over devices; by default the first device holds it. For several
+    devices the arrays are memory-mapped files, of which a process reads only what its devices hold. ArtifactError for a
+    damaged directory, ConfigError if the mesh cannot split the model.
     """
     mesh = mesh or mesh_of_one()
     directory, params = load_model(path, mapped=mesh.size > 1)

@@ -1,6 +1,6 @@
-"""Frozen configurations, and the one way from a plain mapping to them.
+"""Frozen configurations, and how they are built from plain mappings.
 
-Plain Python: nothing here imports JAX, so that the command line can check a configuration before it starts anything.
+This module does not import JAX, so that the command line can check a configuration before it starts anything.
 """
 
 import ast
@@ -23,7 +23,8 @@ from flexmoe_jax.tree import PUBLIC, check_owner_name
 class ModelConfig:
     """The shape of a FlexMoE decoder (FlexOlmo, arXiv 2507.07024, section 3; OLMo-2 blocks).
 
-    The defaults are the OLMo-2/FlexOlmo block. Llama-style anchors set `pre_norm=True, qk_norm=False`.
+    The defaults are the OLMo-2/FlexOlmo block. Llama-style public models set `pre_norm=True, qk_norm=False`.
+    ConfigError for impossible sizes.
     """
 
     vocab_size: int
@@ -81,9 +82,10 @@ class ModelConfig:
 
 @dataclasses.dataclass(frozen=True)
 class OptimizerConfig:
-    """AdamW with linear warm-up and cosine decay (paper section 4; its published training scripts).
+    """AdamW with linear warm-up and cosine decay (paper section 4 and its published training scripts).
 
-    AdamW keeps 8 bytes per trained parameter; `first_moment` and `second_moment` can lower that.
+    AdamW keeps 8 bytes per trained parameter; `first_moment` and `second_moment` can lower that. ConfigError for an
+    unknown choice.
     """
 
     lr: float = 9e-4
@@ -132,7 +134,7 @@ class Kind(enum.Enum):
     CONTINUED = "an owner's existing expert further"
 
 
-# What each kind of run needs and what it has no use for.
+# The keys that each kind of run needs, and those that it must not have.
 _NEEDS = {
     Kind.PUBLIC: ("model", "domain_vector"),
     Kind.JOINT: ("public",),
@@ -151,7 +153,7 @@ _REMEDIES = {
     "domain_vector": "a new router row starts from a domain vector: make one with `flexmoe embed DATA --out FILE`; "
     "a run that trains an existing model or package further keeps the rows it has",
     "expert": "set config.expert to the owner's package; a public run has none",
-    "router_contrast": "only an owner's expert beside the public one has odds to train: set it to 0",
+    "router_contrast": "only an owner's expert trained beside the public one has odds to train: set it to 0",
 }
 
 
@@ -160,6 +162,7 @@ class RunConfig:
     """One training run: a public model (`owner="public"`) or one owner's expert (any other name).
 
     What it trains (`kind`) follows from `owner`, `public` and `expert`. Paths are strings; a key that is off is None.
+    ConfigError for values that are impossible or do not belong together.
     """
 
     owner: str
@@ -228,15 +231,15 @@ class RunConfig:
     """Experts active per token in training; None: all."""
 
     freeze: str | None = None
-    """Regular expression of parameter paths (`trunk/.*`) to freeze besides those that the run freezes anyway."""
+    """Regular expression of parameter paths (`trunk/.*`) to freeze in addition to those that the run always freezes."""
 
     coordinate: bool = True
-    """Train an owner's expert beside the public one. False trains it alone: the control that shows what coordination
-    is worth (paper section 4.3)."""
+    """Train an owner's expert beside the frozen public one. False trains it without the public one: the control that
+    shows what coordination is worth, an ablation of the paper."""
 
     router_scale: float = 0.1
-    """L2 norm that the router rows of a new public model, and of every expert beside it, start with. At norm 1 (the
-    paper's) the random start drowns what a short training learns; 0.1 is measured (guide: the router)."""
+    """Initial L2 norm of the router rows of a new public model and of every expert beside it. At norm 1 (the paper's)
+    the initial values drown what a short training learns; 0.1 is chosen by measurement."""
 
     mesh: str | None = None
     """How devices share the work, as `data=2,fsdp=4`; axes: data, fsdp, expert, tensor. None: all devices by fsdp."""
@@ -268,10 +271,10 @@ class RunConfig:
     """Steps in a row with a loss or gradient that is not finite (each is skipped) after which the run stops."""
 
     licence: str | None = None
-    """Licence of the trained parameters, recorded in the package."""
+    """License of the trained parameters, recorded in the package."""
 
     contact: str | None = None
-    """Whom to ask about them, recorded in the package."""
+    """Contact for questions about the trained parameters, recorded in the package."""
 
     @property
     def kind(self) -> Kind:
@@ -335,7 +338,7 @@ class RunConfig:
         if self.router_contrast and not self.public_sequences:
             raise ConfigError(
                 f"config.router_contrast is {self.router_contrast} and config.public_fraction {self.public_fraction}",
-                "the router learns to tell the owner's text from public text, so it needs some: set both, or neither",
+                "set both or neither: the router learns to tell the owner's text from public text, and needs both",
             )
         if self.router_contrast and not self.coordinate:
             what = f"config.router_contrast is {self.router_contrast} and config.coordinate is False"
@@ -372,7 +375,7 @@ def to_mapping(config: Any) -> dict:
 
 def _convert(hint: Any, value: Any, where: str) -> Any:
     options = typing.get_args(hint) if isinstance(hint, types.UnionType) else (hint,)
-    if type(None) in options and (value is None or value == ""):  # the command line has no other word for None
+    if type(None) in options and (value is None or value == ""):  # "" is None on the command line
         return None
     kind = next(o for o in options if o is not type(None))
     if dataclasses.is_dataclass(kind):

@@ -1,7 +1,7 @@
-"""The one family of errors a user can mend.
+"""Errors that the user can fix.
 
 Every message says what is wrong, with the values that disagree, and what to do about it. The command line prints the
-message without a traceback and exits with code 1; anything outside this family is a bug and keeps its traceback.
+message without a traceback and exits with `exit_code`; any other exception is a bug and keeps its traceback.
 """
 
 import dataclasses
@@ -9,7 +9,7 @@ from collections.abc import Iterable
 
 
 class FlexMoEError(ValueError):
-    """Something the caller can mend: `what` is wrong (with both values), and the `remedy`."""
+    """An error that the caller can fix: `what` is wrong (with both values), and the `remedy`."""
 
     exit_code = 1
 
@@ -19,24 +19,24 @@ class FlexMoEError(ValueError):
 
 
 class DataError(FlexMoEError):
-    """Documents, tokenizers and token stores."""
+    """Wrong documents, tokenizers, token stores or token ids."""
 
 
 class ConfigError(FlexMoEError):
-    """Configurations and command-line values."""
+    """Wrong configurations and command-line values."""
 
 
 class ArtifactError(FlexMoEError):
-    """Packages, models and run directories: missing, altered, or not belonging together."""
+    """Packages, models and run directories that are missing, altered, or do not belong together."""
 
 
 class MachineError(FlexMoEError):
-    """Machines, their devices, and how processes were started on them."""
+    """Machines, devices or processes that cannot do the work."""
 
 
 @dataclasses.dataclass(frozen=True)
 class Check:
-    """The result of one check: what was checked, whether it passed, what was found, and what to do about it."""
+    """The result of one check: what was checked, whether it passed, what was found, and the remedy if there is one."""
 
     subject: str
     ok: bool
@@ -45,12 +45,12 @@ class Check:
 
     @property
     def level(self) -> str:
-        """ "ok", "bad" for a check that failed, "warn" for one that passed and still has a remedy."""
+        """ "ok"; "bad": the check failed; "warn": it passed, and there is a remedy all the same."""
         return "bad" if not self.ok else "warn" if self.remedy else "ok"
 
 
 def did_you_mean(name: str, known: Iterable[str]) -> str:
-    """A hint for a misspelt `name`: the closest of `known`, else the list of all of them."""
+    """A hint for a misspelled `name`: the closest of `known`, else the list of all of them."""
     import difflib
 
     close = difflib.get_close_matches(name, list(known), n=1)

@@ -23,12 +23,12 @@ _WORDS = {"true": True, "1": True, "false": False, "0": False}
 
 @dataclasses.dataclass(frozen=True)
 class Key:
-    """One key of a configuration: `optimizer.lr`. A `kind` that is a dataclass is a section, whose keys follow it."""
+    """One key of a configuration, such as `optimizer.lr`; a section if its `kind` is a dataclass."""
 
     name: str
     kind: type
-    optional: bool  # whether None is a value
-    default: Any  # REQUIRED where there is none
+    optional: bool  # whether it may be None
+    default: Any  # REQUIRED if there is none
     text: str  # the docstring under the field
 
     @property
@@ -36,7 +36,10 @@ class Key:
         return dataclasses.is_dataclass(self.kind)
 
     def parse(self, text: str) -> Any:
-        """The value that `text` states on a command line; an empty text and `none` are None for an optional key."""
+        """The value of the command-line text `text`; an empty text and `none` are None for an optional key.
+
+        ConfigError if the text is not of the key's type.
+        """
         if self.optional and text.lower() in ("", "none"):
             return None
         try:
@@ -48,7 +51,7 @@ class Key:
 
 
 def keys_of(cls: type, prefix: str = "") -> dict[str, Key]:
-    """{dotted name: key} of the configuration `cls`, sections included, in the order of the fields."""
+    """{dotted name: key} of the configuration `cls` in field order; a section comes before its keys."""
     keys: dict[str, Key] = {}
     hints, docs = typing.get_type_hints(cls), field_docs(cls)
     for field in dataclasses.fields(cls):
@@ -68,7 +71,10 @@ def suggest_key(name: str, keys: Collection[str]) -> str:
 
 
 def run_config(*, model: ModelConfig | None = None, **values: Any) -> ConfigDict:
-    """A ConfigDict with every key of `RunConfig`, for experiment files; required keys may wait for the command line."""
+    """A ConfigDict with every key of `RunConfig`, for experiment files: `values`, else the defaults.
+
+    Required keys that are not given are None: the command line sets them.
+    """
     defaults = {f.name: None if f.default is REQUIRED else f.default for f in dataclasses.fields(RunConfig)}
     config = ConfigDict({**defaults, "optimizer": dataclasses.asdict(RunConfig.optimizer)})
     if model is not None:
@@ -78,19 +84,25 @@ def run_config(*, model: ModelConfig | None = None, **values: Any) -> ConfigDict
 
 
 def load_experiment(spec: str) -> ConfigDict:
-    """`FILE[:ARG]` -> the file's `get_config(ARG)`."""
+    """`FILE[:ARG]` -> the result of the file's `get_config(ARG)` (ARG is "" by default).
+
+    ConfigError if there is no such file, or it defines no `get_config`.
+    """
     name, _, arg = spec.partition(":")
     path = pathlib.Path(name)
     if not path.is_file():
         raise ConfigError(f"the experiment file {name} does not exist", f"relative paths start at {path.cwd()}")
     module = runpy.run_path(str(path))
     if "get_config" not in module:
-        raise ConfigError(f"{name} has no get_config", "an experiment file defines get_config(arg) -> ConfigDict")
+        raise ConfigError(f"{name} defines no get_config", "define get_config(arg) -> ConfigDict in it")
     return module["get_config"](arg)
 
 
 def read_values(cls: type, spec: str, overrides: Iterable[str] = ()) -> dict[str, Any]:
-    """The experiment's values with `KEY=VALUE` overrides, nested; keys that neither sets are absent."""
+    """The nested values of the experiment `FILE[:ARG]` with `KEY=VALUE` overrides; keys that neither sets are absent.
+
+    ConfigError for an experiment file that cannot be used, an unknown key, or a value of another type.
+    """
     keys = {name: key for name, key in keys_of(cls).items() if not key.is_section}
     values = load_experiment(spec).to_dict()
     for override in overrides:
@@ -106,10 +118,13 @@ def read_values(cls: type, spec: str, overrides: Iterable[str] = ()) -> dict[str
                 inner[section] = {}
             inner = inner[section]
         inner[last] = keys[name].parse(text)
-    # A key left at None is one the experiment leaves to the command line, or to its default.
+    # None: the experiment leaves the key to the command line or to its default.
     return {name: value for name, value in values.items() if value is not None}
 
 
 def read_config(cls: type[Config], spec: str, overrides: Iterable[str] = ()) -> Config:
-    """The frozen configuration `cls` of the experiment `FILE[:ARG]` with `KEY=VALUE` overrides."""
+    """The frozen configuration `cls` of the experiment `FILE[:ARG]` with `KEY=VALUE` overrides.
+
+    ConfigError as of `read_values`, for keys that are missing, and for values that `cls` refuses.
+    """
     return from_mapping(cls, read_values(cls, spec, overrides))

@@ -1,4 +1,4 @@
-"""Every parameter, declared once: its shape, how it starts, and which mesh axes split it.
+"""Every parameter, declared once: its shape, its initial values, and the mesh axes that split it.
 
 Legend: L layers, D width, H query heads, G key/value heads, K head size, F feed-forward width, V vocabulary, E experts.
 """
@@ -9,16 +9,16 @@ import math
 from flexmoe_jax.config import ModelConfig
 from flexmoe_jax.tree import PUBLIC, TRUNK
 
-# The axes of the device mesh (parallel/mesh.py says what each is for).
+# The axes of the device mesh (see parallel/mesh.py).
 AXES = DATA, FSDP, EXPERT, TENSOR = ("data", "fsdp", "expert", "tensor")
 Axes = tuple[str | None, ...]
 
 
 @dataclasses.dataclass(frozen=True)
 class Leaf:
-    """Shape, mesh axes, and initial values: normal with standard deviation `std`, or the constant `value`.
+    """Shape, mesh axes, and initial values: normal with standard deviation `std`, or the constant `value` if that is 0.
 
-    `axes` name the mesh axis that splits each dimension, None where none does; empty: the leaf is everywhere.
+    `axes` holds the mesh axis that splits each dimension, or None; empty: every device holds the whole leaf.
     """
 
     shape: tuple[int, ...]
@@ -28,12 +28,12 @@ class Leaf:
 
 
 def owner_leaves(config: ModelConfig, owner: str) -> dict[str, Leaf]:
-    """{path inside the owner's subtree: Leaf} for `trunk` or any expert."""
+    """{path inside the owner's subtree: Leaf} of `trunk`, or of the expert of any other name."""
     return _trunk_leaves(config) if owner == TRUNK else _expert_leaves(config)
 
 
 def model_leaves(config: ModelConfig, experts: tuple[str, ...] = (PUBLIC,)) -> dict[str, Leaf]:
-    """{path in the whole tree: Leaf} for a model of the trunk and the named experts."""
+    """{path in the whole tree: Leaf} of a model of the trunk and the named experts."""
     leaves = {f"trunk/{path}": leaf for path, leaf in owner_leaves(config, TRUNK).items()}
     for name in experts:
         leaves |= {f"experts/{name}/{path}": leaf for path, leaf in owner_leaves(config, name).items()}
@@ -41,16 +41,16 @@ def model_leaves(config: ModelConfig, experts: tuple[str, ...] = (PUBLIC,)) -> d
 
 
 def count_parameters(config: ModelConfig, owner: str) -> int:
-    """Parameters in one owner's subtree."""
+    """The number of parameters in one owner's subtree (`trunk`, or any expert)."""
     return sum(math.prod(leaf.shape) for leaf in owner_leaves(config, owner).values())
 
 
 def is_matrix(path: str) -> bool:
-    """Whether the leaf at `path` is a weight matrix of a block, which is multiplied in the compute dtype."""
+    """Whether the leaf at `path` is a weight matrix of a block; these are multiplied in the compute dtype."""
     return path.rpartition("/")[2].startswith("w_")
 
 
-# Normal(0, 0.02) everywhere, as OLMo-2 starts (OLMo-core `InitMethod.normal`); norms start at one.
+# Normal(0, 0.02) everywhere, as in OLMo-2 (OLMo-core `InitMethod.normal`); norms are initially one.
 _STD = 0.02
 
 
@@ -84,9 +84,9 @@ def _expert_leaves(c: ModelConfig) -> dict[str, Leaf]:
     }
 
 
-# Shapes do not matter to what lies where: the axes of every leaf there can be.
+# The axes do not depend on sizes. This configuration has every leaf that a model can have.
 _ANY = ModelConfig(1, 1, 2, 1, 1, 2, 1, 1)
 TRUNK_AXES: dict[str, Axes] = {path: leaf.axes for path, leaf in _trunk_leaves(_ANY).items()}
 EXPERT_AXES: dict[str, Axes] = {path: leaf.axes for path, leaf in _expert_leaves(_ANY).items()}
-# Of experts stacked [L, E, ...] (parallel/stacked.py): the second dimension is split by `expert`.
+# For experts stacked [L, E, ...] (parallel/stacked.py): `expert` splits the second dimension.
 STACKED_AXES: dict[str, Axes] = {p: (axes[0], EXPERT, *axes[1:]) for p, axes in EXPERT_AXES.items() if axes}

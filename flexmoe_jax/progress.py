@@ -11,7 +11,10 @@ Advance = Callable[..., None]  # advance(n=1, note=None)
 
 @contextlib.contextmanager
 def track(what: str, total: int | None, unit: str = "", start: int = 0) -> Iterator[Advance]:
-    """Yields `advance(n=1, note="")`, to call as units are done; `total` None is unknown, `start` are done already."""
+    """Yields `advance(n=1, note=None)`, which counts `n` more units as done and shows `note`.
+
+    `total` units (None: unknown), of which `start` are done already.
+    """
     reporter = _bar if sys.stderr.isatty() else _lines
     with reporter(what, total, unit, start) as advance:
         yield advance
@@ -43,7 +46,7 @@ def _bar(what: str, total: int | None, unit: str, start: int) -> Iterator[Advanc
 
 @contextlib.contextmanager
 def _lines(what: str, total: int | None, unit: str, start: int) -> Iterator[Advance]:
-    done, last_note, began, shown = start, "", time.monotonic(), time.monotonic()
+    done, last_note, started, shown = start, "", time.monotonic(), time.monotonic()
 
     def show():
         of = "" if total is None else f"/{total}"
@@ -57,5 +60,5 @@ def _lines(what: str, total: int | None, unit: str, start: int) -> Iterator[Adva
             show()
 
     yield advance
-    last_note = f"{last_note} [{time.monotonic() - began:.0f} s]".strip()
+    last_note = f"{last_note} [{time.monotonic() - started:.0f} s]".strip()
     show()

@@ -4,7 +4,7 @@ import os
 
 from flexmoe_jax.cli.main import use_compilation_cache
 
-# Compiled programs are shared by the test processes: the same small training step is compiled once, not thirty times.
+# Test processes share compiled programs: the same small training step is compiled once, not thirty times.
 os.environ.setdefault("JAX_PERSISTENT_CACHE_MIN_COMPILE_TIME_SECS", "0.1")
 use_compilation_cache()
 
@@ -14,7 +14,7 @@ from hypothesis import settings
 from flexmoe_jax.config import ModelConfig
 from tests.tiny import TINY, build_world
 
-# The same examples on every run (a red test is a change of the code); no deadline, since the first example compiles.
+# The same examples on every run: a failure is due to a change of the code. No deadline: the first example compiles.
 settings.register_profile("reproducible", derandomize=True, deadline=None)
 settings.load_profile("reproducible")
 

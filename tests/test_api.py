@@ -1,4 +1,4 @@
-"""The library: experts by name, exact selection, generation and scores that agree with the logits."""
+"""The library: experts by name, exact selection, and generation and scores that agree with the logits."""
 
 import math
 
@@ -33,7 +33,7 @@ def test_a_selection_is_bit_identical_to_a_model_that_never_had_the_others(world
 
 
 def test_an_expert_that_is_not_selected_cannot_reach_the_output(model):
-    """Even one full of NaN."""
+    """Not even an expert full of NaN."""
     broken = jax.tree.map(lambda leaf: np.full_like(leaf, np.nan), model.params["experts"]["news"])
     params = {**model.params, "experts": {**model.params["experts"], "news": broken}}
     poisoned = fm.Model(model.config, params, model.tokenizer)
@@ -76,7 +76,7 @@ def test_unknown_experts_are_refused_with_a_hint(model):
 
 @pytest.mark.parametrize("dispatch", ["dense", "sparse"])
 def test_greedy_generation_is_the_argmax_of_the_logits(model, dispatch):
-    """The cached path against one full forward per token; ragged prompts in one batch, each as if it were alone."""
+    """Decoding with the cache equals one full forward pass per token; a batch of prompts equals each by itself."""
     prompts = [model.tokenizer.encode(text) for text in ("the king of", "a", "police said election vote")]
     params = stacked(model.params)
     common = {"max_new_tokens": 6, "stop_ids": [model.tokenizer.eos_id]}
@@ -109,11 +109,11 @@ def test_streamed_pieces_are_whole_characters_and_join_to_the_text(model):
     assert "".join(pieces) == text
     assert len(pieces) > 3
     assert not any("\ufffd" in piece for piece in pieces)
-    cut = model.tokenizer.encode("日")[:-1]  # the beginning of a character is shown in the end, not lost
+    cut = model.tokenizer.encode("日")[:-1]  # an incomplete last character is shown, not lost
     assert "".join(model.tokenizer.pieces(cut)) == model.tokenizer.decode(cut)
 
 
-def test_sampling_is_decided_by_its_seed(model):
+def test_the_seed_determines_sampled_text(model):
     draws = [model.generate("the", max_new_tokens=12, temperature=1.0, seed=seed) for seed in (0, 0, 1)]
     assert draws[0] == draws[1] != draws[2]
 
@@ -128,7 +128,7 @@ def test_top_k_and_top_p_keep_the_right_tokens():
     assert drawn(GREEDY) == {0}
     assert drawn(Sampling(1.0)) == {0, 1, 2, 3}
     assert drawn(Sampling(1.0, top_k=2)) == {0, 1}
-    assert drawn(Sampling(1.0, top_p=0.7)) == {0, 1}  # 0.5 alone is less than 0.7
+    assert drawn(Sampling(1.0, top_p=0.7)) == {0, 1}  # 0.5 is less than 0.7, so the next token belongs to it
     assert drawn(Sampling(1.0, top_p=0.4)) == {0}
     assert drawn(Sampling(1.0, top_k=3, top_p=0.99)) == {0, 1, 2}
 
@@ -145,7 +145,7 @@ def test_a_generation_longer_than_the_model_is_refused(model):
 
 
 def test_score_is_the_log_likelihood_of_the_documents(model):
-    """Against logits of each document read alone after an end token; one short enough for one window."""
+    """The reference: logits of each document by itself after an end-of-text token. One document fits in one window."""
     texts = [" ".join(WORDS["news"][:3]), " ".join(WORDS["public"][:4])]
     score = model.score(texts, seq_len=32, stride=16)
     nats = []
@@ -159,7 +159,7 @@ def test_score_is_the_log_likelihood_of_the_documents(model):
     np.testing.assert_allclose(score.share_LE.sum(axis=1), 1, rtol=1e-5)
 
 
-def test_uniform_mixing_ignores_the_router(model):
+def test_uniform_weights_ignore_the_router(model):
     score = model.score(["the king of the river"], uniform=True)
     np.testing.assert_allclose(score.share_LE, 1 / 3, rtol=1e-6)
     moved = jax.tree.map(lambda leaf: leaf, model.params)

@@ -1,4 +1,4 @@
-"""The benchmarks: no figure for outputs that disagree, and a GPU script that runs before there is a GPU."""
+"""The benchmarks print no figure for outputs that disagree, and the GPU script runs without a GPU."""
 
 import json
 
@@ -16,10 +16,10 @@ def test_outputs_that_disagree_stop_the_benchmark():
             harness.require_close("x", ours, theirs, 1e-4)
 
 
-def test_the_gpu_script_runs_at_toy_size_and_says_what_it_would_run(capsys):
+def test_the_gpu_script_runs_at_toy_size_and_only_prints_its_full_size_on_a_cpu(capsys):
     assert gpu.main(["--tiny", "--batch", "1"]) == 0
     first, _, result = capsys.readouterr().out.partition("\n")
     assert "2 layers, width 64" in first
     assert json.loads(result)["tokens_per_s"] > 0
-    assert gpu.main(["--layers", "4"]) == 0  # at full size on a CPU: words only
+    assert gpu.main(["--layers", "4"]) == 0  # full size on a CPU: nothing is run
     assert "4 layers, width 4096" in capsys.readouterr().out

@@ -1,4 +1,4 @@
-"""Configurations: what is refused and with which words, the round trip, differences, and digests."""
+"""Configurations: refused values and their messages, the round trip, differences, and digests."""
 
 import dataclasses
 import json
@@ -65,13 +65,13 @@ def test_a_section_must_be_a_mapping():
     refused({**RUN, "optimizer": 3}, "config.optimizer is 3", "nested section")
 
 
-def test_a_whole_number_is_a_float_where_a_float_is_wanted():
+def test_an_int_is_converted_where_the_field_is_a_float():
     run = from_mapping(RunConfig, {**RUN, "z_loss": 1, "optimizer": {"lr": 2}})
     assert (run.z_loss, run.optimizer.lr) == (1.0, 2.0)
     assert type(run.z_loss) is type(run.optimizer.lr) is float
 
 
-def test_defaults_and_none_of_optional_sections():
+def test_keys_left_out_have_their_defaults_and_an_optional_section_may_be_none():
     run = from_mapping(RunConfig, {**RUN, "owner": "news", "public": "p", "model": None})
     assert run.model is None
     assert run.optimizer == OptimizerConfig()
@@ -177,8 +177,8 @@ def test_digest_ignores_the_order_of_keys_and_survives_json(value):
     assert digest(value) == digest(json.loads(canonical_json(value)))
 
 
-def test_digest_is_the_stored_one_and_sees_every_value():
-    # Computed with sha256sum on the text: a changed canonical form would orphan every manifest ever signed.
+def test_digest_equals_the_stored_one_and_depends_on_every_value():
+    # Computed with sha256sum from the text: another canonical form would invalidate every signed manifest.
     assert canonical_json({"b": [1, 2.5, None], "a": "\u00e9"}) == '{"a":"\u00e9","b":[1,2.5,null]}'.encode()
     assert (
         digest({"b": [1, 2.5, None], "a": "\u00e9"})
@@ -189,7 +189,7 @@ def test_digest_is_the_stored_one_and_sees_every_value():
     assert len(changed | {digest(TINY)}) == 3
 
 
-def test_digest_refuses_what_json_cannot_say():
+def test_digest_refuses_nan():
     with pytest.raises(ValueError, match="not JSON compliant"):
         digest({"x": float("nan")})
 

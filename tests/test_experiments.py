@@ -1,4 +1,4 @@
-"""Every experiment file gives a valid run; the 7B ones have the paper's size, and their training steps lower."""
+"""Every experiment file gives a valid run; the 7B models have the paper's size, and their training steps lower."""
 
 import pathlib
 
@@ -24,9 +24,9 @@ RUNS = sorted({*EXPERIMENTS.glob("*.py")} - {EXPERIMENTS / "reproduction.py"})
 
 
 def load(name: str, *overrides: str) -> RunConfig:
-    """The run of an experiment file, with what it leaves to the command line."""
+    """The run of an experiment file, completed with the keys that it leaves to the command line."""
     open_keys = ["data=data"]
-    if "dense" not in name:  # it trains an existing model further, whose router rows exist
+    if "dense" not in name:  # that run trains an existing model further, which has router rows
         open_keys.append("domain_vector=domain.json")
     return read_config(RunConfig, f"{EXPERIMENTS / name}", [*open_keys, *overrides])
 
@@ -49,7 +49,7 @@ def model_7b() -> ModelConfig:
 
 
 @pytest.mark.parametrize("path", RUNS, ids=lambda path: path.name)
-def test_every_experiment_is_a_valid_run_and_says_how_to_run_it(path):
+def test_every_experiment_is_a_valid_run_and_holds_its_command(path):
     needs_public = ["public=public"] if "_expert" in path.name else []
     arg = ":news" if needs_public else ""
     run = load(f"{path.name}{arg}", *needs_public)
@@ -67,14 +67,14 @@ def test_the_7b_expert_has_a_form_for_one_gpu(gpu, moment):
         load("olmo2_7b_expert.py:news,gpu=90gb")
 
 
-def test_an_expert_without_an_owner_is_told_so():
+def test_an_expert_run_without_an_owner_is_refused_with_the_remedy():
     with pytest.raises(ConfigError, match="owner is empty") as error:
         load("quickstart_expert.py", "public=public")
     assert ":OWNER" in error.value.remedy
 
 
 def test_the_7b_model_has_the_papers_size():
-    """The paper's table: 7.30 B with one expert, 4.33 B more for each; 33.27 B with seven."""
+    """The paper's table: 7.30 B parameters with one expert, 4.33 B more for each further one, 33.27 B with seven."""
     model = model_7b()
     trunk, expert = count_parameters(model, TRUNK), count_parameters(model, "news")
     assert round((trunk + expert) / 1e9, 2) == 7.30
@@ -84,7 +84,7 @@ def test_the_7b_model_has_the_papers_size():
 
 @pytest.mark.parametrize("name", ["olmo2_7b_public.py", "olmo2_7b_expert.py:news"])
 def test_the_7b_training_steps_lower(name):
-    """Traced and lowered from shapes alone: no array of the model is ever made."""
+    """Traced and lowered from shapes only: no array of the model is allocated."""
     beside = ["public=public"] if ":" in name else []
     run, model = load(name, *beside), model_7b()
     experts = canonical_order({PUBLIC, run.owner})

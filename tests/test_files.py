@@ -39,7 +39,7 @@ def test_json_is_sorted_utf8_without_nan(tmp_path):
         write_json(tmp_path / "a", {"a": float("nan")})
 
 
-def test_a_directory_that_another_process_has_just_made_and_not_yet_locked_is_not_swept(tmp_path, monkeypatch):
+def test_a_directory_that_another_process_has_made_but_not_yet_locked_is_not_removed(tmp_path, monkeypatch):
     target, lock = tmp_path / "target", files.lock_directory
 
     def lock_after_a_sweep(path: pathlib.Path):

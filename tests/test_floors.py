@@ -1,4 +1,4 @@
-"""The floors of the package, read from the source: who imports whom, who prints, and how large things may be."""
+"""Rules on the package's source: who may import whom, who may print, and how long files and functions may be."""
 
 import ast
 import pathlib
@@ -6,22 +6,22 @@ import pathlib
 import pytest
 
 PACKAGE = pathlib.Path(__file__).parent.parent / "flexmoe_jax"
-FLOORS: tuple[set[str], ...] = (  # from the ground up; a room imports its own floor and those below
+FLOORS: tuple[set[str], ...] = (  # a folder or module imports from lower floors; on the lowest, also from its siblings
     {"errors", "config", "tree", "progress", "files", "params", "experiment"},
-    {"parallel"},  # what lies where: the model asks it, it knows paths only
+    {"parallel"},  # shardings by path: the model asks for them
     {"model"},
     {"data", "artifacts"},
     {"training"},
     {"compose", "evaluate"},
     {"api", "__init__"},  # the library's front door
-    {"hf", "flexmix", "plan", "doctor"},  # wings: the command line's
-    {"study"},  # a wing that puts whole models of the mix side by side
+    {"hf", "flexmix", "plan", "doctor"},  # wings of the command line
+    {"study"},  # a wing that compares whole models of the mix
     {"cli"},
 )
 FLOOR_OF = {name: floor for floor, names in enumerate(FLOORS) for name in names}
 ONLY_IN = {"orbax": {"artifacts"}, "transformers": {"hf"}, "safetensors": {"hf"}}
 HEAVY = {"torch", "transformers", "sentence_transformers", "matplotlib", "jax_privacy"}
-SHIPPED = {"hf/modeling_flexmoe.py"}  # copied into exports and run by transformers, never imported by the package
+SHIPPED = {"hf/modeling_flexmoe.py"}  # exports hold a copy, which transformers runs; the package never imports it
 MAY_PRINT = {"cli", "progress"}
 FILES = sorted(p for p in (path.relative_to(PACKAGE) for path in PACKAGE.rglob("*.py")) if str(p) not in SHIPPED)
 
@@ -51,7 +51,7 @@ def imported(tree: ast.AST):
 
 
 def faults(path: pathlib.Path, source: str) -> list[str]:
-    """What is wrong with the file at `path` (inside the package), in words."""
+    """The rules that the file at `path` (inside the package) breaks, in words."""
     here, tree, found = room(path), ast.parse(source), []
     for name, at_module_level in imported(tree):
         top, *rest = name.split(".")
@@ -72,8 +72,8 @@ def faults(path: pathlib.Path, source: str) -> list[str]:
 
 
 @pytest.mark.parametrize("path", FILES, ids=str)
-def test_file_keeps_the_floors(path):
-    assert room(path) in FLOOR_OF, f"{room(path)!r} stands on no floor: add it to FLOORS"
+def test_a_file_imports_only_from_lower_floors(path):
+    assert room(path) in FLOOR_OF, f"{room(path)!r} is not in FLOORS: add it"
     assert faults(path, (PACKAGE / path).read_text()) == []
 
 
@@ -93,11 +93,11 @@ def test_file_keeps_the_floors(path):
         ("data/x.py", "def f():\n    print(1)", "data prints"),
     ],
 )
-def test_each_rule_can_fail(path, source, fault):
+def test_a_broken_rule_is_found(path, source, fault):
     assert faults(pathlib.Path(path), source) == [fault]
 
 
-def test_what_is_allowed():
+def test_allowed_imports_are_not_reported():
     allowed = "from flexmoe_jax.tree import split\nfrom flexmoe_jax.data import store\ndef f():\n    import torch\n"
     assert faults(pathlib.Path("training/x.py"), allowed) == []
     assert faults(pathlib.Path("cli/x.py"), "import flexmoe_jax\nprint(1)") == []
@@ -112,14 +112,14 @@ def functions(tree: ast.AST) -> list[ast.FunctionDef | ast.AsyncFunctionDef]:
 
 
 def parameters(function: ast.FunctionDef | ast.AsyncFunctionDef) -> list[ast.arg]:
-    """All parameters but a method's own object."""
+    """All parameters except `self` and `cls`."""
     args = function.args
     every = [*args.posonlyargs, *args.args, args.vararg, *args.kwonlyargs, args.kwarg]
     return [arg for arg in every if arg is not None and arg.arg not in ("self", "cls")]
 
 
 def too_large(source: str) -> list[str]:
-    """What in a file is larger than it may be, in words."""
+    """What exceeds its limit in a file, in words."""
     found = []
     if (lines := source.count("\n")) > MAX_FILE_LINES:
         found.append(f"{lines} lines")
@@ -133,7 +133,7 @@ def too_large(source: str) -> list[str]:
 
 
 def not_annotated(source: str) -> list[str]:
-    """Public functions, and public methods of public classes, with a parameter or a result without annotation."""
+    """Public functions, and public methods of public classes, that leave a parameter or the result unannotated."""
     tree, found = ast.parse(source), []
     classes = [node for node in tree.body if isinstance(node, ast.ClassDef) and not node.name.startswith("_")]
     for holder in (tree, *classes):
@@ -156,7 +156,7 @@ def test_public_functions_are_annotated(path):
     assert not_annotated((PACKAGE / path).read_text()) == []
 
 
-def test_what_is_too_large_or_not_annotated_is_found():
+def test_excessive_length_and_missing_annotations_are_found():
     long = "def f():\n" + "    x = 1\n" * 60
     assert too_large(long) == ["f has 61 lines"]
     assert too_large("def f(a, b, c, d, e, f, g, h, i): ...\n") == ["f has 9 parameters"]

@@ -103,7 +103,7 @@ def test_xla_knows_every_flag():
 # -- dry runs ----------------------------------------------------------------------------------------------------------
 
 
-def test_dry_run_local():
+def test_local_prints_one_command_per_process():
     assert dry_run("local.sh") == [FLEXMOE]
     assert dry_run("local.sh", PROCESSES="2", PORT="1234") == [
         [
@@ -118,7 +118,7 @@ def test_dry_run_local():
     ]
 
 
-def test_dry_run_slurm():
+def test_slurm_prints_one_srun_command():
     step = ["srun", "--kill-on-bad-exit=0", "--wait=600", "env"]
     settings = ["JAX_PLATFORMS=cuda,cpu", "XLA_CLIENT_MEM_FRACTION=.9"]
     assert dry_run("slurm.sh") == [[*step, *settings, *FLEXMOE]]
@@ -135,7 +135,7 @@ def test_dry_run_slurm():
     ]
 
 
-def test_dry_run_tpu_pod():
+def test_tpu_pod_prints_one_command_for_all_workers():
     [command] = dry_run("tpu_pod.sh", TPU="pod", ZONE="us-central2-b", PROJECT="mine", FOLDER="a folder")
     *ssh, remote = command
     assert ssh == [
@@ -179,7 +179,7 @@ JOB = {"CLUSTER": "c", "WORKLOAD": "news-1", "IMAGE": "registry/flexmoe", "ZONE"
     ],
     ids=["TPU", "GPU"],
 )
-def test_dry_run_gke(variables, device):
+def test_gke_prints_one_xpk_workload(variables, device):
     [[*command, remote]] = dry_run("gke_jobset.sh", **JOB, **variables)
     assert command == [
         *["xpk", "workload", "create", "--cluster=c", "--workload=news-1", "--docker-image=registry/flexmoe"],
@@ -194,7 +194,7 @@ def test_dry_run_gke(variables, device):
     assert not {"\\", '"'} & set(remote)
 
 
-def test_dry_run_skypilot():
+def test_skypilot_prints_one_managed_job():
     [command] = dry_run("skypilot.sh", BUCKET="b", NODES="2", GPUS="A100:4")
     assert command[:6] == ["sky", "jobs", "launch", "--yes", "--num-nodes=2", "--gpus=A100:4"]
     assert command[6] == "--env"

@@ -1,4 +1,4 @@
-"""The owner algebra: splitting, joining, choosing, stacking, rules; and initialisation by name."""
+"""The owner algebra: split, union, select, rules, partition; and initialization by name."""
 
 import jax
 import numpy as np
@@ -29,7 +29,7 @@ owner_names = st.from_regex(r"[a-z][a-z0-9_-]{0,62}", fullmatch=True).filter(lam
 owners = st.lists(owner_names, unique=True, max_size=6)
 
 
-def labelled(names) -> tree.Params:
+def labeled(names) -> tree.Params:
     """A tree whose leaves are their own paths, so that identity is visible."""
     leaf_names = ("w_up", "bias")
     experts = {name: {leaf: f"experts/{name}/{leaf}" for leaf in leaf_names} for name in names}
@@ -37,8 +37,8 @@ def labelled(names) -> tree.Params:
 
 
 @given(names=owners, data=st.data())
-def test_split_and_union_are_inverse_whatever_the_order_and_grouping(names, data):
-    params = labelled(["public", *names])
+def test_split_and_union_are_inverse_in_any_order_and_grouping(names, data):
+    params = labeled(["public", *names])
     parts = data.draw(st.permutations(list(tree.split(params).items())))
     cut = data.draw(st.integers(0, len(parts)))
     joined = tree.union(dict(parts[:cut]), dict(parts[cut:]))
@@ -59,14 +59,14 @@ def test_union_copies_nothing():
 
 @given(names=owners.filter(len), data=st.data())
 def test_union_refuses_an_owner_given_twice(names, data):
-    parts = tree.split(labelled(["public", *names]))
+    parts = tree.split(labeled(["public", *names]))
     doubled = data.draw(st.sampled_from(["public", *names]))
     with pytest.raises(FlexMoEError, match=f"{doubled!r} is given twice"):
         tree.union(parts, {doubled: {}})
 
 
-def test_union_refuses_no_trunk_and_two():
-    parts = tree.split(labelled(["public"]))
+def test_union_refuses_no_trunk_and_two_trunks():
+    parts = tree.split(labeled(["public"]))
     with pytest.raises(FlexMoEError, match="0 trunks were given"):
         tree.union({"public": parts["public"]})
     with pytest.raises(FlexMoEError, match="2 trunks were given"):
@@ -89,19 +89,19 @@ def test_canonical_order_refuses_a_doubled_name():
 @given(names=owners.filter(len), data=st.data())
 def test_select_and_without_give_the_model_that_never_had_the_others(names, data):
     every = ["public", *names]
-    params = labelled(every)
+    params = labeled(every)
     kept = data.draw(st.lists(st.sampled_from(every), unique=True, min_size=1))
     dropped = [name for name in every if name not in kept]
-    never_had = labelled(tree.canonical_order(kept))
+    never_had = labeled(tree.canonical_order(kept))
     assert tree.select(params, kept) == never_had
     assert list(tree.select(params, kept)["experts"]) == list(never_had["experts"])
     if dropped:
         assert tree.without(params, *dropped) == never_had
-    assert params == labelled(every)  # the whole is untouched
+    assert params == labeled(every)  # the whole is untouched
 
 
 def test_select_and_without_refuse_unknown_doubled_and_empty_choices():
-    params = labelled(["public", "news"])
+    params = labeled(["public", "news"])
     with pytest.raises(FlexMoEError, match=r"no expert 'new'(.|\n)*did you mean 'news'"):
         tree.select(params, ["public", "new"])
     with pytest.raises(FlexMoEError, match="no expert 'code'"):
@@ -135,8 +135,8 @@ def test_unusable_names_are_refused(name):
         tree.check_owner_name(name)
 
 
-def test_flatten_is_sorted_paths_and_unflatten_its_inverse():
-    params = labelled(["public", "news"])
+def test_flatten_gives_sorted_paths_and_unflatten_is_its_inverse():
+    params = labeled(["public", "news"])
     flat = tree.flatten(params)
     assert list(flat) == sorted(flat)
     assert flat["trunk/blocks/w_q"] == "trunk/blocks/w_q"
@@ -156,7 +156,7 @@ def test_a_path_no_rule_covers_is_refused():
 
 @given(names=owners, data=st.data())
 def test_partition_and_combine_are_inverse(names, data):
-    params = labelled(["public", *names])
+    params = labeled(["public", *names])
     paths = list(tree.flatten(params))
     mask = dict(zip(paths, data.draw(st.lists(st.booleans(), min_size=len(paths), max_size=len(paths))), strict=True))
     chosen, others = tree.partition(params, mask)
@@ -167,9 +167,9 @@ def test_partition_and_combine_are_inverse(names, data):
 
 @given(names=owners, data=st.data())
 def test_combine_refuses_a_path_in_two_parts(names, data):
-    params = labelled(["public", *names])
+    params = labeled(["public", *names])
     path = data.draw(st.sampled_from(list(tree.flatten(params))))
-    with pytest.raises(ArtifactError, match=f"{path!r} is in two parts"):
+    with pytest.raises(ArtifactError, match=f"two parts hold the parameter {path!r}"):
         tree.combine(params, tree.unflatten({path: 0}))
 
 
@@ -182,7 +182,7 @@ def test_every_declared_leaf_belongs_to_one_owner(names):
         assert top == "trunk" or (top == "experts" and owner in ("public", *names))
 
 
-def test_initialisation_follows_the_declaration():
+def test_initial_values_follow_the_declaration():
     params = init_params(TINY, jax.random.key(0), ("public", "news"))
     flat, spec = tree.flatten(params), model_leaves(TINY, ("public", "news"))
     assert {path: leaf.shape for path, leaf in flat.items()} == {path: leaf.shape for path, leaf in spec.items()}
@@ -205,6 +205,6 @@ def test_adding_an_expert_leaves_every_other_leaf_bit_identical():
     large = tree.flatten(init_params(TINY, key, ("a-first", "news", "public", "zoo")))
     for path, leaf in small.items():
         assert np.asarray(leaf).tobytes() == np.asarray(large[path]).tobytes(), path
-    # and experts begin unlike one another: the name is what the key is folded with
+    # Experts start with different values: the key is folded with the name.
     assert not np.array_equal(large["experts/news/w_up"], large["experts/zoo/w_up"])
     assert not np.array_equal(large["experts/news/w_up"], large["experts/news/w_gate"])

@@ -1,4 +1,4 @@
-"""Tiny worlds for tests and benchmarks: shapes, random parameters, packages on disk, documents, and runs of seconds."""
+"""Tiny models for tests and benchmarks: shapes, random parameters, packages, documents, and runs of a few seconds."""
 
 import dataclasses
 import functools
@@ -34,27 +34,27 @@ _forward = jax.jit(forward, static_argnums=0)
 def jit_forward(
     config: ModelConfig, params: Params, tokens_BT, *, segments_BT=None, positions_BT=None, **how
 ) -> Output:
-    """`forward` of the decoder that `how` describes, compiled."""
+    """Compiled `forward` of the `Decoder` with the fields `how`."""
     arrays = {"segments_BT": segments_BT, "positions_BT": positions_BT}
     return _forward(Decoder(config, **how), params, tokens_BT, **arrays)
 
 
 @functools.partial(jax.jit, static_argnums=0)
 def jit_decode(run: Decoder, params: Params, tokens_BT, positions_BT, kv_cache):
-    """(logits [B, T, V], cache) of tokens written at `positions_BT` of the cache."""
+    """(logits [B, T, V], cache) after the tokens are written at `positions_BT` of the cache."""
     x_BTD, kv_cache = decode(run, params, tokens_BT, positions_BT, kv_cache)
     return logits(run, params, x_BTD), kv_cache
 
 
 def stacked(params: Params) -> Params:
-    """Named parameters as models are run: on one device, experts stacked."""
+    """Named parameters in the form in which models run: on one device, experts stacked."""
     return place(mesh_of_one(), {**params, "experts": stack_weights(params["experts"])})
 
 
 def random_params(config: ModelConfig, experts: tuple[str, ...] = (PUBLIC,), seed: int = 0) -> Params:
     """Named parameters of ordinary scale in which nothing is neutral: norms away from 1, owners' biases below 0.
 
-    A leaf's values depend on its path and `seed` alone, so a model of fewer experts holds the same ones.
+    A leaf's values depend only on its path and `seed`, so a model of fewer experts holds the same ones.
     """
 
     def draw(path: str, shape: tuple[int, ...]):
@@ -84,7 +84,7 @@ def max_difference(ours, theirs) -> float:
     return float(np.nan_to_num(np.abs(ours - theirs), nan=np.inf).max(initial=0.0))
 
 
-# Packages and models on disk, of random parameters: incompressible, no two leaves alike.
+# Packages and models on disk, with random parameters: incompressible, and no two leaves are equal.
 CONFIG = ModelConfig(
     vocab_size=32, num_layers=2, d_model=8, num_heads=2, num_kv_heads=1, head_dim=4, d_ff=16, max_seq_len=16
 )
@@ -92,7 +92,7 @@ TOKENIZER = json.dumps({"version": "1.0", "model": {"type": "BPE", "vocab": {"a"
 
 
 def random_part(owner: str, seed: int, dtype="float32", config: ModelConfig = CONFIG):
-    """The owner's subtree with every leaf normal: incompressible, no two alike."""
+    """The owner's subtree with every leaf normal: incompressible, and no two leaves are equal."""
     rng = np.random.default_rng([seed, *owner.encode()])
     kind = np.dtype(ml_dtypes.bfloat16 if dtype == "bfloat16" else dtype)
     return unflatten(
@@ -115,7 +115,7 @@ def make_release(path: pathlib.Path, seed: int = 0) -> ModelDir:
 
 
 def base_of(release: ModelDir) -> dict[str, str]:
-    """What an expert trained beside `release` is bound to."""
+    """The digests that an expert trained beside `release` is bound to."""
     contents = {name: release.manifests[name].content for name in (TRUNK, PUBLIC)}
     return contents | {"tokenizer": release.tokenizer_digest}
 
@@ -128,7 +128,7 @@ def make_expert(path: pathlib.Path, owner: str, release: ModelDir, seed: int = 1
 
 
 def contents(folder: pathlib.Path, leave_out: tuple[str, ...] = ("journal.jsonl",)) -> dict[str, bytes]:
-    """{relative path: bytes} of a directory; there must be nothing but files in it."""
+    """{relative path: bytes} of a directory, which must hold only files and directories."""
     files, others = list_files(folder)
     assert not others
     return {name: (folder / name).read_bytes() for name in files if name not in leave_out}
@@ -150,11 +150,11 @@ def flip_bit(path: pathlib.Path, at: int, bit: int = 0) -> None:
 
 
 class Crash(BaseException):
-    """What no handler catches: stands for the process ending."""
+    """Stands for the end of the process: no handler catches it."""
 
 
 def crash_at(monkeypatch, number: int) -> None:
-    """The call `number` (from 0) of any function that makes a change to a directory visible raises Crash instead."""
+    """Makes call `number` (from 0) of the functions that change directory entries raise Crash instead."""
     calls = iter(range(10**6))
     for target in ("os.rename", "os.replace", "shutil.rmtree", "os.unlink", "os.link"):
         module, name = target.split(".")
@@ -190,7 +190,7 @@ def write_documents(folder: pathlib.Path, domain: str, count: int = 60, split: s
 
 
 def write_vector(path: pathlib.Path, seed: int, encoder_digest: str = "e" * 64) -> pathlib.Path:
-    """A domain vector as `flexmoe embed` would write it, drawn at random."""
+    """A random domain vector in the form that `flexmoe embed` writes."""
     vector = np.random.default_rng(seed).normal(size=12).astype(np.float32)
     DomainVector(vector, "random", encoder_digest, 16, seed, 60).save(path)
     return path

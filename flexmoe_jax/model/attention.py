@@ -13,14 +13,17 @@ MIN_BLOCK = 128  # shorter blocks save less time than they take to compile
 
 
 def cache_mask(positions_BT: jax.Array, length: int) -> jax.Array:
-    """Positions [B, T] -> bool [B, T, S=length]: a query sees the cache slots up to its own position."""
+    """Integer positions [B, T] -> bool [B, T, S=length]: a query sees the cache slots up to its own position."""
     return jnp.arange(length) <= positions_BT[:, :, None]
 
 
 def project_qkv(
     config: ModelConfig, block: Params, x_BTD: jax.Array, rope: tuple[jax.Array, jax.Array]
 ) -> tuple[jax.Array, jax.Array, jax.Array]:
-    """x [B, T, D] -> q [B, T, H, K], k and v [B, T, G, K]; norm on the whole projection, then RoPE (OLMo-2)."""
+    """x [B, T, D] -> q [B, T, H, K], k and v [B, T, G, K], in x's dtype.
+
+    q and k: RMSNorm over the whole projection (if `qk_norm`), then RoPE, as in OLMo-2.
+    """
     q_BTHK = jnp.einsum("BTD,DHK->BTHK", x_BTD, block["w_q"].astype(x_BTD.dtype))
     k_BTGK = jnp.einsum("BTD,DGK->BTGK", x_BTD, block["w_k"].astype(x_BTD.dtype))
     v_BTGK = jnp.einsum("BTD,DGK->BTGK", x_BTD, block["w_v"].astype(x_BTD.dtype))
@@ -33,8 +36,8 @@ def project_qkv(
 def attend_documents(q_BTHK: jax.Array, k_BTGK: jax.Array, v_BTGK: jax.Array, segments_BT: jax.Array) -> jax.Array:
     """Attention of every token to itself and the earlier tokens of its own document -> [B, T, H, K].
 
-    Taken in blocks, so that the masked triangle is not computed, with a derivative of its own that recomputes the
-    softmax: nothing of size T * T is kept (Dao et al., FlashAttention, arXiv 2205.14135, section 3.1).
+    Computed in blocks, which skips most of the masked triangle. Its own derivative recomputes the softmax, so that no
+    array of size T * T is kept (Dao et al., FlashAttention, arXiv 2205.14135, section 3.1). Softmax in float32.
     """
     B, T, H, K = q_BTHK.shape
     G = k_BTGK.shape[2]
@@ -45,7 +48,10 @@ def attend_documents(q_BTHK: jax.Array, k_BTGK: jax.Array, v_BTGK: jax.Array, se
 
 
 def attend(q_BTHK: jax.Array, k_BGSK: jax.Array, v_BGSK: jax.Array, mask_BTS: jax.Array) -> jax.Array:
-    """Attention to keys and values of a cache, where `mask_BTS` is true (somewhere in every row) -> [B, T, H, K]."""
+    """Attention to keys and values of a cache where bool `mask_BTS` is true (at least once per query) -> [B, T, H, K].
+
+    Softmax in float32.
+    """
     B, T, H, K = q_BTHK.shape
     G = k_BGSK.shape[1]
     q_BTGRK = q_BTHK.reshape(B, T, G, H // G, K)
@@ -57,13 +63,13 @@ def attend(q_BTHK: jax.Array, k_BGSK: jax.Array, v_BGSK: jax.Array, mask_BTS: ja
 
 def _spans(T: int) -> list[tuple[int, int]]:
     block = max(-(-T // BLOCKS), MIN_BLOCK)
-    return [(begin, min(begin + block, T)) for begin in range(0, T, block)]
+    return [(start, min(start + block, T)) for start in range(0, T, block)]
 
 
 def _scores(
     q_BGRtK: jax.Array, k_BGsK: jax.Array, segments_Bt: jax.Array, segments_Bs: jax.Array, offset: int
 ) -> jax.Array:
-    """float32 scores of queries that begin `offset` tokens after the keys do, -inf where masked."""
+    """float32 scores, -inf where masked; the first query is `offset` tokens after the first key."""
     scores_BGRts = jnp.einsum("BGRtK,BGsK->BGRts", q_BGRtK, k_BGsK, preferred_element_type=jnp.float32)
     t, s = scores_BGRts.shape[-2:]
     seen_Bts = segments_Bt[:, :, None] == segments_Bs[:, None, :]
@@ -79,11 +85,11 @@ def _blocks(q_BGRTK: jax.Array, k_BGTK: jax.Array, v_BGTK: jax.Array, segments_B
 def _blocks_fwd(
     q_BGRTK: jax.Array, k_BGTK: jax.Array, v_BGTK: jax.Array, segments_BT: jax.Array
 ) -> tuple[jax.Array, tuple]:
-    """A block of queries with all keys up to its end; the residuals are the inputs, the output and log-sum-exp."""
+    """Each block of queries with all keys up to its end; the residuals are the inputs, the output and log-sum-exp."""
     outputs, log_sums = [], []
-    for begin, end in _spans(q_BGRTK.shape[3]):
+    for start, end in _spans(q_BGRTK.shape[3]):
         k, v = k_BGTK[:, :, :end], v_BGTK[:, :, :end]
-        scores = _scores(q_BGRTK[:, :, :, begin:end], k, segments_BT[:, begin:end], segments_BT[:, :end], begin)
+        scores = _scores(q_BGRTK[:, :, :, start:end], k, segments_BT[:, start:end], segments_BT[:, :end], start)
         most = scores.max(-1, keepdims=True)
         weights = jnp.exp(scores - most)
         total = weights.sum(-1, keepdims=True)
@@ -95,21 +101,21 @@ def _blocks_fwd(
 
 
 def _blocks_bwd(residuals: tuple, dy_BGRTK: jax.Array) -> tuple:
-    """A block of keys with all queries from its beginning."""
+    """Each block of keys with all queries from its start."""
     q_BGRTK, k_BGTK, v_BGTK, segments_BT, y_BGRTK, log_sum_BGRT1 = residuals
     product_BGRT1 = (dy_BGRTK.astype(jnp.float32) * y_BGRTK).sum(-1, keepdims=True)
     dq_BGRTK, dks, dvs = jnp.zeros(q_BGRTK.shape, jnp.float32), [], []
-    for begin, end in _spans(q_BGRTK.shape[3]):
-        q, dy = q_BGRTK[:, :, :, begin:], dy_BGRTK[:, :, :, begin:]
-        k, v = k_BGTK[:, :, begin:end], v_BGTK[:, :, begin:end]
-        scores = _scores(q, k, segments_BT[:, begin:], segments_BT[:, begin:end], 0)
-        weights = jnp.exp(scores - log_sum_BGRT1[:, :, :, begin:])
+    for start, end in _spans(q_BGRTK.shape[3]):
+        q, dy = q_BGRTK[:, :, :, start:], dy_BGRTK[:, :, :, start:]
+        k, v = k_BGTK[:, :, start:end], v_BGTK[:, :, start:end]
+        scores = _scores(q, k, segments_BT[:, start:], segments_BT[:, start:end], 0)
+        weights = jnp.exp(scores - log_sum_BGRT1[:, :, :, start:])
         dvs.append(jnp.einsum("BGRts,BGRtK->BGsK", weights.astype(dy.dtype), dy))
         dweights = jnp.einsum("BGRtK,BGsK->BGRts", dy, v, preferred_element_type=jnp.float32)
-        dscores = (weights * (dweights - product_BGRT1[:, :, :, begin:])).astype(q.dtype)
+        dscores = (weights * (dweights - product_BGRT1[:, :, :, start:])).astype(q.dtype)
         dks.append(jnp.einsum("BGRts,BGRtK->BGsK", dscores, q))
         dq = jnp.einsum("BGRts,BGsK->BGRtK", dscores, k, preferred_element_type=jnp.float32)
-        dq_BGRTK = dq_BGRTK.at[:, :, :, begin:].add(dq)
+        dq_BGRTK = dq_BGRTK.at[:, :, :, start:].add(dq)
     return dq_BGRTK.astype(q_BGRTK.dtype), jnp.concatenate(dks, axis=2), jnp.concatenate(dvs, axis=2), None
 
 
@@ -122,6 +128,6 @@ def project_out(block: Params, y_BTHK: jax.Array) -> jax.Array:
 
 
 def _norm_heads(x_BTHK: jax.Array, weight: jax.Array, eps: float) -> jax.Array:
-    """RMSNorm over all heads together: OLMo-2 normalises the projection before it is split into heads."""
+    """RMSNorm over all heads together: OLMo-2 normalizes the projection before it is split into heads."""
     B, T, H, K = x_BTHK.shape
     return rms_norm(x_BTHK.reshape(B, T, H * K), weight, eps).reshape(B, T, H, K)

@@ -2,8 +2,8 @@
 
     h = h + norm_attn(attention(h));  h = h + norm_ffn(moe(h))        (OLMo-2: the norm is on the branch's output)
 
-With `pre_norm` the norms move to the branches' inputs (Llama). Layers are scanned: every leaf of `blocks` and of each
-expert has the layer as its first axis.
+With `pre_norm` the norms are on the branches' inputs (Llama). Layers are scanned: the first axis of every leaf of
+`blocks` and of each expert is the layer. Source: FlexOlmo, arXiv 2507.07024, section 3.1.
 """
 
 import dataclasses
@@ -28,12 +28,12 @@ from flexmoe_jax.tree import PUBLIC, TRUNK, Params, canonical_order
 
 @dataclasses.dataclass(frozen=True)
 class Decoder:
-    """How a model is run: hashable, the one static argument of every compiled function.
+    """How a model runs: hashable, the static argument of compiled functions.
 
-    `top_k` None runs every expert; `uniform` ignores the router and weighs all experts equally. `dispatch` is `dense`
-    (every expert on every token) or `sparse` (the chosen ones only; needs stacked experts). Activations are in `dtype`;
-    norms, softmax and router in float32. `remat` recomputes each layer in the backward pass: activations take the
-    memory of a layer's inputs, for a third more computation.
+    `top_k` None runs every expert; `uniform` ignores the router and weights all experts equally. `dispatch` is `dense`
+    (every expert on every token) or `sparse` (only the chosen experts; needs stacked experts). Activations are in
+    `dtype`; norms, softmax and router in float32. `remat` recomputes each layer in the backward pass: activations take
+    the memory of a layer's inputs, for a third more computation.
     """
 
     config: ModelConfig
@@ -44,24 +44,24 @@ class Decoder:
     remat: bool = False
 
     def active(self, experts: int) -> int:
-        """Experts active per token of a model that has so many."""
+        """Experts active per token of a model that has `experts` of them."""
         return min(self.top_k or experts, experts)
 
 
 @jax.tree_util.register_dataclass
 @dataclasses.dataclass(frozen=True)
 class Output:
-    """Logits and router logits are float32, N = B*T, experts in canonical order."""
+    """Logits and router logits, both float32; N = B*T, experts in canonical order."""
 
     logits_BTV: jax.Array
     router_logits_LNE: jax.Array
 
 
 def block(run: Decoder, layer: Params, x_BTD: jax.Array, rope: tuple, attend: Callable, mix: Callable) -> tuple:
-    """One layer: x [B, T, D] -> (x, what `attend` keeps, router logits [N, E]).
+    """One layer: x [B, T, D] -> (x, what `attend` keeps, router logits float32 [N, E]).
 
-    `attend(q, k, v)` -> (heads [B, T, H, K], kept) and `mix(x)` -> (x, router logits) are all that differs between
-    whole sequences, prefill and decoding.
+    Only `attend(q, k, v)` -> (heads [B, T, H, K], kept) and `mix(x)` -> (x, router logits) differ between whole
+    sequences, prefill and decoding.
     """
     qkv = attention.project_qkv(run.config, layer, _before(run.config, x_BTD, layer["attn_norm"]), rope)
     y_BTHK, kept = attend(*qkv)
@@ -81,9 +81,9 @@ def hidden_states(
     """Whole sequences: int32 tokens [B, T] -> (x [B, T, D] after the last norm, router logits float32 [L, N, E]).
 
     `params` is the whole tree with experts named or stacked (parallel/stacked.py). `segments_BT` int32 numbers the
-    packed documents of a row: a token attends within its own only. `first_apart` keeps the first layer out of the scan,
-    whose layers are differentiated alike: beside a frozen trunk nothing below the first layer's expert needs a
-    derivative. It costs a copy of the other layers' weights.
+    packed documents of a row: a token attends only within its own document. `positions_BT` int32 defaults to 0 to T-1.
+    `first_apart` keeps the first layer out of the scan, which differentiates all its layers alike: with a frozen trunk
+    nothing below the first layer's expert needs a derivative. It costs a copy of the other layers' weights.
     """
     segments_BT = jnp.zeros_like(tokens_BT) if segments_BT is None else segments_BT
     rope = _rope(run, _positions(tokens_BT) if positions_BT is None else positions_BT)
@@ -129,9 +129,9 @@ def prefill(run: Decoder, params: Params, tokens_BT: jax.Array, length: int) -> 
 def decode(
     run: Decoder, params: Params, tokens_BT: jax.Array, positions_BT: jax.Array, kv_cache: Params
 ) -> tuple[jax.Array, Params]:
-    """Further tokens: int32 tokens [B, T] written at `positions_BT` of the cache -> (x [B, T, D], the new cache).
+    """Further tokens: int32 tokens [B, T] at int32 `positions_BT` of the cache -> (x [B, T, D], the new cache).
 
-    A token attends to the cache up to its own position.
+    A token attends to the cache up to its own position; x is after the last norm.
     """
     rope = _rope(run, positions_BT)
     scanned, whole = _experts_to_read(run, params)
@@ -153,26 +153,26 @@ def decode(
 
 
 def forward(run: Decoder, params: Params, tokens_BT: jax.Array, **kwargs) -> Output:
-    """Whole sequences and the head on them; `kwargs` are those of `hidden_states`."""
+    """Whole sequences: int32 tokens [B, T] -> `Output`; `kwargs` are those of `hidden_states`."""
     x_BTD, router_logits_LNE = hidden_states(run, params, tokens_BT, **kwargs)
     return Output(logits(run, params, x_BTD), router_logits_LNE)
 
 
 def logits(run: Decoder, params: Params, x_D: jax.Array) -> jax.Array:
-    """Hidden states [..., D] -> float32 logits [..., V]."""
+    """Hidden states [..., D] after the last norm -> float32 logits [..., V]."""
     return jnp.matmul(x_D, head(run.config, params).astype(x_D.dtype), preferred_element_type=jnp.float32)
 
 
 def head(config: ModelConfig, params: Params) -> jax.Array:
-    """The output matrix [D, V]."""
+    """The output matrix [D, V]; the transposed embedding if the model ties them."""
     return params["trunk"]["embed"].T if config.tie_embeddings else params["trunk"]["head"]
 
 
 def moe(run: Decoder, experts: Params, x_BTD: jax.Array, layer: jax.Array | None = None) -> tuple[jax.Array, jax.Array]:
     """One layer's mixture of experts: x [B, T, D] -> (y [B, T, D], router logits float32 [N, E]).
 
-    `experts` are one layer's, named or stacked. With `layer`, an index, the feed-forward weights in `experts` are those
-    of all layers, stacked; the router is still one layer's.
+    `experts` are those of one layer, named or stacked. With `layer`, an index, the feed-forward weights in `experts`
+    are those of all layers, stacked; router rows and biases are still those of one layer.
     """
     B, T, D = x_BTD.shape
     x_ND = x_BTD.reshape(B * T, D)
@@ -184,10 +184,10 @@ def moe(run: Decoder, experts: Params, x_BTD: jax.Array, layer: jax.Array | None
 
 
 class FlexMoE(nn.Module):
-    """The decoder as a Flax module, used purely: `init(key, tokens)["params"]` is the tree, `apply` is `forward`.
+    """The decoder as a Flax module: `init(key, tokens)["params"]` is the parameter tree, `apply` is `forward`.
 
-    Initial values are folded from each leaf's owner and name: adding an expert leaves every other leaf as it was.
-    `place` puts each leaf, as soon as it is drawn, where it belongs: (path, leaf) -> leaf.
+    The key of each leaf is folded from its owner and name: adding an expert changes no other leaf. `place`, (path,
+    leaf) -> leaf, puts each leaf on the devices as soon as it is drawn.
     """
 
     config: ModelConfig
@@ -212,8 +212,8 @@ def init_params(
 ) -> Params:
     """Initial float32 parameters (named form) of a model with these experts.
 
-    Each leaf is drawn as a whole, by itself, whatever devices there are: the same key gives the same bits on any mesh.
-    `place` then puts it there, so that no device holds more than one whole leaf.
+    Each leaf is drawn whole, on any number of devices: the same key gives the same bits on any mesh. `place`, (path,
+    leaf) -> leaf, then puts it on the mesh, so that no device holds more than one whole leaf.
     """
     return FlexMoE(config, experts, place).init(key, method="tree")["params"]
 
@@ -230,7 +230,7 @@ class _Experts(nn.Module):
 
 
 class _Owner(nn.Module):
-    """Declares the leaves of one owner, nested as their paths say."""
+    """Declares the leaves of one owner, nested by their paths."""
 
     leaves: dict[str, Leaf]
     place: Callable[[str, jax.Array], jax.Array]
@@ -269,7 +269,7 @@ def _rope(run: Decoder, positions_BT: jax.Array) -> tuple[jax.Array, jax.Array]:
 
 
 def _scanned_experts(params: Params) -> Params:
-    """The experts as a scan over layers takes them: named, or every leaf stacked."""
+    """The experts in a form that can be scanned over layers: named, or every leaf stacked."""
     experts = params["experts"]
     return with_stacked_rows(experts) if STACKED in experts else experts
 
@@ -277,7 +277,7 @@ def _scanned_experts(params: Params) -> Params:
 def _experts_to_read(run: Decoder, params: Params) -> tuple[Params, Params]:
     """(experts that are scanned over layers, feed-forward weights of all layers that are read in place).
 
-    A scan copies each layer's slice of what it scans: of every expert, where a few of them are wanted.
+    A scan copies each layer's slice of its inputs: the weights of all experts, although decoding reads only a few.
     """
     experts = _scanned_experts(params)
     if run.dispatch == "dense" or not is_stacked(experts) or splits_work():
@@ -291,7 +291,7 @@ def _mix_in_place(run: Decoder, experts: Params, whole: Params, index: jax.Array
 
 
 def _router_rows(experts: Params) -> tuple[jax.Array, jax.Array]:
-    """Router [E, D] and bias [E] of one layer. Named experts' rows are gathered here: E*D numbers, no FFN weights."""
+    """Router [E, D] and bias [E] of one layer. Rows of named experts are stacked here: E*D numbers, no FFN weights."""
     if is_stacked(experts):
         return experts["router"], experts["bias"]
     order = canonical_order(experts)

@@ -1,9 +1,9 @@
-"""Sparse dispatch over a mesh: experts lie on the `expert` axis, tokens come to them, none is dropped.
+"""Sparse dispatch over a mesh: experts are split over the `expert` axis, tokens move to them, and none is dropped.
 
-In one `shard_map` over all axes: the devices of an expert group exchange their tokens (all-gather), each runs the
-slots of its own experts, and the sums go back to where the tokens are from (reduce-scatter). Weights split by `fsdp`
-are gathered for the layer, and by `tensor` each device computes its part of the feed-forward width. The derivative is
-the mirror image: gradients of weights arrive reduced and split as the weights are.
+In one `shard_map` over all axes, the devices of an expert group exchange their tokens (all-gather), each runs the
+slots of its own experts, and the sums return to the devices of the tokens (reduce-scatter). Weights split by `fsdp`
+are gathered for the layer; with `tensor` each device computes its part of the feed-forward width. The derivative
+mirrors this: gradients of weights are reduced and split like the weights.
 """
 
 import jax
@@ -18,24 +18,24 @@ from flexmoe_jax.params import EXPERT, FSDP, STACKED_AXES, TENSOR
 from flexmoe_jax.tree import Params
 
 _ROWS = P(BATCH, None)
-_WEIGHTS = {name: P(*axes[1:]) for name, axes in STACKED_AXES.items()}  # of one layer: [E, D, F] and [E, F, D]
+_WEIGHTS = {name: P(*axes[1:]) for name, axes in STACKED_AXES.items()}  # one layer's [E, D, F] and [E, F, D]
 
 
 def sparse_on_mesh(x_ND: jax.Array, routing: Routing, experts: Params, layer: object = None) -> jax.Array:
-    """`sparse` of one layer's stacked experts on the current mesh: x [N, D] -> [N, D], rows split as a batch's.
+    """`sparse` of one layer's stacked experts on the current mesh: x [N, D] -> [N, D], rows split like a batch.
 
-    Raises ConfigError when the experts, or the tokens, cannot be split evenly.
+    ConfigError if the mesh cannot split the experts or the tokens evenly.
     """
     mesh = current_mesh()
     assert mesh is not None
     E, groups = experts["w_gate"].shape[0], mesh.shape[EXPERT]
     if E % groups:
         raise ConfigError(
-            f"{E} experts cannot be split over expert={groups}", f"choose a size of the axis that divides {E}"
+            f"{E} experts cannot be split over expert={groups}", f"choose a size of the expert axis that divides {E}"
         )
     N, parts = x_ND.shape[0], mesh.shape["data"] * mesh.shape[FSDP] * groups
     if N % parts:
-        raise ConfigError(f"{N} tokens cannot be split over {parts} devices", "choose a batch that is a multiple")
+        raise ConfigError(f"{N} tokens cannot be split over {parts} devices", f"choose a multiple of {parts} tokens")
     weights_Nk = jnp.take_along_axis(routing.weights_NE, routing.index_Nk, axis=-1)
 
     def local(x_nD, index_nk, weights_nk, gate, up, down):

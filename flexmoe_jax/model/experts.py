@@ -1,8 +1,8 @@
-"""Expert feed-forward networks and the two ways to run them: `dense` (the definition) and `sparse` (top-k only).
+"""Expert feed-forward networks and two ways to run them: `dense` (the definition) and `sparse` (only the top-k).
 
-Both take `(x_ND, routing, experts, layer=None)` and return sum_i weights_i(x) * FFN_i(x), shape [N, D]. `experts` are
-one layer's weights, named {name: {w_gate [D, F], w_up [D, F], w_down [F, D]}} or stacked {w_gate [E, D, F], ...}; with
-`layer` all layers', stacked [L, E, D, F].
+Both take `(x_ND, routing, experts, layer=None)` and return sum_i weights_i(x) * FFN_i(x), shape [N, D], in x's dtype.
+`experts` are one layer's weights, named {name: {w_gate [D, F], w_up [D, F], w_down [F, D]}} or stacked
+{w_gate [E, D, F], ...}; with `layer`, an index, they are the stacked weights of all layers, [L, E, D, F].
 """
 
 from collections.abc import Mapping
@@ -21,10 +21,10 @@ FFN_WEIGHTS = ("w_gate", "w_up", "w_down")
 
 @jax.custom_vjp
 def ffn(x_ND: jax.Array, w_gate: jax.Array, w_up: jax.Array, w_down: jax.Array) -> jax.Array:
-    """W_down(silu(W_gate x) * (W_up x)) for x [N, D]; weights are cast to x's dtype.
+    """W_down(silu(W_gate x) * (W_up x)) for x [N, D] -> [N, D]; weights are cast to x's dtype.
 
     The derivative is written by hand: it keeps the two projections, where automatic differentiation keeps four arrays
-    of their size, and takes the gradients of weights from transposed activations (`_over_rows`).
+    of their size, and computes the gradients of weights from transposed activations (`_transposed`).
     """
     return _ffn_fwd(x_ND, w_gate, w_up, w_down)[0]
 
@@ -53,7 +53,7 @@ def _gated_bwd(gate: jax.Array, up: jax.Array, dhidden: jax.Array) -> tuple[jax.
 
 
 def _transposed(x_NF: jax.Array) -> jax.Array:
-    """x^T, as an array of its own: a product that contracts the leading axes is slower on a CPU than this copy."""
+    """x^T as a separate array: on a CPU a product that contracts the leading axes is slower than this copy."""
     return jax.lax.optimization_barrier(x_NF.T)
 
 
@@ -66,7 +66,7 @@ def is_stacked(experts: Params) -> bool:
 
 
 def dense(x_ND: jax.Array, routing: Routing, experts: Params, layer: jax.Array | None = None) -> jax.Array:
-    """Every expert runs on every token. An expert of weight zero cannot reach the output, whatever its values."""
+    """Every expert runs on every token. An expert of weight zero cannot reach the output, even if it gives NaN."""
     if layer is not None:
         experts = {**experts, **{name: experts[name][layer] for name in FFN_WEIGHTS}}
     weights_EN = routing.weights_NE.T.astype(x_ND.dtype)
@@ -85,11 +85,11 @@ def dense(x_ND: jax.Array, routing: Routing, experts: Params, layer: jax.Array |
 
 
 def sparse(x_ND: jax.Array, routing: Routing, experts: Params, layer: jax.Array | None = None) -> jax.Array:
-    """Only the chosen experts run, none drops a token. Needs the stacked form: no forward pass re-stacks.
+    """Only the chosen experts run, and no token is dropped. FlexMoEError for named experts: stack them beforehand.
 
-    Slots (a token's choice of an expert) are sorted by expert and go through a grouped feed-forward network. With
-    `layer` the leaves of `experts` are whole, [L, E, ...], and that layer of the chosen experts is all that is read:
-    for decoding, where reading weights is the cost. No derivative is taken through that form.
+    Slots (a token's choice of an expert) are sorted by expert and pass through a grouped feed-forward network. With
+    `layer` only that layer of the chosen experts is read: for decoding, whose cost is reading weights. That form has no
+    derivative.
     """
     if not is_stacked(experts):
         raise FlexMoEError("sparse dispatch was given named experts", "stack them once, outside the forward pass")
@@ -106,7 +106,8 @@ def run_slots(
 ) -> jax.Array:
     """sum over a token's k slots of weight * FFN_index(x), [N, D]; `weights` are those of E experts, stacked.
 
-    Slots whose index is E belong to nobody here: their weight must be zero, and they cost no product.
+    `index_Nk` is int32, `weights_Nk` float32. Slots with the index E belong to no expert here: their weight must be
+    zero, and they cost no product.
     """
     N, k = index_Nk.shape
     order_S, inverse_S, counts_E = _sort(index_Nk, weights[0].shape[0 if layer is None else 1])
@@ -114,12 +115,12 @@ def run_slots(
     y_SD = GROUPED.get(platform(), _ragged)(x_SD, counts_E, weights, layer)
     y_NkD = _collect(y_SD, order_S, inverse_S).reshape(N, k, -1)
     weights_Nk1 = weights_Nk[..., None].astype(x_ND.dtype)
-    # An expert of weight zero cannot reach the output nor, by the product's derivative, the router.
+    # An expert of weight zero reaches neither the output nor, through the product's derivative, the router.
     return (weights_Nk1 * jnp.where(weights_Nk1 > 0, y_NkD, 0)).sum(1)
 
 
 def _sort(index_Nk: jax.Array, E: int) -> tuple[jax.Array, jax.Array, jax.Array]:
-    """(slot at each place of the order by expert [S], place of each slot [S], slots of each expert [E]); S = N*k."""
+    """(slots sorted by expert [S], each slot's place in that order [S], number of slots per expert [E]); S = N*k."""
     expert_S = index_Nk.reshape(-1)
     order_S = jnp.argsort(expert_S, stable=True)
     inverse_S = jnp.zeros_like(order_S).at[order_S].set(jnp.arange(order_S.size), unique_indices=True)
@@ -128,7 +129,7 @@ def _sort(index_Nk: jax.Array, E: int) -> tuple[jax.Array, jax.Array, jax.Array]
 
 @jax.custom_vjp
 def _spread(x_ND: jax.Array, order_S: jax.Array, inverse_S: jax.Array) -> jax.Array:
-    """The tokens [S, D] of slots in order. Its derivative is a gather too: slots of a token are summed."""
+    """The tokens [S, D] of slots sorted by expert. The derivative is a gather too: a token's slots are summed."""
     return x_ND[order_S // (order_S.size // x_ND.shape[0])]
 
 
@@ -144,7 +145,7 @@ _spread.defvjp(
 
 @jax.custom_vjp
 def _collect(y_SD: jax.Array, order_S: jax.Array, inverse_S: jax.Array) -> jax.Array:
-    """The inverse permutation: slots in the order of tokens."""
+    """The inverse permutation: slots in token order."""
     return y_SD[inverse_S]
 
 
@@ -165,11 +166,11 @@ def _ragged(
 def _tiled(
     x_SD: jax.Array, counts_E: jax.Array, weights: tuple[jax.Array, ...], layer: jax.Array | None = None
 ) -> jax.Array:
-    """Grouped feed-forward network as a loop over experts in use and, for each, over tiles of its rows.
+    """Grouped feed-forward network: a loop over the experts in use and, for each, over tiles of its rows.
 
-    A tile that runs past its expert's last row computes rows of the next expert, which that expert then overwrites: no
-    row is padded. The derivative is written by hand and keeps the two projections of the slots, as a dense layer would:
-    nothing grows with the number of experts but the gradient of their weights.
+    A tile that extends past its expert's last row computes rows of the next expert, which that expert overwrites: no
+    row is padded. The derivative is written by hand and keeps the two projections of the slots, as a dense layer does:
+    only the gradient of the weights grows with the number of experts.
     """
     if layer is None:
         return _tiled_vjp(x_SD, counts_E, weights)
@@ -177,7 +178,7 @@ def _tiled(
 
 
 def _tile_rows(slots: int, E: int) -> int:
-    """Half an expert's average load, so that little of the last tile is wasted, within what products run well at."""
+    """About half of an expert's average load, which wastes little of its last tile, between the limits above."""
     rows = MIN_TILE_ROWS
     while rows < MAX_TILE_ROWS and 4 * rows <= slots / E:
         rows *= 2
@@ -185,16 +186,16 @@ def _tile_rows(slots: int, E: int) -> int:
 
 
 def _experts_in_use(counts_E: jax.Array) -> tuple[jax.Array, jax.Array, jax.Array]:
-    """(experts that have rows, in order, then the others [E]; how many have rows; first row of each expert [E])."""
+    """(experts with rows, in order, then the others [E]; number of experts with rows; first row of each expert [E])."""
     return jnp.argsort(counts_E == 0, stable=True), (counts_E > 0).sum(), jnp.cumsum(counts_E) - counts_E
 
 
-def _rows(array: jax.Array, begin: jax.Array, count: int) -> jax.Array:
-    return jax.lax.dynamic_slice_in_dim(array, begin, count)
+def _rows(array: jax.Array, start: jax.Array, count: int) -> jax.Array:
+    return jax.lax.dynamic_slice_in_dim(array, start, count)
 
 
-def _put(array: jax.Array, rows: jax.Array, begin: jax.Array) -> jax.Array:
-    return jax.lax.dynamic_update_slice_in_dim(array, rows.astype(array.dtype), begin, 0)
+def _put(array: jax.Array, rows: jax.Array, start: jax.Array) -> jax.Array:
+    return jax.lax.dynamic_update_slice_in_dim(array, rows.astype(array.dtype), start, 0)
 
 
 def _tiled_forward(
@@ -254,20 +255,20 @@ def _tiled_vjp_bwd(residuals: tuple, dy_SD: jax.Array) -> tuple:
             dy_MD = jnp.where(own_M1, _rows(dy_padded, at, M), 0)
             hidden_MF, dgate_MF, dup_MF = _gated_bwd(gate_MF, up_MF, dy_MD @ down.T)
             dx = _put(dx, dgate_MF @ gate.T + dup_MF @ up.T, at)
-            # A row past the expert's last has dy = 0, and what it adds is 0 whatever its projections are.
+            # Rows past the expert's last have dy = 0 and must add 0, even if their projections are not finite.
             hidden_MF = jnp.where(own_M1, hidden_MF, 0)
             parts = (x_MD.T @ dgate_MF, x_MD.T @ dup_MF, hidden_MF.T @ dy_MD)
-            # Added where they belong: sums of their own would be written and read once more.
+            # Added in place: separate sums would be written and read once more.
             return dx, *(d.at[e].set(d[e] + part.astype(d.dtype)) for d, part in zip(dweights, parts, strict=True))
 
         return jax.lax.fori_loop(0, -(-counts_E[e] // M), one_tile, carry)
 
-    begin = (jnp.zeros_like(x_padded), *(jnp.zeros_like(w) for w in weights))
-    dx, *dweights = jax.lax.fori_loop(0, used, one_expert, begin)
+    initial = (jnp.zeros_like(x_padded), *(jnp.zeros_like(w) for w in weights))
+    dx, *dweights = jax.lax.fori_loop(0, used, one_expert, initial)
     return dx[:S], None, tuple(dweights)
 
 
 _tiled_vjp.defvjp(_tiled_vjp_fwd, _tiled_vjp_bwd)
 
-# The grouped kernel of each platform. On a CPU `ragged_dot` is a masked dense product: its cost grows with the experts.
+# The grouped kernel of each platform. On a CPU `ragged_dot` is a masked dense product: it costs more with more experts.
 GROUPED = {"cpu": _tiled, "tpu": _ragged, "gpu": _ragged}

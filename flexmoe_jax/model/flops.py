@@ -1,4 +1,4 @@
-"""Floating-point operations that a pass needs, by the products of its matrices: two for each multiply-add."""
+"""Floating-point operations of forward passes and training steps: the matrix products, two per multiply-add."""
 
 from collections.abc import Mapping
 
@@ -8,7 +8,7 @@ from flexmoe_jax.tree import TRUNK
 
 
 def products(model: ModelConfig, T: int) -> dict[str, float]:
-    """Forward operations per token in rows of T tokens: `head`, `attention` weights, causal `scores`, one `expert`.
+    """Forward FLOPs per token in rows of T tokens: `head`, `attention` weights, causal `scores`, one `expert`.
 
     Norms, router and softmax are left out; they are below 1% at every size of interest.
     """
@@ -24,16 +24,16 @@ def products(model: ModelConfig, T: int) -> dict[str, float]:
 
 
 def forward_flops(model: ModelConfig, T: int, active: float = 1) -> float:
-    """Of one token's forward pass with `active` experts."""
+    """FLOPs of one token's forward pass with `active` experts, in rows of T tokens."""
     p = products(model, T)
     return p["head"] + p["attention"] + p["scores"] + active * p["expert"]
 
 
 def step_flops(model: ModelConfig, T: int, active: float, trained: Mapping[str, float]) -> float:
-    """Of one token's training step: forward, activations' derivatives everywhere, weights' where they are `trained`.
+    """FLOPs of one token's training step: forward, derivatives of all activations, and of the `trained` weights.
 
-    `trained` says how much of each product's weights: of `head` and `attention` a share, of `expert` a number of
-    experts, of the `active` ones. Nothing that is computed again (remat) counts, nor does the update.
+    `trained` is the share of the weights of `head` and of `attention`, and for `expert` the number of the `active`
+    experts. Recomputation (remat) and the optimizer's update do not count.
     """
     p = products(model, T)
     weights = sum(share * p[name] for name, share in trained.items())
@@ -41,10 +41,10 @@ def step_flops(model: ModelConfig, T: int, active: float, trained: Mapping[str, 
 
 
 def training_flops(model: ModelConfig, T: int, kind: str, active: int = 1) -> float:
-    """Of one token's training step: `joint` trains everything with `active` experts a token.
+    """FLOPs of one token's training step. `kind` "joint" trains everything with `active` experts per token.
 
-    `expert` is an owner's step beside the frozen public model: activations' derivatives everywhere, weights' in one
-    expert alone. `alone` is the same without the public expert.
+    "expert" is an owner's step beside the frozen public model: derivatives of all activations, and of the weights of
+    one expert. "alone" is the same without the public expert.
     """
     if kind == "joint":
         return step_flops(model, T, active, {"head": 1, "attention": 1, "expert": active})

@@ -1,4 +1,4 @@
-"""Batched generation with a key/value cache: one prefill over the prompts, then one token of every row per step."""
+"""Batched generation with a key/value cache: one prefill of the prompts, then one token of every row per step."""
 
 import dataclasses
 import functools
@@ -17,7 +17,10 @@ _LENGTH_STEP = 64  # prompts and caches are padded to multiples of this, so that
 
 @dataclasses.dataclass(frozen=True)
 class Sampling:
-    """Temperature 0 is greedy. `top_k` keeps the k likeliest tokens, `top_p` the smallest set of at least that mass."""
+    """Temperature 0 is greedy. `top_k` keeps the k likeliest tokens, `top_p` the smallest set of at least that mass.
+
+    ConfigError for a negative temperature, a `top_k` below 1, or a `top_p` outside (0, 1].
+    """
 
     temperature: float = 0.0
     top_k: int | None = None
@@ -36,7 +39,7 @@ GREEDY = Sampling()
 
 
 def sample(key: jax.Array, logits_BV: jax.Array, sampling: Sampling) -> jax.Array:
-    """float32 logits [B, V] -> int32 token ids [B]."""
+    """float32 logits [B, V] -> sampled int32 token ids [B]; greedy sampling ignores `key`."""
     if sampling.temperature == 0:
         return jnp.argmax(logits_BV, axis=-1).astype(jnp.int32)
     logits_BV = logits_BV / sampling.temperature
@@ -53,7 +56,7 @@ def sample(key: jax.Array, logits_BV: jax.Array, sampling: Sampling) -> jax.Arra
 
 
 def generate(run: Decoder, params: Params, prompts: list[list[int]], **kwargs) -> list[list[int]]:
-    """Continues token-id prompts of any lengths: what `stream` yields for each, joined."""
+    """The new token ids of each prompt; arguments and errors as of `stream`."""
     rows: list[list[int]] = [[] for _ in prompts]
     for tokens in stream(run, params, prompts, **kwargs):
         for row, token in tokens.items():
@@ -71,18 +74,19 @@ def stream(
     sampling: Sampling = GREEDY,
     seed: int = 0,
 ) -> Iterator[dict[int, int]]:
-    """Yields {row: next token} of the rows that continue, step by step, as soon as they are known.
+    """Yields {row: next token} of the rows that continue, step by step, as soon as the tokens are known.
 
-    A row ends before the first of `stop_ids` or after `max_new_tokens`. The cache is in the dtype of `run`. Rows do not
-    influence one another.
+    `prompts` are lists of token ids of any lengths. A row ends before the first of `stop_ids` or after
+    `max_new_tokens`. The cache is in the dtype of `run`. Rows do not influence one another. DataError for an empty
+    prompt, or one that exceeds `max_seq_len` together with `max_new_tokens`.
     """
     lengths = np.array([len(prompt) for prompt in prompts])
     limit = run.config.max_seq_len
     if not prompts or lengths.min() < 1:
-        raise DataError("a prompt has no token", "give at least one token, the end-of-text token for an empty start")
+        raise DataError("a prompt has no token", "give at least one: the end-of-text token stands for empty text")
     if lengths.max() + max_new_tokens > limit:
         raise DataError(
-            f"a prompt of {lengths.max()} tokens and {max_new_tokens} new ones exceed the model's {limit}",
+            f"a prompt of {lengths.max()} tokens and {max_new_tokens} new tokens exceed the model's {limit}",
             f"shorten the prompt or ask for at most {max(limit - int(lengths.max()), 0)} new tokens",
         )
     return _stream(run, sampling, params, prompts, lengths, max_new_tokens, frozenset(stop_ids), seed)
@@ -98,7 +102,7 @@ def _stream(
     stop_ids: Collection[int],
     seed: int,
 ) -> Iterator[dict[int, int]]:
-    # Right-padding is harmless: its cache slots lie after every position in use, until they are overwritten.
+    # Right-padding is harmless: no query sees its cache slots before they are overwritten.
     tokens_BT = np.zeros((len(prompts), _round_up(lengths.max())), np.int32)
     for row, prompt in enumerate(prompts):
         tokens_BT[row, : len(prompt)] = prompt
@@ -112,7 +116,7 @@ def _stream(
         if not open_rows:
             return
         last = n + 1 == max_new_tokens
-        if not last:  # dispatched before this step's tokens are handed out
+        if not last:  # dispatched before this step's tokens are yielded
             position_B = (lengths + n).astype(np.int32)
             key_n = jax.random.fold_in(key, n + 1)
             token_B, cache = next_token(run, sampling, params, key_n, token_B, position_B, cache)
@@ -129,7 +133,10 @@ def first_token(
     tokens_BT: jax.Array,
     lengths_B: jax.Array,
 ) -> tuple[jax.Array, Params]:
-    """(first new token of each row [B], cache): the head sees the last token of each prompt only."""
+    """Prompts int32 [B, T], right-padded, of `lengths_B` -> (first new token of each row int32 [B], cache of `length`).
+
+    The head runs only on the last token of each prompt.
+    """
     x_BTD, cache = prefill(run, params, tokens_BT, length)
     x_BD = jnp.take_along_axis(x_BTD, (lengths_B - 1)[:, None, None], axis=1)[:, 0]
     return sample(key, logits(run, params, x_BD), sampling), cache
@@ -145,7 +152,7 @@ def next_token(
     position_B: jax.Array,
     cache: Params,
 ) -> tuple[jax.Array, Params]:
-    """(next token of each row [B], cache) after one token of each row at its position."""
+    """int32 tokens [B] at `position_B` -> (next token of each row int32 [B], cache); donates the old cache."""
     x_B1D, cache = decode(run, params, token_B[:, None], position_B[:, None], cache)
     return sample(key, logits(run, params, x_B1D[:, 0]), sampling), cache
 

@@ -1,7 +1,8 @@
-"""The next-token loss straight from hidden states: whole logits [B, T, V] never exist.
+"""The next-token loss from hidden states, without the array of all logits [B, T, V].
 
-Logits and their softmax are the largest arrays of a small model's training step. Here they are made for a few tokens
-at a time; where a derivative is wanted it is taken while they are at hand, and only scaled on the way back.
+Logits and their softmax are the largest arrays of a small model's training step. Here they exist for a few tokens at a
+time. The forward pass also computes the derivatives that are wanted, while it has the logits; the backward pass only
+scales them.
 """
 
 import functools
@@ -12,17 +13,17 @@ import jax.numpy as jnp
 
 from flexmoe_jax.parallel.mesh import platform
 
-CHUNK_LOGITS = 1 << 21  # logits in one chunk on a CPU: 8 MB in float32 stay in cache
-ACCELERATOR_CHUNKS = 8  # elsewhere: a few large products, an eighth of the memory
+CHUNK_LOGITS = 1 << 21  # logits in one chunk on a CPU: 8 MB in float32 stay in its cache
+ACCELERATOR_CHUNKS = 8  # on other platforms: a few large products, an eighth of the memory
 
 
 def next_token_loss(
     x_BTD: jax.Array, head_DV: jax.Array, targets_BT: jax.Array, weights_BT: jax.Array, z_loss: float = 0.0
 ) -> tuple[jax.Array, jax.Array, jax.Array]:
-    """Returns (total, nll [B, T], log_z [B, T]), all float32.
+    """x [B, T, D], head [D, V], int targets [B, T], float32 weights [B, T] -> (total, nll [B, T], log_z [B, T]).
 
     total = sum(weights * (nll + z_loss * log_z^2)), nll = log_z - logits[target], log_z = logsumexp(logits),
-    logits = x head. Only `total` has a derivative, and only in x and the head; `nll` and `log_z` are constants to it.
+    logits = x head; all in nats and float32. Only `total` has a derivative, and only with respect to x and the head.
     """
     total, nll_BT, log_z_BT = _loss(x_BTD, head_DV.astype(x_BTD.dtype), targets_BT, weights_BT, z_loss)
     return total, jax.lax.stop_gradient(nll_BT), jax.lax.stop_gradient(log_z_BT)
@@ -58,7 +59,7 @@ def _scan(
     want_x: bool,
     want_head: bool,
 ) -> tuple:
-    """((total, nll, log_z), dtotal/dx or None, dtotal/dhead or None), a chunk of tokens of every row at a time."""
+    """((total, nll, log_z), dtotal/dx or None, dtotal/dhead or None); scans over chunks of tokens of every row."""
     B, T, D = x_BTD.shape
     V = head_DV.shape[1]
     chunks = -(-B * T * V // CHUNK_LOGITS) if platform() == "cpu" else ACCELERATOR_CHUNKS
@@ -81,7 +82,7 @@ def _scan(
         if want_x or want_head:
             scale_Bt1 = (weights_Bt * (1 + 2 * z_loss * log_z_Bt))[..., None] / sum_Bt1
             target_BtV = jnp.arange(V) == targets_Bt[..., None]
-            # The barrier keeps XLA from computing this once for each of the two products.
+            # The barrier stops XLA from computing this once for each of the two products.
             dlogits_BtV = jax.lax.optimization_barrier(
                 (exp_BtV * scale_Bt1 - jnp.where(target_BtV, weights_Bt[..., None], 0)).astype(x_BtD.dtype)
             )
@@ -96,8 +97,8 @@ def _scan(
     def join(a):
         return None if a is None else jnp.moveaxis(a, 0, 1).reshape(B, count * t, *a.shape[3:])[:, :T]
 
-    begin = jnp.zeros((D, V), jnp.float32) if want_head else None
-    dhead_DV, parts = jax.lax.scan(one, begin, (cut(x_BTD), cut(targets_BT), cut(weights_BT)))
+    initial = jnp.zeros((D, V), jnp.float32) if want_head else None
+    dhead_DV, parts = jax.lax.scan(one, initial, (cut(x_BTD), cut(targets_BT), cut(weights_BT)))
     nll_BT, log_z_BT, dx_BTD = map(join, parts)
     total = (weights_BT * (nll_BT + z_loss * log_z_BT**2)).sum()
     return (total, nll_BT, log_z_BT), dx_BTD, None if dhead_DV is None else dhead_DV.astype(head_DV.dtype)

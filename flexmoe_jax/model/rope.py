@@ -14,9 +14,9 @@ def rope_table(positions_BT: jax.Array, head_dim: int, theta: float) -> tuple[ja
 
 @jax.custom_vjp
 def apply_rope(x_BTHK: jax.Array, cos: jax.Array, sin: jax.Array) -> jax.Array:
-    """Rotates the heads of x [B, T, H, K] by the table of their positions; computed in float32, in x's dtype.
+    """Rotates the heads of x [B, T, H, K] by the table of their positions -> [B, T, H, K] in x's dtype.
 
-    The table is a constant: it has no derivative.
+    Computed in float32. The table is a constant: it has no derivative.
     """
     x = x_BTHK.astype(jnp.float32)
     first, second = jnp.split(x, 2, axis=-1)
@@ -24,7 +24,7 @@ def apply_rope(x_BTHK: jax.Array, cos: jax.Array, sin: jax.Array) -> jax.Array:
     return (x * cos + rotated * sin).astype(x_BTHK.dtype)
 
 
-# The derivative of a rotation is the rotation back; left to automatic differentiation it is padding and sums.
+# The derivative of a rotation is the inverse rotation; automatic differentiation would make it paddings and sums.
 apply_rope.defvjp(
     lambda x_BTHK, cos, sin: (apply_rope(x_BTHK, cos, sin), (cos, sin)),
     lambda table, dy_BTHK: (apply_rope(dy_BTHK, table[0], -table[1]), None, None),

@@ -1,4 +1,4 @@
-"""The router: softmax over all experts in float32, then top-k, not renormalised (method: paper section 3.2)."""
+"""The router: softmax over all experts in float32, then top-k, not renormalized (FlexOlmo, arXiv 2507.07024)."""
 
 import dataclasses
 
@@ -9,7 +9,7 @@ import jax.numpy as jnp
 @jax.tree_util.register_dataclass
 @dataclasses.dataclass(frozen=True)
 class Routing:
-    """The experts of each token: `weights_NE` float32 is zero outside the chosen, `index_Nk` int32 lists them."""
+    """The experts of each token: `index_Nk` int32 lists those chosen, `weights_NE` float32 is zero for the others."""
 
     weights_NE: jax.Array
     index_Nk: jax.Array
@@ -17,11 +17,10 @@ class Routing:
 
 @jax.custom_vjp
 def negative_part(bias: jax.Array) -> jax.Array:
-    """min(bias, 0), with a derivative that cannot die.
+    """min(bias, 0), with a derivative that cannot vanish for good.
 
-    The plain derivative is 0 above zero: a bias that once got there would stay for ever. Here the cotangent passes
-    wherever the step it causes is allowed: always below zero, and at or above zero when descent would lower the bias
-    (projected gradient descent on bias <= 0).
+    The plain derivative is 0 above zero: a bias above zero would never change again. Here the cotangent passes below
+    zero, and at or above zero where descent would lower the bias (projected gradient descent on bias <= 0).
     """
     return jnp.minimum(bias, 0.0)
 
@@ -38,13 +37,13 @@ negative_part.defvjp(_negative_part_fwd, _negative_part_bwd)
 
 
 def router_logits(x_ND: jax.Array, router_ED: jax.Array, bias_E: jax.Array) -> jax.Array:
-    """s_i(x) = r_i . x + min(b_i, 0): x [N, D], router [E, D], bias [E] -> float32 [N, E]."""
+    """s_i(x) = r_i . x + min(b_i, 0): x [N, D], router [E, D], bias [E] -> float32 [N, E] (paper section 3.3)."""
     products = jnp.einsum("ND,ED->NE", x_ND, router_ED.astype(x_ND.dtype), preferred_element_type=jnp.float32)
     return products + negative_part(bias_E.astype(jnp.float32))
 
 
 def route(logits_NE: jax.Array, k: int) -> Routing:
-    """Top-k of the softmax over all experts; equal probabilities are won by the expert that is first in the order."""
+    """float32 logits [N, E] -> the top-k of the softmax over all experts; ties go to the first expert in the order."""
     E = logits_NE.shape[-1]
     probs_NE = jax.nn.softmax(logits_NE, axis=-1)
     if k >= E:
@@ -55,5 +54,5 @@ def route(logits_NE: jax.Array, k: int) -> Routing:
 
 
 def route_uniform(logits_NE: jax.Array) -> Routing:
-    """Router ignored: every expert with weight 1/E (the control that routing has to beat)."""
+    """Ignores the values of the logits: every expert has weight 1/E (the control that routing has to beat)."""
     return route(jnp.zeros_like(logits_NE), logits_NE.shape[-1])

@@ -1,4 +1,4 @@
-"""Every test of the model runs under strict promotion: a cast that is not written is an error."""
+"""Every test of the model runs under strict dtype promotion: an implicit cast is an error."""
 
 import jax
 import pytest
@@ -6,6 +6,6 @@ import pytest
 
 @pytest.fixture(autouse=True)
 def _strict_dtypes():
-    # float32 products in full, also on accelerators that would use TF32: the tolerances here are those of float32.
+    # Full float32 products also on accelerators that default to TF32: the tolerances here are those of float32.
     with jax.numpy_dtype_promotion("strict"), jax.default_matmul_precision("highest"):
         yield

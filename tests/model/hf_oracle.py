@@ -1,6 +1,6 @@
-"""The oracle of the golden tests: tiny random `transformers` models, and their weights in our tree.
+"""The oracle of the golden tests: tiny random `transformers` models, and their weights as our parameter tree.
 
-The weights go through the package's own importer: equal logits are its test as much as the model's.
+The package's own importer converts the weights, so equal logits test the importer too.
 """
 
 import tempfile
@@ -24,12 +24,12 @@ CLASSES = {
 
 
 def expert_names(count: int) -> tuple[str, ...]:
-    """`public`, then owners in alphabetical order: our canonical order, HF's positions."""
+    """`public`, then owners in alphabetical order: names for HF's positions, in our canonical order."""
     return (PUBLIC, *(f"owner-{i}" for i in range(1, count)))
 
 
 def make_model(kind: str, config: ModelConfig, experts: int = 1, top_k: int = 1, seed: int = 0):
-    """A float32 model of that shape: every matrix normal with standard deviation 1/sqrt(fan in), norms around 1."""
+    """A float32 model of this shape: matrices are normal with standard deviation 1/sqrt(fan in), norms around 1."""
     make_config, make = CLASSES[kind]
     mixture = {"num_experts": experts, "num_experts_per_tok": top_k} if kind == "flex_olmo" else {}
     hf_config = make_config(
@@ -60,7 +60,7 @@ def make_model(kind: str, config: ModelConfig, experts: int = 1, top_k: int = 1,
 
 
 def to_tree(kind: str, model, config: ModelConfig) -> Params:
-    """The model's weights as our named parameters, through its files; experts are named by `expert_names`."""
+    """The model's weights as our named parameters, read from its saved files; experts named by `expert_names`."""
     with tempfile.TemporaryDirectory() as folder:
         model.save_pretrained(folder)
         source = open_folder(folder)

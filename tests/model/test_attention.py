@@ -1,4 +1,4 @@
-"""Attention: causality and the separation of packed documents by gradient, grouped heads, the cache."""
+"""Attention: causality and separation of packed documents, proved by gradients; grouped heads; the cache."""
 
 import dataclasses
 import functools
@@ -22,11 +22,11 @@ LENGTH = 12
 
 
 def influence(config: ModelConfig, segments=None, **how):
-    """[T, T]: the largest |d logits[t] / d embedding of the token at t'|, for a random mix of the logits."""
+    """[T, T]: the largest |d logits[t] / d embedding of the token at t'|, for a random combination of the logits."""
     params = random_params(config, EXPERTS)
     if how.get("dispatch") == "sparse":
         params = stacked(params)
-    tokens = jnp.arange(LENGTH)[None]  # all different: row t' of the embedding is the input at t' and nothing else
+    tokens = jnp.arange(LENGTH)[None]  # all different: row t' of the embedding is the input only at t'
     mix = jnp.asarray(np.random.default_rng(0).standard_normal(config.vocab_size), jnp.float32)
 
     @jax.jit
@@ -43,45 +43,45 @@ def influence(config: ModelConfig, segments=None, **how):
     [(TINY, {"top_k": 2}), (TINY, {"top_k": 2, "dispatch": "sparse"}), (LLAMA, {"uniform": True, "remat": True})],
     ids=["dense", "sparse", "llama-uniform-remat"],
 )
-def test_causality_by_gradient(config, how):
+def test_logits_depend_on_every_earlier_token_and_on_no_later_one(config, how):
     reach = influence(config, **how)
     sees = np.tril(np.ones((LENGTH, LENGTH), bool))
     assert np.array_equal(reach > 0, sees)  # exactly 0 after t, and every token up to t matters
 
 
 def test_packed_documents_cannot_see_each_other():
-    """Documents of 5, 1 and 6 tokens in one row; their numbers are only names (here not ascending)."""
+    """Documents of 5, 1 and 6 tokens in one row; their numbers need not be ascending."""
     segments = jnp.asarray([[3] * 5 + [9] + [1] * 6], jnp.int32)
     reach = influence(TINY, segments, top_k=2)
     sees = np.tril(np.asarray(segments[0])[:, None] == np.asarray(segments[0])[None])
     assert np.array_equal(reach > 0, sees)
 
 
-def test_each_packed_document_as_if_alone():
+def test_a_packed_document_gives_the_logits_of_the_document_by_itself():
     params, tokens = random_params(TINY, EXPERTS), random_tokens(TINY, 2, LENGTH)
     segments = jnp.asarray([[0] * 6 + [1] * 6, [0] * 12], jnp.int32)
     packed = jit_forward(TINY, params, tokens, segments_BT=segments, top_k=2).logits_BTV
     alone = jit_forward(TINY, params, tokens[:1, 6:], top_k=2).logits_BTV
-    # Positions run on through the row and RoPE is relative, so only rounding differs: angles up to 12 in float32 are
-    # off by 1e-6, and attention scores of order 1 with them (measured 1e-6).
+    # Positions continue through the row and RoPE is relative, so only rounding differs: angles up to 12 in float32 are
+    # off by 1e-6, and so are attention scores of order 1 (measured 1e-6).
     assert max_difference(packed[:1, 6:], alone) < 1e-5
     first = jit_forward(TINY, params, tokens[:1, :6], top_k=2).logits_BTV
     assert max_difference(packed[:1, :6], first) < 1e-5
-    # Without the mask the second document's logits are others: the comparison above can fail.
+    # Without the mask the second document's logits differ: the comparison above can fail.
     assert max_difference(jit_forward(TINY, params, tokens, top_k=2).logits_BTV[:1, 6:], alone) > 0.1
 
 
-def test_positions_are_relative():
-    """All positions moved by a constant: the same logits (angles up to 40 now round by 4e-6)."""
+def test_shifted_positions_give_the_same_logits():
+    """All positions shifted by a constant: the same logits (angles up to 40 round by 4e-6)."""
     params, tokens = random_params(TINY), random_tokens(TINY, 2, LENGTH)
     positions = jnp.broadcast_to(jnp.arange(LENGTH), tokens.shape)
     run = functools.partial(jit_forward, TINY, params, tokens)
     assert max_difference(run(positions_BT=positions + 29).logits_BTV, run(positions_BT=positions).logits_BTV) < 5e-5
-    # and spacing matters: stretched positions give others
+    # Spacing matters: stretched positions give other logits.
     assert max_difference(run(positions_BT=positions * 2).logits_BTV, run(positions_BT=positions).logits_BTV) > 0.01
 
 
-def test_grouped_heads_equal_repeated_ones():
+def test_grouped_heads_equal_repeated_heads():
     params, tokens = random_params(TINY, EXPERTS), random_tokens(TINY, 2, LENGTH)
     times = TINY.num_heads // TINY.num_kv_heads
     blocks = params["trunk"]["blocks"]
@@ -96,8 +96,8 @@ def test_grouped_heads_equal_repeated_ones():
 
 
 @pytest.mark.parametrize("config", [TINY, LLAMA], ids=["olmo", "llama"])
-def test_decoding_with_a_cache_equals_the_whole(config):
-    """Rows of unlike lengths: the shorter row's padding is written, then overwritten before anything may see it."""
+def test_decoding_with_a_cache_equals_the_full_forward_pass(config):
+    """Rows of different lengths: the shorter row's padding is written, then overwritten before a query can see it."""
     params, tokens = random_params(config, EXPERTS), random_tokens(config, 2, LENGTH)
     whole = jit_forward(config, params, tokens, top_k=2).logits_BTV
     lengths = np.array([7, 4])
@@ -125,8 +125,8 @@ def test_a_position_past_the_cache_writes_nothing():
 
 
 @pytest.mark.parametrize(("length", "block"), [(37, 8), (64, 16), (9, 128)])
-def test_blocks_equal_the_whole_in_values_and_gradients(monkeypatch, length, block):
-    """Attention in blocks, whose derivative is written by hand, against the plain masked softmax."""
+def test_blocked_attention_equals_masked_softmax_in_values_and_gradients(monkeypatch, length, block):
+    """The derivative of attention in blocks is written by hand."""
     monkeypatch.setattr(attention, "MIN_BLOCK", block)
     rng = np.random.default_rng(0)
     shapes = ((2, length, 4, 6), (2, length, 2, 6), (2, length, 2, 6), (2, length, 4, 6))
@@ -147,7 +147,7 @@ def test_blocks_equal_the_whole_in_values_and_gradients(monkeypatch, length, blo
         assert max_difference(ours, theirs) < 1e-5 * max(1.0, float(jnp.abs(theirs).max()))
 
 
-def test_the_rotation_back_is_the_derivative_of_the_rotation():
+def test_the_derivative_of_rope_equals_finite_differences():
     x = jnp.asarray(np.random.default_rng(0).standard_normal((1, 5, 2, 6)), jnp.float32)
     table = rope_table(jnp.arange(5)[None], 6, 5e5)
     jax.test_util.check_grads(lambda x: apply_rope(x, *table), (x,), order=1, modes=["rev"])

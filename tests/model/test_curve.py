@@ -1,6 +1,6 @@
-"""A stored loss curve: 20 steps of plain gradient descent on the model alone. A refactor leaves it where it is.
+"""A stored loss curve: 20 steps of plain gradient descent, without the training loop. A refactor does not change it.
 
-After a change of the mathematics that is meant: `python -m tests.model.test_curve`, and say so in the change log.
+After an intended change of the mathematics run `python -m tests.model.test_curve`, and say so in the change log.
 """
 
 import functools
@@ -47,12 +47,12 @@ def curve(dispatch: str) -> list[float]:
 
 
 @pytest.mark.parametrize("dispatch", ["dense", "sparse"])
-def test_loss_curve_is_the_stored_one(dispatch):
+def test_loss_curve_equals_the_stored_one(dispatch):
     stored = json.loads(STORED.read_text())
     assert len(stored) == STEPS
-    assert stored[-1] < stored[0] - 1  # it learns: the curve follows gradients, not only the first forward pass
-    # One step rounds by 1e-7; twenty steps of this rate amplify that less than tenfold (dense against sparse, which sum
-    # in other orders, differ by 8e-7), so another machine stays within 1e-5; a changed formula is far outside.
+    assert stored[-1] < stored[0] - 1  # the model learns: the curve depends on gradients, not only on the forward pass
+    # One step rounds by 1e-7; twenty steps at this rate amplify that less than tenfold (dense and sparse, which sum in
+    # different orders, differ by 8e-7), so another machine stays within 1e-5; a changed formula is far outside.
     np.testing.assert_allclose(curve(dispatch), stored, rtol=1e-5, atol=0)
 
 

@@ -1,4 +1,4 @@
-"""Dispatch: `dense` is the definition; `sparse` must equal it in values and in every gradient, and cost no [E, N]."""
+"""Dispatch: `dense` is the definition; `sparse` equals it in values and gradients, without an [E, N] array."""
 
 import functools
 
@@ -35,7 +35,7 @@ def make_x(N: int, seed: int = 1):
 
 @functools.partial(jax.jit, static_argnames=("k", "dispatch", "kernel", "tile"))
 def value_and_gradients(x, experts, mix, *, k: int, dispatch: str, kernel: str = "_tiled", tile: int = 32):
-    """MoE output, and gradients of a random mix of it (and of the router logits) in x and every leaf of the experts."""
+    """MoE output, and gradients in x and every expert leaf of a random combination of it (plus the router logits)."""
 
     def loss(x, experts):
         y, logits_NE = moe(Decoder(TINY, k, dispatch), experts, x)
@@ -52,17 +52,17 @@ ROUTINGS = ("random", "ties", "one takes all", "underflow")
 
 
 def case_inputs(N: int, E: int, routing: str, seed: int):
-    """`ties`: equal logits for all; `one takes all`: others far behind; `underflow`: others' weight is exactly 0."""
+    """`ties`: equal logits; `one takes all`: others far below; `underflow`: the weight of others is exactly 0."""
     experts = make_experts(E, seed, router_scale=1.0 if routing == "random" else 0.0)
-    favourite = seed % E
+    favorite = seed % E
     bias = {"random": experts["bias"], "ties": jnp.zeros(E)}.get(routing)
     if bias is None:
-        bias = jnp.full(E, -9.0 if routing == "one takes all" else -300.0).at[favourite].set(-0.5)
+        bias = jnp.full(E, -9.0 if routing == "one takes all" else -300.0).at[favorite].set(-0.5)
     mix = np.random.default_rng(seed + 7).standard_normal((1, N, D)).astype(np.float32)
     return make_x(N, seed + 3), {**experts, "bias": bias}, jnp.asarray(mix)
 
 
-@settings(max_examples=6)  # beside the examples; each one compiles twice
+@settings(max_examples=6)  # in addition to the examples; each one compiles twice
 @given(
     shape=st.tuples(st.sampled_from([1, 5, 37, 130]), st.integers(1, 12)).flatmap(
         lambda NE: st.tuples(st.just(NE[0]), st.just(NE[1]), st.integers(1, NE[1]))
@@ -70,7 +70,7 @@ def case_inputs(N: int, E: int, routing: str, seed: int):
     tile=st.sampled_from([8, 32]),
     seed=st.integers(0, 9),
 )
-@example(shape=(130, 12, 2), tile=32, seed=0)  # slots more than a tile and no multiple of it
+@example(shape=(130, 12, 2), tile=32, seed=0)  # more slots than a tile, and not a multiple of it
 @example(shape=(37, 5, 5), tile=8, seed=0)  # k = E
 @example(shape=(130, 2, 1), tile=8, seed=1)  # many tiles of one expert
 @example(shape=(3, 12, 2), tile=32, seed=2)  # more experts than slots: most are empty
@@ -80,7 +80,7 @@ def test_sparse_equals_dense_in_values_and_gradients(shape, tile, seed):
 
 
 @pytest.mark.parametrize("shape", [(37, 5, 2), (3, 12, 2), (7, 3, 3)])
-def test_the_accelerators_kernel_equals_dense_too(shape):
+def test_the_kernel_of_accelerators_equals_dense_in_values_and_gradients(shape):
     check_against_dense(shape, "_ragged", 32, 0)
 
 
@@ -98,8 +98,8 @@ def check_against_dense(shape, kernel, tile, seed):
             assert max_difference(ours, gradients_dense[name]) < 5e-6 * size, (routing, name)
 
 
-def test_gradients_by_finite_differences():
-    """`dense` itself: its automatic derivative is that of the formula (float64-free: a central difference of 1e-2)."""
+def test_gradients_equal_finite_differences():
+    """The derivative of `dense` is that of the formula (in float32: a central difference of 1e-2)."""
     x, experts, mix = case_inputs(5, 3, "random", 4)
     _, gradients = value_and_gradients(x, experts, mix, k=3, dispatch="dense")
 
@@ -117,12 +117,11 @@ def test_gradients_by_finite_differences():
             for s in (1.0, -1.0)
         ]
         slope = float((gradients[name] * step).sum())
-        # third-order remainder of the difference (1e-6 relative to 1e-2 steps) and float32 rounding of a loss near 10
+        # Third-order remainder of the difference (1e-6 relative to 1e-2 steps) and float32 rounding of a loss near 10.
         assert abs(float(at[0] - at[1]) / 2 - slope) < 1e-2 * abs(slope) + 3e-5, name
 
 
-def test_dense_is_the_weighted_sum():
-    """Against numpy in float64."""
+def test_dense_equals_the_weighted_sum_in_float64():
     x, experts, _ = case_inputs(9, 4, "random", 0)
     ours, logits_NE = moe(Decoder(TINY, 2), experts, x)
     weights = np.asarray(route(logits_NE, 2).weights_NE, np.float64)
@@ -134,8 +133,8 @@ def test_dense_is_the_weighted_sum():
     assert max_difference(ours[0], expected) < 2e-6  # float32 against float64, values of order 1
 
 
-def test_named_equals_stacked():
-    """The position of an expert is its name's in canonical order, in whatever order the mapping holds them."""
+def test_named_experts_equal_stacked_experts():
+    """An expert's position is that of its name in canonical order, in any order of the mapping."""
     stacked, x = make_experts(4), make_x(21)
     names = ("public", "code", "law", "news")
     rows = reversed([*enumerate(names)])
@@ -144,7 +143,7 @@ def test_named_equals_stacked():
         y_named, logits_named = jax.jit(functools.partial(moe, Decoder(TINY, k)))(named, x)
         y_stacked, logits_stacked = jax.jit(functools.partial(moe, Decoder(TINY, k)))(stacked, x)
         assert np.array_equal(logits_named, logits_stacked)
-        # unrolled against scanned: XLA may fuse the same sums otherwise, one rounding of values of order 1
+        # Unrolled against scanned: XLA may fuse the same sums differently, one rounding of values of order 1.
         assert max_difference(y_named, y_stacked) < 1e-6
 
 
@@ -172,8 +171,8 @@ def test_sparse_keeps_nan_out_of_the_other_experts_gradients():
 
 @pytest.mark.parametrize("kernel", ["_tiled", "_ragged"])
 @pytest.mark.parametrize("dispatch", ["dense", "sparse"])
-def test_a_layer_of_whole_weights_equals_that_layer_alone(monkeypatch, dispatch, kernel):
-    """How decoding reads weights: bit for bit what the sliced form gives."""
+def test_reading_one_layer_of_all_weights_equals_slicing_it_first(monkeypatch, dispatch, kernel):
+    """Decoding reads weights in this form: bit-identical to the sliced form."""
     monkeypatch.setitem(experts_module.GROUPED, jax.default_backend(), getattr(experts_module, kernel))
     layers = [make_experts(5, seed) for seed in (0, 1, 2)]
     whole = {name: jnp.stack([layer[name] for layer in layers]) for name in layers[0]}
@@ -192,8 +191,8 @@ def test_sparse_refuses_named_experts():
         moe(Decoder(TINY, 1, "sparse"), named, make_x(3))
 
 
-def test_sparse_backward_holds_nothing_of_tokens_times_experts():
-    """No array in the whole derivative of `sparse` is as large as [E, N, min(D, F)]; that of `dense` holds one."""
+def test_the_gradient_of_sparse_has_no_array_of_tokens_times_experts():
+    """No array in the derivative of `sparse` is as large as [E, N, min(D, F)]; that of `dense` has one."""
     N, E, k = 256, 12, 2
     shapes = {"w_gate": (E, D, F), "w_up": (E, D, F), "w_down": (E, F, D)}
     experts = {name: jax.ShapeDtypeStruct(shape, jnp.float32) for name, shape in shapes.items()}
@@ -214,7 +213,7 @@ def test_sparse_backward_holds_nothing_of_tokens_times_experts():
 
 
 def _arrays(jaxpr):
-    """Every intermediate of a jaxpr and of the jaxprs inside its equations (loop bodies, jitted calls)."""
+    """Every intermediate array of a jaxpr and of the jaxprs inside its equations (loop bodies, jitted calls)."""
     for equation in jaxpr.eqns:
         yield from (v.aval for v in equation.outvars)
         for parameter in jax.tree.leaves(list(equation.params.values())):

@@ -1,4 +1,4 @@
-"""Operations of a model small enough to count by hand."""
+"""FLOPs of a model that is small enough to count by hand."""
 
 from flexmoe_jax.config import ModelConfig
 from flexmoe_jax.model.flops import forward_flops, training_flops
@@ -11,11 +11,11 @@ MODEL = ModelConfig(
 )
 
 
-def test_forward():
+def test_forward_flops_equal_the_count_by_hand():
     assert forward_flops(MODEL, T, 3) == HEAD + PROJECTIONS + NORMS + SCORES + 3 * FFN
 
 
-def test_training_counts_a_weight_gradient_where_a_weight_trains():
+def test_training_flops_count_weight_gradients_only_of_trained_weights():
     frozen = HEAD + PROJECTIONS + NORMS
     assert training_flops(MODEL, T, "joint", 2) == 3 * (frozen + SCORES + 2 * FFN)
     assert training_flops(MODEL, T, "expert") == 2 * (frozen + 2 * FFN) + 3 * SCORES + FFN

@@ -1,4 +1,4 @@
-"""Against `transformers`, the published implementation: each sub-block and the whole, float32, random weights."""
+"""Each sub-block and the whole model equal `transformers`, the published implementation: float32, random weights."""
 
 import dataclasses
 import functools
@@ -84,7 +84,7 @@ def to_torch(tokens):
 
 
 def causal_inputs(model, x):
-    """What an HF layer needs beside x: rotary tables and the additive causal mask."""
+    """The inputs of an HF layer besides x: rotary tables and the additive causal mask."""
     T = x.shape[1]
     mask = torch.full((T, T), torch.finfo(torch.float32).min).triu(1)[None, None]
     return {"position_embeddings": model.model.rotary_emb(x, torch.arange(T)[None]), "attention_mask": mask}
@@ -92,21 +92,21 @@ def causal_inputs(model, x):
 
 @pytest.mark.parametrize("form", FORMS.values(), ids=FORMS.keys())
 @all_cases
-def test_logits(case, form):
+def test_logits_equal_transformers(case, form):
     is_stacked, dispatch = form
     model, params = case.oracle
     tokens = random_tokens(case.config, 2, 19)
     ours = jit_forward(case.config, in_form(params, is_stacked), tokens, top_k=case.top_k, dispatch=dispatch)
     theirs = model(to_torch(tokens)).logits
-    assert theirs.std() > 0.5  # logits of ordinary size: the absolute tolerance means something
+    assert theirs.std() > 0.5  # logits of ordinary size, so that the absolute tolerance is meaningful
     assert max_difference(ours.logits_BTV, theirs) < TOLERANCE
 
 
 @pytest.mark.parametrize(
     "case", [pytest.param(CASES[n], id=n) for n in ("7-experts-top-5-grouped-heads", "olmo2-dense", "llama")]
 )
-def test_decoding_with_a_cache(case):
-    """Prefill of 7 tokens, then one at a time, against the oracle's full forward."""
+def test_decoding_with_a_cache_equals_the_full_forward_pass_of_transformers(case):
+    """Prefill of 7 tokens, then one token at a time."""
     model, params = case.oracle
     tokens = random_tokens(case.config, 2, 12, seed=3)
     theirs = model(to_torch(tokens)).logits.numpy()
@@ -118,8 +118,8 @@ def test_decoding_with_a_cache(case):
 
 
 @all_cases
-def test_each_decoder_layer(case):
-    """Each layer alone, read through the final norm by a head that is the identity."""
+def test_each_layer_equals_transformers(case):
+    """Each layer by itself, followed by the final norm and a head that is the identity."""
     model, params = case.oracle
     tokens = random_tokens(case.config, 2, 19)
     config = dataclasses.replace(case.config, num_layers=1, tie_embeddings=False)
@@ -133,7 +133,7 @@ def test_each_decoder_layer(case):
 
 
 @all_cases
-def test_attention(case):
+def test_attention_equals_transformers(case):
     model, params = case.oracle
     x, x_torch = stream(case.config)
     rope = rope_table(jnp.arange(x.shape[1])[None], case.config.head_dim, case.config.rope_theta)
@@ -152,7 +152,7 @@ def test_attention(case):
 
 
 @flex_cases
-def test_router_probabilities(case):
+def test_router_weights_equal_transformers(case):
     model, params = case.oracle
     x, x_torch = stream(case.config)
     for layer, hf_layer in enumerate(model.model.layers):
@@ -168,7 +168,7 @@ def test_router_probabilities(case):
 
 @pytest.mark.parametrize("form", FORMS.values(), ids=FORMS.keys())
 @flex_cases
-def test_moe(case, form):
+def test_the_mixture_of_experts_equals_transformers(case, form):
     is_stacked, dispatch = form
     model, params = case.oracle
     x, x_torch = stream(case.config)
@@ -180,16 +180,16 @@ def test_moe(case, form):
 
 
 @pytest.mark.parametrize("scale", [1.0, 1e-3, 1e3])
-def test_norm(scale):
-    """Also where eps matters (mean square 1e-6) and where it does not."""
+def test_rms_norm_equals_transformers(scale):
+    """Also where eps matters (mean square 1e-6)."""
     model, params = CASES["3-experts-top-2"].oracle
     x, x_torch = stream(BASE)
     ours = rms_norm(x * scale, params["trunk"]["final_norm"], BASE.norm_eps)
     assert max_difference(ours, model.model.norm(x_torch * scale)) < TOLERANCE
 
 
-def test_norm_casts_back_last():
-    """In bfloat16 the weight is multiplied before the cast: the published order, bit for bit."""
+def test_rms_norm_in_bfloat16_applies_the_weight_before_the_cast():
+    """The published order of operations, bit for bit."""
     model, params = CASES["3-experts-top-2"].oracle
     x, x_torch = stream(BASE)
     ours = rms_norm(x.astype(jnp.bfloat16), params["trunk"]["final_norm"], BASE.norm_eps)
@@ -198,7 +198,7 @@ def test_norm_casts_back_last():
     assert np.mean(np.asarray(ours, np.float32) == theirs.float().numpy()) > 0.99
 
 
-def test_rope():
+def test_rope_equals_transformers():
     from transformers.models.flex_olmo.modeling_flex_olmo import apply_rotary_pos_emb
 
     model, _ = CASES["3-experts-top-2"].oracle
@@ -210,8 +210,8 @@ def test_rope():
     assert max_difference(ours, theirs) < TOLERANCE
 
 
-def test_renormalising_would_be_seen():
-    """The oracle's own `norm_topk_prob` moves the MoE's output far beyond the tolerance, so these tests can see it."""
+def test_renormalized_weights_would_exceed_the_tolerance():
+    """The oracle's own `norm_topk_prob` changes the MoE's output far beyond the tolerance, so these tests detect it."""
     case = CASES["3-experts-top-2"]
     model, _ = case.oracle
     mlp = model.model.layers[0].mlp

@@ -1,4 +1,4 @@
-"""The chunked next-token loss against the formula over whole logits, in values and gradients."""
+"""The chunked next-token loss: equal to the formula over all logits, in less memory."""
 
 import functools
 
@@ -30,7 +30,7 @@ def whole(x, head, targets, weights):
 
 
 @pytest.mark.parametrize("chunk_logits", [B * V, 5 * B * V, 1 << 20], ids=["1 token", "5 of 13 tokens", "all"])
-def test_values_and_gradients(monkeypatch, chunk_logits):
+def test_the_chunked_loss_equals_the_formula_in_values_and_gradients(monkeypatch, chunk_logits):
     monkeypatch.setattr(loss_module, "CHUNK_LOGITS", chunk_logits)
     arrays, targets, weights = inputs()
     chunked = jax.jit(functools.partial(next_token_loss, targets_BT=targets, weights_BT=weights, z_loss=Z))
@@ -45,7 +45,7 @@ def test_values_and_gradients(monkeypatch, chunk_logits):
 
 
 def test_a_frozen_head_costs_no_gradient():
-    """Of the two [V, D] sized products of the backward pass only the one to the hidden states is there."""
+    """Of the two [V, D] sized products of the backward pass only the one for the hidden states remains."""
     (x, head), targets, weights = inputs()
 
     def products(argnums):
@@ -59,5 +59,5 @@ def test_no_array_holds_all_logits():
     text = jax.jit(jax.grad(lambda x, head: next_token_loss(x, head, *rest)[0], (0, 1)))
     x, head = jnp.zeros((4, 512, 8)), jnp.zeros((8, 8192))
     rest = jnp.zeros((4, 512), jnp.int32), jnp.ones((4, 512))
-    # 4 * 512 * 8192 logits are 64 MiB; a chunk is 8 MiB, and few of them live at a time.
+    # 4 * 512 * 8192 logits are 64 MiB; a chunk is 8 MiB, and few of them exist at a time.
     assert text.lower(x, head).compile().memory_analysis().temp_size_in_bytes < 32 << 20

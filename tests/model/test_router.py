@@ -1,4 +1,4 @@
-"""The router: softmax over all experts, top-k, not renormalised; a bias that cannot die; odds that merging keeps."""
+"""The router: softmax over all experts, top-k, not renormalized; biases that recover; odds that merging keeps."""
 
 import jax
 import jax.numpy as jnp
@@ -18,7 +18,7 @@ def logits(N: int, E: int, seed: int = 0, scale: float = 2.0):
 
 @settings(max_examples=40)
 @given(E=st.sampled_from([1, 3, 8]), k=st.sampled_from([1, 2, 5, 9]), seed=st.integers(0, 99))
-def test_softmax_over_all_then_top_k_not_renormalised(E, k, seed):
+def test_weights_are_the_top_k_of_a_softmax_over_all_not_renormalized(E, k, seed):
     logits_NE = logits(6, E, seed)
     routing = route(logits_NE, k)
     weights, index = np.asarray(routing.weights_NE), np.asarray(routing.index_Nk)
@@ -35,13 +35,13 @@ def test_softmax_over_all_then_top_k_not_renormalised(E, k, seed):
         assert (weights.sum(-1) < 1).all()
 
 
-def test_equal_probabilities_are_won_by_the_first():
+def test_ties_go_to_the_first_expert():
     routing = route(jnp.zeros((3, 5)), 2)
     assert np.array_equal(routing.index_Nk, [[0, 1]] * 3)
     assert np.array_equal(np.asarray(routing.weights_NE) > 0, [[True, True, False, False, False]] * 3)
 
 
-def test_top_k_beyond_the_experts_is_all_of_them():
+def test_top_k_above_the_number_of_experts_is_all_of_them():
     params, tokens = random_params(TINY, ("public", "news")), random_tokens(TINY, 2, 6)
     clamped = jit_forward(TINY, params, tokens, top_k=5).logits_BTV
     assert np.array_equal(clamped, jit_forward(TINY, params, tokens, top_k=None).logits_BTV)
@@ -56,8 +56,8 @@ def test_logits_are_products_plus_the_negative_part_of_the_bias():
     assert max_difference(ours, x @ rows.T + np.array([0.0, -1.5, 0.0])) < 5e-6
 
 
-def test_logits_of_half_precision_are_summed_in_float32():
-    """With bfloat16 activations the products (exact in float32) are added in float32 and the bias is not rounded."""
+def test_router_logits_of_bfloat16_activations_are_summed_in_float32():
+    """The products (exact in float32) are added in float32, and the bias is not rounded."""
     x, rows = logits(5, 8).astype(jnp.bfloat16), logits(3, 8, 1).astype(jnp.bfloat16)
     bias = jnp.array([-0.1, -1.001, -3.3])
     ours = router_logits(x, rows.astype(jnp.float32), bias)
@@ -71,7 +71,7 @@ def test_logits_of_half_precision_are_summed_in_float32():
     ("bias", "cotangent", "passed"),
     [(-0.5, 2.0, 2.0), (-0.5, -2.0, -2.0), (0.0, 2.0, 2.0), (0.0, -2.0, 0.0), (0.5, 2.0, 2.0), (0.5, -2.0, 0.0)],
 )
-def test_gradient_contract_of_the_negative_part(bias, cotangent, passed):
+def test_the_negative_part_passes_gradients_that_lead_to_allowed_biases(bias, cotangent, passed):
     value, pull = jax.vjp(negative_part, jnp.float32(bias))
     assert value == min(bias, 0.0)
     assert pull(jnp.float32(cotangent)) == (passed,)
@@ -79,7 +79,7 @@ def test_gradient_contract_of_the_negative_part(bias, cotangent, passed):
 
 @given(start=st.floats(-3, 3, width=32), target=st.floats(-2, 2, width=32))
 def test_descent_recovers_from_any_start(start, target):
-    """Plain descent on (min(b,0) - target)^2: from above zero too it finds the best allowed value."""
+    """Gradient descent on (min(b,0) - target)^2 finds the best allowed value, also from above zero."""
     final, effective = descend(jnp.float32(start), jnp.float32(target))
     # 200 steps of rate 0.05 shrink the distance by 0.9^200 = 7e-10 below zero; from 3 above zero the slope is at least
     # 2*|target|, so 3 / (0.1*|target|) steps reach zero: enough for targets below -0.5.
@@ -87,7 +87,7 @@ def test_descent_recovers_from_any_start(start, target):
         assert abs(min(float(final), 0.0) - min(target, 0.0)) < 1e-4
     assert (np.asarray(effective) <= 0).all()
     if target >= 0 and start > 0:
-        assert final == start  # nothing pushes it further up
+        assert final == start  # no gradient raises it further
 
 
 @jax.jit
@@ -100,7 +100,7 @@ def descend(bias, target):
 
 
 def test_a_positive_bias_recovers_in_the_model():
-    """All layers' biases start at +0.5, where min() has no slope; descent that favours `public` brings them below 0."""
+    """The biases of all layers start at +0.5, where min() has no slope; favoring `public` brings them below 0."""
     params, tokens = random_params(TINY, ("public", "news")), random_tokens(TINY, 2, 6)
 
     @jax.jit
@@ -117,7 +117,7 @@ def test_a_positive_bias_recovers_in_the_model():
 
 
 def test_pairwise_odds_are_kept_when_experts_join():
-    """log(p_i / p_public) is what owner i trained, whoever else joins (method 2.2); p_public itself shrinks."""
+    """log(p_i / p_public) is what owner i trained, with any other experts; p_public itself shrinks."""
     x = logits(7, TINY.d_model, scale=1.0)
     names = ("public", "news", "code", "law", "math")
     experts = jax.tree.map(lambda leaf: leaf[0], random_params(TINY, names)["experts"])
@@ -133,7 +133,7 @@ def test_pairwise_odds_are_kept_when_experts_join():
 
 
 @pytest.mark.parametrize("E", [1, 3, 7])
-def test_uniform_routing_gives_each_expert_the_same(E):
+def test_uniform_routing_gives_every_expert_the_same_weight(E):
     routing = route_uniform(logits(4, E))
     # softmax of equal logits: 1/E to one rounding
     assert max_difference(routing.weights_NE, np.full((4, E), 1 / E)) < 1e-7
