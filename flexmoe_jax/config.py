@@ -23,7 +23,7 @@ from flexmoe_jax.tree import PUBLIC, check_owner_name
 class ModelConfig:
     """The shape of a FlexMoE decoder (FlexOlmo, arXiv 2507.07024, section 3; OLMo-2 blocks).
 
-    The defaults are the OLMo-2/FlexOlmo block. Llama-style public models set `pre_norm=True, qk_norm=False`.
+    The defaults are the OLMo-2/FlexOlmo block. Llama-style public models set `pre_norm=True, norm_topk=True, qk_norm=False`.
     ConfigError for impossible sizes.
     """
 
@@ -66,6 +66,10 @@ class ModelConfig:
     tie_embeddings: bool = False
     """The head is the transposed embedding (small Llama-style models)."""
 
+    norm_topk: bool = False
+    """Divide the weights of a token's active experts by their sum (`norm_topk_prob` of transformers). OLMo-2 needs no
+    such division, since the norm on the experts' output undoes any factor; with `pre_norm` nothing else does."""
+
     def __post_init__(self):
         sizes = ("vocab_size", "num_layers", "d_model", "num_heads", "num_kv_heads", "head_dim", "d_ff", "max_seq_len")
         for name in sizes:
@@ -78,6 +82,13 @@ class ModelConfig:
             )
         if self.head_dim % 2:
             raise ConfigError(f"model.head_dim is {self.head_dim}", "rotary embeddings need an even head size")
+        if self.pre_norm and not self.norm_topk:
+            raise ConfigError(
+                "model.norm_topk is False and model.pre_norm is True: with fewer experts active than the model has, "
+                "their weights add up to less than 1 and the mixture is not the model that it was made from",
+                "set model.norm_topk to True; a model or package on disk that lacks it has to be imported or trained "
+                "again",
+            )
 
 
 @dataclasses.dataclass(frozen=True)

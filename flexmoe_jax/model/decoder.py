@@ -178,7 +178,10 @@ def moe(run: Decoder, experts: Params, x_BTD: jax.Array, layer: jax.Array | None
     x_ND = x_BTD.reshape(B * T, D)
     router_ED, bias_E = _router_rows(experts)
     logits_NE = router.router_logits(x_ND, router_ED, bias_E)
-    routing = router.route_uniform(logits_NE) if run.uniform else router.route(logits_NE, run.active(len(bias_E)))
+    if run.uniform:
+        routing = router.route_uniform(logits_NE)
+    else:
+        routing = router.route(logits_NE, run.active(len(bias_E)), run.config.norm_topk)
     mixture = dense if run.dispatch == "dense" else sparse_on_mesh if splits_work() else sparse
     return mixture(x_ND, routing, experts, layer).reshape(B, T, D), logits_NE
 

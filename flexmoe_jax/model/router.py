@@ -1,4 +1,7 @@
-"""The router: softmax over all experts in float32, then top-k, not renormalized (FlexOlmo, arXiv 2507.07024)."""
+"""The router: softmax over all experts in float32, then top-k (FlexOlmo, arXiv 2507.07024).
+
+FlexOlmo does not renormalize the weights of the chosen experts; other public models need it (`ModelConfig.norm_topk`).
+"""
 
 import dataclasses
 
@@ -42,14 +45,19 @@ def router_logits(x_ND: jax.Array, router_ED: jax.Array, bias_E: jax.Array) -> j
     return products + negative_part(bias_E.astype(jnp.float32))
 
 
-def route(logits_NE: jax.Array, k: int) -> Routing:
-    """float32 logits [N, E] -> the top-k of the softmax over all experts; ties go to the first expert in the order."""
+def route(logits_NE: jax.Array, k: int, norm_topk: bool = False) -> Routing:
+    """float32 logits [N, E] -> the top-k of the softmax over all experts; ties go to the first expert in the order.
+
+    With `norm_topk` the softmax is over the chosen experts: their weights add up to 1.
+    """
     E = logits_NE.shape[-1]
     probs_NE = jax.nn.softmax(logits_NE, axis=-1)
     if k >= E:
         return Routing(probs_NE, jnp.broadcast_to(jnp.arange(E, dtype=jnp.int32), probs_NE.shape))
     _, index_Nk = jax.lax.top_k(probs_NE, k)
     chosen_NE = jax.nn.one_hot(index_Nk, E, dtype=bool).any(axis=-2)
+    if norm_topk:
+        return Routing(jax.nn.softmax(logits_NE, axis=-1, where=chosen_NE), index_Nk)
     return Routing(jnp.where(chosen_NE, probs_NE, 0.0), index_Nk)
 
 
