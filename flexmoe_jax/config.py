@@ -222,7 +222,8 @@ class RunConfig:
     """See the keys of `optimizer`."""
 
     accumulation: int = 1
-    """Equal microbatches that a step's batch is split into, to save memory; they change no result but rounding."""
+    """Equal microbatches that a step's batch is split into, to save memory. They change only rounding, the
+    load-balance loss (it is taken over a microbatch), and gradients of router biases that are not below 0."""
 
     z_loss: float = 1e-5
     """Weight of the squared log-partition of the vocabulary logits, which keeps them small. The paper's."""

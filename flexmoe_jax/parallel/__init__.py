@@ -1,1 +1,1 @@
-"""Many devices: one mesh, one table of rules for what lies where, and processes that join into one job."""
+"""Many devices: one mesh, one table of sharding rules, and processes that join into one job."""

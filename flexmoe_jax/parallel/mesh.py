@@ -1,11 +1,11 @@
-"""The mesh: four axes, always there, of size one where nothing is split; one device is a mesh of one.
+"""The mesh of devices: always four axes, of size one where nothing is split; one device is a mesh of one.
 
-    data     copies of the parameters, each with its part of the batch
-    fsdp     parameters, moments and the batch in parts
-    expert   experts in parts, and the batch
-    tensor   heads, feed-forward width and vocabulary in parts
+    data     replicates the parameters and splits the batch
+    fsdp     splits parameters, moments and the batch
+    expert   splits experts and the batch
+    tensor   splits heads, feed-forward width and vocabulary
 
-Inside `jax.set_mesh(mesh)` the model finds the mesh by itself (`current_mesh`); outside, everything is on one device.
+Inside `jax.set_mesh(mesh)` the model finds the mesh by itself (`current_mesh`); outside it runs on one device.
 """
 
 import math
@@ -22,7 +22,10 @@ BATCH = (DATA, FSDP, EXPERT)  # axes that split the rows of a batch
 
 
 def parse_mesh(text: str) -> dict[str, int]:
-    """ "data=2,fsdp=4" -> {"data": 2, "fsdp": 4, "expert": 1, "tensor": 1}; what is not named has size 1."""
+    """ "data=2,fsdp=4" -> {"data": 2, "fsdp": 4, "expert": 1, "tensor": 1}; axes that are not named have size 1.
+
+    ConfigError for an unknown axis or a size that is not a positive integer.
+    """
     sizes = dict.fromkeys(AXES, 1)
     for part in filter(None, text.split(",")):
         name, _, size = part.strip().partition("=")
@@ -35,7 +38,7 @@ def parse_mesh(text: str) -> dict[str, int]:
 
 
 def check_mesh(text: str, count: int) -> dict[str, int]:
-    """`parse_mesh(text)`; ConfigError if the mesh does not take `count` devices."""
+    """`parse_mesh(text)`; ConfigError if the product of the sizes is not `count` devices."""
     sizes = parse_mesh(text)
     needed = math.prod(sizes.values())
     if needed != count:
@@ -49,7 +52,7 @@ def check_mesh(text: str, count: int) -> dict[str, int]:
 def make_mesh(text: str, devices: Sequence[jax.Device] | None = None) -> Mesh:
     """The mesh of these axis sizes over all devices of all processes (or `devices`); ConfigError if they do not fit.
 
-    Neighbours on the last axes are neighbours on the hardware: `tensor` communicates most, `data` least.
+    Neighbors on the last axes are neighbors on the hardware: `tensor` communicates most, `data` least.
     """
     devices = jax.devices() if devices is None else devices
     sizes = check_mesh(text, len(devices))
@@ -58,7 +61,10 @@ def make_mesh(text: str, devices: Sequence[jax.Device] | None = None) -> Mesh:
 
 
 def mesh_of_all(text: str | None = None) -> Mesh:
-    """The mesh of these axis sizes over all devices of all processes; by `fsdp` where nothing is said."""
+    """The mesh of these axis sizes over all devices of all processes; without `text`, all on the `fsdp` axis.
+
+    ConfigError if the sizes do not fit the devices.
+    """
     return make_mesh(text or f"{FSDP}={jax.device_count()}")
 
 
@@ -68,7 +74,7 @@ def mesh_of_one() -> Mesh:
 
 
 def current_mesh() -> AbstractMesh | None:
-    """The abstract mesh of the surrounding `jax.set_mesh`, or None where there is none or it has one device."""
+    """The abstract mesh of the surrounding `jax.set_mesh`; None if there is none, or it has one device."""
     mesh = jax.sharding.get_abstract_mesh()
     return None if mesh.empty or mesh.size == 1 or mesh.axis_names != AXES else mesh
 
@@ -79,22 +85,26 @@ def splits_work() -> bool:
 
 
 def platform() -> str:
-    """ "cpu", "gpu" or "tpu": what a program is traced for. A mesh's devices decide, be they here or not."""
+    """ "cpu", "gpu" or "tpu": the platform a program is traced for.
+
+    The surrounding mesh decides, even if this machine does not have its devices.
+    """
     device = jax.sharding.get_abstract_mesh().abstract_device
     return jax.default_backend() if device is None else device.platform
 
 
 def split_batch(x: jax.Array) -> jax.Array:
-    """`x`, its first axis split over the devices that split the batch; as it is without a mesh."""
+    """`x` with its first axis split over the devices that split the batch; unchanged without a mesh."""
     mesh = current_mesh()
     return x if mesh is None else jax.lax.with_sharding_constraint(x, P(BATCH))
 
 
 def everywhere(x: jax.Array) -> jax.Array:
-    """`x`, whole on every device; as it is without a mesh."""
+    """`x` whole on every device; unchanged without a mesh."""
     mesh = current_mesh()
     return x if mesh is None else jax.lax.with_sharding_constraint(x, P())
 
 
 def replicated(mesh: Mesh) -> NamedSharding:
+    """The sharding of an array that every device holds whole."""
     return NamedSharding(mesh, P())

@@ -1,6 +1,6 @@
-"""What lies where: ordered rules from paths to partition specs that cover every leaf of parameters, moments and batch.
+"""Shardings: ordered rules from paths to partition specs that cover every leaf of parameters, moments and batches.
 
-Legend as in model/: L layer, E expert, D width, F feed-forward width, H heads, K head size, V vocabulary.
+Legend as in model/: L layers, E experts, D width, F feed-forward width, H heads, K head size, V vocabulary.
 """
 
 import math
@@ -21,21 +21,21 @@ from flexmoe_jax.parallel.stacked import STACKED
 from flexmoe_jax.params import EXPERT_AXES, STACKED_AXES, TENSOR, TRUNK_AXES
 from flexmoe_jax.tree import Params, match_rules
 
-# Scalars, norms, router rows and biases are small and everywhere; every matrix is split by fsdp and by tensor.
+# Scalars, norms, router rows and biases are small and replicated; every matrix is split by fsdp and by tensor.
 RULES: tuple[tuple[str, P], ...] = (
     *((f"trunk/{path}", P(*axes)) for path, axes in TRUNK_AXES.items()),
     *((f"experts/{STACKED}/{path}", P(*axes)) for path, axes in STACKED_AXES.items()),
     *((f"experts/[^/]+/{path}", P(*axes)) for path, axes in EXPERT_AXES.items()),
 )
 T = TypeVar("T")
-BATCH_SPEC = P(BATCH)  # of every array of a batch: rows first
-CACHE_SPEC = P(None, BATCH, TENSOR)  # of keys and values [L, B, G, S, K]
+BATCH_SPEC = P(BATCH)  # every array of a batch: the first axis is its rows
+CACHE_SPEC = P(None, BATCH, TENSOR)  # keys and values [L, B, G, S, K]
 
 
 def spec_of(path: str) -> P:
     """The partition spec of the leaf at `path` of the parameters, or of a state that holds trees like them.
 
-    Moments lie as their parameters do; counters are everywhere.
+    Moments are split like their parameters; counters are replicated. FlexMoEError if no rule covers a parameter.
     """
     inside = re.search(r"(?:^|/)((?:trunk|experts)/.*)", path)
     if inside is None:
@@ -44,7 +44,7 @@ def spec_of(path: str) -> P:
 
 
 def tree_shardings(mesh: Mesh, tree: Any) -> Any:
-    """A tree like `tree` of shardings; ConfigError names a leaf whose axis the mesh cannot split evenly."""
+    """The shardings of the leaves of `tree` (arrays or shapes); ConfigError if the mesh cannot split a leaf evenly."""
 
     def sharding(path, leaf):
         spec = leaf_spec(path_text(path), leaf.shape)
@@ -55,43 +55,43 @@ def tree_shardings(mesh: Mesh, tree: Any) -> Any:
 
 
 def leaf_spec(path: str, shape: tuple[int, ...]) -> P:
-    """`spec_of(path)`; statistics of fewer axes than their parameter (factored moments) are small: everywhere."""
+    """`spec_of(path)`; moments with fewer axes than their parameter (factored) are small and replicated."""
     spec = spec_of(path)
     return P() if len(spec) > len(shape) else spec
 
 
 def part_shape(path: str, shape: tuple[int, ...], spec: P, sizes: Mapping[str, int]) -> tuple[int, ...]:
-    """The shape of a device's part on axes of these sizes; ConfigError where one does not divide."""
+    """The shape of one device's part of a leaf, on mesh axes of these sizes; ConfigError if one does not divide it."""
     part = list(shape)
     for i, axes in enumerate(spec):
         parts = math.prod(sizes[name] for name in _names(axes))
         if part[i] % parts:
             raise ConfigError(
-                f"{path} has an axis of {part[i]}, the mesh splits it in {parts} ({', '.join(_names(axes))})",
-                "choose sizes of the mesh that divide the model's",
+                f"{path} has an axis of {part[i]}, the mesh splits it into {parts} ({', '.join(_names(axes))})",
+                "choose mesh sizes that divide the model's",
             )
         part[i] //= parts
     return tuple(part)
 
 
 def place(mesh: Mesh, tree: Params, dtype: npt.DTypeLike | None = None) -> Params:
-    """The leaves of `tree` (anything that is sliced like NumPy arrays) on the devices of all processes.
+    """The leaves of `tree` (anything that is sliced like a NumPy array) on the devices of all processes.
 
-    A process reads what its own devices hold and nothing else: leaves may be files mapped into memory. Leaves that
-    already are on the mesh are copied there. `dtype` converts.
+    A process reads only what its own devices hold: leaves may be memory-mapped files. Leaves that are on the mesh
+    already are copied. `dtype` converts. ConfigError if the mesh cannot split a leaf evenly.
     """
     return jax.tree.map(lambda leaf, sharding: place_leaf(leaf, sharding, dtype), tree, tree_shardings(mesh, tree))
 
 
 def place_at(mesh: Mesh, path: str, leaf: jax.Array) -> jax.Array:
-    """The leaf at `path` of a parameter tree on the mesh, split as the rules say."""
+    """The leaf at `path` of a parameter tree on the mesh, split by the rules; ConfigError if it cannot be."""
     spec = leaf_spec(path, leaf.shape)
     part_shape(path, leaf.shape, spec, mesh.shape)
     return place_leaf(leaf, NamedSharding(mesh, spec))
 
 
 def place_leaf(leaf: Any, sharding: NamedSharding, dtype: npt.DTypeLike | None = None) -> jax.Array:
-    """One leaf, by the slices each device holds."""
+    """One leaf with this sharding, made from the slices that this process's devices hold; `dtype` converts."""
     dtype = np.dtype(dtype or leaf.dtype)
     if isinstance(leaf, jax.Array) and leaf.sharding == sharding:
         return jax.jit(lambda a: jnp.array(a, dtype, copy=True), out_shardings=sharding)(leaf)
@@ -101,9 +101,9 @@ def place_leaf(leaf: Any, sharding: NamedSharding, dtype: npt.DTypeLike | None =
 
 
 def place_batch(mesh: Mesh, batch: T) -> T:
-    """A tree of arrays that every process holds whole, its rows split over the devices.
+    """A tree of arrays, which every process holds whole, with its rows split over the devices.
 
-    ConfigError if the number of rows is not a multiple of the number of devices that split them.
+    ConfigError if the number of rows is not a multiple of `batch_parts(mesh)`.
     """
     parts, rows = batch_parts(mesh), len(jax.tree.leaves(batch)[0])
     if rows % parts:
@@ -115,7 +115,7 @@ def place_batch(mesh: Mesh, batch: T) -> T:
 
 
 def batch_parts(mesh: Mesh) -> int:
-    """In how many parts the mesh splits the rows of a batch."""
+    """The number of parts into which the mesh splits the rows of a batch."""
     return math.prod(mesh.shape[name] for name in BATCH)
 
 

@@ -1,9 +1,10 @@
-"""Experts stacked for the `expert` axis: feed-forward weights in one array per leaf, rows and biases by name.
+"""The stacked form of experts: feed-forward weights in one array per leaf, router rows and biases by name.
 
     {"public": {w_gate, .., router, bias}, "news": {..}}  <->  {"stacked": {w_gate [L, E, D, F], ..},
                                                                 "public": {router, bias}, "news": {router, bias}}
 
-Experts in canonical order. The right-hand form exists while a job runs on a mesh, and in its checkpoints.
+Experts are in canonical order. The stacked form exists only in memory and in checkpoints of runs whose mesh splits
+experts; packages and models have named experts.
 """
 
 from collections.abc import Iterable, Mapping, Sequence
@@ -19,7 +20,7 @@ ROWS = ("router", "bias")
 
 
 class StackedLeaf:
-    """Leaves [L, ...] of several experts as one [L, E, ...], made of the slices that are asked for."""
+    """Leaves [L, ...] of several experts as one leaf [L, E, ...] that reads only the slices that are asked for."""
 
     def __init__(self, leaves: Sequence[Any]):
         self.leaves = leaves
@@ -32,9 +33,9 @@ class StackedLeaf:
 
 
 def stack_weights(experts: Mapping[str, Params]) -> Params:
-    """Named experts (or those of their leaves that one side of a partition holds) -> the stacked form.
+    """Named experts (or one side of a partition of their leaves) -> the stacked form.
 
-    Every leaf but rows and biases must be there for all experts or for none.
+    Except for router rows and biases, all experts must have a leaf, or none.
     """
     order = canonical_order(experts)
     names = sorted({leaf for name in order for leaf in experts[name]} - {*ROWS})
@@ -44,7 +45,7 @@ def stack_weights(experts: Mapping[str, Params]) -> Params:
 
 
 def unstack_weights(experts: Mapping[str, Params], names: Iterable[str]) -> dict[str, Params]:
-    """The inverse of `stack_weights`; `names` are those of all experts."""
+    """The inverse of `stack_weights`; `names` are the names of all experts."""
     named: dict[str, Params] = {name: dict(experts.get(name, {})) for name in canonical_order(names)}
     for leaf, value in experts.get(STACKED, {}).items():
         for i, name in enumerate(named):
@@ -53,6 +54,6 @@ def unstack_weights(experts: Mapping[str, Params], names: Iterable[str]) -> dict
 
 
 def with_stacked_rows(experts: Mapping[str, Params]) -> Params:
-    """The stacked form -> every leaf stacked, as the model's dispatch wants it: E * D numbers a layer are moved."""
+    """The stacked form -> every leaf stacked [L, E, ...], as dispatch needs it: copies E * D numbers per layer."""
     order = canonical_order(name for name in experts if name != STACKED)
     return {**experts[STACKED], **{leaf: jnp.stack([experts[n][leaf] for n in order], axis=1) for leaf in ROWS}}

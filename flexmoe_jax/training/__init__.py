@@ -1,1 +1,1 @@
-"""Training: a pure step and a thin loop. Floor 3."""
+"""Training: a pure step and a thin loop around it."""

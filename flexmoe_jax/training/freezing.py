@@ -1,4 +1,4 @@
-"""What trains and what is frozen, as data: ordered rules of which the first that matches wins (paper section 3.2)."""
+"""What is trained and what is frozen: ordered rules, of which the first that matches wins (paper section 3.2)."""
 
 import math
 
@@ -6,10 +6,11 @@ from flexmoe_jax.tree import PUBLIC, Params, flatten, match_rules
 
 
 def freezing_rules(params: Params, owner: str, freeze: str | None = None) -> list[tuple[str, bool]]:
-    """Ordered (path pattern, trainable?) rules of a stage; the first match wins and every leaf must be covered.
+    """Ordered (path pattern, trainable?) rules of a run; the first match wins, and the rules cover every leaf.
 
-    Public stage: everything but the public bias (0 by definition). Expert stage: the owner's expert and nothing else
-    (paper section 3.2). The router row of an expert that is alone stays its domain embedding: it has nothing to route.
+    A public run trains everything except the public bias, which is 0 by definition. An owner's run trains only the
+    owner's expert (FlexOlmo, arXiv 2507.07024, section 3.2). The router row of a single expert is frozen: there is
+    nothing to route, so it stays the domain embedding. `freeze` is a pattern of further paths to freeze.
     """
     rules = [(freeze, False)] if freeze else []
     if len(params["experts"]) == 1:
@@ -20,12 +21,12 @@ def freezing_rules(params: Params, owner: str, freeze: str | None = None) -> lis
 
 
 def freezing_mask(params: Params, owner: str, freeze: str | None = None) -> dict[str, bool]:
-    """{path: trainable?} for every leaf of `params`."""
+    """{path: trainable?} of every leaf of `params`."""
     return match_rules(flatten(params), freezing_rules(params, owner, freeze))
 
 
 def freezing_table(params: Params, owner: str, freeze: str | None = None) -> list[tuple[str, bool, int, int]]:
-    """The rules as applied: (pattern, trainable?, leaves, parameters) per rule that decides a leaf, in order."""
+    """(pattern, trainable?, number of leaves, number of parameters) of each rule that decides a leaf, in order."""
     rows = []
     flat, rules = flatten(params), freezing_rules(params, owner, freeze)
     ruled = match_rules(flat, [(pattern, i) for i, (pattern, _) in enumerate(rules)])

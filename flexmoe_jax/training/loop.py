@@ -1,4 +1,4 @@
-"""The thin loop around the step: data, checkpoints, metrics, and the package at the end."""
+"""The loop around the step: data, checkpoints, metrics, and the model or package at the end."""
 
 import contextlib
 import logging
@@ -43,19 +43,22 @@ _COUNTERS = ("step", "bad_steps", "skipped")
 
 
 class Stopped(FlexMoEError):
-    """SIGTERM was received; the state was saved at this step."""
+    """SIGTERM stopped the run; its state is saved."""
 
     exit_code = 75  # EX_TEMPFAIL of sysexits.h: try again
 
 
 def train(run: RunConfig, allow: Collection[str] = (), profile: str | None = None) -> pathlib.Path:
-    """Runs or resumes `run` and returns what it made: a public model directory, or the owner's package.
+    """Runs or resumes `run`; returns the path of the public model directory or of the owner's package that it wrote.
 
-    What happens is logged. `allow` are keys of `run.json` (`config.steps`, `data.own.documents`) that may
-    differ from when the run was started: it then goes on with the new ones, but with the tokens made at its start.
-    `profile` ("10:13") are steps of which every process writes an XLA trace into `profile/<its number>/`. The run
-    directory `run.out` holds `run.json` (identity), `tokens/` (unless the data already is a token store),
-    `checkpoints/`, `metrics.jsonl`, and at the end `model/` or `package/`.
+    `allow` names keys of `run.json` (`config.steps`, `data.own.documents`) that may differ from the start of the run:
+    it resumes with the new values, but with the tokens made at its start. `profile` ("10:13") selects the steps whose
+    XLA trace every process writes into `profile/<process>/`. The run directory `run.out` holds `run.json` (identity),
+    `tokens/` (unless the data is a token store), `checkpoints/`, `metrics.jsonl`, and at the end `model/` or
+    `package/`. Progress is logged.
+
+    Raises `Stopped` on SIGTERM after saving, ArtifactError if `run.out` belongs to another run, and FlexMoEError for
+    input that cannot be used, or when the loss stays non-finite.
     """
     out, traced = pathlib.Path(run.out), parse_steps(profile, run.steps)
     product = out / ("model" if run.is_public else "package")
@@ -68,7 +71,7 @@ def train(run: RunConfig, allow: Collection[str] = (), profile: str | None = Non
         identity = identity_of(run, stage, stores)
         check_identity(out / "run.json", identity, allow)
         if product.exists():
-            log.info(f"{product} is already there: nothing to do")
+            log.info(f"{product} exists: nothing to do")
             return product
         for pattern, trainable, leaves, count in freezing_table(stage.params, run.owner, run.freeze):
             log.info(f"{'trained' if trainable else 'frozen ':8} {pattern:34} {leaves:3} leaves {count:14,} parameters")
@@ -95,25 +98,25 @@ def _fit(
     iterator = make_iterator(_batches(run, stores))
     shardings = (jax.tree.map(lambda leaf: leaf.sharding, state), replicated(mesh))
     state = _restore(checkpoints, state, iterator)
-    begin = int(state.step)
+    first = int(state.step)
     step = make_train_step(stage.model, run, shardings)
     names = canonical_order(stage.params["experts"])
     meter = _meter(run, stage, mesh)
-    if traced and begin >= traced.stop:
+    if traced and first >= traced.stop:
         log.info(f"steps {traced[0]} to {traced[-1]} are done: there is nothing to profile")
     stop, agreement = _StopSignal(), Agreement(mesh)
     saved_at, answer = time.monotonic(), None
     profile = Profile(traced, out / "profile" / str(jax.process_index()))
-    shown = track(f"train {run.owner}", run.steps, "steps", start=begin) if is_lead() else _nothing()
-    with stop, profile, shown as advance, MetricsFile(out / "metrics.jsonl", begin, written=is_lead()) as metrics_file:
+    shown = track(f"train {run.owner}", run.steps, "steps", start=first) if is_lead() else _nothing()
+    with stop, profile, shown as advance, MetricsFile(out / "metrics.jsonl", first, written=is_lead()) as metrics_file:
         recorder = Recorder(run, names, metrics_file, advance, meter)
-        for n in range(begin, run.steps):
+        for n in range(first, run.steps):
             with profile.step(n, recorder.paused):
                 batch = next(iterator)
                 state, metrics = step(state, frozen, place_batch(mesh, batch))
                 recorder.add(n, metrics)
             overdue = is_lead() and (time.monotonic() - saved_at) / 60 >= run.save_minutes
-            # With several processes what is asked now is agreed one step later, when the answer costs no wait.
+            # Several processes agree on the request of a step one step later, when the answer costs no wait.
             asked = agreement.ask(stop.received, overdue)
             stopping, due = agreement.read(answer if agreement.shared and answer is not None else asked)
             answer = asked
@@ -126,7 +129,7 @@ def _fit(
                 checkpoints.wait()
                 raise Stopped(
                     f"stopped by SIGTERM after step {n + 1} of {run.steps}; the state is saved in {out}",
-                    "run the same command again to go on",
+                    "run the same command again to resume",
                 )
     checkpoints.wait()
     return state
@@ -146,7 +149,7 @@ def _nothing() -> Iterator[Advance]:
 
 
 def _to_host(trainable: Params, stage: Stage) -> Params:
-    """Trained leaves, by name, as NumPy arrays."""
+    """Trained leaves as NumPy arrays, experts by name."""
     whole = jax.tree.map(to_host, trainable)
     if STACKED in whole.get("experts", {}):
         whole = {**whole, "experts": unstack_weights(whole["experts"], stage.params["experts"])}
@@ -163,7 +166,7 @@ def _restore(checkpoints: RunCheckpoints, state: TrainState, iterator: grain.Dat
     if restored is None:
         return state
     for step, reason in restored.skipped:
-        log.info(f"checkpoint {step} is damaged and was not used: {reason}")
+        log.info(f"skipped the damaged checkpoint {step}: {reason}")
     log.info(f"resumed at step {restored.step}")
     iterator.set_state(restored.data_state)
     counters = {name: jnp.full_like(getattr(state, name), restored.meta[name]) for name in _COUNTERS}
@@ -172,7 +175,7 @@ def _restore(checkpoints: RunCheckpoints, state: TrainState, iterator: grain.Dat
 
 
 def _batches(run: RunConfig, stores: list[TokenStore]) -> grain.MapDataset:
-    """The run's batches: of its own data, with `public_sequences` rows of public data where it asks for them."""
+    """The run's batches: its own data, with `public_sequences` rows of public data if it has any."""
     sizes = (run.batch_size - run.public_sequences, run.public_sequences)
     parts = [
         make_batches(store, seq_len=run.seq_len, batch_size=size, seed=run.seed)
@@ -182,7 +185,7 @@ def _batches(run: RunConfig, stores: list[TokenStore]) -> grain.MapDataset:
 
 
 def _open_tokens(data: str, key: str, stage: Stage, tokens: pathlib.Path) -> TokenStore:
-    """The tokens at `data`: a token store, OLMo token files, or the store made of documents at `tokens`, once."""
+    """The tokens of `data`: a token store, OLMo token files, or documents, tokenized once into the store `tokens`."""
     folder = pathlib.Path(data)
     if not folder.exists():
         raise DataError(f"config.{key} {data!r} does not exist", "give a folder of documents or a token store")
@@ -200,7 +203,7 @@ def _open_tokens(data: str, key: str, stage: Stage, tokens: pathlib.Path) -> Tok
 def _write_product(
     product: pathlib.Path, run: RunConfig, stage: Stage, trained: Params, skipped: int, identity: dict
 ) -> None:
-    # Frozen leaves are taken from where the run began, not from their copies in the compute dtype.
+    # Frozen leaves come from the start of the run, not from their copies in the compute dtype.
     _, frozen = partition(stage.params, freezing_mask(stage.params, run.owner, run.freeze))
     params = jax.tree.map(np.asarray, combine(trained, frozen))
     record = {
@@ -229,7 +232,7 @@ def _write_product(
 
 
 class _StopSignal:
-    """While active, SIGTERM only sets `received`, so that the loop can save at a step boundary."""
+    """While active, SIGTERM only sets `received`, so that the loop saves between steps."""
 
     received = False
 

@@ -1,17 +1,17 @@
 """Metrics as one JSON object per line of `metrics.jsonl`, written by process 0.
 
     step                 number of the step, from 0
-    loss, grad_norm, ..  what the step returns (step.py); null where it is not finite
+    loss, grad_norm, ..  metrics of the step (step.py); null if not finite
     share                mean routed weight of each expert
-    time                 seconds on this machine's clock when the step was dispatched
-    step_seconds         wall time of a step: the mean of the steps since the line before
-    tokens_per_second    positions of a batch over `step_seconds`
-    mfu, peak_flops      model FLOP/s over `peak_flops`, those of all devices together (parallel/chips.py); absent where
-                         the peak of a device is not known, as of CPUs
+    time                 seconds of a monotonic clock when the step was dispatched
+    step_seconds         wall time of a step: mean over the steps since the previous line
+    tokens_per_second    positions of a batch / `step_seconds`
+    mfu, peak_flops      model FLOP/s / `peak_flops`, the peak of all devices together (parallel/chips.py); absent if
+                         the peak is unknown, as for CPUs
 
-A step ends when its metrics can be read, and lasts from the end of the one before: waiting for data counts, and so does
-waiting for other processes. Saving and the writing of profiles do not, nor does the first step of a process, which is
-compiled: lines without a step that counts have none of the last four.
+A step lasts from the end of the previous step until its metrics can be read. Waiting for data and for other processes
+counts. Saving and writing profiles do not count, and neither does the first step of a process, which compiles: a line
+without a step that counts has none of the last four keys.
 """
 
 import contextlib
@@ -26,13 +26,13 @@ from flexmoe_jax.config import RunConfig
 from flexmoe_jax.errors import FlexMoEError
 from flexmoe_jax.files import write_bytes
 
-OF_TIME = ("time", "step_seconds", "tokens_per_second", "mfu", "peak_flops")  # what differs between equal runs
+OF_TIME = ("time", "step_seconds", "tokens_per_second", "mfu", "peak_flops")  # keys that differ between equal runs
 
 
 class MetricsFile:
-    """Appends to `path`; on opening for a resumed run, lines of step `resume_step` and later are dropped.
+    """Appends to `path`; when a run resumes, drops the lines of step `resume_step` and later.
 
-    Use it in a `with` block. Where it is not `written`, nothing is.
+    Use it in a `with` block. `written` False: this process writes nothing.
     """
 
     def __init__(self, path: pathlib.Path, resume_step: int = 0, written: bool = True):
@@ -42,10 +42,10 @@ class MetricsFile:
         kept = []
         if path.exists() and resume_step:
             for line in path.read_text().splitlines():
-                # A line cut short by a crash is always the last one, and never of a step before the checkpoint.
+                # Only the last line can be cut short by a crash, and it is of a step after the checkpoint.
                 if line.endswith("}") and json.loads(line)["step"] < resume_step:
                     kept.append(line + "\n")
-        write_bytes(path, "".join(kept).encode())  # whole or not at all: a second crash must not cost the first lines
+        write_bytes(path, "".join(kept).encode())  # atomic: another crash must not lose these lines
         self._file = path.open("a", buffering=1)
 
     def write(self, values: dict) -> None:
@@ -61,25 +61,30 @@ class MetricsFile:
 
 
 class Meter:
-    """Wall time of steps, and the rates that follow; `peak_flops` of all devices, None where it is not known."""
+    """Wall time of steps and the rates that follow from it.
+
+    A step has `tokens` positions and `flops_per_token`; `peak_flops` is the peak of all devices in FLOP/s, or None if
+    it is unknown.
+    """
 
     def __init__(self, tokens: int, flops_per_token: float, peak_flops: float | None):
         self._tokens, self._flops, self._peak = tokens, flops_per_token, peak_flops
-        self._mark: float | None = None  # when the step before ended
+        self._mark: float | None = None  # end of the previous step
         self._seconds, self._steps = 0.0, 0
 
     def step_ended(self) -> None:
+        """Counts the time since the previous step as the time of this one."""
         now = time.monotonic()
         if self._mark is not None:
             self._seconds, self._steps = self._seconds + now - self._mark, self._steps + 1
         self._mark = now
 
-    def go_on(self) -> None:
-        """What was done since the last step ended is no part of the next."""
+    def resume(self) -> None:
+        """Excludes the time since the last step from the next one."""
         self._mark = self._mark and time.monotonic()
 
     def read(self) -> dict[str, float]:
-        """The last four keys of a line, of the steps since this was last read."""
+        """The last four keys of a line, over the steps since the last call."""
         seconds, steps = self._seconds, self._steps
         self._seconds, self._steps = 0.0, 0
         if not steps:
@@ -90,9 +95,10 @@ class Meter:
 
 
 class Recorder:
-    """Reads a step's metrics when the next step has been dispatched, so that no device waits; writes their lines.
+    """Reads a step's metrics after the next step is dispatched, so that no device waits, and writes their lines.
 
-    Stops a run that has gone bad: reading raises FlexMoEError. `names` are the experts in canonical order.
+    Raises FlexMoEError after `max_bad_steps` steps in a row with a non-finite loss or gradient. `names` are the experts
+    in canonical order.
     """
 
     def __init__(self, run: RunConfig, names: Sequence[str], file: MetricsFile, advance: Callable, meter: Meter):
@@ -100,19 +106,19 @@ class Recorder:
         self._pending: tuple | None = None
 
     def add(self, n: int, metrics: dict) -> None:
-        """Step `n` was dispatched; the one before is read."""
+        """Takes the metrics of step `n`, just dispatched, and reads those of the previous step."""
         self.settle()
         self._pending = (n, metrics, time.monotonic())
 
     @contextlib.contextmanager
     def paused(self) -> Iterator[None]:
-        """Begins when every step has ended; what is done inside counts to none."""
+        """Waits for all steps; the time spent in the block counts for none of them."""
         self.settle()
         yield
-        self._meter.go_on()
+        self._meter.resume()
 
     def settle(self) -> None:
-        """Waits for the last step, and reads it."""
+        """Waits for the last step and reads its metrics."""
         if self._pending is None:
             return
         (n, metrics, dispatched), self._pending, run = self._pending, None, self._run
@@ -126,7 +132,7 @@ class Recorder:
             self._file.write(line)
         if values["bad_steps"] >= run.max_bad_steps:
             raise FlexMoEError(
-                f"the loss or its gradient was not finite for {values['bad_steps']} steps in a row, the last one step "
-                f"{n} (windows {n * run.batch_size} to {(n + 1) * run.batch_size - 1} of the order of seed {run.seed})",
+                f"the loss or its gradient was not finite for {values['bad_steps']} steps in a row, up to step {n} "
+                f"(windows {n * run.batch_size} to {(n + 1) * run.batch_size - 1} in the order of seed {run.seed})",
                 "lower config.optimizer.lr or look at these documents; parameters are those before the first bad step",
             )

@@ -1,4 +1,4 @@
-"""AdamW with clipping, warm-up and cosine decay, from optax; in less memory where the configuration asks for it."""
+"""AdamW with clipping, warm-up and cosine decay, from optax; optionally with moments that take less memory."""
 
 import optax
 
@@ -6,15 +6,16 @@ from flexmoe_jax.config import OptimizerConfig
 
 
 def learning_rate(config: OptimizerConfig, steps: int) -> optax.Schedule:
-    """Linear warm-up from 0 to `lr`, then cosine to `end_lr_fraction * lr` at `steps`."""
+    """Linear warm-up from 0 to `lr`, then cosine decay to `end_lr_fraction * lr` at step `steps`."""
     warmup = min(config.warmup_steps, max(steps - 1, 0))
     return optax.warmup_cosine_decay_schedule(0.0, config.lr, warmup, max(steps, 1), config.lr * config.end_lr_fraction)
 
 
 def make_optimizer(config: OptimizerConfig, steps: int) -> optax.GradientTransformation:
-    """Clip by global norm, then AdamW with decoupled weight decay. It only ever sees trainable leaves.
+    """Clips by global norm, then AdamW with decoupled weight decay; for trainable leaves only.
 
-    Moments are those of `OptimizerConfig`; all is computed in float32 whatever they are kept in.
+    Moments are kept as `OptimizerConfig` says and computed in float32. The factored second moment is Adafactor's
+    (Shazeer and Stern, arXiv 1804.04235).
     """
     clip, schedule = optax.clip_by_global_norm(config.clip_norm), learning_rate(config, steps)
     kept = None if config.first_moment == "float32" else config.first_moment

@@ -1,4 +1,4 @@
-"""A profile of some steps: what the host and the devices did, as XLA tells it."""
+"""XLA profiles of some steps: what the host and the devices do."""
 
 import contextlib
 import pathlib
@@ -28,8 +28,8 @@ def parse_steps(text: str | None, steps: int) -> range:
 class Profile:
     """Writes the profile of `steps` into `folder`, for TensorBoard, xprof or Perfetto; use it in a `with` block.
 
-    Every step is marked `train` with its number, waiting for data included. A run that stops early, or begins inside
-    `steps`, leaves a profile of what it ran.
+    The profile marks every step as `train` with its number; a step includes the wait for data. A run that stops early,
+    or resumes inside `steps`, leaves a profile of the steps it ran.
     """
 
     def __init__(self, steps: range, folder: pathlib.Path):
@@ -43,7 +43,7 @@ class Profile:
 
     @contextlib.contextmanager
     def step(self, n: int, paused: Callable) -> Iterator[None]:
-        """Around step `n`; `paused()` is a context that begins when all steps have ended."""
+        """A context around step `n`; `paused()` is a context that first waits for all steps."""
         if n in self._steps and not self._running:
             with paused():
                 jax.profiler.start_trace(self._folder)

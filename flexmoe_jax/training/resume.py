@@ -1,4 +1,4 @@
-"""What a run directory belongs to: the configuration and data that must not change between a run and its resumption."""
+"""The identity of a run directory: the configuration and data that must not change when a run resumes."""
 
 import json
 import logging
@@ -16,7 +16,7 @@ from flexmoe_jax.tree import flatten
 
 log = logging.getLogger(__name__)
 
-# Keys that may differ between a run and its resumption: they change neither the data nor the mathematics.
+# Keys that may change when a run resumes: they affect neither the data nor the mathematics.
 RESUMABLE = (
     "out",
     "data",
@@ -36,7 +36,7 @@ RESUMABLE = (
 
 
 def identity_of(run: RunConfig, stage: Stage, stores: list[TokenStore]) -> dict:
-    """What must not change between a run and its resumption. Paths may: what they lead to is known by digest."""
+    """What must not change when a run resumes. Paths may change: their contents are identified by digest."""
     config = {key: value for key, value in to_mapping(run).items() if key not in RESUMABLE}
     data = {
         name: {"tokens": store.digest, "documents": _documents_digest(pathlib.Path(path or ""))}
@@ -49,22 +49,27 @@ def identity_of(run: RunConfig, stage: Stage, stores: list[TokenStore]) -> dict:
 
 
 def _documents_digest(folder: pathlib.Path) -> str | None:
-    """Of the documents as they are now: the run's tokens were made of what they were at its start."""
+    """Digest of the documents as they are now; the run's tokens are those of its start. None for token files."""
     return None if (folder / "index.json").exists() or any(folder.glob("*.npy")) else content_digest(folder)
 
 
 def check_identity(path: pathlib.Path, identity: dict, allow: Collection[str]) -> None:
+    """Compares `identity` with the file `path` (`run.json`), or writes that file for a new run.
+
+    Keys in `allow` (dotted) may differ and are updated. ArtifactError for any other difference, ConfigError for a key
+    that an identity does not have.
+    """
     identity = json.loads(json.dumps(identity))
     lines = differences(json.loads(path.read_text()), identity) if path.exists() else []
     changed = {line.partition(": ")[0]: line for line in lines}
     known = {*(key.replace("/", ".") for key in flatten(identity)), *changed}
     for key in allow:
         if key not in known:
-            raise ConfigError(f"--allow={key} names nothing that a run keeps to", did_you_mean(key, known))
+            raise ConfigError(f"--allow={key} is not a key of run.json", did_you_mean(key, known))
     if refused := [line for key, line in changed.items() if key not in allow]:
         raise ArtifactError(
             f"the run directory {path.parent} belongs to another run (there != now):\n    " + "\n    ".join(refused),
-            "give another config.out, the configuration and data this run was started with, or --allow=KEY",
+            "give another config.out, the configuration and data of the start of this run, or --allow=KEY",
         )
     for line in lines:
         log.info(f"changed as allowed: {line}")

@@ -1,4 +1,4 @@
-"""What a run starts from: the model's shape, its initial parameters, its tokenizer, and what its product belongs to."""
+"""What a run starts from: shape, initial parameters, tokenizer, and the digests that its product is bound to."""
 
 import dataclasses
 import functools
@@ -24,10 +24,11 @@ PROJECTION_SEED = 0
 
 @dataclasses.dataclass(frozen=True)
 class Stage:
-    """`params` is the whole initial tree in float32; `base` are the content digests the product is bound to.
+    """`params` is the whole initial tree, float32; `base` holds the content digests that the product is bound to.
 
-    `history` is what the product's record says of where it began: the package an owner goes on from and who had a part
-    in it, or all the owners of a model that is trained together.
+    `router` is how the new router row is made (`data.embedding.projection_record`). `history` goes into the product's
+    record: the package that is trained further and the owners whose data influenced it, or all owners of a model whose
+    experts are trained together.
     """
 
     model: ModelConfig
@@ -41,7 +42,8 @@ class Stage:
 def prepare(run: RunConfig, mesh: Mesh) -> Stage:
     """What `run` starts from, by its kind.
 
-    No host holds all of it: new parameters are put on the mesh as they are drawn, others are mapped files.
+    No host holds all parameters: new ones are placed on the mesh as they are drawn, others are memory-mapped files.
+    ConfigError, DataError or ArtifactError for a configuration, domain vector, model or package that does not fit.
     """
     if run.kind is Kind.JOINT:
         return _continued_stage(run)
@@ -52,7 +54,7 @@ def prepare(run: RunConfig, mesh: Mesh) -> Stage:
 
 
 def _given(path: str | None) -> pathlib.Path:
-    """The path in a key that the run's kind needs."""
+    """The value of a path that the run's kind needs."""
     assert path is not None  # RunConfig refuses the run without it
     return pathlib.Path(path)
 
@@ -74,7 +76,7 @@ def _public_stage(run: RunConfig, vector: DomainVector, mesh: Mesh) -> Stage:
 
 
 def _continued_stage(run: RunConfig) -> Stage:
-    """All of an existing model, to be trained on together."""
+    """All experts of an existing model, to be trained together."""
     model = open_model(_given(run.public))
     _check_length(run, model.config)
     if run.top_k is not None and run.top_k > len(model.experts):
@@ -84,7 +86,7 @@ def _continued_stage(run: RunConfig) -> Stage:
     base = {name: manifest.content for name, manifest in model.manifests.items()}
     tokenizer = load_tokenizer(str(model.tokenizer_path))
     router = model.manifests[PUBLIC].record.router or {}
-    # Whoever's expert is there has a part in all that is trained from here.
+    # The data of every owner in the model influences all parameters that are trained from it.
     parts = {*model.experts, *(name for m in model.manifests.values() for name in m.record.tuned_with)} - {PUBLIC}
     history = {"tuned": {"with": sorted(parts)}} if parts else {}
     base |= {"tokenizer": model.tokenizer_digest}
@@ -92,12 +94,12 @@ def _continued_stage(run: RunConfig) -> Stage:
 
 
 def _new_expert_stage(run: RunConfig, vector: DomainVector) -> Stage:
-    """The public feed-forward network once more, with the router row of `vector`."""
+    """A copy of the public feed-forward network, with the router row of `vector`."""
     public = open_model(_given(run.public))
     theirs = public.manifests[PUBLIC].record.router
     if theirs is None:
         raise ArtifactError(
-            f"the public model {run.public} has no domain vector: its router row was not made from one",
+            f"the public model {run.public} records no domain vector for its router row",
             "import it again with --domain, the domain vector of its public data",
         )
     if vector.encoder_digest != theirs["encoder_digest"]:
@@ -105,16 +107,16 @@ def _new_expert_stage(run: RunConfig, vector: DomainVector) -> Stage:
             f"the domain vector {run.domain_vector} was made by the encoder {vector.encoder} "
             f"({vector.encoder_digest[:12]}), the public model's by {theirs['encoder']} "
             f"({theirs['encoder_digest'][:12]})",
-            "router rows compare embeddings of one encoder: run `flexmoe embed` again with the public model's",
+            "run `flexmoe embed` again with the public model's encoder: router rows must come from the same one",
         )
-    # Scale and map are the public model's: every owner's row must live in the same space.
+    # Scale and projection are the public model's: all router rows must be in the same space.
     router = projection_record(vector, public.config.d_model, theirs["scale"], theirs["projection_seed"])
     expert = {"router": _rows(vector, public.config, router), "bias": np.zeros(public.config.num_layers, np.float32)}
     return _expert_stage(run, public, expert, router)
 
 
 def _further_stage(run: RunConfig) -> Stage:
-    """What the owner's package holds, beside the public model it was trained beside."""
+    """The owner's package, beside the public model that it was trained beside."""
     public, path = open_model(_given(run.public)), _given(run.expert)
     manifest = read_manifest(path, run.owner)
     check_belongs(manifest, public, path)
@@ -124,12 +126,12 @@ def _further_stage(run: RunConfig) -> Stage:
 
 
 def _expert_stage(run: RunConfig, public: ModelDir, expert: Params, router: dict, history: dict | None = None) -> Stage:
-    """The pair {public, owner}; what `expert` does not hold is the public expert's."""
+    """The pair {public, owner}; leaves that `expert` does not hold are copies of the public expert's."""
     if run.model not in (None, public.config):
         lines = differences(to_mapping(run.model), to_mapping(public.config))
         raise ConfigError(
             f"config.model is not the shape of the model {run.public} (here != there):\n    " + "\n    ".join(lines),
-            "give another config.public; an owner's expert has the shape of the public one",
+            "give another config.public: an owner's expert has the shape of the public expert",
         )
     _check_length(run, public.config)
     params = load_params(public, (PUBLIC,), mapped=True)

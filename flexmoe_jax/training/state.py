@@ -1,4 +1,4 @@
-"""What trains and what is frozen, as data: ordered rules, the mask and partition that follow, the state."""
+"""The state of a training run: trainable leaves with their moments, counters, and the frozen leaves beside it."""
 
 import math
 import re
@@ -24,7 +24,8 @@ from flexmoe_jax.tree import Params, flatten, partition
 
 @flax.struct.dataclass
 class TrainState:
-    """Everything a step changes. `step` counts batches seen; `bad_steps` skipped updates in a row, `skipped` in all."""
+    """Everything that a step changes. Counters, int32: `step` batches, `bad_steps` skipped updates in a row, `skipped`
+    in total."""
 
     step: jax.Array
     trainable: Params
@@ -34,7 +35,10 @@ class TrainState:
 
 
 def flops_per_token(model: ModelConfig, run: RunConfig, params: Params) -> float:
-    """Model FLOPs of a step of `run` (model/flops.py), by what it trains; tokens go to all experts alike."""
+    """Model FLOPs per token of a step of `run` (model/flops.py), by what it trains.
+
+    Assumes that every expert gets the same number of tokens.
+    """
     trainable, _ = partition(params, freezing_mask(params, run.owner, run.freeze))
 
     def share(pattern: str) -> float:
@@ -63,8 +67,8 @@ def create_state(
 ) -> tuple[TrainState, Params]:
     """(TrainState, frozen leaves): trainable leaves are float32 and have moments, frozen ones are `frozen_dtype`.
 
-    Every leaf is a copy (the state is donated), split over the mesh as the rules say (parallel/specs.py); where the
-    mesh splits experts, their weights are stacked (parallel/stacked.py).
+    Every leaf is a copy, since the state is donated, split over the mesh by the rules of parallel/specs.py. If the mesh
+    splits experts, their weights are stacked (parallel/stacked.py). ConfigError if the mesh cannot split the model.
     """
     trainable, frozen = split_state(params, owner, freeze, mesh.shape[EXPERT])
     trainable, frozen = place(mesh, trainable, jnp.float32), place(mesh, frozen, frozen_dtype)
@@ -82,31 +86,37 @@ def state_shapes(
     freeze: str | None = None,
     groups: int = 1,
 ) -> tuple[TrainState, Params]:
-    """What `create_state` makes of parameters of these shapes, as shapes: nothing is allocated.
+    """The shapes of the result of `create_state` for parameters of these shapes; allocates nothing.
 
-    `groups` is the size of the mesh's `expert` axis.
+    `groups` is the size of the mesh's `expert` axis. ConfigError as of `split_state`.
     """
     trainable, frozen = split_state(params, owner, freeze, groups)
     trainable = jax.tree.map(lambda leaf: jax.ShapeDtypeStruct(leaf.shape, jnp.float32), trainable)
     frozen = jax.tree.map(lambda leaf: jax.ShapeDtypeStruct(leaf.shape, frozen_dtype), frozen)
-    return _begun_shapes(trainable, optimizer), frozen
+    return _initial_shapes(trainable, optimizer), frozen
 
 
 def state_shardings(mesh: Mesh, trainable: Any, optimizer: optax.GradientTransformation) -> Any:
-    """The sharding of every leaf of the state of `trainable` (arrays or shapes)."""
-    return tree_shardings(mesh, _begun_shapes(trainable, optimizer))
+    """The sharding of every leaf of the `TrainState` of `trainable` (arrays or shapes).
+
+    ConfigError if the mesh cannot split a leaf.
+    """
+    return tree_shardings(mesh, _initial_shapes(trainable, optimizer))
 
 
-def _begun_shapes(trainable: Any, optimizer: optax.GradientTransformation) -> TrainState:
-    def begin(trainable):
+def _initial_shapes(trainable: Any, optimizer: optax.GradientTransformation) -> TrainState:
+    def initial(trainable):
         zero = jnp.zeros((), jnp.int32)
         return TrainState(zero, trainable, optimizer.init(trainable), zero, zero)
 
-    return jax.eval_shape(begin, trainable)
+    return jax.eval_shape(initial, trainable)
 
 
 def split_state(params: Params, owner: str, freeze: str | None, groups: int) -> tuple[Params, Params]:
-    """(trainable leaves, frozen ones); several experts on an axis of `groups` > 1 devices are stacked."""
+    """(trainable leaves, frozen leaves); several experts on an `expert` axis of `groups` > 1 are stacked.
+
+    ConfigError if some experts' feed-forward networks are trained and others frozen: they cannot be stacked.
+    """
     trainable, frozen = partition(params, freezing_mask(params, owner, freeze))
     if groups == 1 or len(params["experts"]) == 1:
         return trainable, frozen
@@ -116,8 +126,8 @@ def split_state(params: Params, owner: str, freeze: str | None, groups: int) -> 
         if held not in (set(), names):
             raise ConfigError(
                 f"the mesh splits experts ({EXPERT}={groups}), of which {', '.join(sorted(held))} are "
-                "trained and others frozen, or the other way round",
-                f"train all feed-forward networks or none, or set {EXPERT}=1: a pair needs no axis of its own",
+                "trained and others frozen, or the reverse",
+                f"train all feed-forward networks or none, or set {EXPERT}=1",
             )
     trainable, frozen = (
         {**part, **({"experts": stack_weights(part["experts"])} if "experts" in part else {})}

@@ -1,4 +1,4 @@
-"""The training step: pure, jitted, differentiating the trainable leaves only."""
+"""The training step: pure and jitted; it differentiates only the trainable leaves."""
 
 import functools
 from collections.abc import Callable
@@ -24,12 +24,11 @@ from flexmoe_jax.tree import Params, combine
 def make_train_step(model: ModelConfig, run: RunConfig, shardings: Any = None) -> Callable:
     """Returns jitted `step(state, frozen, batch) -> (state, metrics)`; `state` is donated.
 
-    On a mesh, `shardings` are (those of the state, that of the metrics), and the step is called inside `jax.set_mesh`.
-
-    `batch` is a `data.pipeline.Batch` of [batch_size, seq_len]. Losses are sums over weighted tokens divided by the
-    weights of the whole batch, so accumulation does not change them. A step whose loss or gradient is not finite leaves
-    parameters and moments as they were and is counted. Metrics are scalars, and `share` [E], the mean routed weight of
-    each expert in canonical order.
+    `shardings` are (those of the state, that of the metrics); call the step inside `jax.set_mesh`. `batch` is a
+    `data.pipeline.Batch` of [batch_size, seq_len]. Losses are sums over weighted tokens divided by the weights of the
+    whole batch, not means over microbatches. A step whose loss or gradient is not finite changes neither parameters nor
+    moments, and is counted. Metrics are scalars, and `share` [E], the mean routed weight of each expert in canonical
+    order.
     """
     optimizer, schedule = make_optimizer(run.optimizer, run.steps), learning_rate(run.optimizer, run.steps)
     grads_of = jax.grad(functools.partial(_losses, model, run), has_aux=True)
@@ -74,9 +73,9 @@ def make_train_step(model: ModelConfig, run: RunConfig, shardings: Any = None) -
 
 
 def _as_used(trainable: Params, dtype: jnp.dtype) -> Params:
-    """Matrices in the dtype that the model casts them to, once a step.
+    """The leaves with matrices cast, once per step, to the `dtype` in which the model multiplies them.
 
-    A microbatch's gradients are then rounded to it too and take half the memory; their sum is float32.
+    Gradients of a microbatch then have this dtype too; in bfloat16 they take half the memory. Their sum is float32.
     """
 
     def cast(path, leaf):
@@ -93,14 +92,14 @@ def _losses(
     batch: Batch,
     totals: dict[str, jax.Array],
 ) -> tuple[jax.Array, dict]:
-    """Total loss of one microbatch as its part of the whole batch's mean, and the metrics' parts.
+    """One microbatch's part of the whole batch's mean loss, and its parts of the metrics.
 
     Cross-entropy + `z_loss` * logsumexp(logits)^2 + `router_z_loss` * logsumexp(router logits)^2 (mean over layers).
     """
     params = combine(trainable, frozen)
     dispatch = "sparse" if STACKED in params["experts"] else "dense"
     decoder = Decoder(model, run.top_k, dispatch, dtype=run.compute_dtype, remat=run.remat)
-    # Worth a copy of the weights where layers are few: 8% of a step of 4 layers, 6% of 8 on a CPU.
+    # On a CPU this saves 8% of a step of 4 layers and 6% of 8, for a copy of the weights.
     first_apart = not run.is_public and platform() == "cpu"
     x_BTD, router_logits_LNE = hidden_states(decoder, params, batch.tokens, batch.segments, first_apart=first_apart)
     weights_BT = batch.weights / totals["all"]
@@ -130,8 +129,8 @@ def _losses(
 def _balance(router_logits_LNE: jax.Array, weights_N: jax.Array, top_k: int | None) -> jax.Array:
     """E * sum over experts of (share of tokens' choices) * (mean probability), mean over layers; 1 when balanced.
 
-    Fedus et al., Switch Transformers, arXiv 2101.03961, equation 4, with choices counted over all k. It is taken over
-    a microbatch, whose part of the batch `weights_N` sum to.
+    Fedus et al., Switch Transformers, arXiv 2101.03961, equation 4, with choices counted over all k. Computed over a
+    microbatch; `weights_N` sum to its part of the batch.
     """
     E, part = router_logits_LNE.shape[-1], weights_N.sum()
     weights_N1 = (weights_N / jnp.maximum(part, jnp.finfo(jnp.float32).tiny))[:, None]
@@ -146,8 +145,8 @@ def _contrast(
 ) -> jax.Array:
     """Cross-entropy of every layer's router as a classifier "the owner's text or public text?", mean over layers.
 
-    Own and public tokens weigh one half each, whatever their numbers. The odds of {public, owner} are the difference of
-    their two logits, and merging keeps pairwise odds.
+    Own and public tokens have half of the weight each, for any numbers of them. The log-odds of {public, owner} are the
+    difference of their two logits, and merging keeps pairwise odds.
     """
     odds_LN = router_logits_LNE[..., 1] - router_logits_LNE[..., 0]
     public_total = jnp.maximum(totals["all"] - totals["own"], 1.0)

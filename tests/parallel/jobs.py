@@ -1,4 +1,4 @@
-"""Jobs of several real processes on this machine, for tests."""
+"""Jobs of several processes on this machine, for tests."""
 
 import dataclasses
 import os
@@ -16,7 +16,7 @@ HERE = "from tests.parallel.jobs import train_in_process; from flexmoe_jax.confi
 
 
 def train_in_process(run: RunConfig) -> None:
-    """What each process of a training runs: it ends with the exit code of the command line and notes what it writes."""
+    """Trains `run` in one process of a job; exits like the command line, and notes in `writers` that it wrote."""
     processes.join()
     write = loop._write_product
 
@@ -33,18 +33,18 @@ def train_in_process(run: RunConfig) -> None:
 
 
 def start_training(run: RunConfig, count: int, mesh: str = "") -> list[subprocess.Popen]:
-    """`run` by `count` processes; on a mesh of all by `fsdp` unless told."""
+    """`run` by `count` processes; by default all devices are on the `fsdp` axis."""
     run = dataclasses.replace(run, mesh=mesh or f"fsdp={count}")
     return start([sys.executable, "-c", f"{HERE}train_in_process({run!r})"], count)
 
 
 def start_verb(arguments: list, count: int) -> list[subprocess.Popen]:
-    """`flexmoe ARGUMENTS` by `count` processes; what they print is kept."""
+    """`flexmoe ARGUMENTS` by `count` processes, with captured output."""
     return start([sys.executable, "-m", "flexmoe_jax.cli.main", *map(str, arguments)], count, stdout=subprocess.PIPE)
 
 
 def start(command: list[str], count: int, **options) -> list[subprocess.Popen]:
-    """`count` processes of one job, each with one device; one process is no job."""
+    """`count` processes of one job, each with one device; a single process does not join a job."""
     with socket.socket() as probe:
         probe.bind(("127.0.0.1", 0))
         address = f"127.0.0.1:{probe.getsockname()[1]}"
@@ -56,7 +56,7 @@ def start(command: list[str], count: int, **options) -> list[subprocess.Popen]:
 
 
 def end(running: list[subprocess.Popen], seconds: float = 300) -> list[int]:
-    """Their exit codes."""
+    """The exit codes of the processes; kills those that still run after `seconds`."""
     try:
         return [process.wait(timeout=seconds) for process in running]
     finally:
@@ -65,14 +65,15 @@ def end(running: list[subprocess.Popen], seconds: float = 300) -> list[int]:
 
 
 def printed(running: list[subprocess.Popen], seconds: float = 300) -> list[str]:
-    """What each printed, when all have ended well; not what Gloo says of itself there."""
+    """The output of each process, without lines of Gloo; all must exit with 0."""
     found = [process.communicate(timeout=seconds)[0] for process in running]
     assert end(running) == [0] * len(running)
     return ["".join(line for line in text.splitlines(True) if not line.startswith("[Gloo]")) for text in found]
 
 
 def wait_for_step(run: RunConfig, step: int) -> None:
+    """Returns when the metrics of `step` are written; fails after 200 seconds."""
     path, deadline = pathlib.Path(run.out) / "metrics.jsonl", time.monotonic() + 200
     while not path.exists() or f'"step": {step},' not in path.read_text():
-        assert time.monotonic() < deadline, "the job does not get there"
+        assert time.monotonic() < deadline, f"the job did not reach step {step} in time"
         time.sleep(0.02)

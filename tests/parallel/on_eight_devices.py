@@ -1,4 +1,4 @@
-"""Run by test_mesh.py in a process with eight CPU devices: the same training on one device and on meshes of eight.
+"""The same training on one device and on meshes of eight; test_mesh.py runs it in a process with eight CPU devices.
 
 python -m tests.parallel.on_eight_devices FOLDER     prints one JSON object
 """
@@ -33,7 +33,7 @@ JOINT_MESHES = ("data=2,fsdp=2,expert=2", "expert=4,fsdp=2", "fsdp=2,expert=2,te
 
 
 def most(ours, theirs) -> float:
-    """Largest difference of two trees, over the largest value."""
+    """Largest difference of two trees, relative to each leaf's largest value."""
     pairs = [
         (np.asarray(a), np.asarray(b)) for a, b in zip(flatten(ours).values(), flatten(theirs).values(), strict=True)
     ]
@@ -46,7 +46,7 @@ def losses(run) -> list[float]:
 
 
 def compare(make, meshes, read) -> dict:
-    """{mesh: (difference of parameters, of losses)} to the run on one device."""
+    """{mesh: (largest difference of parameters, of losses)} between the run on the mesh and on one device."""
     reference = make("one")
     import jax
 
@@ -64,7 +64,7 @@ def compare(make, meshes, read) -> dict:
 
 
 def scores(path: pathlib.Path) -> dict:
-    """{top-k: {mesh: (bits per byte of one device, the mesh's, largest difference of a token, of a share)}}."""
+    """{top-k: {mesh: (bits per byte on one device, on the mesh, largest difference of a token, of a share)}}."""
     rng = np.random.default_rng(0)
     texts = [" ".join(rng.choice(words, 40)) for words in WORDS.values()]
     found: dict = {}
@@ -85,7 +85,7 @@ def scores(path: pathlib.Path) -> dict:
 
 
 def initial() -> dict[str, str]:
-    """{mesh: digest of a new public model's parameters, put on it as they are drawn}."""
+    """{mesh: digest of a new public model's parameters, placed on it as they are drawn}."""
     import jax
 
     config, key = dataclasses.replace(MODEL, num_kv_heads=2), jax.random.key(3)
@@ -101,7 +101,7 @@ def main(root: pathlib.Path) -> dict:
     steps = {"steps": 10, "batch_size": 8, "save_every": 100}
     result = {}
 
-    model = dataclasses.replace(MODEL, num_kv_heads=2)  # heads enough for two devices
+    model = dataclasses.replace(MODEL, num_kv_heads=2)  # enough heads for two devices
 
     def public(tag):
         return public_run(root / "p" / tag, model=model, **steps)

@@ -1,7 +1,7 @@
-"""Training on meshes of eight devices is training on one, and rules cover every leaf.
+"""Meshes of eight devices train and score what one device does, and the sharding rules cover every leaf.
 
-Tolerance: float32 sums in another order move values by about 1e-7 relative; ten steps of AdamW, whose first updates are
-the signs of gradients, carry that to about 1e-4 of the largest value. Losses differ by rounding alone.
+Tolerance: float32 sums in another order change values by about 1e-7 relative; ten steps of AdamW, whose first updates
+are the signs of gradients, amplify that to about 1e-4 of the largest value. Losses differ only by rounding.
 """
 
 import json
@@ -36,8 +36,8 @@ def found(tmp_path_factory) -> dict:
 
 
 @pytest.mark.parametrize("kind", ["public", "hybrid", "joint"])
-def test_ten_steps_on_a_mesh_are_ten_steps_on_one_device(found, kind):
-    """Joint runs of four experts, two active: theirs are split over the `expert` axis."""
+def test_ten_steps_on_a_mesh_equal_ten_steps_on_one_device(found, kind):
+    """Joint runs of four experts, two active: their experts are split over the `expert` axis."""
     assert len(found[kind]) == 3
     for mesh, (parameters, losses) in found[kind].items():
         assert parameters < PARAMETERS, mesh
@@ -45,9 +45,9 @@ def test_ten_steps_on_a_mesh_are_ten_steps_on_one_device(found, kind):
 
 
 @pytest.mark.parametrize("top_k", ["2", "4"])
-def test_a_model_in_parts_scores_what_one_device_scores(found, top_k):
-    """Four experts, two active or all. A token's loss is about 6 nats, in float32: sums in another order move it by a
-    few of its last digits."""
+def test_a_model_split_over_a_mesh_scores_what_one_device_scores(found, top_k):
+    """Four experts, two active or all. A token's loss is about 6 nats in float32: sums in another order change its
+    last digits."""
     scores = found["scores"][top_k]
     assert len(scores) == 2
     for mesh, (expected, bits, token, share) in scores.items():
@@ -55,7 +55,7 @@ def test_a_model_in_parts_scores_what_one_device_scores(found, top_k):
         assert token < 1e-5, mesh
         assert share < 1e-6, mesh
     assert found["scores"]["logits"] < 1e-5
-    assert found["scores"]["held"] == 1 / 8  # of the experts' weights on each of 4 x 2 devices
+    assert found["scores"]["held"] == 1 / 8  # share of the experts' weights on each of 4 x 2 devices
 
 
 def test_a_seed_gives_the_same_initial_bits_on_every_mesh(found):
@@ -67,12 +67,12 @@ def test_meshes_that_do_not_fit_are_refused_with_both_numbers(found):
     assert found["refused"] == {
         "fsdp=3": "the mesh 'fsdp=3' takes 3 devices, there are 8",
         "fsdp=16": "the mesh 'fsdp=16' takes 16 devices, there are 8",
-        "expert=8": "experts/stacked/w_down has an axis of 4, the mesh splits it in 8 (expert)",
+        "expert=8": "experts/stacked/w_down has an axis of 4, the mesh splits it into 8 (expert)",
         "pipe=8": "mesh 'pipe=8': there is no axis 'pipe'",
     }
 
 
-def test_every_leaf_has_a_rule_and_every_rule_a_leaf():
+def test_every_leaf_has_a_sharding_rule_and_every_rule_a_leaf():
     params = init_params(TINY, jax.random.key(0), ("public", "news"))
     stacked = {**params, "experts": stack_weights(params["experts"])}
     paths = {*flatten(params), *flatten(stacked)}
@@ -84,7 +84,7 @@ def test_every_leaf_has_a_rule_and_every_rule_a_leaf():
         spec_of("trunk/blocks/w_new")
 
 
-def test_stacked_weights_are_the_named_ones_in_canonical_order():
+def test_stacked_weights_are_the_named_weights_in_canonical_order():
     experts = random_params(TINY, ("news", "public", "code"))["experts"]
     stacked = stack_weights(experts)
     whole = with_stacked_rows({**stacked, "stacked": {n: leaf[:, :] for n, leaf in stacked["stacked"].items()}})
@@ -92,7 +92,7 @@ def test_stacked_weights_are_the_named_ones_in_canonical_order():
     assert {*whole} == {*expected}
     for name, leaf in expected.items():
         np.testing.assert_array_equal(whole[name], leaf)
-    # A device's part is made of the slices it holds.
+    # A slice of the stacked leaf, as a device asks for it.
     np.testing.assert_array_equal(stacked["stacked"]["w_up"][0:1, 1:3, 2:5, :], expected["w_up"][0:1, 1:3, 2:5])
     back = unstack_weights({**stacked, "stacked": {n: leaf[:, :] for n, leaf in stacked["stacked"].items()}}, experts)
     for path, leaf in flatten(back).items():
@@ -100,7 +100,7 @@ def test_stacked_weights_are_the_named_ones_in_canonical_order():
 
 
 @pytest.mark.parametrize("text", ["data", "data=0", "data=-1", "data=x", "dta=2"])
-def test_meshes_that_cannot_be_read_are_refused(text):
+def test_malformed_meshes_are_refused(text):
     with pytest.raises(ConfigError, match="mesh"):
         parse_mesh(text)
 
@@ -110,7 +110,7 @@ def test_axes_that_are_not_named_have_size_one():
     assert set(parse_mesh("").values()) == {1}
 
 
-def test_a_program_is_traced_for_the_meshs_devices_and_not_for_this_machines():
+def test_a_program_is_traced_for_the_platform_of_the_mesh_not_of_this_machine():
     device = jax.sharding.AbstractDevice("TPU v5 lite", 1, "tpu")
     mesh = jax.sharding.AbstractMesh((2, 1, 1, 1), AXES, abstract_device=device)
     assert platform() == jax.default_backend() != "tpu"

@@ -1,4 +1,4 @@
-"""Real processes on this machine do what one process does (`make test-distributed`).
+"""Several processes on this machine give the results of one process (`make test-distributed`).
 
 Tolerances as in test_mesh.py: sums in another order.
 """
@@ -31,7 +31,7 @@ STEPS = {"steps": 6, "batch_size": 8}
 
 
 def hybrid_run(root: pathlib.Path, world: pathlib.Path, **changes) -> RunConfig:
-    """An owner's run beside the release of `world`, half on public text."""
+    """An owner's run beside the release of `world`, half of its text public."""
     sample = write_documents(root / "sample", "public")
     return expert_run(
         root,
@@ -76,7 +76,7 @@ def test_several_processes_train_what_one_trains(tmp_path, count):
 @pytest.mark.slow
 @pytest.mark.parametrize("count", [2, 4])
 def test_several_processes_train_the_expert_that_one_trains(world, tmp_path, count):
-    """The release keeps every bit, and the lead alone writes the package, which belongs to it."""
+    """The release keeps every bit, and only process 0 writes the package, which is bound to the release."""
     release = world / "public" / "run" / "model"
     one, many = (hybrid_run(tmp_path / name, world) for name in ("one", "many"))
     expected, before = load_package(train(one)), contents(release)
@@ -91,14 +91,14 @@ def test_several_processes_train_the_expert_that_one_trains(world, tmp_path, cou
     assert {name: read_manifest(package).base[name] for name in (TRUNK, PUBLIC)} == {
         name: manifest.content for name, manifest in parts.items()
     }
-    # As tokens of one and the same order: another order has other losses from the first step on.
+    # The order of tokens is the same: another order has other losses from the first step.
     assert read_manifest(package).record.training["tokens"] == 6 * 8 * 32
 
 
 @pytest.mark.slow
 @pytest.mark.parametrize(("kind", "first", "then"), [("public", 2, 4), ("hybrid", 4, 2)])
-def test_one_told_to_stop_stops_all_and_another_number_of_processes_goes_on(world, tmp_path, kind, first, then):
-    """SIGTERM to one that does not lead; the losses are those of a run that was never stopped."""
+def test_sigterm_to_one_process_stops_all_and_another_number_of_processes_resumes(world, tmp_path, kind, first, then):
+    """SIGTERM to process 1; the losses are those of a run that is never stopped."""
     make = public_run if kind == "public" else lambda root, **changes: hybrid_run(root, world, **changes)
     run, reference = (make(tmp_path / name, batch_size=8, steps=3000) for name in ("many", "one"))
     running = start_training(run, first)
@@ -113,25 +113,25 @@ def test_one_told_to_stop_stops_all_and_another_number_of_processes_goes_on(worl
     wait_for_step(run, saved + 5)
     running[0].terminate()
     assert end(running) == [75] * then
-    assert losses(run)[:saved] == stopped  # kept as they were
+    assert losses(run)[:saved] == stopped  # unchanged
     running = start_training(reference, 1)
     wait_for_step(reference, saved + 3)
     running[0].terminate()
     assert end(running) == [75]
-    # float32 sums in another order, over as many steps of AdamW as were taken
+    # float32 sums in another order, amplified by the steps of AdamW.
     np.testing.assert_allclose(losses(run)[: saved + 3], losses(reference)[: saved + 3], atol=1e-3)
 
 
 @pytest.mark.slow
-def test_when_one_dies_the_others_end_soon(tmp_path):
+def test_when_one_process_dies_the_others_end_within_three_heartbeats(tmp_path):
     run = public_run(tmp_path, batch_size=8, steps=100_000)
     running = start_training(run, 2)
     wait_for_step(run, 4)
     running[1].kill()
-    begun = time.monotonic()
+    killed_at = time.monotonic()
     codes = end(running, 120)
     assert codes[0] != 0
-    assert time.monotonic() - begun < 3 * processes.HEARTBEAT_S
+    assert time.monotonic() - killed_at < 3 * processes.HEARTBEAT_S
 
 
 @pytest.mark.slow
@@ -144,7 +144,7 @@ def test_when_one_dies_the_others_end_soon(tmp_path):
     ],
 )
 def test_several_processes_score_what_one_scores(world, count, mesh, experts):
-    """The lead alone prints. Each token's loss differs by the rounding of float32 sums, 1e-6 of about 6 nats."""
+    """Only process 0 prints. Each token's loss differs by the rounding of float32 sums, 1e-6 of about 6 nats."""
     model = fm.load(world / "model").select(experts.split(","))
     expected = {d: model.score(heldout_texts(world / d / "data", 10_000)).bits_per_byte for d in ("news", "code")}
     folders = [f"--data={world / domain / 'data'}" for domain in expected]
@@ -158,8 +158,8 @@ def test_several_processes_score_what_one_scores(world, count, mesh, experts):
 
 
 @pytest.mark.slow
-def test_a_merge_by_several_processes_is_that_of_one(world, tmp_path):
-    """Process 0 does it, the other leaves it to it."""
+def test_a_merge_by_several_processes_equals_that_of_one(world, tmp_path):
+    """Only process 0 merges."""
     release, *packages = (world / name / "run" for name in ("public", "news", "code"))
     experts = [f"--package={path / 'package'}" for path in packages]
     running = start_verb(["merge", f"--public={release / 'model'}", *experts, f"--out={tmp_path / 'many'}"], 2)
@@ -197,7 +197,7 @@ def test_the_environment_gives_a_process_its_place(environment, place):
 
 
 @pytest.mark.parametrize("nodes", ["gpu[007-009]", "gpu[007,011-012],b", "one,two"])
-def test_the_coordinator_of_a_slurm_job_is_the_one_that_jax_takes(monkeypatch, nodes):
+def test_the_coordinator_of_a_slurm_job_is_the_one_that_jax_chooses(monkeypatch, nodes):
     from jax._src.clusters.slurm_cluster import SlurmCluster
 
     variables = {**SLURM, "SLURM_JOB_ID": "123456", "SLURM_STEP_NODELIST": nodes}
@@ -221,7 +221,7 @@ def test_the_coordinator_of_a_slurm_job_is_the_one_that_jax_takes(monkeypatch, n
         job("2", "0", "fd00::1:8476"),
     ],
 )
-def test_variables_that_name_no_place_are_refused(environment, monkeypatch):
+def test_malformed_job_variables_are_refused(environment, monkeypatch):
     for name, value in environment.items():
         monkeypatch.setenv(name, value)
     for read in (processes.join, lambda: place_of(environment)):
@@ -230,8 +230,8 @@ def test_variables_that_name_no_place_are_refused(environment, monkeypatch):
         assert "host:port" in error.value.remedy
 
 
-def test_a_job_with_given_places_is_not_looked_up_elsewhere(monkeypatch):
-    """Inside Slurm, JAX would give each process the one GPU of its local number."""
+def test_given_places_disable_jaxs_cluster_detection(monkeypatch):
+    """Inside Slurm, JAX's detection would give each process only the GPU of its local number."""
     given: dict = {}
     monkeypatch.setattr(jax.distributed, "initialize", lambda **options: given.update(options))
     for name, value in job("2", "1", "host:1").items():

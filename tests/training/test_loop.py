@@ -1,4 +1,4 @@
-"""A whole run: what it leaves on disk, exact resumption, and what it refuses."""
+"""Whole runs: their files, exact resumption, and refused input."""
 
 import dataclasses
 import json
@@ -30,7 +30,7 @@ from tests.tiny import expert_run, public_run, write_documents, write_vector
 
 @pytest.fixture(scope="module")
 def release(tmp_path_factory) -> pathlib.Path:
-    """A trained public release, shared by the module: nothing here may change it."""
+    """A trained public release, shared by the module; tests must not change it."""
     return loop.train(public_run(tmp_path_factory.mktemp("world")))
 
 
@@ -39,7 +39,7 @@ def metrics_of(run) -> list[dict]:
     return [{key: value for key, value in line.items() if key not in OF_TIME} for line in lines]
 
 
-def test_public_run_leaves_a_release_whose_router_row_is_the_domain_embedding(release):
+def test_a_public_run_writes_a_release_whose_router_row_is_the_domain_embedding(release):
     model = open_model(release)
     assert model.experts == (PUBLIC,)
     public = load_package(release / PUBLIC)
@@ -47,7 +47,7 @@ def test_public_run_leaves_a_release_whose_router_row_is_the_domain_embedding(re
     assert (public["bias"] == 0).all()
 
 
-def test_expert_run_leaves_a_package_bound_to_the_release_and_the_release_untouched(release, tmp_path):
+def test_an_expert_run_writes_a_package_bound_to_the_release_and_does_not_change_the_release(release, tmp_path):
     before = {path: path.read_bytes() for path in release.rglob("*") if path.is_file()}
     run = expert_run(tmp_path, "news", release)
     package = loop.train(run)
@@ -58,8 +58,8 @@ def test_expert_run_leaves_a_package_bound_to_the_release_and_the_release_untouc
         "tokenizer": public.tokenizer_digest,
     }
     assert before == {path: path.read_bytes() for path in release.rglob("*") if path.is_file()}
-    expert, begun = load_package(package), load_package(release / PUBLIC)
-    assert all((expert[leaf] != begun[leaf]).any() for leaf in expert)
+    expert, initial = load_package(package), load_package(release / PUBLIC)
+    assert all((expert[leaf] != initial[leaf]).any() for leaf in expert)
     assert manifest.record.training["tokens"] == 6 * 4 * 32
     assert merge(release, [package], tmp_path / "model").experts == (PUBLIC, "news")
     lines = metrics_of(run)
@@ -81,7 +81,7 @@ FACTORED = OptimizerConfig(lr=1e-2, warmup_steps=1, first_moment="bfloat16", sec
 
 @pytest.mark.parametrize(("public_fraction", "optimizer"), [(0.0, None), (0.5, None), (0.0, FACTORED)])
 def test_stopped_and_resumed_equals_uninterrupted(release, tmp_path, monkeypatch, public_fraction, optimizer, caplog):
-    """SIGTERM after step 3: saved, resumed, and every bit and metric as if it had never happened."""
+    """SIGTERM after step 3: the run saves, and the resumed run gives the same bits and metrics as without a stop."""
     mixed = {"public_fraction": public_fraction} | ({"optimizer": optimizer} if optimizer else {})
     if public_fraction:
         mixed["public_data"] = str(write_documents(tmp_path / "sample", "public"))
@@ -124,8 +124,8 @@ train(from_mapping(RunConfig, json.loads(sys.argv[1])))
 
 @pytest.mark.parametrize("delay_s", [0.0, 0.03])
 def test_killed_without_warning_and_resumed_equals_uninterrupted(release, tmp_path, delay_s, caplog):
-    """SIGKILL some time after step 6 was saved: nothing saved is lost, and at most the interval since, and the one
-    whose save was under way, is done again."""
+    """SIGKILL some time after step 6 is saved: no saved step is lost, and at most two intervals are repeated (the last
+    one, and the one whose save was running)."""
     steps, every = 60, 3
     killed = expert_run(tmp_path / "a", "news", release, steps=steps, save_every=every)
     whole = expert_run(tmp_path / "b", "news", release, steps=steps, save_every=steps)
@@ -138,7 +138,7 @@ def test_killed_without_warning_and_resumed_equals_uninterrupted(release, tmp_pa
     saved = max(int(path.stem) for path in (out / "digests").glob("*.json"))
     process.kill()
     process.wait()
-    assert not (out / "package").exists()  # it was killed in the middle, not after its end
+    assert not (out / "package").exists()  # killed in the middle, not after the end
     recorded = (out / "metrics.jsonl").read_text().count("\n")
     caplog.set_level("INFO", "flexmoe_jax")
     package = loop.train(killed)
@@ -168,12 +168,12 @@ def test_another_configuration_or_other_data_is_refused_with_the_difference(rele
         loop.train(run)
 
 
-def test_a_difference_that_is_allowed_by_name_is_gone_on_with(release, tmp_path, caplog):
+def test_a_run_resumes_with_a_difference_that_is_allowed_by_name(release, tmp_path, caplog):
     run = expert_run(tmp_path, "news", release, steps=4)
     loop.train(run)
     shutil.rmtree(pathlib.Path(run.out) / "package")
     longer = dataclasses.replace(run, steps=6, seed=1)
-    with pytest.raises(FlexMoEError, match=r"--allow=config\.step names nothing .*\n.*did you mean 'config\.steps'"):
+    with pytest.raises(FlexMoEError, match=r"--allow=config\.step is not a key .*\n.*did you mean 'config\.steps'"):
         loop.train(longer, allow=["config.step"])
     with pytest.raises(FlexMoEError, match=r"config\.seed: 0 != 1") as error:
         loop.train(longer, allow=["config.steps"])
@@ -183,10 +183,10 @@ def test_a_difference_that_is_allowed_by_name_is_gone_on_with(release, tmp_path,
     assert "changed as allowed: config.steps: 4 != 6" in caplog.messages
     assert "resumed at step 4" in caplog.messages
     assert read_manifest(package).record.training["steps"] == 6
-    loop.train(dataclasses.replace(run, steps=6))  # run.json was written anew
+    loop.train(dataclasses.replace(run, steps=6))  # run.json has the new value
 
 
-def test_metrics_of_a_resumed_run_are_rewritten_whole_or_not_at_all(tmp_path, monkeypatch):
+def test_metrics_of_a_resumed_run_are_rewritten_atomically(tmp_path, monkeypatch):
     path = tmp_path / "metrics.jsonl"
     lines = [json.dumps({"step": step}) for step in range(4)]
     path.write_text("\n".join(lines) + '\n{"step": 4, "lo')
@@ -204,7 +204,7 @@ def test_metrics_of_a_resumed_run_are_rewritten_whole_or_not_at_all(tmp_path, mo
     assert path.read_text().splitlines() == lines[:3]
 
 
-def test_a_run_that_diverges_stops_and_says_where(release, tmp_path):
+def test_a_run_that_diverges_stops_with_the_step_in_the_message(release, tmp_path):
     hot = OptimizerConfig(lr=1e30, warmup_steps=0, clip_norm=1e30)
     run = expert_run(tmp_path, "news", release, optimizer=hot, max_bad_steps=2, steps=50)
     with pytest.raises(FlexMoEError, match="not finite for 2 steps in a row"):
@@ -249,7 +249,7 @@ def test_a_tokenizer_larger_than_the_model_is_refused(tmp_path):
         loop.train(public_run(tmp_path, tokenizer="cl100k:600"))
 
 
-def test_a_public_run_goes_on_from_a_model_and_trains_all_its_experts(release, tmp_path):
+def test_a_public_run_from_an_existing_model_trains_all_its_experts(release, tmp_path):
     packages = [loop.train(expert_run(tmp_path, owner, release)) for owner in ("news", "code")]
     merged = merge(release, packages, tmp_path / "merged").path
     run = public_run(tmp_path, model=None, public=str(merged), domain_vector=None, top_k=2, steps=2)
@@ -262,8 +262,8 @@ def test_a_public_run_goes_on_from_a_model_and_trains_all_its_experts(release, t
     assert after.manifests["news"].base[TRUNK] == after.manifests[TRUNK].content
 
 
-def test_an_expert_trained_alone_merges_like_any_other(release, tmp_path):
+def test_an_expert_trained_without_the_public_one_merges_like_any_other(release, tmp_path):
     package = loop.train(expert_run(tmp_path, "news", release, coordinate=False, router_z_loss=0.0))
-    begun = loop.train(expert_run(tmp_path / "other", "news", release))
-    assert (load_package(package)["w_up"] != load_package(begun)["w_up"]).any()
+    coordinated = loop.train(expert_run(tmp_path / "other", "news", release))
+    assert (load_package(package)["w_up"] != load_package(coordinated)["w_up"]).any()
     assert merge(release, [package], tmp_path / "merged").experts == (PUBLIC, "news")

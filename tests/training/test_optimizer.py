@@ -1,4 +1,4 @@
-"""What optimizers keep of a parameter, and that they train with it."""
+"""The bytes that optimizers keep per parameter, and that they train with them."""
 
 import jax
 import jax.numpy as jnp
@@ -25,18 +25,18 @@ FACTORED = {"second_moment": "factored"}
         (FACTORED | {"b1": 0.0}, 0),
     ],
 )
-def test_bytes_kept_of_a_parameter(changes, expected):
-    """Beside them only means of rows and columns, biases' moments and counters: 4 bytes of each."""
+def test_moments_take_the_stated_bytes_per_parameter(changes, expected):
+    """In addition only means of rows and columns, the moments of biases, and counters: 4 bytes each."""
     state = make_optimizer(OptimizerConfig(**changes), 10).init(PARAMS)
     size = sum(leaf.nbytes for leaf in jax.tree.leaves(state))
     small = 4 * (L * (D + F) + 3 * L + 10)
     assert 0 <= size - expected * L * D * F <= small
 
 
-def test_a_factored_update_is_the_papers():
-    """Shazeer and Stern, arXiv 1804.04235, algorithm 4, by hand; in the first step nothing has decayed yet.
+def test_a_factored_update_equals_adafactors():
+    """Shazeer and Stern, arXiv 1804.04235, algorithm 4, computed by hand; the first step has no decay.
 
-    Tolerance: float32 means of 256 squares, taken in another order.
+    Tolerance: float32 means of 256 squares, summed in another order.
     """
     config = OptimizerConfig(lr=0.1, warmup_steps=0, clip_norm=1e9, b1=0.0, second_moment="factored")
     optimizer = make_optimizer(config, 10)
@@ -52,7 +52,7 @@ def test_a_factored_update_is_the_papers():
 
 @pytest.mark.parametrize("changes", [{"first_moment": "bfloat16"}, FACTORED, FACTORED | {"first_moment": "bfloat16"}])
 def test_a_least_squares_problem_is_solved(changes):
-    """As well as AdamW solves it: the loss falls to a hundredth. A first moment in bfloat16 is rounded by 0.4%."""
+    """As AdamW does: the loss falls to a hundredth. A first moment in bfloat16 is rounded by 0.4%."""
     key = jax.random.key(0)
     x, target = jax.random.normal(key, (512, D)), jax.random.normal(jax.random.fold_in(key, 1), (D, F))
 

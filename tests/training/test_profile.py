@@ -25,7 +25,7 @@ def lines_of(run) -> list[dict]:
 
 
 def traced_steps(run) -> list[list[int]]:
-    """The steps named in each trace of the run, in the order of the traces."""
+    """The steps in each trace of the run, in the order of the traces."""
     found = []
     for path in sorted((pathlib.Path(run.out) / "profile" / "0").rglob("*.trace.json.gz")):
         events = json.loads(gzip.decompress(path.read_bytes()))["traceEvents"]
@@ -33,7 +33,7 @@ def traced_steps(run) -> list[list[int]]:
     return found
 
 
-def test_a_profile_names_its_steps_and_a_resumed_run_has_what_is_left(tmp_path, monkeypatch, caplog):
+def test_a_profile_names_its_steps_and_a_resumed_run_profiles_the_rest(tmp_path, monkeypatch, caplog):
     run = public_run(tmp_path, steps=8)
     save = loop._save
 
@@ -67,25 +67,25 @@ def stop_at(state, step: int) -> None:
 
 
 @pytest.mark.parametrize("text", ["3", "3:", ":3", "a:b", "5:3", "-1:2", "1:2:3", "2:8"])
-def test_ranges_that_are_none_are_refused_before_anything_is_written(tmp_path, text):
+def test_malformed_step_ranges_are_refused_before_anything_is_written(tmp_path, text):
     run = public_run(tmp_path, steps=8)
     with pytest.raises(ConfigError, match=f"--profile is '{text}'"):
         loop.train(run, profile=text)
     assert not pathlib.Path(run.out).exists()
 
 
-def test_ranges_hold_both_ends():
+def test_step_ranges_include_both_ends():
     assert list(parse_steps("10:13", 20)) == [10, 11, 12, 13]
     assert list(parse_steps("0:7", 8))[-1] == 7
     assert not parse_steps("", 8)
 
 
-def test_rates_fit_one_another_and_the_peak(tmp_path, monkeypatch, caplog):
-    """Of a kind of device whose peak is known; this machine's is not, and then there is no utilisation."""
+def test_rates_agree_with_one_another_and_with_the_peak(tmp_path, monkeypatch, caplog):
+    """The peak of this machine's devices is unknown, so that there is no `mfu` until the test sets one."""
     run = public_run(tmp_path / "a", steps=6)
     loop.train(run)
     first, *others = lines_of(run)
-    assert not RATES & set(first)  # it was compiled
+    assert not RATES & set(first)  # the first step compiles
     tokens = run.batch_size * run.seq_len
     for line in others:
         assert line["tokens_per_second"] * line["step_seconds"] == pytest.approx(tokens)
@@ -104,7 +104,7 @@ def test_rates_fit_one_another_and_the_peak(tmp_path, monkeypatch, caplog):
         assert 0 < line["mfu"] < 1
 
 
-def test_a_step_lasts_from_the_end_of_the_one_before_without_what_lies_between(monkeypatch):
+def test_a_step_lasts_from_the_end_of_the_previous_one_without_pauses(monkeypatch):
     clock = [0.0]
     monkeypatch.setattr(metrics.time, "monotonic", lambda: clock[0])
     meter = metrics.Meter(tokens=100, flops_per_token=2.0, peak_flops=1000.0)
@@ -113,11 +113,11 @@ def test_a_step_lasts_from_the_end_of_the_one_before_without_what_lies_between(m
         clock[0] += seconds
         return do()
 
-    after(7, meter.go_on)  # before the first step nothing is measured
-    after(60, meter.step_ended)  # compiled
+    after(7, meter.resume)  # nothing is measured before the first step
+    after(60, meter.step_ended)  # compiles
     assert meter.read() == {}
     after(2, meter.step_ended)
-    after(30, meter.go_on)  # saved
+    after(30, meter.resume)  # saving
     after(4, meter.step_ended)
     rate = 100 / 3
     assert meter.read() == pytest.approx(
@@ -126,8 +126,8 @@ def test_a_step_lasts_from_the_end_of_the_one_before_without_what_lies_between(m
     assert meter.read() == {}
 
 
-def test_flops_are_of_what_trains(tmp_path):
-    """Those of training_flops where that has a name for it; a frozen weight has no gradient."""
+def test_flops_per_token_count_only_the_gradients_of_trained_weights(tmp_path):
+    """Equal to `training_flops` for the kinds that it has; frozen weights have no gradient."""
     pair = init_params(MODEL, jax.random.key(0), ("public", "news"))
     alone = {**pair, "experts": {"public": pair["experts"]["public"]}}
     public, owner = public_run(tmp_path), expert_run(tmp_path, "news", tmp_path)

@@ -1,4 +1,4 @@
-"""The training step: what is frozen stays, accumulation is exact, a bad batch changes nothing, the bias cannot die."""
+"""The training step: frozen leaves do not change, accumulation is exact, bad batches change nothing, biases recover."""
 
 import dataclasses
 import functools
@@ -36,7 +36,7 @@ RUN = RunConfig(
 
 
 def hybrid(owner: str = "news"):
-    """{public, owner}, the owner's feed-forward network a copy of the public one."""
+    """{public, owner}; the owner's feed-forward network is a copy of the public one."""
     params = init_params(MODEL, jax.random.key(0), (PUBLIC, owner))
     copied = {leaf: params["experts"][PUBLIC][leaf] for leaf in ("w_gate", "w_up", "w_down")}
     return {**params, "experts": {**params["experts"], owner: {**params["experts"][owner], **copied}}}
@@ -68,7 +68,7 @@ def test_frozen_leaves_keep_every_bit_with_weight_decay_on():
         assert moved == path.startswith("experts/news/"), path
 
 
-def test_public_stage_trains_all_but_the_public_router_row_and_bias():
+def test_a_public_run_trains_all_but_the_public_router_row_and_bias():
     params = init_params(MODEL, jax.random.key(0))
     run = dataclasses.replace(RUN, owner=PUBLIC, model=MODEL, public=None)
     state, frozen = start(run, params)
@@ -88,20 +88,20 @@ def test_moments_exist_for_trainable_leaves_only():
     assert moments == 2 * trained
 
 
-def test_a_step_gives_back_what_trains_and_its_moments_alone():
-    """From the compiled program: frozen leaves have neither gradient, nor moment, nor copy among its outputs."""
+def test_a_step_returns_only_trainable_leaves_and_their_moments():
+    """From the compiled program: its outputs hold no gradient, moment or copy of a frozen leaf."""
     params = hybrid()
     state, frozen = start(RUN, params)
     compiled = make_train_step(MODEL, RUN).lower(state, frozen, batch()).compile()
     trained = sum(leaf.size for leaf in jax.tree.leaves(state.trainable))
     rest = sum(leaf.size for leaf in jax.tree.leaves(frozen))
-    # three arrays of each trained leaf; counters, metrics and the table of outputs are a few hundred bytes
+    # Three arrays per trained leaf; counters, metrics and the table of outputs are a few hundred bytes.
     assert 0 <= compiled.memory_analysis().output_size_in_bytes - 4 * 3 * trained < 2000 < 4 * rest
 
 
 def test_frozen_weights_cost_no_product():
-    """From the compiled program, per token: of one layer beside a frozen trunk nothing is differentiated but what leads
-    to the owner's expert, and no weight but its three has a gradient (within 5%: norms, softmax, router are above).
+    """From the compiled program, per token: with one layer and a frozen trunk, only the path to the owner's expert is
+    differentiated, and only the expert's three matrices have a gradient (within 5%: norms, softmax, router).
     """
     one = dataclasses.replace(
         MODEL,
@@ -123,8 +123,8 @@ def test_frozen_weights_cost_no_product():
     assert step.cost_analysis()["flops"] / (8 * 64) <= 1.05 * (forward + p["scores"] + backward)
 
 
-def test_matrices_cast_once_a_step_have_the_gradients_of_float32_ones():
-    """In half the bytes, rounded once: bfloat16 has 8 bits. What the model does not cast to it stays in float32."""
+def test_matrices_cast_once_per_step_have_the_gradients_of_float32_matrices():
+    """Rounded to bfloat16, which has 8 bits. Leaves that the model does not cast stay in float32."""
     run = dataclasses.replace(RUN, compute_dtype="bfloat16")
     trainable, frozen = partition(hybrid(), freezing_mask(hybrid(), "news"))
     used = step_module._as_used(trainable, jnp.bfloat16)
@@ -140,8 +140,8 @@ def test_matrices_cast_once_a_step_have_the_gradients_of_float32_ones():
         np.testing.assert_allclose(leaf.astype(jnp.float32), expected[path], rtol=2**-8, atol=1e-6, err_msg=path)
 
 
-def test_the_first_layer_apart_changes_no_gradient():
-    """Beside a frozen trunk a CPU's step keeps the first layer out of the scan (sums in another order: 1e-6)."""
+def test_keeping_the_first_layer_out_of_the_scan_changes_no_gradient():
+    """A CPU's step does this with a frozen trunk (sums in another order: 1e-6)."""
     params = jax.tree.map(lambda leaf: leaf + 0.01, hybrid())
     trainable, frozen = partition(params, freezing_mask(params, "news"))
 
@@ -156,8 +156,8 @@ def test_the_first_layer_apart_changes_no_gradient():
         np.testing.assert_allclose(ours, theirs, rtol=1e-5, atol=1e-6 * float(jnp.abs(theirs).max()), err_msg=path)
 
 
-def test_remat_shrinks_the_memory_of_a_step_also_on_a_cpu():
-    """From the compiled program: with 8 layers, what a step keeps for its backward pass falls below half."""
+def test_remat_halves_the_memory_of_a_step_of_8_layers_also_on_a_cpu():
+    """From the compiled program: the arrays kept for the backward pass."""
     deep, rows = dataclasses.replace(MODEL, num_layers=8, d_ff=256), batch(rows=32)
     params = init_params(deep, jax.random.key(0), (PUBLIC, "news"))
     memory = []
@@ -169,8 +169,8 @@ def test_remat_shrinks_the_memory_of_a_step_also_on_a_cpu():
     assert memory[1] < memory[0] / 2
 
 
-def test_hybrid_starts_exactly_as_the_public_model():
-    """Both feed-forward networks are equal at the start, so the gate cannot matter (sums of equal terms: 1e-6)."""
+def test_the_initial_pair_gives_the_logits_of_the_public_model():
+    """Both feed-forward networks are equal, so the router does not matter (sums of equal terms: 1e-6)."""
     params = hybrid()
     alone = {**params, "experts": {PUBLIC: params["experts"][PUBLIC]}}
     tokens = batch().tokens
@@ -180,7 +180,7 @@ def test_hybrid_starts_exactly_as_the_public_model():
 
 
 def test_accumulation_gives_the_gradient_of_the_whole_batch():
-    """Unequal weights per microbatch: a mean of microbatch means would differ in the first digit."""
+    """Unequal weights per microbatch: the mean of microbatch means would differ in the first digit."""
     data = batch()
     data.weights[:2, 3:] = 0.0
     results = []
@@ -213,11 +213,11 @@ def test_a_bad_batch_changes_no_bit_and_is_counted(poison):
     assert (int(metrics["bad_steps"]), int(metrics["skipped"]), int(state.step)) == (0, 2, 4)
 
 
-def test_a_dead_bias_comes_back():
-    """A bias above zero has no effect and, by the plain derivative of min, no gradient: here it is found again."""
+def test_a_bias_above_zero_recovers():
+    """It has no effect and, with the plain derivative of min, no gradient."""
     params = hybrid()
     expert = {**params["experts"]["news"], "bias": jnp.full(MODEL.num_layers, 0.02)}
-    # An expert that only does harm: descent must lower its share, and the bias is one way to.
+    # A harmful expert: descent must lower its share, and the bias is one way to do so.
     expert = {**expert, "w_down": 30.0 * jax.random.normal(jax.random.key(5), expert["w_down"].shape)}
     params = {**params, "experts": {**params["experts"], "news": expert}}
     state, frozen = start(RUN, params)
@@ -240,7 +240,7 @@ def test_z_losses_are_in_the_gradient():
     assert len(set(norms)) == 3
 
 
-def test_learning_rate_warms_up_then_falls_to_its_end():
+def test_the_learning_rate_warms_up_then_falls_to_its_end():
     schedule = learning_rate(OptimizerConfig(lr=1.0, warmup_steps=10, end_lr_fraction=0.1), 100)
     values = [float(schedule(n)) for n in range(101)]
     assert values[0] == 0.0
@@ -259,8 +259,8 @@ def test_the_freezing_table_covers_every_parameter_once():
     assert sum(row[2] for row in table if not row[1]) == len(flatten(frozen))
 
 
-def test_contrast_teaches_the_router_what_is_not_the_owners():
-    """Two kinds of text by token id: with the contrast loss the odds part them, on tokens of either kind."""
+def test_the_contrast_loss_teaches_the_router_to_tell_own_text_from_public_text():
+    """Two kinds of text with different token ids: with the contrast loss the router separates them."""
     params = hybrid()
     run = dataclasses.replace(
         RUN,
@@ -295,8 +295,8 @@ def test_contrast_teaches_the_router_what_is_not_the_owners():
     assert own - public < 0.2
 
 
-def test_contrast_weighs_both_kinds_equally_whatever_their_numbers():
-    """Equal logits: the loss is log 2 for any mix, and its accumulated form is the same."""
+def test_the_contrast_loss_weights_own_and_public_tokens_equally():
+    """With equal logits the loss is log 2 for any mix, also with accumulation."""
     data = dataclasses.replace(batch(), own=np.repeat(np.float32([[1], [1], [1], [0]]), 16, axis=1))
     values = []
     for accumulation in (1, 2):
@@ -310,7 +310,7 @@ def test_contrast_weighs_both_kinds_equally_whatever_their_numbers():
     np.testing.assert_allclose(values, np.log(2), rtol=1e-6)
 
 
-def test_an_expert_alone_trains_its_feed_forward_network_and_nothing_else():
+def test_an_expert_without_the_public_one_trains_only_its_feed_forward_network():
     params = hybrid()
     alone = {**params, "experts": {"news": params["experts"]["news"]}}
     state, frozen = start(RUN, alone)
@@ -322,7 +322,7 @@ def test_an_expert_alone_trains_its_feed_forward_network_and_nothing_else():
     assert moved == {f"experts/news/{leaf}" for leaf in ("w_gate", "w_up", "w_down")}
 
 
-def test_a_pattern_freezes_more():
+def test_a_freeze_pattern_freezes_further_leaves():
     params = hybrid()
     mask = freezing_mask(params, "news", "experts/.*/bias")
     assert {path for path, trains in mask.items() if trains} == {
@@ -338,13 +338,13 @@ def test_joint_training_moves_all_but_the_public_bias():
     for n in range(3):
         state, _ = step(state, frozen, batch(n))
     before, after = bits(params), bits(combine(state.trainable, frozen))
-    # An owner's bias begins at 0 here and its derivative passes only where descent lowers it.
+    # An owner's bias is initially 0 here, and its derivative passes only where descent lowers it.
     still = {path for path in before if before[path] == after[path]} - {"experts/news/bias"}
     assert still == {"experts/public/bias"}
 
 
 @pytest.mark.parametrize("accumulation", [1, 2])
-def test_load_balance_is_one_when_even_and_the_number_of_experts_when_one_takes_all(accumulation):
+def test_the_load_balance_loss_is_1_when_balanced_and_the_number_of_experts_when_one_takes_all(accumulation):
     params = hybrid()
     for row, expected in ((0.0, 1.0), (1e4, 2.0)):
         experts = params["experts"]
