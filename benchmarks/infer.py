@@ -4,9 +4,9 @@ import numpy as np
 import torch
 
 from benchmarks.harness import Row, copy, interleaved, require_close
-from flexmoe_jax.config import ModelConfig
 from flexmoe_jax.model.decoder import Decoder
 from flexmoe_jax.model.generate import generate
+from flexmoe_jax.model_config import ModelConfig
 from flexmoe_jax.params import count_parameters
 from flexmoe_jax.tree import TRUNK
 from tests.model import hf_oracle

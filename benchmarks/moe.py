@@ -12,8 +12,8 @@ import numpy as np
 import torch
 
 from benchmarks.harness import Row, gemm, interleaved, ready, require_close
-from flexmoe_jax.config import ModelConfig
 from flexmoe_jax.model.decoder import Decoder, forward, moe
+from flexmoe_jax.model_config import ModelConfig
 from flexmoe_jax.parallel.stacked import with_stacked_rows
 from tests.model import hf_oracle
 from tests.tiny import stacked

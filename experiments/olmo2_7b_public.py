@@ -6,8 +6,8 @@ Runtime: not run here. The paper's public model saw 1 T tokens on a cluster; thi
 step lowers, in `tests/test_experiments.py`. `data` is a dolma2 token store (`flexmoe data tokenize`).
 """
 
-from flexmoe_jax.config import ModelConfig
 from flexmoe_jax.experiment import run_config
+from flexmoe_jax.model_config import ModelConfig
 
 MODEL = ModelConfig(
     vocab_size=100_352,

@@ -5,8 +5,8 @@
 run in a folder that holds `data/` (train.jsonl) and `domain.json` (`flexmoe embed data --out domain.json`).
 """
 
-from flexmoe_jax.config import ModelConfig
 from flexmoe_jax.experiment import run_config
+from flexmoe_jax.model_config import ModelConfig
 
 MODEL = ModelConfig(
     vocab_size=8192,

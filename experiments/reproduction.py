@@ -12,8 +12,8 @@ from typing import Any
 
 from ml_collections import ConfigDict, config_dict
 
-from flexmoe_jax.config import ModelConfig
 from flexmoe_jax.errors import ConfigError
+from flexmoe_jax.model_config import ModelConfig
 
 SMALL = ModelConfig(
     vocab_size=8192, num_layers=4, d_model=192, num_heads=3, num_kv_heads=3, head_dim=64, d_ff=512, max_seq_len=256

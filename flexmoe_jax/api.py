@@ -12,7 +12,6 @@ from jax.sharding import Mesh
 
 from flexmoe_jax import tree
 from flexmoe_jax.artifacts.model_dir import load_model
-from flexmoe_jax.config import ModelConfig
 from flexmoe_jax.data.tokenizer import Tokenizer, load_tokenizer
 from flexmoe_jax.errors import DataError
 from flexmoe_jax.evaluate.lm import LM
@@ -20,6 +19,7 @@ from flexmoe_jax.evaluate.perplexity import Score, half_window, score
 from flexmoe_jax.evaluate.routing import TokenRouting, route_text
 from flexmoe_jax.model.decoder import Decoder, forward
 from flexmoe_jax.model.generate import Sampling, stream
+from flexmoe_jax.model_config import ModelConfig
 from flexmoe_jax.parallel.mesh import mesh_of_one
 from flexmoe_jax.parallel.specs import place
 from flexmoe_jax.parallel.stacked import stack_weights

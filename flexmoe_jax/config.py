@@ -16,79 +16,8 @@ from collections.abc import Mapping
 from typing import Any
 
 from flexmoe_jax.errors import ConfigError, did_you_mean
+from flexmoe_jax.model_config import ModelConfig
 from flexmoe_jax.tree import PUBLIC, check_owner_name
-
-
-@dataclasses.dataclass(frozen=True)
-class ModelConfig:
-    """The shape of a FlexMoE decoder (FlexOlmo, arXiv 2507.07024, section 3; OLMo-2 blocks).
-
-    The defaults are the OLMo-2/FlexOlmo block. Llama-style public models set `pre_norm=True, norm_topk=True, qk_norm=False`.
-    ConfigError for impossible sizes.
-    """
-
-    vocab_size: int
-    """Rows of the embedding; at least the tokenizer's number of ids."""
-
-    num_layers: int
-    """Transformer blocks."""
-
-    d_model: int
-    """Width of the residual stream."""
-
-    num_heads: int
-    """Query heads of attention."""
-
-    num_kv_heads: int
-    """Key and value heads; divides `num_heads`, equal to it without grouped-query attention."""
-
-    head_dim: int
-    """Width of one head; even, since rotary embeddings rotate pairs."""
-
-    d_ff: int
-    """Hidden width of every expert's feed-forward network."""
-
-    max_seq_len: int
-    """Longest sequence in tokens that the model is trained for and run with."""
-
-    rope_theta: float = 5e5
-    """Base of the rotary embedding's wavelengths. OLMo-2's; Llama 2 has 1e4."""
-
-    norm_eps: float = 1e-6
-    """Added to the mean square in RMSNorm. OLMo-2's."""
-
-    pre_norm: bool = False
-    """Normalize the inputs of attention and experts (Llama) instead of their outputs (OLMo-2)."""
-
-    qk_norm: bool = True
-    """RMSNorm over the whole query and the whole key projection before the split into heads (OLMo-2)."""
-
-    tie_embeddings: bool = False
-    """The head is the transposed embedding (small Llama-style models)."""
-
-    norm_topk: bool = False
-    """Divide the weights of a token's active experts by their sum (`norm_topk_prob` of transformers). OLMo-2 needs no
-    such division, since the norm on the experts' output undoes any factor; with `pre_norm` nothing else does."""
-
-    def __post_init__(self):
-        sizes = ("vocab_size", "num_layers", "d_model", "num_heads", "num_kv_heads", "head_dim", "d_ff", "max_seq_len")
-        for name in sizes:
-            if getattr(self, name) < 1:
-                raise ConfigError(f"model.{name} is {getattr(self, name)}", "give a size of at least 1")
-        if self.num_heads % self.num_kv_heads:
-            raise ConfigError(
-                f"model.num_heads {self.num_heads} is not a multiple of model.num_kv_heads {self.num_kv_heads}",
-                "every key/value head serves the same number of query heads: change one of the two",
-            )
-        if self.head_dim % 2:
-            raise ConfigError(f"model.head_dim is {self.head_dim}", "rotary embeddings need an even head size")
-        if self.pre_norm and not self.norm_topk:
-            raise ConfigError(
-                "model.norm_topk is False and model.pre_norm is True: with fewer experts active than the model has, "
-                "their weights add up to less than 1 and the mixture is not the model that it was made from",
-                "set model.norm_topk to True; a model or package on disk that lacks it has to be imported or trained "
-                "again",
-            )
 
 
 @dataclasses.dataclass(frozen=True)

@@ -13,8 +13,9 @@ from typing import Any
 
 from ml_collections import ConfigDict
 
-from flexmoe_jax.config import ModelConfig, RunConfig, field_docs, from_mapping
+from flexmoe_jax.config import RunConfig, field_docs, from_mapping
 from flexmoe_jax.errors import ConfigError, did_you_mean
+from flexmoe_jax.model_config import ModelConfig
 
 Config = typing.TypeVar("Config")
 REQUIRED = dataclasses.MISSING

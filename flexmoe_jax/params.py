@@ -6,7 +6,7 @@ Legend: L layers, D width, H query heads, G key/value heads, K head size, F feed
 import dataclasses
 import math
 
-from flexmoe_jax.config import ModelConfig
+from flexmoe_jax.model_config import ModelConfig
 from flexmoe_jax.tree import PUBLIC, TRUNK
 
 # The axes of the device mesh (see parallel/mesh.py).
@@ -67,7 +67,10 @@ def _trunk_leaves(c: ModelConfig) -> dict[str, Leaf]:
         "final_norm": Leaf((D,), value=1.0),
     }
     if c.qk_norm:
-        leaves |= {"blocks/q_norm": Leaf((L, H * K), value=1.0), "blocks/k_norm": Leaf((L, G * K), value=1.0)}
+        q, k = (K, K) if c.qk_norm_per_head else (H * K, G * K)
+        leaves |= {"blocks/q_norm": Leaf((L, q), value=1.0), "blocks/k_norm": Leaf((L, k), value=1.0)}
+    if c.qkv_bias:
+        leaves |= {f"blocks/b_{name}": Leaf((L, heads, K)) for name, heads in (("q", H), ("k", G), ("v", G))}
     if not c.tie_embeddings:
         leaves["head"] = Leaf((D, V), (FSDP, TENSOR), std=_STD)
     return leaves
@@ -85,7 +88,7 @@ def _expert_leaves(c: ModelConfig) -> dict[str, Leaf]:
 
 
 # The axes do not depend on sizes. This configuration has every leaf that a model can have.
-_ANY = ModelConfig(1, 1, 2, 1, 1, 2, 1, 1)
+_ANY = ModelConfig(1, 1, 2, 1, 1, 2, 1, 1, qkv_bias=True)
 TRUNK_AXES: dict[str, Axes] = {path: leaf.axes for path, leaf in _trunk_leaves(_ANY).items()}
 EXPERT_AXES: dict[str, Axes] = {path: leaf.axes for path, leaf in _expert_leaves(_ANY).items()}
 # For experts stacked [L, E, ...] (parallel/stacked.py): `expert` splits the second dimension.

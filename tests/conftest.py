@@ -11,7 +11,7 @@ use_compilation_cache()
 import pytest
 from hypothesis import settings
 
-from flexmoe_jax.config import ModelConfig
+from flexmoe_jax.model_config import ModelConfig
 from tests.tiny import TINY, build_world
 
 # The same examples on every run: a failure is due to a change of the code. No deadline: the first example compiles.

@@ -6,12 +6,13 @@ import jax
 import jax.numpy as jnp
 import pytest
 
-from flexmoe_jax.config import ModelConfig, RunConfig
+from flexmoe_jax.config import RunConfig
 from flexmoe_jax.data.pipeline import Batch
 from flexmoe_jax.errors import ConfigError
 from flexmoe_jax.experiment import read_config
 from flexmoe_jax.flexmix.build import DOMAINS
 from flexmoe_jax.model.decoder import init_params
+from flexmoe_jax.model_config import ModelConfig
 from flexmoe_jax.params import count_parameters
 from flexmoe_jax.study.config import ABLATIONS, StudyConfig
 from flexmoe_jax.training.optimizer import make_optimizer

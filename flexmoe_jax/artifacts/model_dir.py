@@ -43,13 +43,13 @@ from flexmoe_jax.artifacts.sealed import (
     write_json,
 )
 from flexmoe_jax.artifacts.signature import FILE as SIGNATURE
-from flexmoe_jax.config import ModelConfig
 from flexmoe_jax.errors import ArtifactError
 from flexmoe_jax.files import (
     new_directory,
     sha256_file,
     write_bytes,
 )
+from flexmoe_jax.model_config import ModelConfig
 from flexmoe_jax.tree import PUBLIC, TRUNK, Params, canonical_order, check_known, expert_name, split, union
 
 FORMAT = "flexmoe-model-2"

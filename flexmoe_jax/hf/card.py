@@ -7,7 +7,7 @@ from typing import Any
 from flexmoe_jax.artifacts.manifest import Manifest
 from flexmoe_jax.artifacts.model_dir import ModelDir
 from flexmoe_jax.errors import ConfigError
-from flexmoe_jax.hf.configuration import Architecture
+from flexmoe_jax.hf.architectures import Architecture
 from flexmoe_jax.tree import TRUNK
 
 NOT_STATED = "not stated"

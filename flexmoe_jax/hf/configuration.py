@@ -1,58 +1,86 @@
-"""From `config.json` to ModelConfig and back: architectures that fit our tree, and the values that keys must have."""
+"""From `config.json` to ModelConfig and back: what keys must hold, what they imply, and which are passed over."""
 
 import dataclasses
 import pathlib
 from collections.abc import Mapping
 from typing import Any
 
-from flexmoe_jax.config import ModelConfig, from_mapping
+from flexmoe_jax.config import from_mapping, to_mapping
 from flexmoe_jax.errors import ArtifactError
+from flexmoe_jax.hf.architectures import ARCHITECTURES, BIASED, Architecture
+from flexmoe_jax.hf.rope import READ as ROPE_KEYS
+from flexmoe_jax.hf.rope import read_rope, read_skip, write_rope
+from flexmoe_jax.model_config import ModelConfig
 
 PROVENANCE = "flexmoe"  # our key in config.json; unknown keys survive transformers
 
-
-@dataclasses.dataclass(frozen=True)
-class Architecture:
-    """A model class of `transformers`, or of the model file that exports ship, and the decoder that it implements.
-
-    `default_theta` is the rotary base where config.json has none. `mixture` has a router over experts, `bias` a router
-    that adds the experts' bias.
-    """
-
-    name: str
-    model_type: str
-    default_theta: float
-    pre_norm: bool = False
-    mixture: bool = False
-    bias: bool = False
-
-
-FLEX_OLMO = Architecture("FlexOlmoForCausalLM", "flex_olmo", 5e5, mixture=True)
-BIASED = Architecture("FlexMoEForCausalLM", "flexmoe", 5e5, mixture=True, bias=True)  # modeling_flexmoe.py
-OLMO2 = Architecture("Olmo2ForCausalLM", "olmo2", 1e4)
-LLAMA = Architecture("LlamaForCausalLM", "llama", 1e4, pre_norm=True)
-ARCHITECTURES = {a.model_type: a for a in (FLEX_OLMO, BIASED, OLMO2, LLAMA)}
-
-# Options that our decoder lacks: {key: the values it accepts}. A missing key counts as the first.
+# Options that our decoder lacks, of any class: {key: the values it accepts}. A missing key counts as the first.
 _MUST_BE: dict[str, tuple[Any, ...]] = {
     "hidden_act": ("silu", "swish"),
-    "attention_bias": (False,),
-    "mlp_bias": (False,),
+    "hidden_activation": (None, "silu", "swish"),
     "clip_qkv": (None,),
     "quantization_config": (None,),
-    "sliding_window": (None,),
+    "partial_rotary_factor": (1.0,),
+    "pretraining_tp": (1,),
+    "attn_logit_softcapping": (None,),
+    "final_logit_softcapping": (None,),
+    "logit_scale": (1.0,),
+    "logits_scaling": (1.0,),
+    "embedding_multiplier": (1.0,),
+    "residual_multiplier": (1.0,),
+    "query_pre_attn_scalar": (None,),
+    "n_shared_experts": (0,),
+    "shared_expert_intermediate_size": (0,),
+    "is_encoder_decoder": (False,),
+    "add_cross_attention": (False,),
+    "cross_attention_hidden_size": (None,),
+    "pruned_heads": ({},),
+}
+# {field of ModelConfig: key}, which every checkpoint has.
+_SIZES = {
+    "vocab_size": "vocab_size",
+    "num_layers": "num_hidden_layers",
+    "d_model": "hidden_size",
+    "num_heads": "num_attention_heads",
+}
+_OF_EXPERTS = ("num_experts", "num_local_experts", "num_experts_per_tok", "norm_topk_prob", "moe_intermediate_size")
+_OF_WINDOW = ("sliding_window", "use_sliding_window", "layer_types", "max_window_layers")
+# Of an imported configuration these do not stay: the model determines them, or their spelling is old.
+_NOT_KEPT = {*ROPE_KEYS, *_OF_EXPERTS, *_OF_WINDOW, "torch_dtype", "auto_map"}
+_READ = {
+    *_SIZES.values(),
+    *_OF_EXPERTS,
+    *_OF_WINDOW,
+    *ROPE_KEYS,
+    *_MUST_BE,
+    *("intermediate_size", "num_key_value_heads", "head_dim", "max_position_embeddings", "rms_norm_eps"),
+    *("tie_word_embeddings", PROVENANCE),
+}
+# Keys without effect on a forward pass: of training, of files and classes, of generation.
+_WITHOUT_EFFECT = {
+    *("initializer_range", "attention_dropout", "hidden_dropout", "use_cache", "output_router_logits"),
+    *("router_aux_loss_coef", "router_jitter_noise", "gradient_checkpointing", "output_attentions"),
+    *("architectures", "model_type", "transformers_version", "torch_dtype", "dtype", "auto_map", "_name_or_path"),
+    *("_attn_implementation", "attn_implementation", "output_hidden_states", "return_dict", "problem_type"),
+    *("id2label", "label2id", "num_labels", "is_decoder", "is_llama_config", "rope_interleaved"),
+    *("bos_token_id", "eos_token_id", "pad_token_id", "sep_token_id", "tokenizer_class", "transformers.js_config"),
+    *("do_sample", "temperature", "top_p", "top_k", "max_length", "chunk_size_feed_forward"),
 }
 
 
 @dataclasses.dataclass(frozen=True)
 class CheckpointConfig:
-    """The content of a `config.json`. `fields` are its keys as read; a dense model has 1 expert and `top_k` None."""
+    """The content of a `config.json`. `fields` are its keys as read; a dense model has 1 expert and `top_k` None.
+
+    `notes` say what was filled in or passed over.
+    """
 
     architecture: Architecture
     model: ModelConfig
     experts: int
     top_k: int | None
     fields: dict[str, Any]
+    notes: tuple[str, ...] = ()
 
     @property
     def provenance(self) -> dict[str, Any]:
@@ -62,74 +90,50 @@ class CheckpointConfig:
 
 
 def read_config(fields: Mapping[str, Any], where: pathlib.Path | str = "config.json") -> CheckpointConfig:
-    """Checks a `config.json` (old or new spelling of the rotary base) and reads the model's shape from it.
+    """Checks a `config.json` and reads the model's shape from it.
 
-    Raises ArtifactError for an unknown architecture, a missing key, and an option that our decoder lacks.
+    A missing or null key has the value that `transformers` gives it, if it gives one. Raises ArtifactError for an
+    unknown architecture, a missing key, and an option that our decoder lacks.
     """
+    given, fields = dict(fields), {key: value for key, value in fields.items() if value is not None}
     kind = fields.get("model_type")
     if kind not in ARCHITECTURES:
-        raise ArtifactError(
-            f"{where}: model_type is {kind!r}", f"this version imports: {', '.join(sorted(ARCHITECTURES))}"
-        )
+        known = f"this version imports: {', '.join(sorted(ARCHITECTURES))}"
+        raise ArtifactError(f"{where}: model_type is {kind!r}", known)
     architecture = ARCHITECTURES[kind]
-    declared = fields.get("architectures") or [architecture.name]
+    declared = fields.get("architectures", [architecture.name])
     if declared != [architecture.name]:
         raise ArtifactError(f"{where}: architectures is {declared}", f"give a checkpoint of {architecture.name}")
-    for key, allowed in _MUST_BE.items():
+    for key, allowed in {**_MUST_BE, **architecture.required}.items():
         if (value := fields.get(key, allowed[0])) not in allowed:
             raise ArtifactError(f"{where}: {key} is {value!r}", f"this decoder supports only {key} = {allowed[0]!r}")
-    heads = _required(fields, "num_attention_heads", where)
-    width = _required(fields, "hidden_size", where)
-    experts = _required(fields, "num_experts", where) if architecture.mixture else 1
+    sizes = {name: _required(fields, key, where) for name, key in _SIZES.items()}
+    experts = _required(fields, architecture.experts_key, where) if architecture.mixture else 1
     top_k = _required(fields, "num_experts_per_tok", where) if architecture.mixture else None
     if top_k is not None and not (type(experts) is int and type(top_k) is int and 1 <= top_k <= experts):
         raise ArtifactError(
-            f"{where}: num_experts_per_tok is {top_k} with num_experts {experts}",
+            f"{where}: num_experts_per_tok is {top_k} with {architecture.experts_key} {experts}",
             f"set num_experts_per_tok to a number from 1 to {experts}",
         )
-    if fields.get("norm_topk_prob") and top_k != experts:
-        raise ArtifactError(
-            f"{where}: norm_topk_prob is true",
-            "give a FlexOlmo checkpoint: it does not renormalize the weights of the chosen experts",
-        )
-    model = from_mapping(
-        ModelConfig,
-        {
-            "vocab_size": _required(fields, "vocab_size", where),
-            "num_layers": _required(fields, "num_hidden_layers", where),
-            "d_model": width,
-            "num_heads": heads,
-            "num_kv_heads": fields.get("num_key_value_heads") or heads,
-            "head_dim": fields.get("head_dim") or width // heads,
-            "d_ff": _required(fields, "intermediate_size", where),
-            "max_seq_len": _required(fields, "max_position_embeddings", where),
-            "rope_theta": _rope_theta(fields, architecture, where),
-            "norm_eps": _required(fields, "rms_norm_eps", where),
-            "pre_norm": architecture.pre_norm,
-            "qk_norm": not architecture.pre_norm,
-            "tie_embeddings": bool(fields.get("tie_word_embeddings", False)),
-        },
-        str(where),
-    )
-    return CheckpointConfig(architecture, model, experts, top_k, dict(fields))
-
-
-def architecture_of(model: ModelConfig, mixture: bool, biased: bool) -> Architecture:
-    """The architecture of a model of this shape: a router over experts if `mixture`, which adds their bias if `biased`.
-
-    Raises ArtifactError where `transformers` has no such class.
-    """
-    if model.pre_norm == model.qk_norm:
-        raise ArtifactError(
-            f"transformers has no class with pre_norm {model.pre_norm} and qk_norm {model.qk_norm}",
-            "export a model of the OLMo-2 shape (False, True) or of the Llama shape (True, False)",
-        )
-    if model.pre_norm and mixture:
-        raise ArtifactError(
-            "transformers has no Llama-shaped mixture that keeps the weights of the chosen experts as they are",
-            "export a single expert as a dense model: --experts public --dense",
-        )
-    return (BIASED if biased else FLEX_OLMO) if mixture else (LLAMA if model.pre_norm else OLMO2)
+    positions = fields.get("max_position_embeddings", architecture.positions)
+    length = _full_attention(given, architecture, positions, where)
+    theta, scaling = read_rope(fields, architecture, positions, where)
+    values = {
+        **sizes,
+        "num_kv_heads": fields.get("num_key_value_heads", sizes["num_heads"]),
+        "head_dim": fields.get("head_dim", sizes["d_model"] // sizes["num_heads"]),
+        "d_ff": _required(fields, architecture.width_key, where),
+        "max_seq_len": length,
+        "rope_theta": theta,
+        "rope_scaling": None if scaling is None else to_mapping(scaling),
+        "rope_skip": read_skip(fields, architecture, sizes["num_layers"], where),
+        "norm_eps": fields.get("rms_norm_eps", architecture.eps),
+        "tie_embeddings": bool(fields.get("tie_word_embeddings", architecture.tied)),
+        "norm_topk": _norm_topk(architecture, fields),
+        **architecture.decoder,
+    }
+    model = from_mapping(ModelConfig, values, str(where))
+    return CheckpointConfig(architecture, model, experts, top_k, given, tuple(_notes(fields, architecture, model)))
 
 
 def write_config(
@@ -151,49 +155,70 @@ def write_config(
     ours = {
         "architectures": [architecture.name],
         "model_type": architecture.model_type,
-        "attention_bias": False,
         "hidden_act": "silu",
-        "vocab_size": model.vocab_size,
-        "hidden_size": model.d_model,
-        "intermediate_size": model.d_ff,
-        "num_hidden_layers": model.num_layers,
-        "num_attention_heads": model.num_heads,
+        **{key: getattr(model, name) for name, key in _SIZES.items()},
+        architecture.width_key: model.d_ff,
         "num_key_value_heads": model.num_kv_heads,
         "head_dim": model.head_dim,
         "max_position_embeddings": model.max_seq_len,
         "rms_norm_eps": model.norm_eps,
-        "rope_parameters": {"rope_theta": model.rope_theta, "rope_type": "default"},
+        **write_rope(model),
         "tie_word_embeddings": model.tie_embeddings,
         "dtype": dtype,
+        **{key: allowed[0] for key, allowed in architecture.required.items()},
         PROVENANCE: dict(provenance),
     }
     if architecture.mixture:
-        ours |= {"num_experts": experts, "num_experts_per_tok": min(top_k, experts), "norm_topk_prob": False}
-    if architecture.pre_norm:
-        ours |= {"mlp_bias": False}
+        ours |= {architecture.experts_key: experts, "num_experts_per_tok": min(top_k, experts)}
+        ours |= {"norm_topk_prob": model.norm_topk} if architecture.norm_topk is None else {}
+    if architecture.slides:
+        ours |= {"sliding_window": None}
     if architecture.bias:
         file = "modeling_flexmoe"
         ours["auto_map"] = {"AutoConfig": f"{file}.FlexMoEConfig", "AutoModelForCausalLM": f"{file}.{BIASED.name}"}
-    old_spelling = ("rope_theta", "rope_scaling", "torch_dtype", "auto_map")
-    of_experts = ("num_experts", "num_experts_per_tok", "norm_topk_prob")
-    kept = {k: v for k, v in source.items() if k not in (*old_spelling, *of_experts)}
+    kept = {key: value for key, value in source.items() if key not in _NOT_KEPT}
     return {**{key: ids.get(key) for key in ("bos_token_id", "eos_token_id", "pad_token_id")}, **kept, **ours}
 
 
 def _required(fields: Mapping[str, Any], key: str, where: pathlib.Path | str) -> Any:
-    if fields.get(key) is None:
+    if key not in fields:
         raise ArtifactError(f"{where} has no {key}", "give the complete config.json of the checkpoint")
     return fields[key]
 
 
-def _rope_theta(fields: Mapping[str, Any], architecture: Architecture, where: pathlib.Path | str) -> float:
+def _full_attention(
+    fields: Mapping[str, Any], architecture: Architecture, positions: int, where: pathlib.Path | str
+) -> int:
+    """The longest sequence of which every layer sees the whole. ArtifactError where layers differ in that."""
+    if kinds := sorted({*(fields.get("layer_types") or ())} - {"full_attention"}):
+        what = f"{where}: layer_types has {', '.join(map(repr, kinds))}"
+        raise ArtifactError(what, "give a checkpoint whose layers all have full attention")
+    if not fields.get("use_sliding_window", architecture.slides):
+        return positions
+    window = fields.get("sliding_window", architecture.window)
+    return positions if window is None else min(positions, window)
+
+
+def _norm_topk(architecture: Architecture, fields: Mapping[str, Any]) -> bool:
+    if architecture.norm_topk is not None:
+        return architecture.norm_topk
+    return bool(fields.get("norm_topk_prob", False)) if architecture.mixture else architecture.pre_norm
+
+
+def _notes(fields: Mapping[str, Any], architecture: Architecture, model: ModelConfig) -> list[str]:
+    """What `read_config` filled in, limited or passed over."""
     rope = fields.get("rope_parameters") or fields.get("rope_scaling") or {}
-    kind = rope.get("rope_type", rope.get("type", "default"))
-    if kind != "default":
-        raise ArtifactError(
-            f"{where}: the rotary embedding is scaled ({kind!r})", "give a checkpoint with rope_type 'default'"
-        )
-    thetas = {float(t) for t in (rope.get("rope_theta"), fields.get("rope_theta")) if t is not None}
-    if len(thetas) > 1:
-        raise ArtifactError(f"{where}: rope_theta has the values {sorted(thetas)}", "keep one of them")
-    return thetas.pop() if thetas else architecture.default_theta
+    filled = {
+        "max_position_embeddings": architecture.positions,
+        "rms_norm_eps": architecture.eps,
+        "rope_theta": architecture.theta,
+    }
+    lines = [
+        f"config.json has no {key}: {value}, as in transformers"
+        for key, value in filled.items()
+        if key not in fields and key not in rope
+    ]
+    if model.max_seq_len < fields.get("max_position_embeddings", architecture.positions):
+        lines.append(f"sequences are limited to {model.max_seq_len} tokens, the sliding window of its attention")
+    unknown = {*fields} - _READ - _WITHOUT_EFFECT - {*architecture.required}
+    return lines + ([f"unknown keys of config.json passed over: {', '.join(sorted(unknown))}"] if unknown else [])

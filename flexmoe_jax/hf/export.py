@@ -18,9 +18,10 @@ from flexmoe_jax.data.tokenizer import load_tokenizer
 from flexmoe_jax.errors import ArtifactError
 from flexmoe_jax.files import new_directory, write_bytes, write_json
 from flexmoe_jax.hf import card
+from flexmoe_jax.hf.architectures import Architecture, architecture_of
 from flexmoe_jax.hf.check import compare_logits
 from flexmoe_jax.hf.checkpoint import open_folder
-from flexmoe_jax.hf.configuration import Architecture, architecture_of, write_config
+from flexmoe_jax.hf.configuration import write_config
 from flexmoe_jax.hf.mapping import Slot, slots
 from flexmoe_jax.hf.tensors import Tensor, write_tensors
 from flexmoe_jax.tree import TRUNK, check_known
@@ -90,7 +91,8 @@ def export(model: ModelDir, out: pathlib.Path | str, options: ExportOptions = Ex
             "leaves it out and prints what that costs",
         )
     mixture = len(names) > 1 or (not options.dense and bool(np.any(leaves[names[0]]["router"] != 0)))
-    architecture = architecture_of(model.config, mixture, bool(biased) and options.custom_code)
+    origin = model.manifests[TRUNK].record.fields.get("imported", {}).get("config", {}).get("model_type")
+    architecture = architecture_of(model.config, mixture, bool(biased) and options.custom_code, origin)
     tensors = {name: _tensor(slot, leaves) for name, slot in slots(model.config, architecture, names).items()}
     provenance = _provenance(model, names, options.zero_bias if biased else None)
     with new_directory(pathlib.Path(out)) as folder:

@@ -13,8 +13,9 @@ import numpy as np
 from flexmoe_jax.artifacts.model_dir import TOKENIZER, TOKENIZER_CONFIG
 from flexmoe_jax.data.tokenizer import EOS, SPLIT_PATTERN
 from flexmoe_jax.errors import ArtifactError, ConfigError
+from flexmoe_jax.hf.architectures import LLAMA
 from flexmoe_jax.hf.checkpoint import Checkpoint
-from flexmoe_jax.hf.configuration import LLAMA, read_config
+from flexmoe_jax.hf.configuration import read_config
 from flexmoe_jax.hf.tensors import Tensor
 
 if TYPE_CHECKING:

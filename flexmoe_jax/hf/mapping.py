@@ -6,22 +6,13 @@ from collections.abc import Mapping
 
 import numpy as np
 
-from flexmoe_jax.config import ModelConfig
 from flexmoe_jax.errors import ArtifactError
-from flexmoe_jax.hf.configuration import Architecture
+from flexmoe_jax.hf.architectures import Architecture
 from flexmoe_jax.hf.tensors import Tensor
-from flexmoe_jax.params import owner_leaves
+from flexmoe_jax.model_config import ModelConfig
+from flexmoe_jax.params import is_matrix, owner_leaves
 from flexmoe_jax.tree import TRUNK
 
-_ATTENTION = {f"self_attn.{n}_proj": f"blocks/w_{n}" for n in "qkvo"}
-_POST_NORM = {
-    "post_attention_layernorm": "blocks/attn_norm",
-    "post_feedforward_layernorm": "blocks/ffn_norm",
-    "self_attn.q_norm": "blocks/q_norm",
-    "self_attn.k_norm": "blocks/k_norm",
-}
-_PRE_NORM = {"input_layernorm": "blocks/attn_norm", "post_attention_layernorm": "blocks/ffn_norm"}
-_FFN = {f"{n}_proj": f"w_{n}" for n in ("gate", "up", "down")}
 _WHOLE = {"model.embed_tokens.weight": "embed", "model.norm.weight": "final_norm", "lm_head.weight": "head"}
 _NOT_TRANSPOSED = {"embed"}  # every other matrix of one owner is [out, in] in checkpoints, [in, out] in our tree
 
@@ -67,19 +58,17 @@ def slots(model: ModelConfig, architecture: Architecture, experts: tuple[str, ..
             table[name] = Slot(shapes[path][::-1] if path == "head" else shapes[path], (TRUNK,), path)
     for layer in range(model.num_layers):
         prefix = f"model.layers.{layer}"
-        for name, path in (_ATTENTION | (_PRE_NORM if architecture.pre_norm else _POST_NORM)).items():
-            table[f"{prefix}.{name}.weight"] = Slot(_matrix(path, shapes[path][1:]), (TRUNK,), path, layer)
+        for name, path in architecture.layer_names.items():
+            table[f"{prefix}.{name}"] = Slot(_one_layer(path, shapes[path][1:]), (TRUNK,), path, layer)
         for i, owner in enumerate(experts):
-            where = f"{prefix}.mlp.experts.{i}" if architecture.mixture else f"{prefix}.mlp"
             leaves = owner_leaves(model, owner)
-            for name, path in _FFN.items():
-                shape = _matrix(path, leaves[path].shape[1:])
-                table[f"{where}.{name}.weight"] = Slot(shape, (owner,), path, layer)
+            for name, path in architecture.expert_names(i).items():
+                table[f"{prefix}.{name}"] = Slot(_one_layer(path, leaves[path].shape[1:]), (owner,), path, layer)
+        router = f"{prefix}.{architecture.moe}.gate"
         if architecture.mixture:
-            shape = (len(experts), model.d_model)
-            table[f"{prefix}.mlp.gate.weight"] = Slot(shape, experts, "router", layer, rows=True)
+            table[f"{router}.weight"] = Slot((len(experts), model.d_model), experts, "router", layer, rows=True)
         if architecture.bias:
-            table[f"{prefix}.mlp.gate.bias"] = Slot((len(experts),), experts, "bias", layer, rows=True)
+            table[f"{router}.bias"] = Slot((len(experts),), experts, "bias", layer, rows=True)
     return table
 
 
@@ -108,9 +97,9 @@ def check_tensors(found: Mapping[str, Tensor], table: Mapping[str, Slot], where:
             )
 
 
-def _matrix(path: str, shape: tuple[int, ...]) -> tuple[int, ...]:
-    """The checkpoint's shape for one layer of the leaf `path`: [out, in] for a matrix, unchanged for a vector."""
-    if len(shape) == 1:
-        return shape
+def _one_layer(path: str, shape: tuple[int, ...]) -> tuple[int, ...]:
+    """The checkpoint's shape for one layer of the leaf `path`: [out, in] for a matrix, flat for anything else."""
+    if not is_matrix(path):
+        return (math.prod(shape),)
     inputs = shape[:-1] if path.endswith("w_o") else shape[:1]
     return (math.prod(shape) // math.prod(inputs), math.prod(inputs))

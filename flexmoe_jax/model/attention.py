@@ -3,9 +3,9 @@
 import jax
 import jax.numpy as jnp
 
-from flexmoe_jax.config import ModelConfig
 from flexmoe_jax.model.norm import rms_norm
 from flexmoe_jax.model.rope import apply_rope
+from flexmoe_jax.model_config import ModelConfig
 from flexmoe_jax.tree import Params
 
 BLOCKS = 8  # at most 1/16 of the products is above the diagonal
@@ -22,14 +22,19 @@ def project_qkv(
 ) -> tuple[jax.Array, jax.Array, jax.Array]:
     """x [B, T, D] -> q [B, T, H, K], k and v [B, T, G, K], in x's dtype.
 
-    q and k: RMSNorm over the whole projection (if `qk_norm`), then RoPE, as in OLMo-2.
+    Then, as the configuration has it, a bias is added (Qwen2.5), q and k are normalized (OLMo-2, Qwen3) and rotated.
     """
     q_BTHK = jnp.einsum("BTD,DHK->BTHK", x_BTD, block["w_q"].astype(x_BTD.dtype))
     k_BTGK = jnp.einsum("BTD,DGK->BTGK", x_BTD, block["w_k"].astype(x_BTD.dtype))
     v_BTGK = jnp.einsum("BTD,DGK->BTGK", x_BTD, block["w_v"].astype(x_BTD.dtype))
+    if config.qkv_bias:
+        q_BTHK, k_BTGK, v_BTGK = (
+            x + block[name].astype(x.dtype) for x, name in ((q_BTHK, "b_q"), (k_BTGK, "b_k"), (v_BTGK, "b_v"))
+        )
     if config.qk_norm:
-        q_BTHK = _norm_heads(q_BTHK, block["q_norm"], config.norm_eps)
-        k_BTGK = _norm_heads(k_BTGK, block["k_norm"], config.norm_eps)
+        norm = rms_norm if config.qk_norm_per_head else _norm_heads
+        q_BTHK = norm(q_BTHK, block["q_norm"], config.norm_eps)
+        k_BTGK = norm(k_BTGK, block["k_norm"], config.norm_eps)
     return apply_rope(q_BTHK, *rope), apply_rope(k_BTGK, *rope), v_BTGK
 
 

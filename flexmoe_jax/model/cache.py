@@ -3,7 +3,7 @@
 import jax
 import jax.numpy as jnp
 
-from flexmoe_jax.config import ModelConfig
+from flexmoe_jax.model_config import ModelConfig
 from flexmoe_jax.tree import Params
 
 

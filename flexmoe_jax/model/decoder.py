@@ -14,12 +14,12 @@ import flax.linen as nn
 import jax
 import jax.numpy as jnp
 
-from flexmoe_jax.config import ModelConfig
 from flexmoe_jax.model import attention, cache, router
 from flexmoe_jax.model.expert_parallel import sparse_on_mesh
 from flexmoe_jax.model.experts import FFN_WEIGHTS, dense, is_stacked, sparse
 from flexmoe_jax.model.norm import rms_norm
-from flexmoe_jax.model.rope import rope_table
+from flexmoe_jax.model.rope import of_layer, rope_table
+from flexmoe_jax.model_config import ModelConfig
 from flexmoe_jax.parallel.mesh import split_batch, splits_work
 from flexmoe_jax.parallel.stacked import STACKED, with_stacked_rows
 from flexmoe_jax.params import Leaf, owner_leaves
@@ -86,18 +86,20 @@ def hidden_states(
     nothing below the first layer's expert needs a derivative. It costs a copy of the other layers' weights.
     """
     segments_BT = jnp.zeros_like(tokens_BT) if segments_BT is None else segments_BT
-    rope = _rope(run, _positions(tokens_BT) if positions_BT is None else positions_BT)
+    rope = rope_table(run.config, _positions(tokens_BT) if positions_BT is None else positions_BT)
 
     def attend(q: jax.Array, k: jax.Array, v: jax.Array):
         return attention.attend_documents(q, k, v, segments_BT), None
 
     def body(x_BTD, layer_and_experts):
-        layer, experts = layer_and_experts
-        x_BTD, _, logits_NE = block(run, layer, x_BTD, rope, attend, functools.partial(moe, run, experts))
+        layer, experts, index = layer_and_experts
+        turn = of_layer(run.config, rope, index)
+        x_BTD, _, logits_NE = block(run, layer, x_BTD, turn, attend, functools.partial(moe, run, experts))
         return x_BTD, logits_NE
 
     body = jax.checkpoint(body, prevent_cse=False) if run.remat else body
-    x_BTD, layers = _embed(run, params, tokens_BT), (params["trunk"]["blocks"], _scanned_experts(params))
+    x_BTD = _embed(run, params, tokens_BT)
+    layers = (params["trunk"]["blocks"], _scanned_experts(params), jnp.arange(run.config.num_layers))
     first_NE = None
     if first_apart:
         x_BTD, first_NE = body(x_BTD, jax.tree.map(lambda leaf: leaf[0], layers))
@@ -110,7 +112,7 @@ def hidden_states(
 
 def prefill(run: Decoder, params: Params, tokens_BT: jax.Array, length: int) -> tuple[jax.Array, Params]:
     """Prompts: int32 tokens [B, T] -> (x [B, T, D] after the last norm, key/value cache of `length` positions)."""
-    rope, segments_BT = _rope(run, _positions(tokens_BT)), jnp.zeros_like(tokens_BT)
+    rope, segments_BT = rope_table(run.config, _positions(tokens_BT)), jnp.zeros_like(tokens_BT)
     scanned, whole = _experts_to_read(run, params)
 
     def attend(q: jax.Array, k: jax.Array, v: jax.Array):
@@ -118,7 +120,8 @@ def prefill(run: Decoder, params: Params, tokens_BT: jax.Array, length: int) -> 
 
     def body(x_BTD, layer_and_experts):
         layer, experts, index = layer_and_experts
-        x_BTD, kept, _ = block(run, layer, x_BTD, rope, attend, _mix_in_place(run, experts, whole, index))
+        turn = of_layer(run.config, rope, index)
+        x_BTD, kept, _ = block(run, layer, x_BTD, turn, attend, _mix_in_place(run, experts, whole, index))
         return x_BTD, kept
 
     layers = (params["trunk"]["blocks"], scanned, jnp.arange(run.config.num_layers))
@@ -133,7 +136,7 @@ def decode(
 
     A token attends to the cache up to its own position; x is after the last norm.
     """
-    rope = _rope(run, positions_BT)
+    rope = rope_table(run.config, positions_BT)
     scanned, whole = _experts_to_read(run, params)
 
     def body(x_BTD_and_cache, layer_and_experts):
@@ -144,7 +147,8 @@ def decode(
             keys, values = (kept[name][index].astype(q.dtype) for name in ("k", "v"))
             return attention.attend(q, keys, values, attention.cache_mask(positions_BT, keys.shape[2])), kept
 
-        x_BTD, kv_cache, _ = block(run, layer, x_BTD, rope, attend, _mix_in_place(run, experts, whole, index))
+        turn = of_layer(run.config, rope, index)
+        x_BTD, kv_cache, _ = block(run, layer, x_BTD, turn, attend, _mix_in_place(run, experts, whole, index))
         return (x_BTD, kv_cache), None
 
     layers = (params["trunk"]["blocks"], scanned, jnp.arange(run.config.num_layers))
@@ -265,10 +269,6 @@ def _last_norm(run: Decoder, params: Params, x_BTD: jax.Array) -> jax.Array:
 
 def _positions(tokens_BT: jax.Array) -> jax.Array:
     return jnp.broadcast_to(jnp.arange(tokens_BT.shape[1]), tokens_BT.shape)
-
-
-def _rope(run: Decoder, positions_BT: jax.Array) -> tuple[jax.Array, jax.Array]:
-    return rope_table(positions_BT, run.config.head_dim, run.config.rope_theta)
 
 
 def _scanned_experts(params: Params) -> Params:

@@ -2,7 +2,7 @@
 
 from collections.abc import Mapping
 
-from flexmoe_jax.config import ModelConfig
+from flexmoe_jax.model_config import ModelConfig
 from flexmoe_jax.params import count_parameters
 from flexmoe_jax.tree import TRUNK
 

@@ -15,11 +15,12 @@ import numpy as np
 from jax.sharding import Mesh, NamedSharding
 from jax.sharding import PartitionSpec as P
 
-from flexmoe_jax.config import ModelConfig, RunConfig
+from flexmoe_jax.config import RunConfig
 from flexmoe_jax.data.pipeline import Batch
 from flexmoe_jax.model.cache import init_cache
 from flexmoe_jax.model.decoder import Decoder
 from flexmoe_jax.model.generate import GREEDY, first_token, next_token
+from flexmoe_jax.model_config import ModelConfig
 from flexmoe_jax.parallel.mesh import replicated
 from flexmoe_jax.parallel.specs import BATCH_SPEC, CACHE_SPEC, leaf_spec, path_text, tree_shardings
 from flexmoe_jax.parallel.stacked import stack_weights

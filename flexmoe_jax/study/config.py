@@ -4,9 +4,9 @@ import dataclasses
 from collections.abc import Mapping
 from typing import Any
 
-from flexmoe_jax.config import ModelConfig
 from flexmoe_jax.errors import ConfigError
 from flexmoe_jax.flexmix.build import DOMAINS
+from flexmoe_jax.model_config import ModelConfig
 from flexmoe_jax.tree import PUBLIC
 
 

@@ -12,9 +12,10 @@ import numpy.typing as npt
 import optax
 from jax.sharding import Mesh
 
-from flexmoe_jax.config import ModelConfig, RunConfig
+from flexmoe_jax.config import RunConfig
 from flexmoe_jax.errors import ConfigError
 from flexmoe_jax.model.flops import step_flops
+from flexmoe_jax.model_config import ModelConfig
 from flexmoe_jax.parallel.specs import place, place_leaf, tree_shardings
 from flexmoe_jax.parallel.stacked import stack_weights
 from flexmoe_jax.params import EXPERT

@@ -8,11 +8,12 @@ import jax
 import jax.numpy as jnp
 import optax
 
-from flexmoe_jax.config import ModelConfig, RunConfig
+from flexmoe_jax.config import RunConfig
 from flexmoe_jax.data.pipeline import Batch
 from flexmoe_jax.model.decoder import Decoder, head, hidden_states
 from flexmoe_jax.model.loss import next_token_loss
 from flexmoe_jax.model.router import route
+from flexmoe_jax.model_config import ModelConfig
 from flexmoe_jax.parallel.mesh import platform
 from flexmoe_jax.parallel.stacked import STACKED
 from flexmoe_jax.params import is_matrix

@@ -16,7 +16,7 @@ from flexmoe_jax.artifacts.package import write_package
 from flexmoe_jax.compose.certificate import verify_certificate
 from flexmoe_jax.compose.merge import merge
 from flexmoe_jax.compose.optout import opt_out
-from flexmoe_jax.config import ModelConfig
+from flexmoe_jax.model_config import ModelConfig
 from flexmoe_jax.params import owner_leaves
 from flexmoe_jax.tree import PUBLIC, TRUNK, unflatten, union
 from tests.faults.kills import Fault

@@ -12,8 +12,9 @@ import pytest
 from flexmoe_jax.artifacts.journal import read_journal
 from flexmoe_jax.artifacts.model_checks import verify_model
 from flexmoe_jax.errors import FlexMoEError
+from flexmoe_jax.hf.architectures import FLEX_OLMO
 from flexmoe_jax.hf.checkpoint import open_folder
-from flexmoe_jax.hf.configuration import FLEX_OLMO, write_config
+from flexmoe_jax.hf.configuration import write_config
 from flexmoe_jax.hf.load import import_model, read_tree
 from flexmoe_jax.hf.mapping import slots
 from flexmoe_jax.hf.tensors import Tensor, read_file, write_file, write_tensors

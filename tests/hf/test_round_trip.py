@@ -15,9 +15,10 @@ from flexmoe_jax.artifacts.sealed import canonical_json
 from flexmoe_jax.compose.merge import merge
 from flexmoe_jax.compose.optout import opt_out
 from flexmoe_jax.errors import ArtifactError, FlexMoEError
+from flexmoe_jax.hf.architectures import FLEX_OLMO
 from flexmoe_jax.hf.check import TOLERANCE, compare_logits
 from flexmoe_jax.hf.checkpoint import open_folder
-from flexmoe_jax.hf.configuration import FLEX_OLMO, read_config, write_config
+from flexmoe_jax.hf.configuration import read_config, write_config
 from flexmoe_jax.hf.export import ExportOptions, _map_leaves, _tensor, export
 from flexmoe_jax.hf.load import import_expert, import_model, read_tree
 from flexmoe_jax.hf.mapping import slots

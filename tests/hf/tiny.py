@@ -11,15 +11,17 @@ import numpy as np
 from flexmoe_jax.artifacts.model_dir import ModelDir, create_model
 from flexmoe_jax.artifacts.package import write_package
 from flexmoe_jax.compose.merge import merge
-from flexmoe_jax.config import ModelConfig
 from flexmoe_jax.data.tokenizer import load_tokenizer
+from flexmoe_jax.model_config import ModelConfig
 from flexmoe_jax.tree import PUBLIC, TRUNK, select
 from tests.tiny import random_params
 
 CONFIG = ModelConfig(
     vocab_size=300, num_layers=2, d_model=32, num_heads=4, num_kv_heads=2, head_dim=8, d_ff=40, max_seq_len=64
 )
-LLAMA = dataclasses.replace(CONFIG, pre_norm=True, qk_norm=False, rope_theta=1e4, norm_eps=1e-5, tie_embeddings=True)
+LLAMA = dataclasses.replace(
+    CONFIG, pre_norm=True, norm_topk=True, qk_norm=False, rope_theta=1e4, norm_eps=1e-5, tie_embeddings=True
+)
 SHAPES = {"flex_olmo": CONFIG, "olmo2": CONFIG, "llama": LLAMA}
 
 

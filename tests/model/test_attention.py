@@ -9,14 +9,14 @@ import jax.test_util
 import numpy as np
 import pytest
 
-from flexmoe_jax.config import ModelConfig
 from flexmoe_jax.model import attention
 from flexmoe_jax.model.cache import init_cache
 from flexmoe_jax.model.decoder import Decoder, forward
 from flexmoe_jax.model.rope import apply_rope, rope_table
+from flexmoe_jax.model_config import ModelConfig
 from tests.tiny import TINY, jit_decode, jit_forward, max_difference, random_params, random_tokens, stacked
 
-LLAMA = dataclasses.replace(TINY, pre_norm=True, qk_norm=False)
+LLAMA = dataclasses.replace(TINY, pre_norm=True, norm_topk=True, qk_norm=False)
 EXPERTS = ("public", "code", "news")
 LENGTH = 12
 
@@ -149,7 +149,7 @@ def test_blocked_attention_equals_masked_softmax_in_values_and_gradients(monkeyp
 
 def test_the_derivative_of_rope_equals_finite_differences():
     x = jnp.asarray(np.random.default_rng(0).standard_normal((1, 5, 2, 6)), jnp.float32)
-    table = rope_table(jnp.arange(5)[None], 6, 5e5)
+    table = rope_table(dataclasses.replace(TINY, head_dim=6, rope_theta=5e5), jnp.arange(5)[None])
     jax.test_util.check_grads(lambda x: apply_rope(x, *table), (x,), order=1, modes=["rev"])
 
 

@@ -1,7 +1,7 @@
 """FLOPs of a model that is small enough to count by hand."""
 
-from flexmoe_jax.config import ModelConfig
 from flexmoe_jax.model.flops import forward_flops, training_flops
+from flexmoe_jax.model_config import ModelConfig
 
 T, HEAD, FFN, PROJECTIONS = 4, 2 * 2 * 7, 2 * 3 * 2 * 3, 2 * 4 * 2 * 2
 NORMS = 2 * (4 * 2 + 2)  # counted as weights: far below a percent at any real size

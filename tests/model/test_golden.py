@@ -8,12 +8,12 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 
-from flexmoe_jax.config import ModelConfig
 from flexmoe_jax.model import attention, router
 from flexmoe_jax.model.cache import init_cache
 from flexmoe_jax.model.decoder import Decoder, moe
 from flexmoe_jax.model.norm import rms_norm
 from flexmoe_jax.model.rope import apply_rope, rope_table
+from flexmoe_jax.model_config import ModelConfig, RopeScaling
 from flexmoe_jax.parallel.stacked import STACKED, with_stacked_rows
 from tests.tiny import jit_decode, jit_forward, max_difference, random_tokens, stacked
 
@@ -45,7 +45,8 @@ BASE = ModelConfig(
     vocab_size=50, num_layers=2, d_model=32, num_heads=4, num_kv_heads=4, head_dim=8, d_ff=40, max_seq_len=64
 )
 change = functools.partial(dataclasses.replace, BASE)
-LLAMA = {"pre_norm": True, "qk_norm": False, "rope_theta": 1e4, "norm_eps": 1e-5}
+LLAMA = {"pre_norm": True, "norm_topk": True, "qk_norm": False, "rope_theta": 1e4, "norm_eps": 1e-5}
+QWEN3 = {**LLAMA, "qk_norm": True, "qk_norm_per_head": True}
 CASES = {
     "3-experts-top-2": Case(BASE, 3, 2),
     "7-experts-top-5-grouped-heads": Case(change(num_kv_heads=2), 7, 5),
@@ -54,10 +55,23 @@ CASES = {
     "1-expert": Case(BASE, 1, 1),
     "olmo2-dense": Case(change(num_kv_heads=2), 1, 1, "olmo2"),
     "llama": Case(change(num_kv_heads=2, head_dim=6, **LLAMA), 1, 1, "llama"),
+    "llama-linear": Case(change(rope_scaling=RopeScaling("linear", 4.0), **LLAMA), 1, 1, "llama"),
+    "llama-3.1": Case(change(head_dim=16, rope_scaling=RopeScaling("llama3", 8.0, 12), **LLAMA), 1, 1, "llama"),
+    "mistral": Case(change(num_kv_heads=2, head_dim=10, **LLAMA), 1, 1, "mistral"),
+    "qwen2": Case(change(num_kv_heads=2, qkv_bias=True, tie_embeddings=True, **LLAMA), 1, 1, "qwen2"),
+    "qwen2-yarn": Case(
+        change(head_dim=16, qkv_bias=True, rope_scaling=RopeScaling("yarn", 4.0, 16), **LLAMA), 1, 1, "qwen2"
+    ),
+    "qwen3": Case(change(num_kv_heads=2, head_dim=12, **QWEN3), 1, 1, "qwen3"),
+    "smollm3": Case(change(num_layers=5, rope_skip=2, tie_embeddings=True, **LLAMA), 1, 1, "smollm3"),
+    "mixtral-4-top-2": Case(change(num_kv_heads=2, **LLAMA), 4, 2, "mixtral"),
+    "qwen3-moe-5-top-3": Case(change(num_kv_heads=2, head_dim=12, **QWEN3), 5, 3, "qwen3_moe"),
+    "flex-olmo-renormalized": Case(change(norm_topk=True), 4, 2),
 }
 all_cases = pytest.mark.parametrize("case", CASES.values(), ids=CASES.keys())
-flex_cases = pytest.mark.parametrize(
-    "case", [pytest.param(case, id=name) for name, case in CASES.items() if case.kind == "flex_olmo"]
+mixtures = pytest.mark.parametrize(
+    "case",
+    [pytest.param(case, id=name) for name, case in CASES.items() if case.kind in ("flex_olmo", "mixtral", "qwen3_moe")],
 )
 FORMS = {"named-dense": (False, "dense"), "stacked-dense": (True, "dense"), "stacked-sparse": (True, "sparse")}
 
@@ -136,7 +150,7 @@ def test_each_layer_equals_transformers(case):
 def test_attention_equals_transformers(case):
     model, params = case.oracle
     x, x_torch = stream(case.config)
-    rope = rope_table(jnp.arange(x.shape[1])[None], case.config.head_dim, case.config.rope_theta)
+    rope = rope_table(case.config, jnp.arange(x.shape[1])[None])
     segments = jnp.zeros(x.shape[:2], jnp.int32)
 
     @jax.jit
@@ -151,14 +165,14 @@ def test_attention_equals_transformers(case):
         assert max_difference(ours, theirs) < TOLERANCE, layer
 
 
-@flex_cases
+@mixtures
 def test_router_weights_equal_transformers(case):
     model, params = case.oracle
     x, x_torch = stream(case.config)
     for layer, hf_layer in enumerate(model.model.layers):
         _, experts = layer_of(in_form(params, is_stacked=True), layer)
         logits = router.router_logits(x.reshape(-1, x.shape[-1]), experts["router"], experts["bias"])
-        ours = router.route(logits, case.top_k)
+        ours = router.route(logits, case.top_k, case.config.norm_topk)
         hf_logits, scores, index = hf_layer.mlp.gate(x_torch)
         theirs = torch.zeros_like(hf_logits).scatter(1, index, scores)
         assert max_difference(logits, hf_logits) < TOLERANCE
@@ -167,7 +181,7 @@ def test_router_weights_equal_transformers(case):
 
 
 @pytest.mark.parametrize("form", FORMS.values(), ids=FORMS.keys())
-@flex_cases
+@mixtures
 def test_the_mixture_of_experts_equals_transformers(case, form):
     is_stacked, dispatch = form
     model, params = case.oracle
@@ -206,7 +220,7 @@ def test_rope_equals_transformers():
     positions = np.arange(60)[None]
     cos, sin = model.model.rotary_emb(torch.from_numpy(q), torch.from_numpy(positions))
     theirs, _ = apply_rotary_pos_emb(torch.from_numpy(q), torch.from_numpy(q), cos, sin, unsqueeze_dim=2)
-    ours = apply_rope(jnp.asarray(q), *rope_table(jnp.asarray(positions), BASE.head_dim, BASE.rope_theta))
+    ours = apply_rope(jnp.asarray(q), *rope_table(BASE, jnp.asarray(positions)))
     assert max_difference(ours, theirs) < TOLERANCE
 
 

@@ -16,9 +16,9 @@ import jax.numpy as jnp
 import pytest
 
 from flexmoe_jax.cli.main import main
-from flexmoe_jax.config import ModelConfig
 from flexmoe_jax.errors import ConfigError, MachineError
 from flexmoe_jax.model.flops import training_flops
+from flexmoe_jax.model_config import ModelConfig
 from flexmoe_jax.parallel.chips import CHIPS, PEAK_FLOPS, Chip, Topology, meshes, parse_topology
 from flexmoe_jax.parallel.mesh import parse_mesh
 from flexmoe_jax.parallel.specs import RULES

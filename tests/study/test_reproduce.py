@@ -9,7 +9,7 @@ import pytest
 
 from flexmoe_jax.artifacts.model_dir import open_model
 from flexmoe_jax.cli.reproduce import varied_lines
-from flexmoe_jax.config import ModelConfig
+from flexmoe_jax.model_config import ModelConfig
 from flexmoe_jax.study.config import StudyConfig
 from flexmoe_jax.study.page import read_study, render
 from flexmoe_jax.study.reproduce import reproduce, vary

@@ -1,6 +1,6 @@
 """A configuration of a study, and results whose figures are known."""
 
-from flexmoe_jax.config import ModelConfig
+from flexmoe_jax.model_config import ModelConfig
 from flexmoe_jax.study.config import StudyConfig
 from flexmoe_jax.study.intervals import Interval
 from flexmoe_jax.study.results import MEAN, Curve, Kind, Results, SystemResult
