@@ -46,7 +46,7 @@ _SIZES = {
 _OF_EXPERTS = ("num_experts", "num_local_experts", "num_experts_per_tok", "norm_topk_prob", "moe_intermediate_size")
 _OF_WINDOW = ("sliding_window", "use_sliding_window", "layer_types", "max_window_layers")
 # Of an imported configuration these do not stay: the model determines them, or their spelling is old.
-_NOT_KEPT = {*ROPE_KEYS, *_OF_EXPERTS, *_OF_WINDOW, "torch_dtype", "auto_map"}
+_NOT_KEPT = {*ROPE_KEYS, *_OF_EXPERTS, "torch_dtype", "auto_map"}
 _READ = {
     *_SIZES.values(),
     *_OF_EXPERTS,
@@ -108,7 +108,9 @@ def read_config(fields: Mapping[str, Any], where: pathlib.Path | str = "config.j
         if (value := fields.get(key, allowed[0])) not in allowed:
             raise ArtifactError(f"{where}: {key} is {value!r}", f"this decoder supports only {key} = {allowed[0]!r}")
     sizes = {name: _required(fields, key, where) for name, key in _SIZES.items()}
-    experts = _required(fields, architecture.experts_key, where) if architecture.mixture else 1
+    experts = 1
+    if architecture.mixture:  # transformers writes either key, whatever the class
+        experts = _required(fields, _experts_key(fields, architecture), where)
     top_k = _required(fields, "num_experts_per_tok", where) if architecture.mixture else None
     if top_k is not None and not (type(experts) is int and type(top_k) is int and 1 <= top_k <= experts):
         raise ArtifactError(
@@ -169,15 +171,19 @@ def write_config(
         PROVENANCE: dict(provenance),
     }
     if architecture.mixture:
-        ours |= {architecture.experts_key: experts, "num_experts_per_tok": min(top_k, experts)}
+        ours |= {_experts_key(source, architecture): experts, "num_experts_per_tok": min(top_k, experts)}
         ours |= {"norm_topk_prob": model.norm_topk} if architecture.norm_topk is None else {}
-    if architecture.slides:
-        ours |= {"sliding_window": None}
     if architecture.bias:
         file = "modeling_flexmoe"
         ours["auto_map"] = {"AutoConfig": f"{file}.FlexMoEConfig", "AutoModelForCausalLM": f"{file}.{BIASED.name}"}
-    kept = {key: value for key, value in source.items() if key not in _NOT_KEPT}
-    return {**{key: ids.get(key) for key in ("bos_token_id", "eos_token_id", "pad_token_id")}, **kept, **ours}
+    defaults: dict[str, Any] = {key: ids.get(key) for key in ("bos_token_id", "eos_token_id", "pad_token_id")}
+    if architecture.slides:
+        defaults |= {"sliding_window": None}
+    return {**defaults, **{key: value for key, value in source.items() if key not in _NOT_KEPT}, **ours}
+
+
+def _experts_key(fields: Mapping[str, Any], architecture: Architecture) -> str:
+    return next((key for key in ("num_experts", "num_local_experts") if key in fields), architecture.experts_key)
 
 
 def _required(fields: Mapping[str, Any], key: str, where: pathlib.Path | str) -> Any:

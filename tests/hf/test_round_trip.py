@@ -15,7 +15,7 @@ from flexmoe_jax.artifacts.sealed import canonical_json
 from flexmoe_jax.compose.merge import merge
 from flexmoe_jax.compose.optout import opt_out
 from flexmoe_jax.errors import ArtifactError, FlexMoEError
-from flexmoe_jax.hf.architectures import FLEX_OLMO
+from flexmoe_jax.hf.architectures import ARCHITECTURES, FLEX_OLMO
 from flexmoe_jax.hf.check import TOLERANCE, compare_logits
 from flexmoe_jax.hf.checkpoint import open_folder
 from flexmoe_jax.hf.configuration import read_config, write_config
@@ -55,15 +55,15 @@ def load_theirs(folder, **kwargs):
 
 @pytest.mark.parametrize(
     ("kind", "dtype"),
-    [*(("flex_olmo", d) for d in ("float32", "bfloat16", "float16")), ("olmo2", "bfloat16"), ("llama", "float32")],
+    [("flex_olmo", "float16"), ("flex_olmo", "bfloat16"), *((kind, "float32") for kind in SHAPES)],
 )
 def test_theirs_to_ours_and_back_is_the_same_file(tmp_path, kind, dtype):
     """All bytes of model.safetensors and tokenizer.json; all keys of config.json and generation_config.json."""
     checkpoint(tmp_path / "theirs", kind, dtype=dtype)
     model = import_model(open_folder(tmp_path / "theirs"), tmp_path / "ours")
     assert all(check.ok for check in verify_model(tmp_path / "ours"))
-    assert model.experts == (("public", "expert_1", "expert_2") if kind == "flex_olmo" else ("public",))
-    assert model.top_k == (2 if kind == "flex_olmo" else 1)
+    assert model.experts == (("public", "expert_1", "expert_2") if ARCHITECTURES[kind].mixture else ("public",))
+    assert model.top_k == (2 if ARCHITECTURES[kind].mixture else 1)
     export(model, tmp_path / "back")
     for name in ("model.safetensors", "tokenizer.json"):
         assert (tmp_path / "back" / name).read_bytes() == (tmp_path / "theirs" / name).read_bytes(), name

@@ -1,6 +1,7 @@
 """Tiny random checkpoints of `transformers` and models of ours, on disk."""
 
 import dataclasses
+import functools
 import json
 import pathlib
 import struct
@@ -19,10 +20,20 @@ from tests.tiny import random_params
 CONFIG = ModelConfig(
     vocab_size=300, num_layers=2, d_model=32, num_heads=4, num_kv_heads=2, head_dim=8, d_ff=40, max_seq_len=64
 )
-LLAMA = dataclasses.replace(
-    CONFIG, pre_norm=True, norm_topk=True, qk_norm=False, rope_theta=1e4, norm_eps=1e-5, tie_embeddings=True
-)
-SHAPES = {"flex_olmo": CONFIG, "olmo2": CONFIG, "llama": LLAMA}
+change = functools.partial(dataclasses.replace, CONFIG, pre_norm=True, norm_topk=True, rope_theta=1e4, norm_eps=1e-5)
+LLAMA = change(qk_norm=False, tie_embeddings=True)
+QWEN3 = change(qk_norm_per_head=True, head_dim=12)
+SHAPES = {
+    "flex_olmo": CONFIG,
+    "olmo2": CONFIG,
+    "llama": LLAMA,
+    "mistral": change(qk_norm=False),
+    "mixtral": change(qk_norm=False),
+    "qwen2": change(qk_norm=False, qkv_bias=True),
+    "qwen3": QWEN3,
+    "qwen3_moe": QWEN3,
+    "smollm3": change(qk_norm=False, num_layers=4, rope_skip=2),
+}
 
 
 def tokenizer(folder: pathlib.Path) -> pathlib.Path:

@@ -11,6 +11,7 @@ import numpy as np
 import torch
 import transformers
 
+from flexmoe_jax.hf.architectures import ARCHITECTURES
 from flexmoe_jax.hf.checkpoint import open_folder
 from flexmoe_jax.hf.load import read_tree
 from flexmoe_jax.model_config import ModelConfig
@@ -27,7 +28,6 @@ CLASSES = {
     "qwen3_moe": "Qwen3Moe",
     "smollm3": "SmolLM3",
 }
-MIXTURES = ("flex_olmo", "mixtral", "qwen3_moe")
 
 
 def expert_names(count: int) -> tuple[str, ...]:
@@ -56,7 +56,7 @@ def make_model(kind: str, config: ModelConfig, experts: int = 1, top_k: int = 1,
         "attn_implementation": "eager",
         "sliding_window": None,
     }
-    if kind in MIXTURES:
+    if ARCHITECTURES[kind].mixture:
         fields |= {"num_local_experts" if kind == "mixtral" else "num_experts": experts, "num_experts_per_tok": top_k}
     if kind in ("flex_olmo", "qwen3_moe"):
         fields |= {"norm_topk_prob": config.norm_topk}

@@ -12,7 +12,7 @@ from flexmoe_jax.model import attention, router
 from flexmoe_jax.model.cache import init_cache
 from flexmoe_jax.model.decoder import Decoder, moe
 from flexmoe_jax.model.norm import rms_norm
-from flexmoe_jax.model.rope import apply_rope, rope_table
+from flexmoe_jax.model.rope import apply_rope, of_layer, rope_table
 from flexmoe_jax.model_config import ModelConfig, RopeScaling
 from flexmoe_jax.parallel.stacked import STACKED, with_stacked_rows
 from tests.tiny import jit_decode, jit_forward, max_difference, random_tokens, stacked
@@ -136,8 +136,9 @@ def test_each_layer_equals_transformers(case):
     """Each layer by itself, followed by the final norm and a head that is the identity."""
     model, params = case.oracle
     tokens = random_tokens(case.config, 2, 19)
-    config = dataclasses.replace(case.config, num_layers=1, tie_embeddings=False)
     for layer, hf_layer in enumerate(model.model.layers):
+        turns = case.config.rope_skip is None or (layer + 1) % case.config.rope_skip != 0
+        config = dataclasses.replace(case.config, num_layers=1, tie_embeddings=False, rope_skip=None if turns else 1)
         one = jax.tree.map(lambda leaf, at=layer: leaf[at : at + 1], (params["trunk"]["blocks"], params["experts"]))
         trunk = {**params["trunk"], "blocks": one[0], "head": jnp.eye(config.d_model)}
         ours = jit_forward(config, {"trunk": trunk, "experts": one[1]}, tokens, top_k=case.top_k).logits_BTV
@@ -154,13 +155,14 @@ def test_attention_equals_transformers(case):
     segments = jnp.zeros(x.shape[:2], jnp.int32)
 
     @jax.jit
-    def run(block, x):
-        heads = attention.attend_documents(*attention.project_qkv(case.config, block, x, rope), segments)
+    def run(block, x, layer):
+        turn = of_layer(case.config, rope, layer)
+        heads = attention.attend_documents(*attention.project_qkv(case.config, block, x, turn), segments)
         return attention.project_out(block, heads)
 
     for layer, hf_layer in enumerate(model.model.layers):
         block, _ = layer_of(params, layer)
-        ours = run(block, x)
+        ours = run(block, x, layer)
         theirs, _ = hf_layer.self_attn(x_torch, **causal_inputs(model, x_torch))
         assert max_difference(ours, theirs) < TOLERANCE, layer
 
