@@ -8,6 +8,7 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 
+from flexmoe_jax.hf.architectures import ARCHITECTURES
 from flexmoe_jax.model import attention, router
 from flexmoe_jax.model.cache import init_cache
 from flexmoe_jax.model.decoder import Decoder, moe
@@ -71,7 +72,7 @@ CASES = {
 all_cases = pytest.mark.parametrize("case", CASES.values(), ids=CASES.keys())
 mixtures = pytest.mark.parametrize(
     "case",
-    [pytest.param(case, id=name) for name, case in CASES.items() if case.kind in ("flex_olmo", "mixtral", "qwen3_moe")],
+    [pytest.param(case, id=name) for name, case in CASES.items() if ARCHITECTURES[case.kind].mixture],
 )
 FORMS = {"named-dense": (False, "dense"), "stacked-dense": (True, "dense"), "stacked-sparse": (True, "sparse")}
 
