@@ -1,6 +1,6 @@
 """The arrays of one package as an Orbax checkpoint: one uncompressed file and one small header per tensor.
 
-Written by Orbax's handler itself, which adds neither time nor path: the same arrays give the same bytes.
+Orbax's handler, used directly, writes neither times nor paths: the same arrays give the same bytes.
 """
 
 import logging
@@ -29,17 +29,17 @@ logging.getLogger("absl").setLevel(logging.WARNING)
 
 
 def tensor_file(path: str, shape: tuple[int, ...]) -> str:
-    """Where the bytes of the tensor `path` lie inside a package."""
+    """The path, relative to the package, of the file with the bytes of the tensor `path`."""
     return f"arrays/{path.replace('/', '.')}/{'.'.join('0' * len(shape))}"
 
 
 def header_file(path: str) -> str:
-    """Where the shape and dtype of the tensor `path` lie inside a package, for Orbax."""
+    """The path, relative to the package, of the file in which Orbax keeps shape and dtype of the tensor `path`."""
     return f"arrays/{path.replace('/', '.')}/.zarray"
 
 
 def save_arrays(folder: pathlib.Path, arrays: Mapping[str, np.ndarray]) -> None:
-    """Writes {path: array} to the new directory `folder`."""
+    """Writes {path: array} to the new directory `folder`; dtypes of `NUMPY_DTYPES`."""
     from etils import epath
 
     folder.mkdir()
@@ -49,29 +49,30 @@ def save_arrays(folder: pathlib.Path, arrays: Mapping[str, np.ndarray]) -> None:
 
 
 def load_array(package: pathlib.Path, path: str, shape: tuple[int, ...], dtype: str) -> np.ndarray:
-    """The tensor `path` that `save_arrays` wrote, read without Orbax: its file is its bytes.
+    """The tensor `path` that `save_arrays` wrote, read without Orbax: its file holds exactly its bytes.
 
-    Check headers and sizes before: this allocates what `shape` says.
+    Check headers and sizes beforehand: this allocates an array of `shape`. ArtifactError if the file is too short.
     """
     array = np.empty(shape, NUMPY_DTYPES[dtype])
     with open(package / tensor_file(path, shape), "rb") as file:
         if file.readinto(array.reshape(-1).view(np.uint8)) != array.nbytes:  # type: ignore[arg-type]
-            raise ArtifactError(f"{package / tensor_file(path, shape)} ends early", "fetch it again")
+            what = f"{package / tensor_file(path, shape)} has fewer than the {array.nbytes} bytes of its tensor"
+            raise ArtifactError(what, "fetch the package again from its owner")
     return array
 
 
 def map_array(package: pathlib.Path, path: str, shape: tuple[int, ...], dtype: str) -> np.ndarray:
-    """The tensor `path` as its file mapped into memory, read only: what is sliced of it is read, and no more."""
+    """The tensor `path` as a read-only memory-mapped file: only the slices that are used are read."""
     return np.memmap(package / tensor_file(path, shape), NUMPY_DTYPES[dtype], "r", shape=shape)
 
 
 def not_finite(chunk: bytes, dtype: str) -> int:
-    """How many of the little-endian numbers in `chunk` are NaN or infinite."""
+    """The number of NaN and infinite values among the little-endian numbers in `chunk`."""
     return int((~np.isfinite(np.frombuffer(chunk, NUMPY_DTYPES[dtype]))).sum())
 
 
 def metadata_problem(package: pathlib.Path) -> str | None:
-    """What is wrong with the file in which Orbax keeps the tree, if anything."""
+    """What is wrong with the file in which Orbax keeps the tree; None if nothing is."""
     try:
         parse_json(read_bytes(package / METADATA_FILE, MAX_HEADER_BYTES), METADATA_FILE)
     except ArtifactError as error:
@@ -80,7 +81,7 @@ def metadata_problem(package: pathlib.Path) -> str | None:
 
 
 def header_problem(package: pathlib.Path, path: str, shape: tuple[int, ...], dtype: str) -> str | None:
-    """What is wrong with the header of a tensor, if anything: it decides how much memory Orbax allocates."""
+    """What is wrong with the header of a tensor, which decides how much memory Orbax allocates; None if nothing is."""
     expected = {
         "chunks": list(shape),
         "compressor": None,

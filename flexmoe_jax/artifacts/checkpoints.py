@@ -3,12 +3,12 @@
     run/
       .lock                 held while a process uses the run
       checkpoints/<step>/   Orbax CheckpointManager: trainable, optimizer, data, meta
-      digests/<step>.json   sealed sha256 of every file of that step, written when Orbax has committed it
-      damaged/<step>/       steps that were found damaged and passed over
+      digests/<step>.json   sealed sha256 of every file of that step, written after Orbax commits it
+      damaged/<step>/       damaged steps that a restore skipped
 
-Orbax restores flipped bits without a word, so a step counts as saved when its digests are written, and is checked
-against them before it is used. Frozen leaves are not here: they are those of the public model, which the caller names
-by digest in `meta` or in its `run.json`.
+Orbax restores flipped bits without an error. A step therefore counts as saved only when its digests are written, and is
+checked against them before it is used. Frozen leaves are not in a checkpoint: they are those of the public model, which
+the caller identifies by digest in `meta` or in `run.json`.
 """
 
 import concurrent.futures
@@ -22,7 +22,7 @@ from typing import Any
 
 import jax
 
-from flexmoe_jax.artifacts import arrays  # noqa: F401 - quietens Orbax
+from flexmoe_jax.artifacts import arrays  # noqa: F401 - silences Orbax
 from flexmoe_jax.artifacts.sealed import check_fields, read_sealed, write_sealed
 from flexmoe_jax.errors import ArtifactError, Check
 from flexmoe_jax.files import digest_files, list_files, lock_directory, sha256_file
@@ -33,7 +33,7 @@ _NONE = -1  # no step
 
 @dataclasses.dataclass(frozen=True)
 class Restored:
-    """A restored step; `skipped` are newer steps that were passed over, newest first, as (step, reason)."""
+    """A restored step; `skipped` are the newer, damaged steps as (step, reason), newest first."""
 
     step: int
     trainable: Any
@@ -44,9 +44,10 @@ class Restored:
 
 
 class RunCheckpoints:
-    """The checkpoints of the run directory `path`, held exclusively; use it in a `with` block.
+    """The checkpoints of the run directory `path`, locked for this process; use it in a `with` block.
 
-    `keep` newest steps stay on disk; with fewer than 2 there is nothing to fall back to.
+    The `keep` newest steps stay on disk; with fewer than 2 there is nothing to fall back to when one is damaged.
+    ArtifactError if another process holds the directory.
     """
 
     def __init__(self, path: pathlib.Path | str, keep: int = 2):
@@ -77,17 +78,17 @@ class RunCheckpoints:
             try:
                 self.wait()
             except ArtifactError:
-                if kind is None:  # else the first error is the one to show
+                if kind is None:  # otherwise the first error is the one to show
                     raise
             finally:
-                with contextlib.suppress(Exception):  # what it reports was reported by `wait`
+                with contextlib.suppress(Exception):  # `wait` has reported it
                     self._manager.close()
 
     def save(self, step: int, trainable: Any, opt_state: Any, data_state: dict, meta: dict) -> None:
-        """Begins to save `step`; the arrays may be donated or changed when this returns.
+        """Starts to save `step`; the arrays may be donated or changed when this returns.
 
-        A failure is raised by the next call, or by `wait`; only when `wait` returns is the step saved. After a failure
-        this object saves nothing more: leave the `with` block.
+        The step is saved when `wait` returns. The next call, or `wait`, raises ArtifactError for a failure. After a
+        failure this object saves nothing more: leave the `with` block.
         """
         self.wait()
         args = self._ocp.args
@@ -103,28 +104,28 @@ class RunCheckpoints:
         self._pending = self._worker.submit(self._commit, step)
 
     def wait(self) -> None:
-        """Returns when the last `save` is on disk with its digests; raises ArtifactError if it failed."""
+        """Waits until the last `save` is on disk with its digests; ArtifactError if it failed."""
         pending, self._pending = self._pending, None
         if pending is not None:
             pending.result()
 
     def latest(self) -> int | None:
-        """The newest saved step, or None; whether it is damaged is not looked at."""
+        """The newest saved step, or None; does not check whether it is damaged."""
         self.wait()
         saved = [step for step in self._manager.all_steps() if self._digest_file(step).exists()]
         return max(saved, default=None)
 
     def restore(self, like_trainable: Any, like_opt: Any, step: int | None = None) -> Restored | None:
-        """The newest undamaged step (or `step`), bit for bit; None if nothing was ever saved.
+        """The newest undamaged step (or `step`), bit for bit; None if there is no step.
 
         `like_*` are trees of the same structure with the shape, dtype and sharding of each leaf: arrays or
-        `jax.ShapeDtypeStruct`. Damaged steps are moved to `damaged/` and named in `skipped`. ArtifactError if every
-        step is damaged, or the structure is another.
+        `jax.ShapeDtypeStruct`. Damaged steps are moved to `damaged/` and listed in `skipped`. ArtifactError if every
+        step is damaged, or the structure differs.
         """
         self.wait()
         skipped: list[tuple[int, str]] = []
         chosen = self._choose(step, skipped) if self._lead else None
-        # The lead has looked; the others do as it says.
+        # Process 0 chooses the step for all processes.
         number = from_lead(_NONE if chosen is None else chosen)
         if number != _NONE:
             self._set_aside(skipped)
@@ -137,7 +138,7 @@ class RunCheckpoints:
         return None
 
     def _choose(self, step: int | None, skipped: list[tuple[int, str]]) -> int | None:
-        """The newest undamaged step (or `step`, if it is), or None; `skipped` gets the others, with reasons."""
+        """The newest undamaged step (or `step`, if undamaged), or None; adds the others to `skipped`, with reasons."""
         for candidate in sorted(self._manager.all_steps(), reverse=True) if step is None else [step]:
             problem = self._problem(candidate)
             if problem is None:
@@ -158,7 +159,7 @@ class RunCheckpoints:
         except (ValueError, KeyError, TypeError, OSError) as error:
             raise ArtifactError(
                 f"step {step} of {self.path} does not fit this model and optimizer: {error}",
-                "resume with the configuration the run was started with",
+                "resume with the configuration of the start of the run",
             ) from error
         return Restored(step, found.trainable, found.optimizer, found.data, found.meta, skipped)
 
@@ -177,7 +178,7 @@ class RunCheckpoints:
         return "; ".join(f"{f.subject}: {f.detail}" for f in _check_step(self.path, step) if not f.ok) or None
 
     def _set_aside(self, skipped: list[tuple[int, str]]) -> None:
-        """Moves the damaged steps away (the lead, which alone knows of any)."""
+        """Moves the damaged steps away (process 0 only: `skipped` is empty on the others)."""
         for step, _ in skipped:
             target = self.path / "damaged" / str(step)
             shutil.rmtree(target, ignore_errors=True)
@@ -198,12 +199,12 @@ class RunCheckpoints:
         except Exception as error:
             raise ArtifactError(
                 f"saving step {step} to {self.path} failed: {error}",
-                "check free space and permissions, then run the same command: it goes on from the last good step",
+                "check free space and permissions, then run the same command: it resumes from the last good step",
             ) from error
 
 
 def verify_run(path: pathlib.Path | str, *, quick: bool = False) -> list[Check]:
-    """Checks of every file of every checkpoint of the run directory `path`; `quick` reads names and sizes alone."""
+    """Checks of every file of every checkpoint of the run directory `path`; `quick` checks only names and sizes."""
     path = pathlib.Path(path)
     folders = sorted((path / "checkpoints").iterdir(), key=lambda folder: folder.name)
     checks = []
@@ -212,7 +213,7 @@ def verify_run(path: pathlib.Path | str, *, quick: bool = False) -> list[Check]:
             rows = _check_step(path, int(folder.name), quick)
             checks += [dataclasses.replace(f, subject=f"checkpoints/{folder.name}/{f.subject}") for f in rows]
         else:
-            detail = "what an interrupted save left; the next start of the run removes it"
+            detail = "left by an interrupted save; the next start of the run removes it"
             checks.append(Check(f"checkpoints/{folder.name}", False, detail))
     for file in sorted((path / "digests").iterdir()):
         if not (path / "checkpoints" / file.stem).is_dir():
@@ -224,14 +225,14 @@ def _check_step(path: pathlib.Path, step: int, quick: bool = False) -> list[Chec
     """Checks of every file of one saved step against its digests."""
     folder, digests = path / "checkpoints" / str(step), path / "digests" / f"{step}.json"
     if not digests.exists():
-        return [Check("digests", False, "it has no digests: the save was interrupted")]
+        return [Check("digests", False, "missing: the save was interrupted")]
     try:
         fields = read_sealed(digests)
         check_fields(fields, {"step": int, "files": dict, "digest": str}, digests)
     except ArtifactError as error:
         return [Check("digests", False, error.what)]
     if fields["step"] != step:
-        return [Check("digests", False, f"its digests are those of step {fields['step']}")]
+        return [Check("digests", False, f"they are those of step {fields['step']}, not of step {step}")]
     sizes, others = list_files(folder)
     checks = [Check(name, False, "a link, an empty directory or a special file") for name in others]
     for name in sorted({*sizes, *fields["files"]}):
@@ -246,7 +247,7 @@ def _check_step(path: pathlib.Path, step: int, quick: bool = False) -> list[Chec
 
 
 def _abstract(tree: Any) -> Any:
-    """Leaves as shape, dtype and sharding; those without a sharding are put on the first device."""
+    """Leaves as shape, dtype and sharding; those without a sharding are restored to the first device."""
     here = jax.sharding.SingleDeviceSharding(jax.local_devices()[0])
 
     def describe(leaf):

@@ -1,7 +1,7 @@
-"""The journal of a model directory: what was done to it, one sealed JSON object per line, each naming the one before.
+"""The journal of a model directory: its history, one sealed JSON object per line, with the sha256 of the line before.
 
-`journal.jsonl` is only ever extended. It is the one file of a model that holds time and history, and the names of
-experts that were opted out.
+`journal.jsonl` is only extended. It is the only file of a model that holds times, history, and the names of experts
+that opted out.
 """
 
 import dataclasses
@@ -41,10 +41,10 @@ _FIELDS = {
 
 @dataclasses.dataclass(frozen=True)
 class Entry:
-    """One event; `experts` are the model's after it, `model` is the digest of its model.json after it.
+    """One event. `experts` and `model`, the digest of model.json, are those after the event.
 
-    `manifests` are the experts' manifest digests by name; a journal line written by an earlier version has none.
-    `sha256` is that of the line: keep the last one elsewhere to detect truncation or a rewrite.
+    `manifests` holds the experts' manifest digests by name; it is empty in lines of earlier versions. `sha256` is that
+    of the line: keep the last one elsewhere to detect truncation or a rewrite. `time` is UTC in ISO 8601.
     """
 
     seq: int
@@ -58,10 +58,10 @@ class Entry:
 
 
 def append_entry(folder: pathlib.Path, event: str, manifests: Mapping[str, str], model: str, **details: Any) -> None:
-    """Adds one line to the journal of the model directory `folder`, atomically; the first one begins the journal.
+    """Adds one line to the journal of the model directory `folder`, atomically; creates the journal if there is none.
 
-    `manifests` are the manifest digests of the model's experts after the event, in canonical order; `model` is the
-    digest of its model.json.
+    `manifests` holds the manifest digests of the model's experts after the event, in canonical order; `model` is the
+    digest of its model.json. ArtifactError if the existing journal is damaged.
     """
     path = folder / FILE
     raw = read_bytes(path, MAX_TEXT_BYTES) if path.exists() else b""
@@ -80,7 +80,10 @@ def append_entry(folder: pathlib.Path, event: str, manifests: Mapping[str, str],
 
 
 def read_journal(folder: pathlib.Path) -> list[Entry]:
-    """The journal of the model directory `folder`; ArtifactError if a line was altered, dropped or moved."""
+    """The journal of the model directory `folder`.
+
+    ArtifactError if a line is altered or moved, or is missing before the last one.
+    """
     entries = _parse(read_bytes(folder / FILE, MAX_TEXT_BYTES), folder / FILE)
     if not entries:
         raise ArtifactError(f"{folder / FILE} is empty", "restore the journal from its source")
@@ -113,7 +116,7 @@ def _parse(raw: bytes, path: pathlib.Path) -> list[Entry]:
 
 
 def _parse_experts(fields: dict, where: str) -> tuple[tuple[ExpertName, ...], dict[ExpertName, str]]:
-    """The experts that a line names, and their manifest digests; ArtifactError for what no model could hold."""
+    """The experts of a line and their manifest digests; ArtifactError for names or digests that are not valid."""
     try:
         experts = tuple(expert_name(name) for name in fields["experts"])
     except FlexMoEError as error:

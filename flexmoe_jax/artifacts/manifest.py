@@ -1,4 +1,4 @@
-"""The manifest of a package: what it says about itself, read strictly."""
+"""The manifest of a package, read strictly."""
 
 import dataclasses
 import math
@@ -22,7 +22,7 @@ FETCH_AGAIN = "fetch the package again from its owner"
 
 @dataclasses.dataclass(frozen=True)
 class TensorRecord:
-    """One tensor; `sha256` is over its little-endian C-order bytes."""
+    """One tensor; `sha256` (hex) is that of its little-endian C-order bytes."""
 
     shape: tuple[int, ...]
     dtype: str
@@ -31,7 +31,7 @@ class TensorRecord:
 
 @dataclasses.dataclass(frozen=True)
 class FileRecord:
-    """One file of the package."""
+    """One file of the package: size in bytes and sha256 (hex)."""
 
     size: int
     sha256: str
@@ -39,10 +39,10 @@ class FileRecord:
 
 @dataclasses.dataclass(frozen=True)
 class Manifest:
-    """What a package says about itself, checked against itself.
+    """The description of a package, consistent in itself.
 
-    `content` is the digest of the tensor table: the identity of the owner's parameters, which other packages refer to
-    in `base`. `digest` is the manifest's own: it covers everything, and models refer to packages by it.
+    `content` is the digest of the tensor table: it identifies the owner's parameters, and other packages refer to it in
+    `base`. `digest` is the digest of the manifest: it covers every byte of the package, and models refer to it.
     """
 
     owner: str
@@ -56,9 +56,10 @@ class Manifest:
 
 
 def read_manifest(path: pathlib.Path | str, owner: str | None = None) -> Manifest:
-    """The manifest of the package at `path`, which must be that of `owner` if given; arrays are not touched.
+    """The manifest of the package at `path`; arrays are not read.
 
-    Raises ArtifactError for anything altered, unknown or contradictory.
+    ArtifactError for anything altered, unknown or contradictory, and for a package of another owner than `owner`, if
+    given. FlexMoEError for an owner's name, ConfigError for a configuration that is not valid.
     """
     where = pathlib.Path(path) / "manifest.json"
     fields = read_sealed(where)
@@ -77,7 +78,7 @@ def read_manifest(path: pathlib.Path | str, owner: str | None = None) -> Manifes
     files = {name: _read_file(name, value, where) for name, value in fields["files"].items()}
     for name, value in (("config_digest", sealed.digest(config)), ("content", sealed.digest(fields["tensors"]))):
         if fields[name] != value:
-            raise ArtifactError(f"{where}: {name} is {fields[name]}, what it states has {value}", FETCH_AGAIN)
+            raise ArtifactError(f"{where}: {name} is {fields[name]}, computed from the manifest {value}", FETCH_AGAIN)
     check_shapes(fields["owner"], {name: t.shape for name, t in tensors.items()}, config)
     _check_names(files, tensors, where)
     for name, tensor in tensors.items():
@@ -95,11 +96,13 @@ def read_manifest(path: pathlib.Path | str, owner: str | None = None) -> Manifes
 
 
 def check_owner(owner: str) -> None:
+    """FlexMoEError unless `owner` is `trunk`, `public`, or a name that a data owner may use."""
     if owner not in (TRUNK, PUBLIC):
         check_owner_name(owner)
 
 
 def check_base(owner: str, base: Mapping[str, str]) -> None:
+    """ArtifactError unless `base` holds the digests that a package of `owner` is bound to, and only those."""
     expected = {"tokenizer"} if owner in (TRUNK, PUBLIC) else {TRUNK, PUBLIC, "tokenizer"}
     if set(base) != expected or not all(is_sha256(value) for value in base.values()):
         raise ArtifactError(
@@ -108,6 +111,7 @@ def check_base(owner: str, base: Mapping[str, str]) -> None:
 
 
 def check_shapes(owner: str, shapes: Mapping[str, tuple[int, ...]], config: ModelConfig) -> None:
+    """ArtifactError unless {path: shape} are exactly the parameters of `owner` in a model of this configuration."""
     spec = owner_leaves(config, owner)
     for path in sorted({*spec, *shapes}):
         if path not in shapes or path not in spec:
@@ -115,7 +119,7 @@ def check_shapes(owner: str, shapes: Mapping[str, tuple[int, ...]], config: Mode
             raise ArtifactError(f"{owner!r}: the parameter {path!r} {problem}", f"give exactly: {', '.join(spec)}")
         if tuple(shapes[path]) != spec[path].shape:
             raise ArtifactError(
-                f"{owner!r}: the parameter {path!r} has shape {tuple(shapes[path])}, the configuration wants "
+                f"{owner!r}: the parameter {path!r} has shape {tuple(shapes[path])}, the configuration gives "
                 f"{spec[path].shape}",
                 "give the parameters and the configuration of the same model",
             )
@@ -131,7 +135,7 @@ def _read_tensor(name: str, value: Any, where: object) -> TensorRecord:
 
 
 def _check_names(files: Mapping[str, FileRecord], tensors: Mapping[str, TensorRecord], where: object) -> None:
-    """Exactly the files that this library writes: no path leads outside, nothing hides, no two differ in case only."""
+    """Only the files that this library writes: no path leads outside the package, and no other file is in it."""
     limits = {"card.md": MAX_JSON_BYTES, METADATA_FILE: MAX_HEADER_BYTES}
     limits |= {header_file(name): MAX_HEADER_BYTES for name in tensors}
     data = {tensor_file(name, tensor.shape) for name, tensor in tensors.items()}
@@ -139,7 +143,7 @@ def _check_names(files: Mapping[str, FileRecord], tensors: Mapping[str, TensorRe
         if name not in files:
             raise ArtifactError(f"{where}: the file {name!r} is missing", FETCH_AGAIN)
         if name not in limits and name not in data:
-            raise ArtifactError(f"{where}: {name!r} is no path a package may hold", "do not use this package")
+            raise ArtifactError(f"{where}: {name!r} is not a file of a package", "do not use this package")
         if name in limits and files[name].size > limits[name]:
             raise ArtifactError(
                 f"{where}: the file {name!r} has {files[name].size} bytes, {limits[name]} are allowed",

@@ -1,4 +1,4 @@
-"""Changes of a model directory in place: who may make them, and on what kind of directory."""
+"""Changes of a model directory in place: the lock, and entries that do not belong to the model."""
 
 import contextlib
 import os
@@ -15,15 +15,14 @@ from flexmoe_jax.files import lock_directory, partial_of, remove_partial_files
 from flexmoe_jax.tree import PUBLIC, TRUNK
 
 INTERRUPTED = "was left by an interrupted command: run it again"
-UNKNOWN = "no command of flexmoe put it there: move it away"
+UNKNOWN = "not made by a flexmoe command: move it away"
 
 
 @contextlib.contextmanager
 def changing(path: pathlib.Path) -> Iterator[None]:
-    """Holds the model directory `path` for a change in place.
+    """Locks the model directory `path` for a change in place, and deletes partial files of interrupted writes.
 
-    Refuses a directory with entries that no command of this package makes: whoever put them there may want them
-    followed or deleted. Deletes what interrupted writes of files left.
+    ArtifactError if another process holds it, or it has entries that no command of this package makes.
     """
     with lock_directory(path):
         for check in strange_entries(path):
@@ -34,12 +33,17 @@ def changing(path: pathlib.Path) -> Iterator[None]:
 
 
 def sign_release(path: pathlib.Path | str, key: pathlib.Path | str, version: int) -> ModelDir:
-    """Signs trunk and public expert of the public release `path`, in place, and writes both into model.json."""
+    """Signs trunk and public expert of the public release `path`, in place, and records both in model.json.
+
+    `key` is a private key file, `version` counts from 1. ArtifactError for a model of several owners, and as of
+    `sign_package`.
+    """
     path = pathlib.Path(path)
     with changing(path):
         fields, digests = read_model_json(path)
         if {*digests} != {TRUNK, PUBLIC}:
-            raise ArtifactError(f"{path} is a model of several owners", "each owner signs the own package, then merge")
+            what = f"{path} is a model of several owners"
+            raise ArtifactError(what, "let each owner sign their own package, then merge")
         for name in (TRUNK, PUBLIC):
             write_signature(path / name, key, version)
         write_model_json(path, (PUBLIC,), fields["top_k"])
@@ -49,20 +53,20 @@ def sign_release(path: pathlib.Path | str, key: pathlib.Path | str, version: int
 
 
 def strange_entries(path: pathlib.Path) -> list[Check]:
-    """Checks of entries of the model directory `path` that are no part of the model that model.json names."""
+    """Failed checks of the entries of the model directory `path` that do not belong to the model of model.json."""
     fields, digests = read_model_json(path)
     files, folders = {"model.json", JOURNAL, *fields["tokenizer"]}, {*digests}
     staged = {locate_package(path, name, digest).name for name, digest in digests.items()}
     try:
         left = {*read_journal(path)[-1].experts} - folders
-    except ArtifactError:  # `_check_journal` and the change itself say so
+    except ArtifactError:  # `_check_journal` and the change itself report it
         left = set()
     checks = []
     for entry in sorted(os.scandir(path), key=lambda entry: entry.name):
         target, detail = partial_of(entry.name) or entry.name, ""
         staging = re.fullmatch(r"\.(.+)-[0-9a-f]{12}", target)
         if entry.is_symlink():
-            detail = "is a link: do not use this directory, or put there what it leads to"
+            detail = "is a link: do not use this directory, or replace the link with its target"
         elif entry.is_dir():
             if target in left or (staging and staging[1] in folders | left and entry.name not in staged):
                 detail = INTERRUPTED

@@ -1,4 +1,4 @@
-"""Verification of a model directory: every digest, what is left over, and the journal."""
+"""Verification of a model directory: all digests, entries that do not belong there, and the journal."""
 
 import dataclasses
 import pathlib
@@ -13,9 +13,9 @@ from flexmoe_jax.errors import ArtifactError, Check, FlexMoEError
 
 
 def verify_model(path: pathlib.Path | str, *, quick: bool = False, trust: Trust | None = None) -> list[Check]:
-    """Checks of every part of a model directory: digests, what is left over, the journal. Damage is never raised.
+    """Checks of every part of a model directory: digests, strange entries, the journal; damage is never raised.
 
-    `quick` reads no contents of arrays; `trust` holds the keys of signatures: see `verify_package`.
+    `quick` does not read the contents of arrays; `trust` holds the trusted keys: see `verify_package`.
     """
     path = pathlib.Path(path)
     try:

@@ -1,14 +1,14 @@
 """Model directories: packages, a tokenizer, `model.json` that names them by digest, and a journal.
 
     model/
-      model.json      sealed; a function of the packages and the wanted top-k alone: no time, no history
-      journal.jsonl   what was done, by hash-chained lines (journal.py)
+      model.json      sealed; depends only on the packages, the tokenizer and the wanted top-k: no time, no history
+      journal.jsonl   history, in hash-chained lines (journal.py)
       tokenizer.json  and tokenizer_config.json if the tokenizer has one
       trunk/ public/ news/ ...   packages
 
-`top_k` in `model.json` is the wanted number of active experts, or null: every expert is active. An expert that is
-being replaced may lie in `.news-<first 12 digits of its manifest digest>` for a moment (compose/optout.py); readers
-look there first, so they see the model before the change or after it.
+`top_k` in `model.json` is the wanted number of active experts, or null: every expert is active. While an expert is
+replaced (compose/optout.py), its package may be in `.news-<first 12 digits of its manifest digest>`. Readers look there
+first, so that they see the model before or after the change.
 """
 
 import dataclasses
@@ -60,7 +60,7 @@ NOT_ALTERED = "restore the model from its source, or merge it again"
 
 @dataclasses.dataclass(frozen=True)
 class ModelDir:
-    """An opened model directory: `manifests` of trunk and experts in canonical order, sha256 of its tokenizer files."""
+    """An opened model directory. `manifests`: trunk, then experts in canonical order; `tokenizer`: {file: sha256}."""
 
     path: pathlib.Path
     config: ModelConfig
@@ -71,17 +71,17 @@ class ModelDir:
 
     @property
     def experts(self) -> tuple[str, ...]:
-        """Names in canonical order: `public` first, then alphabetical."""
+        """Names of the experts in canonical order: `public` first, then alphabetical."""
         return tuple(name for name in self.manifests if name != TRUNK)
 
     @property
     def expert_digests(self) -> dict[str, str]:
-        """The manifest digest of every expert, as the journal records it."""
+        """{name: manifest digest} of the experts, as the journal records it."""
         return {name: self.manifests[name].digest for name in self.experts}
 
     @property
     def top_k(self) -> int:
-        """Experts active per token: the wanted number, else all."""
+        """Experts active per token: `wanted_top_k`, or all."""
         return self.wanted_top_k or len(self.experts)
 
     @property
@@ -93,7 +93,7 @@ class ModelDir:
         return self.tokenizer[TOKENIZER]
 
     def package(self, name: str) -> pathlib.Path:
-        """The directory that holds the package of `trunk` or of an expert now."""
+        """The directory that now holds the package of `trunk` or of an expert."""
         return locate_package(self.path, name, self.manifests[name].digest)
 
 
@@ -105,11 +105,11 @@ def create_model(
     records: Mapping[str, Mapping[str, Any]],
     top_k: int | None = None,
 ) -> ModelDir:
-    """Writes the whole tree `params` as a model at the new directory `path`: a public release has one expert, `public`.
+    """Writes the whole tree `params` as a model at the new directory `path`; a public release has one expert, `public`.
 
     `tokenizer` is a tokenizer.json, the folder that holds it (and maybe tokenizer_config.json), or its bytes; it is
-    stored in canonical form. `records` are the packages' records by owner, `trunk` and every expert. Raises
-    ArtifactError as `write_package` does.
+    stored in canonical form. `records` holds the packages' records by owner: `trunk` and every expert. ArtifactError as
+    of `write_package`.
     """
     files, parts = _read_tokenizer(tokenizer), split(params)
     with new_directory(pathlib.Path(path)) as folder:
@@ -148,9 +148,10 @@ def assemble(
     details: Mapping[str, Any],
     link: bool = False,
 ) -> ModelDir:
-    """Makes the model directory `out` of the trunk, tokenizer and journal of `release` and the given expert packages.
+    """Makes the new model directory `out` of the trunk, tokenizer and journal of `release` and {expert: package}.
 
-    Everything is copied (or hard-linked) into a sibling of `out`, checked on the way, and appears by one rename.
+    Everything is copied (or hard-linked) into a sibling of `out`, checked on the way, and appears by one rename. The
+    journal gets the line `event` with `details`. ArtifactError for damage, and if `out` exists.
     """
     with new_directory(pathlib.Path(out)) as folder:
         for name in (*release.tokenizer, JOURNAL):
@@ -167,7 +168,7 @@ def assemble(
 def write_model_json(
     path: pathlib.Path, experts: Iterable[str], top_k: int | None, manifests: Mapping[str, Manifest] | None = None
 ) -> str:
-    """Replaces `path`/model.json, atomically; returns its digest. For `manifests` see `seal_model`."""
+    """Writes `path`/model.json, atomically; returns its digest. Arguments as of `seal_model`."""
     sealed = seal_model(path, experts, top_k, manifests)
     write_json(path / "model.json", sealed)
     return sealed["digest"]
@@ -176,9 +177,9 @@ def write_model_json(
 def seal_model(
     path: pathlib.Path, experts: Iterable[str], top_k: int | None, manifests: Mapping[str, Manifest] | None = None
 ) -> dict[str, Any]:
-    """What model.json says, sealed, about a model of these experts with the tokenizer in `path`.
+    """The sealed content of model.json for a model of these experts with the tokenizer in `path`.
 
-    It names the packages that lie in `path`, or those of `manifests`, where an expert has not yet its place.
+    The packages are those in `path`, or those of `manifests` if an expert is not yet in its place.
     """
     order = canonical_order(experts)
     manifests = manifests or {name: read_manifest(path / name, name) for name in (TRUNK, *order)}
@@ -195,25 +196,25 @@ def seal_model(
 
 
 def find_signatures(path: pathlib.Path, manifests: Mapping[str, Manifest]) -> dict[str, str]:
-    """{name: sha256 of its signature.json} of the signed packages among `manifests` in the model directory `path`."""
+    """{name: sha256 of signature.json} of the signed packages among `manifests` in the model directory `path`."""
     places = {name: locate_package(path, name, m.digest) / SIGNATURE for name, m in manifests.items()}
     present = {name: place for name, place in places.items() if os.path.lexists(place)}
     return {name: hashlib.sha256(read_bytes(place)).hexdigest() for name, place in present.items()}
 
 
 def open_model(path: pathlib.Path | str) -> ModelDir:
-    """Opens a model directory; `model.json`, manifests and tokenizer are checked, and that they belong together.
+    """Opens a model directory: checks `model.json`, manifests, signatures' digests and tokenizer against one another.
 
-    Arrays are not read (`load_params` and `verify_model` do). Raises ArtifactError naming what does not agree.
+    Arrays are not read (`load_params` and `verify_model` read them). ArtifactError names what does not agree.
     """
     path = pathlib.Path(path)
     return _steadily(path, lambda: _open(path))
 
 
 def load_model(path: pathlib.Path | str, *, mapped: bool = False) -> tuple[ModelDir, Params]:
-    """A model directory and its whole tree, both before or both after a change that another process makes to it.
+    """A model directory and its whole tree, both from before or both from after a change by another process.
 
-    For `mapped` see `load_package`.
+    `mapped` and errors as of `load_package`.
     """
     path = pathlib.Path(path)
 
@@ -225,9 +226,9 @@ def load_model(path: pathlib.Path | str, *, mapped: bool = False) -> tuple[Model
 
 
 def load_params(model: ModelDir, experts: Iterable[str] | None = None, *, mapped: bool = False) -> Params:
-    """The whole tree, experts named, as numpy arrays: of all experts or only of `experts`. Every digest is checked.
+    """The whole tree, experts named, as NumPy arrays: of all experts or only of `experts`. Every digest is checked.
 
-    For `mapped` see `load_package`.
+    `mapped` and errors as of `load_package`; FlexMoEError for an unknown expert.
     """
     names = model.experts if experts is None else check_known(experts, model.experts)
     return union(
@@ -239,18 +240,18 @@ def load_params(model: ModelDir, experts: Iterable[str] | None = None, *, mapped
 
 
 def locate_package(path: pathlib.Path, name: str, digest: str) -> pathlib.Path:
-    """Where the package with this manifest digest lies in the model directory `path`: staged, or in its place."""
+    """The package with this manifest digest in the model directory `path`: staged if it is, else in its place."""
     staged = staging_place(path, name, digest)
     return staged if staged.is_dir() else path / name
 
 
 def staging_place(path: pathlib.Path, name: str, digest: str) -> pathlib.Path:
-    """The hidden directory in which a package waits while it is replaced or replaces another."""
+    """The hidden directory of a package while it is replaced or replaces another."""
     return path / f".{name}-{digest[:12]}"
 
 
 def _steadily(path: pathlib.Path, read: Callable[[], T]) -> T:
-    """What `read` returns, tried again when the model changed under it, and twice when it may have.
+    """The result of `read`, repeated while the model changes, and up to twice if model.json does not.
 
     An expert's package moves while it is replaced, and is erased after model.json no longer names it.
     """
@@ -266,7 +267,7 @@ def _steadily(path: pathlib.Path, read: Callable[[], T]) -> T:
 
 
 def read_model_json(path: pathlib.Path) -> tuple[dict[str, Any], dict[str, str]]:
-    """(the fields of model.json, {name: manifest digest} of trunk and experts), each checked by itself."""
+    """(fields of model.json, {name: manifest digest} of trunk and experts); ArtifactError if a field is not valid."""
     where = path / "model.json"
     fields = read_sealed(where)
     check_format(fields, FORMAT, where)
@@ -275,8 +276,8 @@ def read_model_json(path: pathlib.Path) -> tuple[dict[str, Any], dict[str, str]]
     types |= {**dict.fromkeys(("format", "trunk", "digest"), str), "top_k": int if top_k is not None else type(None)}
     check_fields(fields, types, where)
     digests = {TRUNK: fields["trunk"], **_read_experts(fields["experts"], where)}
-    if not all(map(is_sha256, digests.values())):  # a part of a digest names a directory
-        raise ArtifactError(f"{where}: the manifests {sorted(digests.values())} are no digests", NOT_ALTERED)
+    if not all(map(is_sha256, digests.values())):  # the first digits of a digest name a directory
+        raise ArtifactError(f"{where}: the manifests {sorted(digests.values())} are not digests", NOT_ALTERED)
     if top_k is not None and not 1 <= top_k < len(digests):
         raise ArtifactError(f"{where}: top_k is {top_k} with {len(digests) - 1} experts", NOT_ALTERED)
     return fields, digests
@@ -288,7 +289,7 @@ def _open(path: pathlib.Path) -> ModelDir:
     manifests = {}
     for name, digest in digests.items():
         if locate_package(path, name, digest).is_symlink():
-            raise ArtifactError(f"{path}: the package {name!r} is a symbolic link", "put the package itself there")
+            raise ArtifactError(f"{path}: the package {name!r} is a symbolic link", "replace the link with the package")
         manifests[name] = read_manifest(locate_package(path, name, digest), name)
         found = manifests[name].digest
         if found != digest:
@@ -304,10 +305,10 @@ def _open(path: pathlib.Path) -> ModelDir:
 
 
 def check_belongs(manifest: Manifest, model: ModelDir, where: object) -> None:
-    """Raises unless a package was made for this model's trunk, public expert, tokenizer and configuration."""
+    """ArtifactError unless a package was made for this model's trunk, public expert, tokenizer and configuration."""
     ours = {**{name: model.manifests[name].content for name in (TRUNK, PUBLIC)}, "tokenizer": model.tokenizer_digest}
     for name in ours:
-        theirs = manifest.base.get(name, ours[name])  # trunk and public refer to the tokenizer alone
+        theirs = manifest.base.get(name, ours[name])  # trunk and public refer only to the tokenizer
         if theirs != ours[name]:
             part = {TRUNK: "trunk", PUBLIC: "public expert"}.get(name, name)
             raise ArtifactError(
@@ -350,6 +351,6 @@ def _read_tokenizer(tokenizer: pathlib.Path | str | bytes) -> dict[str, bytes]:
     path = pathlib.Path(tokenizer)
     path = path / TOKENIZER if path.is_dir() else path
     files = {TOKENIZER: canonical_json(parse_json(read_bytes(path, MAX_TEXT_BYTES), path, MAX_TEXT_BYTES))}
-    if (neighbour := path.with_name(TOKENIZER_CONFIG)).is_file():
-        files[TOKENIZER_CONFIG] = json.dumps(parse_json(read_bytes(neighbour), neighbour), indent=2).encode()
+    if (neighbor := path.with_name(TOKENIZER_CONFIG)).is_file():
+        files[TOKENIZER_CONFIG] = json.dumps(parse_json(read_bytes(neighbor), neighbor), indent=2).encode()
     return files

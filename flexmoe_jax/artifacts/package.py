@@ -1,14 +1,13 @@
-"""Packages: one owner's parameters as a directory, the unit that travels between organisations.
+"""Packages: one owner's parameters as a directory, the unit that organizations exchange.
 
     news/
-      manifest.json   what it is and every digest (sealed, see digest.py)
-      arrays/         a complete Orbax checkpoint of this owner's subtree and nothing else
-      card.md         for people
-      signature.json  the owner's, over the manifest (signature.py), or none
+      manifest.json   description and all digests (sealed, see sealed.py)
+      arrays/         a complete Orbax checkpoint of only this owner's subtree
+      card.md         description for people
+      signature.json  the owner's signature of the manifest (signature.py), optional
 
-Arrays are stored uncompressed, one file per tensor, so a tensor's sha256 is the sha256 of its file: whoever hashes the
-files has hashed the tensors, and Orbax is not needed to read them. Nothing depends on time or place: the same
-parameters and records give the same bytes.
+Arrays are stored uncompressed, one file per tensor, so that a tensor's sha256 is the sha256 of its file, and reading
+them does not need Orbax. The bytes do not depend on time or place: the same parameters and record give the same bytes.
 """
 
 import functools
@@ -66,10 +65,10 @@ def write_package(
 ) -> str:
     """Writes the package of `owner` at the new directory `path`; returns the manifest digest.
 
-    `params` is the owner's subtree (numpy or JAX arrays of float32, bfloat16 or float16, shapes of `owner_leaves`).
-    `base` are content digests of what it belongs to: `tokenizer`, and for a data owner's expert `trunk` and `public`.
-    `record` is any JSON (training, router, licence, contact). Raises ArtifactError for an existing path and for
-    parameters that are missing, too many, of another shape or dtype, or not finite.
+    `params` is the owner's subtree (NumPy or JAX arrays of float32, bfloat16 or float16, shapes of `owner_leaves`).
+    `base` holds the content digests that the package is bound to: `tokenizer`, and for a data owner's expert also
+    `trunk` and `public`. `record` holds JSON values (training, router, licence, contact: see record.py). ArtifactError
+    for an existing path and for parameters that are missing, unknown, of another shape or dtype, or not finite.
     """
     arrays = _check_params(owner, params, config)
     check_base(owner, base)
@@ -96,7 +95,7 @@ def write_package(
 
 
 def content_digest(params: Params) -> str:
-    """The identity of an owner's parameters: `content` of the manifest that `write_package` gives them."""
+    """The digest that identifies an owner's parameters: `content` of the manifest that `write_package` writes."""
     arrays = {path: np.ascontiguousarray(leaf) for path, leaf in flatten(params).items()}
     return sealed.digest(_to_json(_tensor_records(arrays)))
 
@@ -104,12 +103,12 @@ def content_digest(params: Params) -> str:
 def load_package(
     path: pathlib.Path | str, *, verify: bool = True, digest: str | None = None, mapped: bool = False
 ) -> Params:
-    """The owner's subtree as numpy arrays, bit for bit what was written.
+    """The owner's subtree as NumPy arrays, bit for bit as it was written.
 
-    File names, kinds and sizes and array headers are checked before anything is allocated, and the very bytes that are
-    returned against their sha256; `verify=False` leaves out the sha256. `digest` is the manifest's, where
-    another package in its place will not do. `mapped` arrays are files mapped into memory, checked once before they are
-    given out: for many processes that each read a part. Raises ArtifactError naming what is wrong.
+    Names, kinds and sizes of files and the headers of arrays are checked before any array is allocated, then the sha256
+    of exactly the bytes that are returned; `verify=False` skips the sha256. `digest` is the manifest digest that the
+    package must have. `mapped` arrays are memory-mapped files, checked once beforehand: for processes that each read a
+    part. ArtifactError lists everything that is wrong.
     """
     path = pathlib.Path(path)
     manifest = read_manifest(path)
@@ -131,10 +130,10 @@ def load_package(
 def verify_package(
     path: pathlib.Path | str, owner: str | None = None, *, quick: bool = False, trust: Trust | None = None
 ) -> list[Check]:
-    """One check for the manifest, the signature, every file and every tensor; damage is reported, never raised.
+    """Checks of the manifest, the signature, every file and every tensor; damage is reported, never raised.
 
-    `quick` reads the manifest and the headers of arrays alone: names, kinds and sizes, no contents. `trust` are the
-    keys by which a signature must be; without it, one that is there must be valid.
+    `quick` reads only the manifest and the headers of arrays: names, kinds and sizes, not contents. A signature must be
+    valid and, with `trust`, made with a trusted key.
     """
     path = pathlib.Path(path)
     try:
@@ -161,7 +160,7 @@ def verify_package(
                 bad[name] += not_finite(chunk, tensor.dtype)
 
         checks.append(_compare(file, _hash(path / file, count), record.sha256))
-    if all(f.ok for f in checks):  # else the files say it already: a tensor's bytes are its file's
+    if all(f.ok for f in checks):  # otherwise the file is reported already: a tensor's bytes are its file's
         for name, t in manifest.tensors.items():
             wrong = f": {bad[name]} values are not finite" if bad[name] else ""
             checks.append(Check(name, not wrong, f"{t.dtype}{list(t.shape)} {t.sha256}{wrong}"))
@@ -169,9 +168,9 @@ def verify_package(
 
 
 def check_files(path: pathlib.Path, manifest: Manifest) -> list[Check]:
-    """Checks of a package's files without reading them: none missing, none more, kinds, sizes, array headers."""
+    """Checks of a package's files without their contents: none missing, none added, kinds, sizes, array headers."""
     found, others = list_files(path)
-    for name in ("manifest.json", SIGNATURE):  # have digests of their own
+    for name in ("manifest.json", SIGNATURE):  # checked by their own digests
         found.pop(name, None)
     checks = [Check(name, False, "a link, an empty directory or a special file") for name in others]
     checks += [Check(n, False, "the manifest does not name this file") for n in sorted({*found} - {*manifest.files})]
@@ -181,7 +180,7 @@ def check_files(path: pathlib.Path, manifest: Manifest) -> list[Check]:
         elif found[name] != file.size:
             checks.append(Check(name, False, f"has {found[name]} bytes, the manifest says {file.size}"))
         elif _is_sparse(path / name):
-            checks.append(Check(name, False, f"has {file.size} bytes of which next to nothing is on the disk"))
+            checks.append(Check(name, False, f"has {file.size} bytes, but almost no blocks on the disk"))
         else:
             checks.append(Check(name, True, f"{file.size} bytes"))
     if all(f.ok for f in checks):
@@ -192,7 +191,7 @@ def check_files(path: pathlib.Path, manifest: Manifest) -> list[Check]:
 
 
 def check_own_files(path: pathlib.Path) -> None:
-    """Refuses a package whose files have other names elsewhere: whoever holds those can change it under our hands."""
+    """ArtifactError for a package with hard links: the other name of a file could be used to change it later."""
     shared = [name for name in list_files(path)[0] if (path / name).lstat().st_nlink > 1]
     if shared:
         raise ArtifactError(
@@ -202,7 +201,10 @@ def check_own_files(path: pathlib.Path) -> None:
 
 
 def copy_package(source: pathlib.Path, target: pathlib.Path, manifest: Manifest, link: bool = False) -> None:
-    """Copies (or hard-links) a package file by file into the new directory `target`, checking every byte on the way."""
+    """Copies (or hard-links) a package into the new directory `target` and checks every byte on the way.
+
+    ArtifactError for damage, a signature that is not valid, or a source that changes meanwhile.
+    """
     raise_problems(source, check_files(source, manifest))
     checks = {
         tensor_file(name, t.shape): functools.partial(_check_chunk, source, name, t.dtype)
@@ -219,7 +221,7 @@ def copy_package(source: pathlib.Path, target: pathlib.Path, manifest: Manifest,
 
 
 def raise_problems(path: pathlib.Path, checks: list[Check]) -> None:
-    """An ArtifactError that names every check that is not ok, if there is one."""
+    """ArtifactError that lists every check that is not ok; nothing if there is none."""
     problems = [f"{f.subject}: {f.detail}" for f in checks if not f.ok]
     if problems:
         raise ArtifactError(f"{path} is damaged:\n    " + "\n    ".join(problems), FETCH_AGAIN)
@@ -239,7 +241,7 @@ def _check_params(owner: str, params: Params, config: ModelConfig) -> dict[str, 
 
 
 def _raise_not_finite(owner: str, arrays: Mapping[str, np.ndarray]) -> None:
-    """An ArtifactError if an array holds NaN or an infinity."""
+    """ArtifactError if an array holds NaN or infinity."""
     for path, array in arrays.items():
         if not np.isfinite(array).all():
             count = int((~np.isfinite(array)).sum())
@@ -260,7 +262,7 @@ def _hash(path: pathlib.Path, *consumers) -> str:
     try:
         return sha256_file(path, *consumers)
     except OSError as error:
-        return f"none, it cannot be read ({error.strerror})"
+        return f"unknown, it cannot be read ({error.strerror})"
 
 
 def _compare(name: str, found: str, expected: str) -> Check:
@@ -276,7 +278,7 @@ def _check_chunk(source: pathlib.Path, name: str, dtype: str, chunk: bytes) -> N
 
 
 def _is_sparse(path: pathlib.Path) -> bool:
-    """Whether a file of over 64 MiB has far fewer blocks than bytes: it costs its sender nothing, its reader hours."""
+    """Whether a file of over 64 MiB has far fewer blocks than bytes: cheap to send, hours to read."""
     status = path.lstat()
     return status.st_size > 64 << 20 and status.st_blocks * 512 * 16 < status.st_size
 

@@ -1,9 +1,9 @@
-"""What a package says about its making: read strictly where this library reads it, kept whole otherwise.
+"""The record of a package: how it was made. Keys that this library uses are checked, all others are kept as they are.
 
 training   steps, tokens, the configuration and its digest, ...
-router     where the router row is from: encoder, digest of the encoder, scale and seed of the projection, ...
-tuned      {"with": owners who had a part in the package by router tuning or joint training, ...}
-start      manifest digest of the package that the training continued
+router     the origin of the router row: encoder, digest of the encoder, scale and seed of the projection, ...
+tuned      {"with": owners whose data influenced the package by router tuning or joint training, ...}
+start      manifest digest of the package that was trained further
 licence, contact
 """
 
@@ -28,38 +28,38 @@ _ROUTER: dict[str, tuple[type, ...]] = {
 
 @dataclasses.dataclass(frozen=True)
 class Record:
-    """A package's record. `fields` is what it says, unknown keys included, and what is written again."""
+    """A package's record. `fields` holds all keys, also unknown ones; copies of the package keep them."""
 
     fields: dict[str, Any]
 
     @property
     def training(self) -> dict[str, Any] | None:
-        """What the package was trained with; None if it does not say."""
+        """How the package was trained; None if it is not recorded."""
         return self.fields.get("training")
 
     @property
     def router(self) -> dict[str, Any] | None:
-        """Where the router row is from: at least `encoder`, `encoder_digest`, `scale`, `projection_seed`; or None."""
+        """The origin of the router row: at least `encoder`, `encoder_digest`, `scale`, `projection_seed`; or None."""
         return self.fields.get("router") or None
 
     @property
     def tuned_with(self) -> tuple[ExpertName, ...]:
-        """The owners who had a part in this package by router tuning or joint training; empty if none is recorded."""
+        """The owners whose data influenced this package by router tuning or joint training; empty if none did."""
         return tuple(map(expert_name, (self.fields.get("tuned") or {}).get("with", ())))
 
     @property
     def licence(self) -> str | None:
-        """The licence of the parameters; None if it is not stated."""
+        """The license of the parameters; None if it is not stated."""
         return self.fields.get("licence") or None
 
     @property
     def contact(self) -> str | None:
-        """Whom to ask about the package; None if it is not stated."""
+        """The contact for questions about the package; None if it is not stated."""
         return self.fields.get("contact") or None
 
 
 def make_record(fields: Mapping[str, Any], owner: str) -> Record:
-    """The record of a package to be written: any JSON, checked as `read_record` checks it, else ArtifactError."""
+    """The record for a new package from JSON values; ArtifactError for other values, and as of `read_record`."""
     try:
         plain = json.loads(canonical_json(dict(fields)))
     except (TypeError, ValueError) as error:
@@ -68,7 +68,7 @@ def make_record(fields: Mapping[str, Any], owner: str) -> Record:
 
 
 def read_record(fields: dict[str, Any], where: object) -> Record:
-    """The record that a manifest states; ArtifactError for a known key with a value that no package has."""
+    """The record in a manifest; ArtifactError if a known key has a value of another type or form."""
     for name, kind in (*((name, dict) for name in _SECTIONS), *((name, str) for name in _TEXTS)):
         if not isinstance(fields.get(name), kind | None):
             raise ArtifactError(f"{where}: record.{name} is {fields[name]!r}, not a {kind.__name__}", _REMEDY)
@@ -79,7 +79,7 @@ def read_record(fields: dict[str, Any], where: object) -> Record:
     names = (fields.get("tuned") or {}).get("with", [])
     try:
         if not isinstance(names, list):
-            raise FlexMoEError(f"it is {names!r}")
+            raise FlexMoEError(f"`with` is {names!r}")
         for name in names:
             expert_name(name)
     except FlexMoEError as error:

@@ -1,13 +1,12 @@
-"""Ed25519 signatures of packages, offline, by `cryptography`.
+"""Ed25519 signatures of packages; they are made and checked offline (library `cryptography`).
 
-    news/signature.json   owner, manifest digest, version, public key and the signature over these, in canonical form
+    news/signature.json   owner, manifest digest, version, public key and the signature of these, in canonical form
 
-The manifest's digest covers every byte of the package, so a signature does too. `version` is the owner's own count: a
-signature of an older version is as valid as it ever was, so whoever trusts a key states the lowest version that may
-still be used.
+The manifest's digest covers every byte of the package, so a signature does too. `version` is the owner's own count.
+Signatures of older versions stay valid, so the list of trusted keys states the lowest version that may be used.
 
-A file of trusted keys has lines `OWNER KEY [LOWEST VERSION]`; `flexmoe keygen` writes the owner's one beside the
-private key. The key of `public` signs the trunk too. Blank lines and lines that begin with `#` are for people.
+A file of trusted keys has lines `OWNER KEY [LOWEST VERSION]`; `flexmoe keygen` writes the owner's line beside the
+private key. The key of `public` also signs the trunk. Blank lines and lines that start with `#` are ignored.
 """
 
 import dataclasses
@@ -40,7 +39,7 @@ _FIELDS |= {"public_key": str, "signature": str}
 
 @dataclasses.dataclass(frozen=True)
 class Trust:
-    """{(owner, public key in hexadecimal): lowest version}; `required`: a package without a signature is refused."""
+    """{(owner, public key in hexadecimal): lowest version}; `required`: packages without a signature are refused."""
 
     keys: dict[tuple[str, str], int]
     required: bool = False
@@ -48,7 +47,7 @@ class Trust:
 
 @dataclasses.dataclass(frozen=True)
 class Signature:
-    """What a valid signature states; by whom the key is, only `Trust` can say."""
+    """The content of a valid signature. Whose key it is: see `Trust`."""
 
     owner: str
     manifest: str
@@ -57,7 +56,10 @@ class Signature:
 
 
 def generate_key(path: pathlib.Path | str, owner: str) -> pathlib.Path:
-    """Writes a new private key (PEM, mode 600) to the new file `path` and its line for trusted keys to `path`.pub."""
+    """Writes a new private key (PEM, mode 600) to the new file `path`, and its line for trusted keys to `path`.pub.
+
+    Returns the path of the latter. ArtifactError if one of the files exists or cannot be written.
+    """
     from cryptography.hazmat.primitives.asymmetric.ed25519 import Ed25519PrivateKey
     from cryptography.hazmat.primitives.serialization import Encoding, NoEncryption, PrivateFormat
 
@@ -66,7 +68,7 @@ def generate_key(path: pathlib.Path | str, owner: str) -> pathlib.Path:
     public = path.with_name(f"{path.name}.pub")
     for file in (path, public):
         if os.path.lexists(file):
-            raise ArtifactError(f"{file} already exists", "a key that was used must not be lost: give another path")
+            raise ArtifactError(f"{file} already exists", "give another path: a key that was used must not be lost")
     key = Ed25519PrivateKey.generate()
     try:
         path.parent.mkdir(parents=True, exist_ok=True)
@@ -81,20 +83,25 @@ def generate_key(path: pathlib.Path | str, owner: str) -> pathlib.Path:
 
 
 def sign_package(package: pathlib.Path | str, key: pathlib.Path | str, version: int) -> Signature:
-    """Signs the package's manifest as its owner's `version` (1, 2, ...); replaces an older signature, atomically."""
+    """Signs the package's manifest as its owner's `version` (1, 2, ...); replaces an older signature, atomically.
+
+    `key` is a private key file. ArtifactError for a package inside a model, a version below 1 or below that of the
+    present signature, and a key that cannot be used.
+    """
     package = pathlib.Path(package)
     if (package.absolute().parent / "model.json").exists():
-        raise ArtifactError(f"{package} lies in a model", "sign the package, then merge it; sign a release as a whole")
+        raise ArtifactError(f"{package} is in a model", "sign the package, then merge it; sign a release as a whole")
     return write_signature(package, key, version)
 
 
 def write_signature(package: pathlib.Path, key: pathlib.Path | str, version: int) -> Signature:
-    """What `sign_package` does, wherever the package lies."""
+    """`sign_package`, also for a package inside a model."""
     if version < 1:
-        raise ArtifactError(f"the version is {version}", "count versions from 1: each is higher than the one before")
+        raise ArtifactError(f"the version is {version}", "count versions from 1, each higher than the one before")
     manifest, private = read_manifest(package), _read_key(pathlib.Path(key))
     if (package / FILE).exists() and (old := read_signature(package, manifest.digest)).version > version:
-        raise ArtifactError(f"{package} is signed as version {old.version}, not yet {version}", "give a higher version")
+        what = f"{package} is signed as version {old.version}, which is higher than {version}"
+        raise ArtifactError(what, f"give at least version {old.version}")
     fields = {"format": FORMAT, "owner": manifest.owner, "manifest": manifest.digest, "version": version}
     fields["public_key"] = private.public_key().public_bytes_raw().hex()
     write_json(package / FILE, {**fields, "signature": private.sign(canonical_json(fields)).hex()})
@@ -103,7 +110,7 @@ def write_signature(package: pathlib.Path, key: pathlib.Path | str, version: int
 
 
 def read_signature(package: pathlib.Path, manifest: str) -> Signature:
-    """The signature of the package whose manifest has this digest; ArtifactError unless it is valid."""
+    """The signature of the package whose manifest has the digest `manifest`; ArtifactError unless it is valid."""
     from cryptography.exceptions import InvalidSignature
     from cryptography.hazmat.primitives.asymmetric.ed25519 import Ed25519PublicKey
 
@@ -117,7 +124,7 @@ def read_signature(package: pathlib.Path, manifest: str) -> Signature:
     if fields["manifest"] != manifest:
         raise ArtifactError(
             f"{where} signs the manifest {fields['manifest']}, this package's is {manifest}",
-            "it is another version's signature: ask the owner for the one of this version",
+            "ask the owner for the signature of this version",
         )
     signed = {name: value for name, value in fields.items() if name != "signature"}
     try:
@@ -131,10 +138,10 @@ def read_signature(package: pathlib.Path, manifest: str) -> Signature:
 
 
 def check_signature(package: pathlib.Path, owner: str, manifest: str, trust: Trust | None = None) -> str | None:
-    """A line about the signature of `owner`'s package, None where there is none; ArtifactError where it is not good.
+    """A line that describes the signature of `owner`'s package; None if there is none.
 
-    Without `trust` a signature must be valid; with it, made by a key that is trusted for the owner, in a version that
-    still may be used, and present where `trust.required`.
+    ArtifactError for a signature that is not valid or of another owner; with `trust` also for a key that is not trusted
+    for the owner, a version that is too low, and a missing signature if `trust.required`.
     """
     if not os.path.lexists(package / FILE):
         if trust is None or not trust.required:
@@ -145,12 +152,12 @@ def check_signature(package: pathlib.Path, owner: str, manifest: str, trust: Tru
         raise ArtifactError(f"{package} is signed as {signature.owner!r}, not {owner!r}", "do not use this package")
     line = f"version {signature.version}, signed with {signature.public_key}"
     if trust is None:
-        return f"{line}, a key that nobody was asked to trust"
+        return f"{line}, a key not checked against a trust list"
     lowest = trust.keys.get((PUBLIC if owner == TRUNK else owner, signature.public_key))
     if lowest is None:
         raise ArtifactError(
             f"{package} is signed with {signature.public_key}, a key not trusted for {owner!r}",
-            "ask the owner for the line of the key over another way, and add it to the trusted keys",
+            "ask the owner over another channel for the line of the key, and add it to the trusted keys",
         )
     if signature.version < lowest:
         raise ArtifactError(
@@ -161,7 +168,7 @@ def check_signature(package: pathlib.Path, owner: str, manifest: str, trust: Tru
 
 
 def read_trusted(path: pathlib.Path | str, required: bool = False) -> Trust:
-    """The trusted keys in the file `path`; ArtifactError naming the line for anything that is not such a line."""
+    """The trusted keys in the file `path`; ArtifactError names a line of another form."""
     keys = {}
     for number, line in enumerate(read_bytes(pathlib.Path(path)).decode(errors="replace").splitlines(), 1):
         words = line.split()
@@ -185,7 +192,7 @@ def _read_key(path: pathlib.Path) -> Any:
     try:
         key = load_pem_private_key(raw, None)
     except (ValueError, TypeError) as error:
-        raise ArtifactError(f"{path} is no private key: {error}", "make one with flexmoe keygen") from error
+        raise ArtifactError(f"{path} is not a private key: {error}", "make one with flexmoe keygen") from error
     if not isinstance(key, Ed25519PrivateKey):
         raise ArtifactError(f"{path} is not an Ed25519 key", "make one with flexmoe keygen")
     return key

@@ -1,8 +1,8 @@
-"""Opt-out certificates: what was removed, what remains, and that no byte of the one is in the other.
+"""Opt-out certificates: what was removed, what remains, and that the two share no bytes.
 
-A certificate is a sealed JSON file of digests and names; it holds no parameter. Whoever has it and a model directory
-can check the two against each other offline, and against a merge of the remaining packages: the digest it names is
-the one that such a merge has. The seal shows alterations, not who wrote it.
+A certificate is a sealed JSON file of digests and names; it holds no parameters. It can be checked offline against the
+model directory, and against a merge of the remaining packages, which has the digest that the certificate names. The
+seal shows alterations, not who wrote the certificate.
 """
 
 import contextlib
@@ -22,8 +22,8 @@ from flexmoe_jax.files import CHUNK_BYTES, list_files, sha256_file, sync_directo
 from flexmoe_jax.tree import PUBLIC, TRUNK, check_owner_name, expert_name, flatten
 
 FORMAT = "flexmoe-certificate-1"
-WINDOW = 64  # bytes: a run of this length that an expert and the rest have in common is found wherever it lies
-_BLOCK = WINDOW // 2  # every window holds a whole block, whatever its offset
+WINDOW = 64  # bytes: common runs of this length of an expert and the rest are found at any offset
+_BLOCK = WINDOW // 2  # every window holds a whole block, at any offset
 _BITS, _MIX = 24, np.uint64(0x9E3779B97F4A7C15)
 _FIELDS: dict[str, type] = {
     "format": str,
@@ -37,8 +37,11 @@ _FIELDS |= {"reason": str, "scan": dict, "digest": str}
 
 
 def certify(model: ModelDir, name: str, top_k: int | None) -> dict:
-    """The certificate of removing the expert `name` from `model`, made while its bytes are still there, sealed."""
-    for part, its in model.manifests.items():  # what is scanned is regular files of the sizes stated
+    """The sealed certificate of removing the expert `name` from `model`, which still holds the expert.
+
+    `top_k` is the wanted top-k of the model without it. ArtifactError if a package is damaged.
+    """
+    for part, its in model.manifests.items():  # scan only regular files of the stated sizes
         raise_problems(model.package(part), check_files(model.package(part), its))
     manifest = model.manifests[name]
     rest = {n: m for n, m in model.manifests.items() if n != name}
@@ -74,10 +77,10 @@ def certify(model: ModelDir, name: str, top_k: int | None) -> dict:
 def certified(
     model: ModelDir, name: str, top_k: int | None, path: pathlib.Path | None, made: pathlib.Path
 ) -> Iterator[None]:
-    """Around the removal of the expert `name` from `model`, which makes the model directory `made`.
+    """A context around the removal of the expert `name` from `model`, which makes the model directory `made`.
 
-    The certificate is written beside `path` before, while the expert's bytes are still there, and moves to `path` when
-    the block ends well. None: no certificate.
+    The certificate is written beside `path` beforehand, while the expert is still there, and moves to `path` when the
+    block succeeds. `path` None: no certificate. ArtifactError if `path` exists or is inside `made`.
     """
     if path is None:
         yield
@@ -85,16 +88,16 @@ def certified(
     if os.path.lexists(path):
         raise ArtifactError(f"{path} already exists", "give another path for the certificate")
     if path.resolve().is_relative_to(made.resolve()):
-        raise ArtifactError(f"{path} lies in the model it is about", "give a path outside")
+        raise ArtifactError(f"{path} is inside the model that the certificate is about", "give a path outside")
     write_json(_pending(path), certify(model, name, top_k))
     yield
     publish_pending(path, name, open_model(made), must=True)
 
 
 def publish_pending(path: pathlib.Path | None, name: str, model: ModelDir, must: bool) -> bool:
-    """Puts the pending certificate at `path` if it is about `name` and what `model` now is; whether `name` has left.
+    """Moves the pending certificate to `path` if it is about `name` and the present `model`; whether `name` has left.
 
-    `must`: it has, so a certificate that was asked for and cannot be had is an ArtifactError.
+    `must`: `name` has left, so that a missing certificate is an ArtifactError. `path` None: returns `must`.
     """
     if path is None:
         return must
@@ -107,14 +110,14 @@ def publish_pending(path: pathlib.Path | None, name: str, model: ModelDir, must:
             return True
     if must:
         raise ArtifactError(
-            f"{name!r} left {model.path} without a certificate, and cannot have one now that its bytes are gone",
-            "the journal records what was removed: flexmoe inspect --journal",
+            f"{name!r} left {model.path} without a certificate, which cannot be made without the expert's bytes",
+            "see the journal for what was removed: flexmoe inspect --journal",
         )
     return False
 
 
 def read_certificate(path: pathlib.Path | str) -> dict:
-    """The fields of the certificate at `path`; ArtifactError for anything altered."""
+    """The fields of the certificate at `path`; ArtifactError if it is altered or malformed."""
     fields = read_sealed(pathlib.Path(path))
     check_format(fields, FORMAT, path)
     check_fields(fields, _FIELDS, path)
@@ -131,7 +134,7 @@ def read_certificate(path: pathlib.Path | str) -> dict:
 
 
 def verify_certificate(path: pathlib.Path | str, model: pathlib.Path | str) -> list[Check]:
-    """Checks of the certificate at `path` and the model directory it is said to be about."""
+    """Checks of the certificate at `path` against the model directory `model`; nothing is raised."""
     try:
         fields = read_certificate(path)
         opened = open_model(model)
@@ -140,7 +143,7 @@ def verify_certificate(path: pathlib.Path | str, model: pathlib.Path | str) -> l
     removed, remaining = fields["removed"], {n: m.digest for n, m in opened.manifests.items()}
     same = f"the model is {opened.digest}, the certificate's {fields['model']}"
     gone = removed["name"] not in opened.manifests and not os.path.lexists(opened.path / removed["name"])
-    # A tensor that equals one of the public expert's (a bias that stayed 0) is the public trainer's.
+    # A tensor that equals one of the public model (a bias that is still 0) does not count as the owner's.
     theirs = {t.sha256 for name in (TRUNK, PUBLIC) for t in opened.manifests[name].tensors.values()}
     tensors = {sha256: name for name, sha256 in removed["tensors"].items() if sha256 not in theirs}
     found = {file: sha256_file(opened.path / file) for file in list_files(opened.path)[0] if file != JOURNAL}
@@ -157,18 +160,18 @@ def verify_certificate(path: pathlib.Path | str, model: pathlib.Path | str) -> l
 
 
 def scan(
-    own: Mapping[str, np.ndarray], began: Mapping[str, np.ndarray], files: Iterable[pathlib.Path], root: pathlib.Path
+    own: Mapping[str, np.ndarray], initial: Mapping[str, np.ndarray], files: Iterable[pathlib.Path], root: pathlib.Path
 ) -> list[str]:
-    """`FILE holds bytes of TENSOR` for every file with a run of bytes out of a tensor of `own`.
+    """`FILE holds bytes of TENSOR` for every file that shares a run of bytes with a tensor of `own`.
 
-    Every run of `WINDOW` bytes is found at any offset. Blocks that still are what the tensor `began` as are not the
-    owner's, and blocks of one repeated word are nobody's.
+    Finds every run of `WINDOW` bytes at any offset. Blocks that equal the tensor's `initial` values do not count as the
+    owner's, and neither do blocks of one repeated word. `FILE` is relative to `root`.
     """
     names, parts = [], []
     for name, array in own.items():
         mine = _blocks(array)
         keep = (mine != mine[:, :1]).any(1)
-        if name in began and (theirs := _blocks(began[name])).shape == mine.shape:
+        if name in initial and (theirs := _blocks(initial[name])).shape == mine.shape:
             keep &= (mine != theirs).any(1)
         names += [name] * int(keep.sum())
         parts.append(mine[keep])
@@ -176,7 +179,7 @@ def scan(
     keys = _keys(*table.T)
     order = np.argsort(keys, kind="stable")
     keys = keys[order]
-    maybe = np.zeros(1 << _BITS, bool)  # most places in a file are dismissed by one look into this
+    maybe = np.zeros(1 << _BITS, bool)  # dismisses most offsets of a file with one lookup
     maybe[keys >> np.uint64(64 - _BITS)] = True
     found = []
     for file in files:
@@ -191,9 +194,9 @@ def scan(
 
 
 def _own(model: ModelDir, name: str) -> tuple[dict, dict]:
-    """The tensors of the expert `name`, and of the public expert as which it began."""
-    own, began = (load_package(model.package(n), digest=model.manifests[n].digest) for n in (name, PUBLIC))
-    return flatten(own), flatten(began)
+    """The tensors of the expert `name`, and of the public expert, which are its initial values."""
+    own, initial = (load_package(model.package(n), digest=model.manifests[n].digest) for n in (name, PUBLIC))
+    return flatten(own), flatten(initial)
 
 
 def _blocks(array: np.ndarray) -> np.ndarray:
@@ -203,7 +206,7 @@ def _blocks(array: np.ndarray) -> np.ndarray:
 
 
 def _keys(first: np.ndarray, *others: np.ndarray) -> np.ndarray:
-    """One number per block of words, which depends on all of them."""
+    """One hash per block of words."""
     keys = first * _MIX
     for words in others:
         keys = (keys ^ words) * _MIX
@@ -219,7 +222,7 @@ def _overlapping(file: pathlib.Path) -> Iterable[bytes]:
 
 
 def _candidates(chunk: bytes, maybe: np.ndarray) -> Iterator[tuple[int, np.uint64]]:
-    """(offset, key) of the blocks in `chunk`, at every byte offset, that `maybe` lets pass."""
+    """(offset, key) of the blocks in `chunk`, at every byte offset, that `maybe` does not dismiss."""
     for shift in range(min(8, len(chunk) - _BLOCK + 1)):
         words = np.frombuffer(chunk, "<u8", (len(chunk) - shift) // 8, shift)
         keys = _keys(*(words[i : len(words) - 3 + i] for i in range(4)))

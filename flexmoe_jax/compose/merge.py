@@ -1,7 +1,7 @@
 """Merging: a public model and the experts of any number of owners become one model, without training.
 
-Only directories are copied and digests compared: the cost is in bytes moved, never in memory. The result is a function
-of the set of packages and of top-k; the order in which experts are given does not matter (method: section 2.2).
+A merge copies directories and compares digests: it costs copied bytes, not memory. The result depends only on the set
+of packages and on top-k, not on the order of the experts (FlexOlmo, arXiv 2507.07024, section 3.1).
 """
 
 import pathlib
@@ -23,13 +23,13 @@ def merge(
     link: bool = False,
     trust: Trust | None = None,
 ) -> ModelDir:
-    """Writes the model of the public release `public` and the packages `experts` at the new directory `out`.
+    """Writes the model of the public release `public` and the packages `experts` to the new directory `out`.
 
-    `top_k` is how many experts are active per token, 1 to the number of experts; by default all of them. `link` makes
-    hard links where copies would be made: as cheap as it gets, but the bytes of an expert opted out later stay on the
-    disk as long as the package they were linked from does. `trust` holds the keys by which packages must be signed.
-    Raises ArtifactError for a package that was trained with another trunk, public expert, tokenizer or configuration, a
-    name that is reserved or given twice, a signature that is not good, and damage.
+    `top_k` is the number of experts active per token, 1 to the number of experts; None: all. `link` makes hard links
+    instead of copies: then the bytes of an expert that opts out later stay on the disk as long as the package that they
+    were linked from. `trust` holds the keys that signatures are checked against. ArtifactError for a package that was
+    trained with another trunk, public expert, tokenizer or configuration, a name given twice, a signature that is not
+    valid or not trusted, and damage; FlexMoEError for a reserved name.
     """
     release = open_release(public)
     for name, manifest in release.manifests.items():
@@ -40,7 +40,7 @@ def merge(
         if manifest.owner in packages:
             raise ArtifactError(
                 f"the expert name {manifest.owner!r} is given twice: {packages[manifest.owner][0]} and {path}",
-                "every expert needs a name of its own",
+                "give every expert a name of its own",
             )
         packages[manifest.owner] = (path, manifest)
     order = canonical_order(packages)
@@ -55,18 +55,21 @@ def merge(
 
 
 def open_release(path: pathlib.Path | str) -> ModelDir:
-    """The public release at `path`: a model whose only expert is `public`."""
+    """The public release at `path`: a model whose only expert is `public`; ArtifactError for another model."""
     release = open_model(path)
     if release.experts != (PUBLIC,):
         raise ArtifactError(
             f"{path} is a model of the experts {', '.join(release.experts)}, not a public release",
-            "give the model that was published with the expert `public` alone",
+            "give the published model whose only expert is `public`",
         )
     return release
 
 
 def read_expert(path: pathlib.Path, model: ModelDir, link: bool = False, trust: Trust | None = None) -> Manifest:
-    """The manifest of a data owner's package that may join `model`; ArtifactError if it may not."""
+    """The manifest of a data owner's package that may join `model`; FlexMoEError if it may not.
+
+    The package may have hard links only if `link`. `trust` as in `merge`.
+    """
     if not link:
         check_own_files(path)
     manifest = read_manifest(path)

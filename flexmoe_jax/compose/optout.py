@@ -1,7 +1,7 @@
-"""Opting out and replacing: one expert's directory and `model.json` change, nothing else does.
+"""Opting out and replacing: only one expert's directory and `model.json` change.
 
-In place, `model.json` is the switch: it is replaced atomically, so a reader sees the model before or after the change.
-A crash leaves a model that opens, and `verify_model` names what is left over; the same call made again finishes.
+In place, `model.json` is replaced atomically, so that a reader sees the model before or after the change. A crash
+leaves a model that opens; `verify_model` names the remains, and the same call completes the change.
 """
 
 import dataclasses
@@ -26,26 +26,26 @@ from flexmoe_jax.tree import PUBLIC, TRUNK, ExpertName, check_known, expert_name
 
 @dataclasses.dataclass(frozen=True)
 class Departure:
-    """The expert `name` that leaves `model`, and what is left without it."""
+    """The expert `name` that leaves `model`, and the model without it."""
 
     model: ModelDir
     name: ExpertName
 
     @property
     def rest(self) -> dict[str, tuple[pathlib.Path, Manifest]]:
-        """The packages that stay."""
+        """{name: package} of the experts that stay."""
         names = (name for name in self.model.experts if name != self.name)
         return {name: (self.model.package(name), self.model.manifests[name]) for name in names}
 
     @property
     def top_k(self) -> int | None:
-        """The wanted number of active experts, at most as many as are left."""
+        """The wanted number of active experts (None: all), at most the number of those that stay."""
         wanted = self.model.wanted_top_k
         return None if wanted is None else min(wanted, len(self.model.experts) - 1)
 
     @property
     def details(self) -> dict[str, Any]:
-        """What the journal tells about it."""
+        """The details of the event in the journal."""
         content = self.model.manifests[self.name].content
         before = self.model.wanted_top_k
         return {"expert": self.name, "content": content, "top_k": self.top_k, "top_k_before": before}
@@ -58,12 +58,12 @@ def opt_out(
     *,
     certificate: pathlib.Path | str | None = None,
 ) -> ModelDir:
-    """Removes the expert `name`, in place or into the new directory `out` (which leaves `model` as it is).
+    """Removes the expert `name`, in place or by writing the new directory `out`, which does not change `model`.
 
-    The result is, byte for byte outside the journal, what `merge` makes of the other experts with the same top-k, or
-    with as many as are left where top-k was more. In place, the expert's bytes leave the directory. A `certificate`
-    is written to that new file when the expert is gone (certificate.py). Raises ArtifactError for `public` and `trunk`,
-    FlexMoEError for unknown names.
+    Except for the journal, the result is byte-identical to `merge` of the other experts with the same top-k, at most
+    their number. In place, the expert's bytes are deleted. The new file `certificate` is written when the expert is
+    gone (certificate.py). A call that was interrupted is completed by the same call. ArtifactError for `public` and
+    `trunk`, a damaged model, and one that another process changes; FlexMoEError for unknown names.
     """
     path, proof = pathlib.Path(model), None if certificate is None else pathlib.Path(certificate)
     if name in (PUBLIC, TRUNK):
@@ -84,10 +84,12 @@ def opt_out(
 
 
 def replace(model: pathlib.Path | str, package: pathlib.Path | str, *, trust: Trust | None = None) -> ModelDir:
-    """Puts `package` in the place of the expert of the same name, in place, after the checks that `merge` makes.
+    """Replaces the expert of the same name by `package`, in place, after the checks of `merge`.
 
-    The result is, byte for byte outside the journal, what `merge` makes of the new package and the other experts. In
-    the place of a signed package goes only one of a higher version, signed with the same key or one in `trust`.
+    Except for the journal, the result is byte-identical to `merge` of the new package and the other experts. A signed
+    package is replaced only by one of a higher version, signed with the same key or, with `trust`, with a trusted key.
+    An interrupted call is completed by the same call. ArtifactError for a package that may not take this place,
+    FlexMoEError if the model has no expert of this name.
     """
     path, package = pathlib.Path(model), pathlib.Path(package)
     with changing(path):
@@ -107,7 +109,7 @@ def replace(model: pathlib.Path | str, package: pathlib.Path | str, *, trust: Tr
             _check_newer(place, old.digest, package, new.digest, trust)
             with new_directory(staged) as folder:
                 copy_package(package, folder, new)
-            # Readers look for the digest they want in its staging place first, so that every state between opens.
+            # Readers look for a digest in its staging place first, so that the model opens in every state between.
             os.rename(place, parked)
             sync_directory(path)
             manifests = {**opened.manifests, name: new}
@@ -120,13 +122,14 @@ def replace(model: pathlib.Path | str, package: pathlib.Path | str, *, trust: Tr
 
 
 def _check_newer(place: pathlib.Path, old: str, package: pathlib.Path, new: str, trust: Trust | None) -> None:
-    """Refuses an older version, no signature, or another's in the place of a signed package."""
+    """ArtifactError if a signed package would be replaced by an older, unsigned, or differently signed one."""
     if not (place / SIGNATURE).exists():
         return
     before = read_signature(place, old)
     if not (package / SIGNATURE).exists():
         raise ArtifactError(
-            f"{package} is not signed, the package in its place is version {before.version}", "ask for the signed one"
+            f"{package} is not signed, the package in its place is version {before.version}",
+            "ask the owner for the signed package",
         )
     after = read_signature(package, new)
     if after.version <= before.version:
@@ -137,7 +140,7 @@ def _check_newer(place: pathlib.Path, old: str, package: pathlib.Path, new: str,
     if trust is None and after.public_key != before.public_key:
         raise ArtifactError(
             f"{package} is signed with {after.public_key}, the package in its place with {before.public_key}",
-            "give the owner's trusted keys (--trusted) if the key was changed",
+            "give the owner's trusted keys (--trusted) if the owner changed the key",
         )
 
 
@@ -147,7 +150,7 @@ def _departure(model: ModelDir, name: str) -> Departure:
 
 
 def _erase_in_place(leaving: Departure) -> ModelDir:
-    """The order is the crash's: a reader never sees a model that names a package which is not there."""
+    """model.json first, then the package, then the journal: at any crash the model names only packages that exist."""
     path = leaving.model.path
     write_model_json(path, tuple(leaving.rest), leaving.top_k, leaving.model.manifests)
     _erase(path, leaving.name, leaving.model.manifests[leaving.name].digest)
@@ -157,9 +160,9 @@ def _erase_in_place(leaving: Departure) -> ModelDir:
 
 
 def _finish_interrupted(path: pathlib.Path) -> list[ExpertName]:
-    """Ends opt-outs that were interrupted after model.json was written: erases, records; returns their names.
+    """Completes opt-outs that were interrupted after model.json was written; returns the names of the experts.
 
-    Only a package that the journal's last line names with its manifest digest is erased.
+    Erases only packages that the journal's last line names with their manifest digests.
     """
     model = open_model(path)
     last = read_journal(path)[-1]
@@ -172,16 +175,17 @@ def _finish_interrupted(path: pathlib.Path) -> list[ExpertName]:
 
 
 def _erase(path: pathlib.Path, name: ExpertName, digest: str | None) -> None:
-    """Deletes the package `name`, whose manifest has this digest, and what a replacement left of it.
+    """Deletes the package `name`, whose manifest has this digest, and the remains of a replacement.
 
-    It first moves to its staging place, whose name holds the digest: a crash never leaves half a package by its name.
+    The package first moves to its staging place, whose name holds the digest: a crash never leaves half a package under
+    its name. ArtifactError if the package has another digest.
     """
     if os.path.lexists(path / name):
         found = read_manifest(path / name, name).digest
         if found != digest:
             raise ArtifactError(
                 f"{path / name} has the manifest digest {found}, the journal names {digest}",
-                "it is not what left this model: move it away, then run the command again",
+                "move it away, then run the command again: it is not the package that left this model",
             )
         remove_directory(staging_place(path, name, digest))
         os.rename(path / name, staging_place(path, name, digest))
@@ -190,7 +194,7 @@ def _erase(path: pathlib.Path, name: ExpertName, digest: str | None) -> None:
 
 
 def _settle(model: ModelDir, name: str) -> None:
-    """Moves the package of `name` to its place if it is staged, and removes what else is staged for it."""
+    """Moves the package of `name` to its place if it is staged, and removes other staged packages of that name."""
     located = model.package(name)
     if located != model.path / name:
         os.rename(located, model.path / name)

@@ -1,11 +1,11 @@
-"""Router tuning on proxies after the merge (paper section 3.3): owners' rows and biases, nothing else.
+"""Router tuning on proxies after the merge (FlexOlmo, arXiv 2507.07024, section 3.3): only owners' rows and biases.
 
-Each owner's row is tuned by itself by default, in the pair {public, owner}, on its own proxies and public text: the
-result does not depend on the other owners, so opting out stays exact. With `together`, as in the paper, all rows are
-tuned at once on everybody's proxies: an owner that leaves later had a part in rows that stay, and the packages say so.
-The public row never moves; softmax depends on differences of rows only, so nothing is lost.
+By default each owner's row is tuned by itself, in the pair {public, owner}, on its own proxies and public text. The
+result does not depend on the other owners, so that opting out stays exact. With `together`, as in the paper, all rows
+are tuned at once on all proxies: the data of an owner that leaves later influenced rows that stay, and the packages
+record it. The public row is fixed; softmax depends only on differences of rows, so that nothing is lost.
 
-A tuned part is a new package of its owner. The untuned packages stay where they are.
+Each tuned row becomes a new package of its owner. The untuned packages are not changed.
 """
 
 import dataclasses
@@ -34,7 +34,7 @@ Part = tuple[pathlib.Path, Manifest]
 
 @dataclasses.dataclass(frozen=True)
 class Tuning:
-    """How the router is tuned."""
+    """The settings of router tuning."""
 
     together: bool = False
     """Tune all rows at once, as in the paper; opting out is then approximate."""
@@ -43,8 +43,8 @@ class Tuning:
     """Optimizer steps of each training."""
 
     batch_size: int = 8
-    """Sequences per step: half of them public where owners are tuned by themselves, equal parts of every owner's
-    proxies and public text where they are tuned together."""
+    """Sequences per step. Half of them are public text; with `together`, equal parts are every owner's proxies and
+    public text."""
 
     seq_len: int | None = None
     """Tokens per sequence; None: the model's maximum."""
@@ -65,19 +65,19 @@ def tune(
 ) -> ModelDir:
     """Tunes the router of the model directory `model` into `out`/model; `out`/packages holds the owners' tuned parts.
 
-    `proxies` are folders of public documents by owner; owners without proxies keep their rows. `out` is resumed like a
-    run directory, and refused if it holds another tuning. Raises ArtifactError or DataError for unknown owners and
-    missing documents.
+    `proxies` holds folders of public documents by owner; owners without proxies keep their rows. `public_data` is a
+    folder of public documents. The same call resumes an interrupted tuning. ArtifactError if `out` holds another
+    tuning, FlexMoEError for unknown owners, DataError for missing documents.
     """
     opened, out = open_model(model), pathlib.Path(out)
     owners = [name for name in check_known({PUBLIC, *proxies}, opened.experts) if name != PUBLIC]
     if not owners:
-        raise DataError("there are no proxies", "give a folder of them for at least one owner")
+        raise DataError("there are no proxies", "give a folder of proxies for at least one owner")
     folders = {name: pathlib.Path(proxies[name]) for name in owners}
     details = _details(opened, folders, pathlib.Path(public_data), tuning)
     _check_same(out / "tuning.json", details)
     if (out / "model").exists():
-        log.info(f"{out / 'model'} is already there: nothing to do")
+        log.info(f"{out / 'model'} exists: nothing to do")
         return open_model(out / "model")
     options: dict[str, Any] = {
         "public": str(model),
@@ -100,7 +100,7 @@ def tune(
 def _details(
     model: ModelDir, proxies: Mapping[str, pathlib.Path], public_data: pathlib.Path, tuning: Tuning
 ) -> dict[str, Any]:
-    """What a tuning is: it must not change between a start and its resumption, and the journal records it."""
+    """The identity of a tuning: it must not change when the tuning resumes, and the journal records it."""
     return {
         "form": TOGETHER if tuning.together else "alone",
         "from": model.digest,
@@ -121,7 +121,7 @@ def _tune_together(
     out: pathlib.Path,
     options: dict[str, Any],
 ) -> dict[str, Part]:
-    """One training of all rows on equal amounts of every owner's proxies and public text."""
+    """Trains all rows together, on equal amounts of every owner's proxies and public text."""
     data = out / "data" / "train.jsonl"
     blend([*proxies.values(), public_data], data)
     others = [f"|experts/{name}/.*" for name in model.experts if name not in (PUBLIC, *proxies)]
@@ -137,7 +137,7 @@ def _tune_each(
     out: pathlib.Path,
     options: dict[str, Any],
 ) -> dict[str, Part]:
-    """A training of each owner's row, half on its proxies and half on public text."""
+    """Trains each owner's row by itself, half on its proxies and half on public text."""
     tuned = {}
     for name, folder in proxies.items():
         run = RunConfig(
@@ -155,7 +155,7 @@ def _tune_each(
 
 
 def _check_same(path: pathlib.Path, details: dict) -> None:
-    """Refuses a folder that holds another tuning: what lies there would be taken for this one's."""
+    """Records the identity in the new file `path`; ArtifactError if it holds that of another tuning."""
     if not path.exists():
         path.parent.mkdir(parents=True, exist_ok=True)
         write_json(path, details)
@@ -166,13 +166,13 @@ def _check_same(path: pathlib.Path, details: dict) -> None:
 
 
 def _package(path: pathlib.Path, before: Manifest, part: Part, moved_by: Sequence[str]) -> Part:
-    """The tuned package of an owner at `path`: its own record, and how it was tuned."""
+    """Writes the tuned package of an owner to `path`: the record of the package `before`, and how it was tuned."""
     made, manifest = part
     params = load_package(made, digest=manifest.digest)
     moved = [n for n, t in manifest.tensors.items() if is_matrix(n) and t.sha256 != before.tensors[n].sha256]
     if moved:
-        raise ArtifactError(f"tuning moved {', '.join(moved)} of {before.owner!r}", "do not use what it made")
-    owners = sorted({*before.record.tuned_with, *moved_by})  # an owner that had a part before still has
+        raise ArtifactError(f"tuning changed {', '.join(moved)} of {before.owner!r}", "do not use its result")
+    owners = sorted({*before.record.tuned_with, *moved_by})  # earlier influence remains
     tuned = {"start": before.digest, "with": owners, "training": manifest.record.training}
     if not path.exists():
         record = {**before.record.fields, "tuned": tuned}

@@ -1,4 +1,4 @@
-"""One verification for whatever lies at a path: a package, a model directory, or a run directory."""
+"""Verification of a package, a model directory, or a run directory."""
 
 import pathlib
 
@@ -20,8 +20,8 @@ def verify(
     """Checks of every file and tensor of the package, model or run directory at `path`; damage is never raised.
 
     `quick` reads names, sizes and headers, not contents. `trust` holds the keys that signatures are checked against
-    (`artifacts.signature.read_trusted`). A model is also checked against an opt-out `certificate`. Raises ArtifactError
-    for a path that is not a directory, and for a certificate of anything but a model.
+    (`artifacts.signature.read_trusted`). A model is also checked against an opt-out `certificate`. ArtifactError if
+    `path` is not a directory, or a certificate is given for anything but a model.
     """
     path = pathlib.Path(path)
     if not path.is_dir():
@@ -30,7 +30,8 @@ def verify(
         checks = verify_model(path, quick=quick, trust=trust)
         return checks if certificate is None else checks + verify_certificate(certificate, path)
     if certificate is not None:
-        raise ArtifactError(f"{path} is not a model directory", "a certificate is about a model: give its directory")
+        what = f"{path} is not a model directory"
+        raise ArtifactError(what, "give the directory of the model that the certificate is about")
     if (path / "checkpoints").is_dir():
         return verify_run(path, quick=quick)
     return verify_package(path, quick=quick, trust=trust)

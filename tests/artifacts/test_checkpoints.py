@@ -1,4 +1,4 @@
-"""Run checkpoints give back the very bits, fall back past damage, and never call a failed save a success."""
+"""Run checkpoints restore every bit, skip damaged steps, and report failed saves."""
 
 import shutil
 import subprocess
@@ -56,7 +56,7 @@ def save(checkpoints, step, state):
 
 @pytest.fixture
 def saved(tmp_path):
-    """A run with steps 1, 2 and 3 saved, of which 2 and 3 are kept, and the states of all steps."""
+    """A run with steps 1, 2 and 3 saved (2 and 3 are kept), and the states of all steps."""
     states = {0: start()}
     with RunCheckpoints(tmp_path / "run", keep=2) as checkpoints:
         for step in (1, 2, 3):
@@ -65,7 +65,7 @@ def saved(tmp_path):
     return tmp_path / "run", states
 
 
-def test_restoring_is_bit_equal_and_so_is_what_follows(saved):
+def test_a_restored_state_and_the_steps_after_it_are_bit_identical(saved):
     path, states = saved
     with RunCheckpoints(path) as checkpoints:
         assert checkpoints.latest() == 3
@@ -120,7 +120,7 @@ def test_a_flipped_bit_in_any_file_of_the_newest_step_falls_back(saved, tmp_path
             assert (run / "damaged/3" / name).exists()
 
 
-def test_a_run_goes_on_over_the_step_it_set_aside(saved):
+def test_a_run_saves_again_the_step_that_was_damaged(saved):
     path, states = saved
     with RunCheckpoints(path) as checkpoints:
         for _ in range(2):
@@ -180,7 +180,7 @@ with RunCheckpoints(sys.argv[1]) as checkpoints:
 
 
 def test_a_full_disk_is_an_error_and_the_last_good_step_stays(tmp_path):
-    """Every file over 300 bytes fails to be written, in a process of its own as its Orbax threads outlive the error."""
+    """Writing a file over 300 bytes fails; in another process, since Orbax's threads outlive the error."""
     done = subprocess.run(
         [sys.executable, "-c", FULL_DISK, str(tmp_path)], capture_output=True, text=True, check=False, timeout=120
     )
@@ -222,7 +222,7 @@ def test_the_error_of_a_save_is_raised_by_the_next_call(tmp_path, monkeypatch, t
     assert not (tmp_path / "digests/1.json").exists()
 
 
-def test_digests_that_cannot_be_written_are_a_failed_save(tmp_path, monkeypatch):
+def test_a_save_whose_digests_cannot_be_written_fails(tmp_path, monkeypatch):
     def fail(*_):
         raise OSError("full")
 
@@ -235,13 +235,13 @@ def test_digests_that_cannot_be_written_are_a_failed_save(tmp_path, monkeypatch)
     def run():
         with RunCheckpoints(tmp_path) as checkpoints:
             save(checkpoints, 2, start())
-            raise ZeroDivisionError  # the first error is the one to show
+            raise ZeroDivisionError  # the first error is shown
 
     with pytest.raises(ZeroDivisionError):
         run()
 
 
-def test_a_second_user_of_the_run_is_refused_by_name(tmp_path):
+def test_a_second_process_on_a_run_is_refused_with_the_number_of_the_first(tmp_path):
     code = "import sys, pathlib\nfrom flexmoe_jax.files import lock_directory\n"
     code += "with lock_directory(pathlib.Path(sys.argv[1]), '.lock'):\n  print('held', flush=True)\n  sys.stdin.read()"
     with subprocess.Popen(

@@ -1,4 +1,4 @@
-"""Whatever a stranger sends is refused by name, soon and in little memory, or is what it says it is."""
+"""A hostile package is refused by name, quickly and in little memory, or holds the parameters that it states."""
 
 import copy
 import json
@@ -22,7 +22,7 @@ from flexmoe_jax.tree import union
 from tests.faults.hostile import ATTACKS, limits, places, reseal, snapshot
 from tests.tiny import CONFIG, RECORDS, TOKENIZER, make_expert, make_release, random_part, same_tree
 
-SEEN_BY_MERGE_ALONE = {  # the package is sound, but does not belong here
+REFUSED_ONLY_BY_MERGE = {  # the package is sound, but does not belong here
     "hard link",
     "another vocabulary",
     "another vocabulary size",
@@ -49,7 +49,7 @@ def test_an_attack_is_refused_by_name_and_nothing_is_written(home, tmp_path, att
     assert any(word in str(error.value) for word in words.split("|"))
     assert error.value.remedy
     assert snapshot(tmp_path) == before
-    if attack not in SEEN_BY_MERGE_ALONE:
+    if attack not in REFUSED_ONLY_BY_MERGE:
         with limits():
             bad = [f"{f.subject} {f.detail}" for f in verify_package(package) if not f.ok]
         assert any(word in text for text in bad for word in words.split("|"))
@@ -64,7 +64,7 @@ def test_a_trunk_altered_by_one_unit_in_the_last_place_is_another_trunk(home, tm
     create_model(tmp_path / "public", params, CONFIG, TOKENIZER, RECORDS)
     with limits(), pytest.raises(FlexMoEError, match=r"'news' .* was trained with the trunk"):
         merge(tmp_path / "public", [home / "news"], tmp_path / "model")
-    shutil.rmtree(tmp_path / "public" / "trunk")  # and where the release is the right one but for its trunk
+    shutil.rmtree(tmp_path / "public" / "trunk")  # also if only the trunk of the release is another
     release = shutil.copytree(home / "public", tmp_path / "release")
     shutil.rmtree(release / "trunk")
     base = {"tokenizer": open_model(home / "public").tokenizer_digest}
@@ -91,7 +91,7 @@ JSON = st.recursive(
 
 @st.composite
 def mutations(draw):
-    """A function that alters a package: its manifest, sealed again, or the bytes and kinds of its files."""
+    """A function that alters a package: its manifest (and seals it again), or the bytes and kinds of its files."""
     kind = draw(st.sampled_from(("set", "set", "set", "remove", "add", "bytes", "cut", "append", "swap", "extra")))
     seed = draw(st.integers(0, 2**32 - 1))
     value, key = draw(JSON), draw(st.text(max_size=8))
@@ -143,8 +143,8 @@ def reseal_or_leave(package: pathlib.Path, change) -> None:
 
 @settings(max_examples=60, deadline=None, suppress_health_check=[HealthCheck.function_scoped_fixture])
 @given(mutate=mutations())
-def test_a_mutated_package_is_refused_or_holds_the_very_same_parameters(home, mutate):
-    """Only what the owner says about itself in words (`record`) may change without notice: the seal is no signature."""
+def test_a_mutated_package_is_refused_or_holds_the_same_parameters(home, mutate):
+    """Only the owner's `record` may change unnoticed: a seal is not a signature."""
     with tempfile.TemporaryDirectory() as folder:
         root = pathlib.Path(folder)
         package = shutil.copytree(home / "news", root / "news")

@@ -1,4 +1,4 @@
-"""Nothing outside a model directory changes, whatever its sender wrote into it and whichever command is run on it."""
+"""No command that runs on a hostile model directory changes anything outside it."""
 
 import hashlib
 import json
@@ -29,7 +29,7 @@ Attack = Callable[[pathlib.Path], object]
 
 @pytest.fixture(scope="module")
 def home(world, tmp_path_factory):
-    """A folder of somebody who received `model` and `release`, with things of their own beside them."""
+    """The folder of a user who received `model` and `release`, with files of their own beside them."""
     root = tmp_path_factory.mktemp("home")
     shutil.copytree(world / "public" / "run" / "model", root / "release")
     for name in ("code", "news"):
@@ -51,7 +51,7 @@ def home(world, tmp_path_factory):
     return root
 
 
-# Every command that takes a model directory, as somebody types it in the folder where the directory lies.
+# Every command that takes a model directory, as typed in the folder that holds the directory.
 VERBS = {
     "optout": ["optout", "model", "--expert", "news"],
     "optout code": ["optout", "model", "--expert", "code"],
@@ -100,7 +100,7 @@ def run_verb(verb: str) -> int:
 
 
 def strike(home: pathlib.Path, attacks: list[Attack], verb: str) -> str:
-    """Runs the command where the attacked directory lies; whether anything outside it changed is asserted."""
+    """Runs the command in the folder of the attacked directory, asserts that nothing else changed: refused or done."""
     with tempfile.TemporaryDirectory() as folder:
         root = pathlib.Path(folder) / "home"
         shutil.copytree(home, root, symlinks=True)
@@ -162,7 +162,7 @@ def rewrite_model(model: pathlib.Path, change: Callable[[dict], object]) -> None
 
 
 def journal_names(name) -> Attack:
-    """The journal says that `name`, too, was an expert before model.json changed: an opt-out that was interrupted."""
+    """The journal states that `name` was an expert too before model.json changed, as after an interrupted opt-out."""
 
     def attack(model):
         def change(line):
@@ -190,7 +190,7 @@ def model_names(name, digest=None) -> Attack:
 
 
 def tuned_with(name) -> Attack:
-    """A package says that `name` had a part in it."""
+    """A package states that the data of `name` influenced it."""
 
     def attack(model):
         reseal(model / "public", lambda f: f["record"].update(tuned={"with": [name]}))
@@ -230,9 +230,9 @@ def resolved(make: Callable[..., Attack], name) -> Attack:
 
 
 def link(place: str, target: str = "victim.txt") -> Attack:
-    """A symbolic link in the model directory to something of the victim's; NEWS and CODE2 stand for digests.
+    """A symbolic link in the model directory to a file or folder of the victim; NEWS and CODE2 stand for digests.
 
-    What is in its place is moved into the victim's folder, so that the link leads to the right bytes.
+    With `target` SELF the entry itself is moved into the victim's folder, so that the link leads to the right bytes.
     """
 
     def attack(model):
@@ -258,7 +258,7 @@ def _with_digests(place: str, home: pathlib.Path) -> str:
 
 
 def hard_link(place: str) -> Attack:
-    """A hard link to a file of the victim's (an archive unpacked without care makes those)."""
+    """A hard link to a file of the victim (carelessly unpacked archives make such links)."""
     return lambda model: os.path.lexists(model / place) or os.link(model.parent / "victim.txt", model / place)
 
 
@@ -325,13 +325,13 @@ def test_nothing_outside_a_hostile_model_directory_changes(home, attacks, verb):
 
 @pytest.mark.parametrize("name", ["..", "../victim", "ABSOLUTE", ".", ["news"]])
 @pytest.mark.parametrize("verb", ["optout code", "replace", "verify", "inspect --journal"])
-def test_a_journal_that_names_what_is_no_expert_is_refused(home, verb, name):
+def test_a_journal_with_an_impossible_expert_name_is_refused(home, verb, name):
     assert strike(home, [resolved(journal_names, name)], verb) == "refused"
 
 
 @pytest.mark.parametrize("verb", SLOW)
 @pytest.mark.parametrize("place", ["tokenizer.json", "news", "news/arrays", "journal.jsonl", "extra"])
-def test_commands_that_compute_leave_everything_outside_as_it_was(home, verb, place):
+def test_commands_that_compute_change_nothing_outside_a_hostile_model(home, verb, place):
     strike(home, [link(place, "SELF" if place != "extra" else "victim")], verb)
 
 
@@ -351,7 +351,7 @@ def test_a_change_in_place_refuses_entries_that_no_command_makes(home, verb, att
     assert "move it away" in said or "do not use this directory" in said
 
 
-def test_verify_says_what_to_do_about_each_entry(home, tmp_path):
+def test_verify_states_a_remedy_for_each_strange_entry(home, tmp_path):
     model = shutil.copytree(home / "model", tmp_path / "model")
     (model / ".model.json.partial-00000000").symlink_to(home / "victim.txt")
     (model / ".journal.jsonl.partial-00000000").write_text("")
@@ -364,19 +364,19 @@ def test_verify_says_what_to_do_about_each_entry(home, tmp_path):
 
 
 @pytest.mark.parametrize("verb", VERBS)
-def test_the_same_commands_do_their_work_where_nothing_is_hostile(home, verb):
+def test_the_same_commands_succeed_on_a_model_that_is_not_hostile(home, verb):
     wants = "refused" if verb in ("sign model", "sign package", "verify, certificate") else "done"
     assert strike(home, [lambda model: None], verb) == wants
 
 
-def test_a_certificate_in_a_folder_that_is_not_there_is_refused_and_nobody_leaves(home, tmp_path):
+def test_a_certificate_in_a_missing_folder_is_refused_and_the_model_is_unchanged(home, tmp_path):
     model = shutil.copytree(home / "model", tmp_path / "model")
     with pytest.raises(FlexMoEError, match="No such file"):
         opt_out(model, "news", certificate=tmp_path / "nowhere" / "proof.json")
     assert contents(model, leave_out=()) == contents(home / "model", leave_out=())
 
 
-def test_what_an_interrupted_write_left_is_removed_by_the_next_change(home, tmp_path):
+def test_partial_files_of_interrupted_writes_are_removed_by_the_next_change(home, tmp_path):
     model = shutil.copytree(home / "model", tmp_path / "model")
     (model / ".model.json.partial-00000000").write_text("")
     opt_out(model, "news")
@@ -391,8 +391,8 @@ def test_a_link_named_like_a_partial_folder_blocks_nothing(home, tmp_path):
     assert (tmp_path / "victim" / "mine").exists()
 
 
-def test_what_the_journal_names_without_its_digest_is_not_erased(home, tmp_path):
-    """A folder of one's own in the model directory, which the sender guessed and named as an expert that left."""
+def test_a_folder_that_the_journal_names_with_another_digest_is_not_erased(home, tmp_path):
+    """The user's own folder in the model directory, which the sender guessed and named as an expert that left."""
     model = shutil.copytree(home / "model", tmp_path / "model")
     shutil.copytree(home / "news", tmp_path / "news")
     shutil.copytree(home / "code2", model / "mine")

@@ -1,4 +1,4 @@
-"""A model directory opens only when everything in it belongs together, and names what does not."""
+"""A model directory opens only if all its parts belong together; errors name the part that does not."""
 
 import hashlib
 import json
@@ -65,7 +65,7 @@ def test_the_same_release_made_twice_is_byte_identical(tmp_path):
     assert contents(a) == contents(b)
 
 
-def test_the_tokenizer_is_taken_from_bytes_a_file_or_a_folder_in_canonical_form(tmp_path):
+def test_the_tokenizer_may_be_bytes_a_file_or_a_folder_and_is_stored_in_canonical_form(tmp_path):
     folder = tmp_path / "tokenizer"
     folder.mkdir()
     (folder / "tokenizer.json").write_bytes(TOKENIZER)
@@ -78,7 +78,7 @@ def test_the_tokenizer_is_taken_from_bytes_a_file_or_a_folder_in_canonical_form(
     assert json.loads((model.path / "tokenizer_config.json").read_text()) == {"eos_token": "a"}
 
 
-def test_the_tokenizer_digest_is_the_one_load_tokenizer_gives(tmp_path):
+def test_the_tokenizer_digest_equals_that_of_load_tokenizer(tmp_path):
     from flexmoe_jax.data.tokenizer import load_tokenizer
 
     tokenizer = load_tokenizer("cl100k:300")
@@ -99,7 +99,7 @@ def test_experts_are_loaded_by_name_in_canonical_order(model):
         load_params(opened, ["nws"])
 
 
-def test_a_flipped_bit_or_a_missing_file_anywhere_is_noticed(original, model):
+def test_a_flipped_bit_or_a_missing_file_anywhere_is_detected(original, model):
     for number, name in enumerate(contents(original, leave_out=())):
         size = (original / name).stat().st_size
         for damage in (lambda f, at=number * 37 % size: flip_bit(f, at, at % 8), lambda f: f.unlink()):
@@ -117,7 +117,7 @@ def test_altered_models_do_not_load(model, name):
         load_params(open_model(model))
 
 
-def test_swapped_directories_are_noticed(model, tmp_path):
+def test_swapped_directories_are_detected(model, tmp_path):
     (model / "news").rename(tmp_path / "t")
     (model / "code").rename(model / "news")
     (tmp_path / "t").rename(model / "code")
@@ -125,7 +125,7 @@ def test_swapped_directories_are_noticed(model, tmp_path):
         open_model(model)
 
 
-def test_another_package_of_the_same_owner_is_noticed(model, tmp_path, original):
+def test_another_package_of_the_same_owner_is_detected(model, tmp_path, original):
     shutil.rmtree(model / "news")
     make_expert(model / "news", "news", open_model(original.parent / "public"), seed=9)
     with pytest.raises(ArtifactError, match=r"'news' has the manifest digest \w{64}, model.json names \w{64}"):
@@ -151,21 +151,21 @@ def test_another_package_of_the_same_owner_is_noticed(model, tmp_path, original)
         (lambda f: f["config"].update(rope_theta=1.0), "rope_theta"),
     ],
 )
-def test_a_model_json_that_seals_nonsense_is_refused(model, change, message):
+def test_a_sealed_model_json_with_invalid_values_is_refused(model, change, message):
     reseal(model, change)
     with pytest.raises(FlexMoEError, match=message):
         open_model(model)
     assert message.replace("\\", "") in problems(model)["model"] or message == "top_k"
 
 
-def test_what_model_json_does_not_name_is_reported(model):
+def test_entries_that_model_json_does_not_name_are_reported(model):
     (model / "old").mkdir()
     (model / ".news-0123456789ab").mkdir()
     (model / "notes.txt").write_text("")
     assert set(problems(model)) == {"old", ".news-0123456789ab", "notes.txt"}
 
 
-def test_the_journal_is_a_chain(model):
+def test_dropped_moved_or_truncated_lines_of_the_journal_are_detected(model):
     entries = read_journal(model)
     assert [(e.seq, e.event, e.experts) for e in entries] == [
         (0, "created", ("public",)),
@@ -181,7 +181,7 @@ def test_the_journal_is_a_chain(model):
     assert "model.json has" in problems(model)["journal.jsonl"]
 
 
-def test_two_writers_at_once_are_refused(model):
+def test_a_second_writer_is_refused(model):
     from flexmoe_jax.compose.optout import opt_out
     from flexmoe_jax.files import lock_directory
 
@@ -190,7 +190,7 @@ def test_two_writers_at_once_are_refused(model):
     assert open_model(opt_out(model, "news").path).experts == ("public", "code")
 
 
-def test_quick_verification_reads_headers_and_sizes_alone(model):
+def test_quick_verification_reads_only_headers_and_sizes(model):
     file = model / "news/arrays/w_up/0.0.0"
     flip_bit(file, 100)
     assert all(f.ok for f in verify_model(model, quick=True))

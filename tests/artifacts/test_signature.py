@@ -1,4 +1,4 @@
-"""Signatures: what the owner signed passes, and stripped, altered, foreign and replayed ones do not."""
+"""Signatures: valid ones pass; stripped, altered, foreign and replayed ones do not."""
 
 import json
 import shutil
@@ -49,7 +49,7 @@ def problems(path, trusted=None):
     return {f.subject: f.detail for f in verify_package(path, trust=trusted) if not f.ok}
 
 
-def test_what_the_owner_signed_passes_and_signing_again_gives_the_same_bytes(home, package):
+def test_a_signed_package_passes_and_signing_again_gives_the_same_bytes(home, package):
     assert problems(package) == problems(package, trust(home)) == {}
     before = (package / FILE).read_bytes()
     sign_package(package, home / "news.key", 1)
@@ -60,7 +60,7 @@ def test_what_the_owner_signed_passes_and_signing_again_gives_the_same_bytes(hom
     assert b"PRIVATE KEY" in key.read_bytes()
 
 
-def test_a_stripped_signature_is_refused_where_one_is_required(home, package):
+def test_a_missing_signature_is_refused_if_one_is_required(home, package):
     (package / FILE).unlink()
     assert problems(package) == problems(package, trust(home, required=False)) == {}
     assert "is not signed" in problems(package, trust(home))[FILE]
@@ -68,7 +68,7 @@ def test_a_stripped_signature_is_refused_where_one_is_required(home, package):
         merge(home / "public", [package], package.parent / "model", trust=trust(home))
 
 
-def test_every_altered_bit_of_a_signature_is_noticed_without_any_trusted_key(package):
+def test_every_altered_bit_of_a_signature_is_detected_without_trusted_keys(package):
     raw = (package / FILE).read_bytes()
     for at in range(len(raw)):
         flip_bit(package / FILE, at, at % 8)
@@ -90,13 +90,13 @@ def test_every_altered_bit_of_a_signature_is_noticed_without_any_trusted_key(pac
         ({"version": "1"}, "version is a str"),
     ],
 )
-def test_a_signature_says_only_what_was_signed(package, change, message):
+def test_a_signature_with_an_altered_field_is_refused(package, change, message):
     fields = json.loads((package / FILE).read_bytes())
     (package / FILE).write_bytes(json_bytes(fields | change))
     assert message in problems(package)[FILE]
 
 
-def test_a_key_of_another_is_refused(home, package, tmp_path):
+def test_a_key_that_is_not_trusted_for_the_owner_is_refused(home, package, tmp_path):
     sign_package(package, home / "stranger.key", 1)
     assert problems(package) == {}
     assert "a key not trusted for 'news'" in problems(package, trust(home))[FILE]
@@ -114,11 +114,11 @@ def test_an_older_version_is_refused_once_the_lowest_version_is_raised(home, pac
     raised.write_text(f"{line[0]} {line[1]} 2\n")
     assert problems(newer, read_trusted(raised, True)) == {}
     assert "version 1 of 'news', the lowest that may be used is 2" in problems(package, read_trusted(raised))[FILE]
-    shutil.copy(newer / FILE, package / FILE)  # the new signature on the old package, and the other way round
+    shutil.copy(newer / FILE, package / FILE)  # the new signature on the old package
     assert "signs the manifest" in problems(package)[FILE]
 
 
-def test_signatures_travel_into_the_model_and_must_stay_as_they_are(home, tmp_path):
+def test_a_model_holds_the_signatures_of_its_packages_and_detects_changed_ones(home, tmp_path):
     model = merge(home / "public", [home / "news1", home / "code"], tmp_path / "model").path
     assert {f.subject for f in verify_model(model) if f.subject.endswith(FILE)} == {
         f"{name}/{FILE}" for name in ("trunk", "public", "news")
@@ -170,11 +170,11 @@ def test_a_signed_package_is_replaced_only_by_a_newer_one_of_the_same_key(home, 
     assert all(f.ok for f in verify_model(model, trust=trust(home)))
 
 
-def test_a_release_is_signed_as_a_whole_and_a_crash_between_is_mended_by_signing_again(home, tmp_path):
+def test_a_release_is_signed_as_a_whole_and_signing_again_repairs_a_crash(home, tmp_path):
     release = make_release(tmp_path / "public")
-    with pytest.raises(ArtifactError, match="lies in a model"):
+    with pytest.raises(ArtifactError, match="is in a model"):
         sign_package(release.path / "trunk", home / "public.key", 1)
-    shutil.copy(home / "public/trunk" / FILE, release.path / "trunk" / FILE)  # as far as it had come
+    shutil.copy(home / "public/trunk" / FILE, release.path / "trunk" / FILE)  # the state after the crash
     with pytest.raises(ArtifactError, match="signatures found"):
         open_model(release.path)
     sign_release(release.path, home / "public.key", 1)
@@ -185,7 +185,7 @@ def test_a_release_is_signed_as_a_whole_and_a_crash_between_is_mended_by_signing
         sign_release(model, home / "public.key", 1)
 
 
-def test_what_is_no_key_is_told(home, package, tmp_path):
+def test_malformed_keys_versions_and_owners_are_refused(home, package, tmp_path):
     with pytest.raises(ArtifactError, match="already exists"):
         generate_key(home / "news.key", "news")
     with pytest.raises(FlexMoEError, match="not usable"):
@@ -196,13 +196,13 @@ def test_what_is_no_key_is_told(home, package, tmp_path):
         sign_package(package, tmp_path / "open.key", 1)
     (tmp_path / "junk.key").write_bytes(b"junk")
     (tmp_path / "junk.key").chmod(0o600)
-    with pytest.raises(ArtifactError, match="is no private key"):
+    with pytest.raises(ArtifactError, match="is not a private key"):
         sign_package(package, tmp_path / "junk.key", 1)
     for version in (0, -1):
         with pytest.raises(ArtifactError, match="count versions from 1"):
             sign_package(package, home / "news.key", version)
     sign_package(package, home / "news.key", 5)
-    with pytest.raises(ArtifactError, match="is signed as version 5, not yet 4"):
+    with pytest.raises(ArtifactError, match="is signed as version 5, which is higher than 4"):
         sign_package(package, home / "news.key", 4)
     for line in ("news", "news xyz", f"news {'0' * 64} 1 2", f"news {'0' * 64} -1"):
         (tmp_path / "trusted").write_text(f"\n{line}\n")
@@ -210,7 +210,7 @@ def test_what_is_no_key_is_told(home, package, tmp_path):
             read_trusted(tmp_path / "trusted")
 
 
-def test_by_command(home, tmp_path, capsys):
+def test_the_commands_make_require_and_check_signatures(home, tmp_path, capsys):
     package = shutil.copytree(home / "code", tmp_path / "code")
     assert main(["keygen", str(tmp_path / "code.key"), "--owner", "code"]) == 0
     assert main(["sign", str(package), "--key", str(tmp_path / "code.key"), "--version", "1"]) == 0

@@ -1,4 +1,4 @@
-"""A certificate says what a merge without the expert would say, and every way in which it can be untrue is found."""
+"""A certificate names the digest of a merge without the expert, and anything in it that is untrue is found."""
 
 import json
 import shutil
@@ -62,7 +62,7 @@ def test_a_certificate_names_the_digest_of_a_model_that_never_had_the_expert(hom
     assert [p.name for p in tmp_path.iterdir() if "pending" in p.name] == []
 
 
-def test_what_the_certificate_does_not_describe_is_found(home, model, tmp_path):
+def test_a_model_that_differs_from_the_certificate_is_found(home, model, tmp_path):
     proof = tmp_path / "proof.json"
     opt_out(model, "news", certificate=proof)
     assert bad(proof, home / "model") == {"model", "remaining", "removed", "tensors"}
@@ -82,14 +82,14 @@ def test_what_the_certificate_does_not_describe_is_found(home, model, tmp_path):
 def test_every_window_is_found_at_any_offset_and_nothing_else(tmp_path):
     rng = np.random.default_rng(0)
     own = {"w": rng.normal(size=(8, 16)).astype(np.float32), "zeros": np.zeros(64, np.float32)}
-    began = {"w": own["w"].copy(), "zeros": own["zeros"]}
-    own["w"][2:] += 1  # the first two rows were not trained: they are the public expert's
+    initial = {"w": own["w"].copy(), "zeros": own["zeros"]}
+    own["w"][2:] += 1  # the first two rows are not trained: they equal the public expert's
     raw = own["w"].tobytes()
     file = tmp_path / "file"
 
     def found(content):
         file.write_bytes(content)
-        return scan(own, began, [file], tmp_path)
+        return scan(own, initial, [file], tmp_path)
 
     filler = rng.bytes(1000)
     for offset in range(128, len(raw) - 64, 5):  # every alignment
@@ -101,7 +101,7 @@ def test_every_window_is_found_at_any_offset_and_nothing_else(tmp_path):
     assert found(big + raw[200:264]) == ["file holds bytes of w"]  # across two chunks
 
 
-def test_bytes_that_stayed_are_named_and_fail_the_certificate(home, tmp_path):
+def test_bytes_of_the_expert_that_remain_are_named_and_fail_the_certificate(home, tmp_path):
     release = open_model(home / "public")
     thief = shutil.copytree(home / "code", tmp_path / "code")
     params = random_part("code", 1)
@@ -119,7 +119,7 @@ def test_bytes_that_stayed_are_named_and_fail_the_certificate(home, tmp_path):
     assert bad(tmp_path / "proof.json", model) == {"scan"}
 
 
-def test_a_crash_anywhere_leaves_a_certificate_only_of_what_happened(home, tmp_path):
+def test_a_crash_anywhere_leaves_no_certificate_or_a_true_one(home, tmp_path):
     never = contents(home / "never")
     for number in range(1000):
         model, proof = shutil.copytree(home / "model", tmp_path / f"m{number}"), tmp_path / f"{number}.json"
@@ -141,10 +141,10 @@ def test_a_crash_anywhere_leaves_a_certificate_only_of_what_happened(home, tmp_p
     assert number >= 6
 
 
-def test_where_a_certificate_may_not_lie(home, model, tmp_path):
+def test_a_certificate_over_an_existing_file_or_inside_the_model_is_refused(home, model, tmp_path):
     (tmp_path / "there.json").write_text("")
     before = contents(model, leave_out=())
-    for place, message in ((tmp_path / "there.json", "already exists"), (model / "proof.json", "lies in the model")):
+    for place, message in ((tmp_path / "there.json", "already exists"), (model / "proof.json", "is inside the model")):
         with pytest.raises(ArtifactError, match=message):
             opt_out(model, "news", certificate=place)
     assert contents(model, leave_out=()) == before
@@ -153,7 +153,7 @@ def test_where_a_certificate_may_not_lie(home, model, tmp_path):
         opt_out(model, "news", certificate=tmp_path / "proof.json")
 
 
-def test_by_command(model, tmp_path, capsys):
+def test_the_commands_write_and_check_certificates_and_show_the_journal(model, tmp_path, capsys):
     proof = str(tmp_path / "proof.json")
     assert main(["optout", str(model), "--expert", "news", "--certificate", proof]) == 0
     assert main(["verify", str(model), "--certificate", proof]) == 0

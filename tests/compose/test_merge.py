@@ -1,4 +1,4 @@
-"""Merging depends on the set of packages alone, touches none of them, and refuses what does not belong together."""
+"""A merge depends only on the set of packages, changes none of them, and refuses packages that do not fit."""
 
 import itertools
 import shutil
@@ -39,7 +39,7 @@ def paths(home, names=NAMES):
     return [home / name for name in names]
 
 
-def test_every_order_gives_the_same_bytes_and_touches_nothing(home, tmp_path):
+def test_every_order_gives_the_same_bytes_and_changes_no_package(home, tmp_path):
     before = contents(home, leave_out=())
     merged = [
         contents(merge(home / "public", paths(home, order), tmp_path / "-".join(order), top_k=2).path)
@@ -61,7 +61,7 @@ def test_the_merged_model_holds_every_part_bit_for_bit(home, tmp_path):
     assert all(f.ok for f in verify_model(model.path))
 
 
-def test_top_k_is_all_experts_unless_wanted_otherwise(home, tmp_path):
+def test_top_k_is_the_given_number_or_all_experts(home, tmp_path):
     assert merge(home / "public", paths(home), tmp_path / "a").top_k == 4
     assert merge(home / "public", paths(home), tmp_path / "b", top_k=3).top_k == 3
     assert merge(home / "public", [], tmp_path / "c").experts == ("public",)
@@ -77,7 +77,7 @@ def test_links_share_the_files_and_give_the_same_bytes(home, tmp_path):
     assert contents(copied.path) == contents(linked.path)
     file = next(iter(linked.manifests["news"].files))
     assert (linked.path / "news" / file).samefile(mine / "news" / file)
-    with pytest.raises(ArtifactError, match=f"holds hard links: .*{file}"):  # somebody else could alter the files
+    with pytest.raises(ArtifactError, match=f"holds hard links: .*{file}"):  # others could alter the files
         merge(mine / "public", paths(mine), tmp_path / "again")
     assert contents(merge(mine / "public", paths(mine), tmp_path / "again", link=True).path) == contents(copied.path)
 
@@ -94,7 +94,7 @@ def test_an_expert_of_another_public_model_is_refused_with_both_digests(home, tm
 
 
 @pytest.mark.parametrize("part", ["trunk", "public", "tokenizer"])
-def test_each_part_of_the_base_is_compared(home, tmp_path, part):
+def test_a_package_trained_with_another_trunk_public_expert_or_tokenizer_is_refused(home, tmp_path, part):
     release = open_model(home / "public")
     base = base_of(release) | {part: "cd" * 32}
     write_package(tmp_path / "x", owner="x", params=random_part("x", 1), config=CONFIG, base=base, record={})
@@ -115,7 +115,7 @@ def test_another_configuration_of_the_same_shapes_is_refused(home, tmp_path):
         merge(home / "public", [tmp_path / "x"], tmp_path / "model")
 
 
-def test_doubled_and_reserved_names_are_refused(home, tmp_path):
+def test_repeated_and_reserved_names_are_refused(home, tmp_path):
     shutil.copytree(home / "news", tmp_path / "news2")
     with pytest.raises(ArtifactError, match=r"'news' is given twice: .*news and .*news2"):
         merge(home / "public", [*paths(home), tmp_path / "news2"], tmp_path / "model")
@@ -125,7 +125,7 @@ def test_doubled_and_reserved_names_are_refused(home, tmp_path):
     assert not (tmp_path / "model").exists()
 
 
-def test_a_merged_model_is_no_public_release_and_an_existing_out_is_refused(home, tmp_path):
+def test_a_merged_model_as_public_release_and_an_existing_out_are_refused(home, tmp_path):
     merged = merge(home / "public", [home / "news"], tmp_path / "model").path
     with pytest.raises(ArtifactError, match="not a public release"):
         merge(merged, [home / "code"], tmp_path / "model2")
@@ -146,7 +146,7 @@ def test_damage_in_any_file_of_an_expert_stops_the_merge(home, tmp_path):
     assert list(tmp_path.iterdir()) == []
 
 
-def test_an_interrupted_merge_leaves_no_model_or_a_whole_one(home, tmp_path):
+def test_an_interrupted_merge_leaves_no_model_or_a_complete_one(home, tmp_path):
     expected = contents(merge(home / "public", paths(home), tmp_path / "expected").path)
     for number in itertools.count():
         out = tmp_path / f"out{number}"
@@ -184,7 +184,7 @@ def test_a_merge_that_fails_while_copying_leaves_nothing(home, tmp_path, monkeyp
     assert same_tree(load_package(home / "news"), random_part("news", 1))
 
 
-def test_what_a_killed_merge_left_is_removed_by_the_next_and_what_a_living_one_writes_is_not(home, tmp_path):
+def test_a_merge_removes_the_remains_of_a_killed_one_but_not_the_files_of_a_running_one(home, tmp_path):
     from flexmoe_jax.files import new_directory
 
     left = tmp_path / ".model.partial-00000000"

@@ -1,4 +1,4 @@
-"""Opting out leaves what a merge without the expert makes, byte for byte, and no byte of the expert."""
+"""An opt-out gives the model of a merge without the expert, byte for byte, and leaves no bytes of the expert."""
 
 import itertools
 import os
@@ -50,7 +50,7 @@ SUBSETS = [c for n in range(1, 4) for c in itertools.combinations(NAMES, n)]
 @pytest.mark.parametrize(
     ("removed", "top_k"), [*((s, None) for s in SUBSETS), (NAMES[1:], 1), (NAMES[:1], 3), (NAMES[:2], 3), (NAMES, 4)]
 )
-def test_opting_out_equals_never_having_merged(home, tmp_path, removed, top_k):
+def test_an_opt_out_is_byte_identical_to_a_merge_without_the_expert(home, tmp_path, removed, top_k):
     left = [name for name in NAMES if name not in removed]
     clamped = None if top_k is None else min(top_k, len(left) + 1)
     never = contents(merged(home, left, tmp_path / "never", clamped))
@@ -76,7 +76,7 @@ def test_no_byte_window_and_no_name_of_the_expert_remains(home, model):
     removed = {path: windows(leaf.tobytes()) for path, leaf in gone.items()}
 
     def hits(folder):
-        """Names of the expert's tensors of which any window, and whether the expert's name, is in any file."""
+        """The expert's tensors of which a window is in any file, and "name" if the expert's name is."""
         found = set()
         for name, raw in contents(folder).items():
             present = windows(raw)
@@ -91,8 +91,8 @@ def test_no_byte_window_and_no_name_of_the_expert_remains(home, model):
     assert b"zebrafish" in (model / "journal.jsonl").read_bytes()
 
 
-def test_a_reader_under_whom_the_model_changes_gets_the_model_after_it(home, model, monkeypatch):
-    """The change happens after the reader has opened the model, before it reads the first, the second, ... package."""
+def test_a_reader_gets_the_model_before_or_after_a_change_that_happens_meanwhile(home, model, monkeypatch):
+    """The change happens after the reader opens the model and before it reads the first, the second, ... package."""
     for change, at in itertools.product((lambda m: opt_out(m, "math"), lambda m: replace(m, home / "code2")), range(5)):
         path = shutil.copytree(home / "model", model.parent / f"m{at}{len(os.listdir(model.parent))}")
         calls = iter(range(100))
@@ -114,13 +114,13 @@ def test_a_reader_under_whom_the_model_changes_gets_the_model_after_it(home, mod
             assert "math" not in params["experts"]
 
 
-def test_the_other_packages_keep_their_very_files(model):
+def test_an_opt_out_does_not_touch_the_files_of_other_packages(model):
     inodes = {p: p.stat().st_ino for name in ("trunk", "public", "code") for p in (model / name).rglob("*")}
     opt_out(model, "math")
     assert inodes == {p: p.stat().st_ino for p in inodes}
 
 
-def test_the_journal_tells_what_happened(model):
+def test_the_journal_records_the_opt_out(model):
     opt_out(model, "math")
     entry = read_journal(model)[-1]
     assert (entry.event, entry.experts, entry.model) == (
@@ -131,7 +131,7 @@ def test_the_journal_tells_what_happened(model):
     assert entry.details["expert"] == "math"
 
 
-def test_who_cannot_opt_out_is_told(home, model, tmp_path):
+def test_opting_out_of_public_trunk_and_unknown_experts_is_refused(home, model, tmp_path):
     for name in ("public", "trunk"):
         with pytest.raises(ArtifactError, match=f"'{name}' cannot opt out"):
             opt_out(model, name)
@@ -151,7 +151,7 @@ def test_who_cannot_opt_out_is_told(home, model, tmp_path):
 
 
 def crashes(tmp_path, home, call, finish):
-    """Runs `call` on copies of the model, ended at its first, second, ... change; each time `finish` must mend it."""
+    """Runs `call` on copies of the model, crashing at its first, second, ... change; `finish` must complete each."""
     states = []
     for number in itertools.count():
         model = shutil.copytree(home / "model", tmp_path / f"model{number}")
@@ -163,13 +163,13 @@ def crashes(tmp_path, home, call, finish):
                 pass
             else:
                 return states, model
-        opened = open_model(model)  # whatever happened, there is a model, the old or the new
+        opened = open_model(model)  # the old model or the new one
         load_params(opened)
         states.append((opened, problems(model)))
         finish(model, opened)
 
 
-def test_an_opt_out_that_crashes_anywhere_is_finished_by_running_it_again(home, tmp_path):
+def test_an_opt_out_that_crashes_anywhere_is_completed_by_running_it_again(home, tmp_path):
     never = contents(merged(home, ("code", "zebrafish"), tmp_path / "never"))
 
     def finish(model, _):
@@ -186,7 +186,7 @@ def test_an_opt_out_that_crashes_anywhere_is_finished_by_running_it_again(home, 
     assert all("journal.jsonl" in left for opened, left in states if "math" not in opened.experts)
 
 
-def test_a_half_deleted_directory_is_named_and_finished(home, model, monkeypatch):
+def test_a_half_deleted_package_is_named_by_verify_and_deleted_by_running_again(home, model, monkeypatch):
     with monkeypatch.context() as patch:
         patch.setattr("flexmoe_jax.compose.optout._erase", lambda *_: (_ for _ in ()).throw(Crash))
         with pytest.raises(Crash):
@@ -198,7 +198,7 @@ def test_a_half_deleted_directory_is_named_and_finished(home, model, monkeypatch
     assert not (model / "math").exists()
 
 
-def test_an_interrupted_opt_out_is_finished_by_the_next_change_too(home, tmp_path):
+def test_an_interrupted_opt_out_is_completed_by_any_next_change(home, tmp_path):
     for change, left in (
         (lambda model: opt_out(model, "code"), ("zebrafish",)),
         (lambda model: replace(model, home / "code2"), ("code2", "zebrafish")),
@@ -214,7 +214,7 @@ def test_an_interrupted_opt_out_is_finished_by_the_next_change_too(home, tmp_pat
         assert problems(model) == set()
 
 
-def test_replacing_equals_merging_the_new_package(home, model, tmp_path):
+def test_a_replacement_is_byte_identical_to_a_merge_of_the_new_package(home, model, tmp_path):
     expected = contents(merged(home, ("code2", "math", "zebrafish"), tmp_path / "expected"))
     before = contents(home / "code2")
     replaced = replace(model, home / "code2")
@@ -229,7 +229,7 @@ def test_replacing_equals_merging_the_new_package(home, model, tmp_path):
     assert contents(replace(model, home / "code").path) == contents(home / "model")
 
 
-def test_a_replacement_is_checked_as_a_merge_is(home, model, tmp_path):
+def test_a_replacement_that_a_merge_would_refuse_is_refused(home, model, tmp_path):
     other = make_release(tmp_path / "other", seed=5)
     make_expert(tmp_path / "code", "code", other)
     make_expert(tmp_path / "news", "news", open_model(home / "public"))
@@ -243,7 +243,7 @@ def test_a_replacement_is_checked_as_a_merge_is(home, model, tmp_path):
     assert contents(model, leave_out=()) == contents(home / "model", leave_out=())
 
 
-def test_a_replacement_that_crashes_anywhere_leaves_the_old_or_the_new_and_is_finished_by_running_it_again(
+def test_a_replacement_that_crashes_anywhere_leaves_the_old_or_new_model_and_is_completed_by_running_again(
     home, tmp_path
 ):
     expected = contents(merged(home, ("code2", "math", "zebrafish"), tmp_path / "expected"))

@@ -1,4 +1,4 @@
-"""Router tuning: only rows and biases move, and what that means for whoever leaves later."""
+"""Router tuning changes only rows and biases, and determines whether later opt-outs are exact."""
 
 import dataclasses
 import shutil
@@ -26,14 +26,14 @@ ROUTER = {"router", "bias"}
 
 @pytest.fixture(scope="module")
 def proxies(world, tmp_path_factory):
-    """Folders of proxies by owner: here documents of the owners' words, as a public split holds some."""
+    """Folders of proxies by owner: here documents of the owners' words."""
     root = tmp_path_factory.mktemp("proxies")
     return {name: write_documents(root / name, name, 20) for name in ("code", "news")}
 
 
 @pytest.fixture(scope="module", params=[False, True], ids=["alone", "together"])
 def tuned(request, world, proxies, tmp_path_factory):
-    """(folder, whether the rows were tuned together)."""
+    """(folder, whether the rows are tuned together)."""
     out = tmp_path_factory.mktemp("tuned") / "out"
     tune(world / "model", proxies, world / "public" / "data", out, Tuning(together=request.param, **STEPS))
     return out, request.param
@@ -44,7 +44,7 @@ def moved(before, after):
     return {name for name in before if not np.array_equal(before[name], after[name])}
 
 
-def test_only_owners_rows_and_biases_move(world, tuned):
+def test_tuning_changes_only_the_owners_rows_and_biases(world, tuned):
     out, together = tuned
     before, after = open_model(world / "model"), open_model(out / "model")
     old, new = load_params(before), load_params(after)
@@ -59,15 +59,15 @@ def test_only_owners_rows_and_biases_move(world, tuned):
     assert [entry.event for entry in read_journal(out / "model")][-2:] == ["merged", "tuned"]
 
 
-def test_untuned_packages_are_left_and_tuned_ones_merge(world, tuned, tmp_path):
+def test_untuned_packages_are_unchanged_and_tuned_ones_merge(world, tuned, tmp_path):
     out, _ = tuned
     merged = merge(world / "public" / "run" / "model", [out / "packages" / n for n in ("news", "code")], tmp_path / "m")
     assert merged.digest == open_model(out / "model").digest
     assert open_model(world / "model").manifests["news"].record.tuned_with == ()
 
 
-def test_opting_out_of_a_model_tuned_alone_equals_tuning_without_that_owner(world, proxies, tmp_path):
-    """Bit for bit, with the certificate's word for it."""
+def test_opting_out_after_tuning_each_owner_equals_tuning_without_that_owner(world, proxies, tmp_path):
+    """Bit for bit, and the certificate says `exact`."""
     data = world / "public" / "data"
     both = tune(world / "model", proxies, data, tmp_path / "both", Tuning(**STEPS))
     left = opt_out(both.path, "news", tmp_path / "left", certificate=tmp_path / "proof.json")
@@ -78,7 +78,7 @@ def test_opting_out_of_a_model_tuned_alone_equals_tuning_without_that_owner(worl
     assert read_certificate(tmp_path / "proof.json")["label"] == "exact"
 
 
-def test_opting_out_of_a_model_tuned_together_is_labelled_approximate(world, proxies, tmp_path):
+def test_opting_out_after_tuning_together_is_labeled_approximate(world, proxies, tmp_path):
     data = world / "public" / "data"
     both = tune(world / "model", proxies, data, tmp_path / "both", Tuning(together=True, **STEPS))
     left = opt_out(both.path, "news", tmp_path / "left", certificate=tmp_path / "proof.json")
@@ -88,7 +88,7 @@ def test_opting_out_of_a_model_tuned_together_is_labelled_approximate(world, pro
     check = verify_certificate(tmp_path / "proof.json", left.path)[0]
     assert check.ok
     assert check.detail.endswith("was removed: approximate " + certificate["reason"])
-    # It says so because it is so: the row that stays is not the one that tuning without news gives.
+    # The label is true: the row that stays differs from that of tuning without news.
     opt_out(world / "model", "news", tmp_path / "never")
     never = tune(
         tmp_path / "never", {"code": proxies["code"]}, data, tmp_path / "alone", Tuning(together=True, **STEPS)
@@ -96,8 +96,8 @@ def test_opting_out_of_a_model_tuned_together_is_labelled_approximate(world, pro
     assert left.manifests["code"].content != never.manifests["code"].content
 
 
-def test_no_later_training_forgets_who_had_a_part(world, proxies, tmp_path):
-    """Tuned together, then alone or trained on by its owner: the other's part is still in the row."""
+def test_later_training_keeps_the_record_of_owners_that_influenced_a_package(world, proxies, tmp_path):
+    """Tuned together, then tuned by itself or trained further by its owner."""
     data = world / "public" / "data"
     together = tune(world / "model", proxies, data, tmp_path / "together", Tuning(together=True, **STEPS))
     alone = tune(together.path, proxies, data, tmp_path / "alone", Tuning(**STEPS))
@@ -110,7 +110,7 @@ def test_no_later_training_forgets_who_had_a_part(world, proxies, tmp_path):
     assert read_certificate(tmp_path / "proof.json")["label"] == "approximate"
 
 
-def test_experts_trained_together_say_so(world, tmp_path):
+def test_experts_trained_together_record_one_another(world, tmp_path):
     run = dataclasses.replace(public_run(tmp_path), model=None, public=str(world / "model"), domain_vector="")
     joint = open_model(train(run))
     assert joint.manifests["code"].record.tuned_with == ("code", "news")
@@ -119,7 +119,7 @@ def test_experts_trained_together_say_so(world, tmp_path):
     assert (fields["label"], fields["reason"]) == ("approximate", "'news' had a part in training trunk, public, code")
 
 
-def test_an_owner_goes_on_from_its_own_package_and_no_other(world, tmp_path):
+def test_an_owner_trains_only_its_own_package_further(world, tmp_path):
     package = world / "news" / "run" / "package"
     run = expert_run(
         tmp_path,
@@ -130,7 +130,7 @@ def test_an_owner_goes_on_from_its_own_package_and_no_other(world, tmp_path):
         optimizer=OptimizerConfig(lr=0.0, warmup_steps=0, weight_decay=0.1),
     )
     made = read_manifest(train(run), "news")
-    assert made.content == read_manifest(package).content  # it began where the package ended, and nothing moved it
+    assert made.content == read_manifest(package).content  # it starts from the package, and a rate of 0 changes nothing
     assert made.record.fields["start"] == read_manifest(package).digest
     for owner, message in (("code", "this is the package of 'news'"), ("news", "belongs to another run")):
         other = package if owner == "code" else _another_version(package, tmp_path)
@@ -162,12 +162,12 @@ def test_owners_without_proxies_keep_their_rows(world, proxies, tmp_path):
         assert not (out / "packages" / "code").exists()
 
 
-def test_done_again_it_is_found_and_another_tuning_in_its_place_refused(world, tuned, proxies, caplog):
+def test_a_finished_tuning_is_reused_and_another_tuning_in_its_place_is_refused(world, tuned, proxies, caplog):
     out, together = tuned
     caplog.set_level("INFO", "flexmoe_jax")
     again = tune(world / "model", proxies, world / "public" / "data", out, Tuning(together=together, **STEPS))
     assert again.path == out / "model"
-    assert caplog.messages == [f"{out / 'model'} is already there: nothing to do"]
+    assert caplog.messages == [f"{out / 'model'} exists: nothing to do"]
     for change in ({"together": not together}, {"steps": 4}, {"proxies": {"news": proxies["news"]}}):
         settings = {"together": together, **STEPS} | {key: value for key, value in change.items() if key != "proxies"}
         arguments = {"proxies": change.get("proxies", proxies), "tuning": Tuning(**settings)}
@@ -192,7 +192,7 @@ def test_impossible_tunings_are_refused(world, proxies, tmp_path, names, message
 
 
 @pytest.mark.parametrize("tuned", [3, [], {"with": "news"}, {"with": {"a": 1}}, {"with": [1]}, {"with": ["../news"]}])
-def test_a_record_that_names_no_owners_it_was_tuned_with_is_refused(world, tmp_path, tuned):
+def test_a_malformed_tuning_record_is_refused(world, tmp_path, tuned):
     package = shutil.copytree(world / "news" / "run" / "package", tmp_path / "news")
     reseal(package, lambda fields: fields["record"].update(tuned={"with": ["news", "public"]}))
     assert read_manifest(package).record.tuned_with == ("news", "public")

@@ -1,4 +1,4 @@
-"""Injects faults for real and prints what became of them: `make test-faults`. Exit code 1 when anything is lost."""
+"""Injects real faults and prints their outcomes: `make test-faults`. Exit code 1 if one is lost or not detected."""
 
 import collections
 import pathlib
@@ -21,7 +21,7 @@ SEED = 0
 
 
 def hostile_packages(root: pathlib.Path, folder: pathlib.Path, number: int):
-    """Every attack, then manifests with one odd value, up to `number`: refused by name, in time, nothing written."""
+    """Every attack, then manifests with one odd value, `number` in total: refused by name, in time, nothing written."""
     rng = random.Random(SEED)
     attacks = [*hostile.ATTACKS.items()]
     for count in range(number):
@@ -55,7 +55,7 @@ def saved_run(path: pathlib.Path) -> pathlib.Path:
 
 
 def groups(root: pathlib.Path) -> Iterator[tuple[str, Iterator[Fault]]]:
-    """(name, its faults), each set up when its turn comes; what forks comes before anything that starts JAX."""
+    """(name, its faults), each set up in turn; those that fork come before those that start JAX."""
     home = kills.home(root / "home")
     yield "kill -9 in merge, opt-out, replace", kills.kill_changes(home, _new(root / "changes"), 60, SEED)
     with kills.small_disk(root / "disk", "2m") as disk:
@@ -72,12 +72,12 @@ def groups(root: pathlib.Path) -> Iterator[tuple[str, Iterator[Fault]]]:
 
 
 def main() -> int:
-    began = time.monotonic()
+    started = time.monotonic()
     rows: list[tuple[str, list[Fault]]] = []
     with tempfile.TemporaryDirectory(prefix="faults-") as name:
         for group, faults in groups(pathlib.Path(name)):
             rows.append((group, list(faults)))
-            print(f"{time.monotonic() - began:6.0f} s  {group}", file=sys.stderr, flush=True)
+            print(f"{time.monotonic() - started:6.0f} s  {group}", file=sys.stderr, flush=True)
         sizes = optouts.merge_at_size(_new(pathlib.Path(name) / "size"), 256, (2, 4, 8, 16))
     total = [fault for _, faults in rows for fault in faults]
     print("| faults | injected | detected | survived | lost |\n|---|---|---|---|---|")
@@ -88,13 +88,13 @@ def main() -> int:
     for row in sizes:
         gib, peak = row["bytes"] / (1 << 30), f"{row['peak'] >> 20}" if "peak" in row else "below 512"
         print(f"| {row['experts']}, {row['how']} | {gib:.2f} GiB | {row['seconds']:.1f} | {peak} MiB |")
-    # A process that is killed cannot say so; everything else must be named.
+    # A killed process cannot report its fault; everything else must be named.
     silent = [f for f in total if not f.detected and not f.what.startswith("kill -9")]
     lost = [f for f in total if not f.survived]
     for word, faults in (("LOST", lost), ("NOT DETECTED", silent)):
         for what, count in collections.Counter(f.what for f in faults).items():
             print(f"{word}: {count} x {what}")
-    print(f"{time.monotonic() - began:.0f} seconds")
+    print(f"{time.monotonic() - started:.0f} seconds")
     return 1 if lost or silent else 0
 
 

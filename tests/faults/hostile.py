@@ -1,6 +1,6 @@
-"""Hostile packages: each attack alters a good package as somebody would who can seal a manifest consistently.
+"""Hostile packages: each attack alters a good package; the attacker can seal a manifest consistently.
 
-`ATTACKS` maps a name to (what is done to the package, words of which the refusal must contain one, as w|w).
+`ATTACKS` maps a name to (a function that alters the package, words of which the refusal must contain one, as w|w).
 """
 
 import contextlib
@@ -29,7 +29,7 @@ TERABYTES = 1 << 42
 
 
 def reseal(package: pathlib.Path, change: Callable[[dict], object] = lambda fields: None, files: bool = False) -> None:
-    """Applies `change` to the manifest and makes every digest in it right again; `files`: those of the files too."""
+    """Applies `change` to the manifest and recomputes its digests, with `files` also those of the files."""
     fields = json.loads((package / MANIFEST).read_bytes())
     del fields["digest"]
     if files:
@@ -40,7 +40,7 @@ def reseal(package: pathlib.Path, change: Callable[[dict], object] = lambda fiel
 
 
 def weights(change: Callable[[np.ndarray], np.ndarray]) -> Callable[[pathlib.Path], None]:
-    """An attack that alters the numbers of `w_up` and tells the truth about it."""
+    """An attack that alters the numbers of `w_up` and states their true digests."""
 
     def attack(package):
         array = change(np.fromfile(package / TENSOR, "<f4").reshape(2, 8, 16))
@@ -75,7 +75,7 @@ def raw(name: str, content: bytes) -> Callable[[pathlib.Path], object]:
 
 
 def instead(name: str, make: Callable[[pathlib.Path], object]) -> Callable[[pathlib.Path], None]:
-    """An attack that puts something else in the place of the file `name`."""
+    """An attack that replaces the file `name` by something else."""
 
     def attack(package):
         (package / name).rename(package.parent / "elsewhere")
@@ -132,7 +132,7 @@ ATTACKS: dict[str, tuple[Callable[[pathlib.Path], object], str]] = {
     "parent path inside": (name_file("arrays/../../outside"), "arrays/../../outside"),
     "absolute path": (name_file("/tmp/outside"), "/tmp/outside"),
     "backslash path": (name_file("arrays\\..\\outside"), "outside"),
-    "zero byte in a path": (name_file("arrays/x\0y"), "no path a package may hold"),
+    "zero byte in a path": (name_file("arrays/x\0y"), "is not a file of a package"),
     "owner that is a path": (manifest(lambda f: f.update(owner="../outside")), "../outside"),
     "owner that is reserved": (manifest(lambda f: f.update(owner="journal")), "journal"),
     "symbolic link, file": (instead(TENSOR, lambda p: p.symlink_to(p.parents[3] / "elsewhere")), TENSOR),
@@ -217,7 +217,7 @@ ODD = (
 
 
 def places(fields: dict) -> list[tuple]:
-    """(object or list, key) of every value in a manifest, but for what the owner says in words, and recomputed ones."""
+    """(object or list, key) of every value in a manifest, except the owner's record and recomputed digests."""
     found: list[tuple] = []
 
     def visit(node):
@@ -232,7 +232,7 @@ def places(fields: dict) -> list[tuple]:
 
 
 def alter_manifest(package: pathlib.Path, rng: random.Random) -> str:
-    """Sets, removes or adds one value somewhere in the manifest and seals it; returns what was done."""
+    """Sets, removes or adds one value somewhere in the manifest and seals it; returns a description."""
     fields = json.loads((package / MANIFEST).read_bytes())
     node, name = rng.choice(places(fields))
     kind = rng.choice(("set", "set", "remove", "add"))
@@ -251,16 +251,16 @@ def alter_manifest(package: pathlib.Path, rng: random.Random) -> str:
 
 @contextlib.contextmanager
 def limits() -> Iterator[None]:
-    """The block may allocate 500 MB (a MemoryError otherwise) and take 5 seconds."""
+    """The block may allocate 500 MiB (MemoryError otherwise) and take 5 seconds (AssertionError otherwise)."""
     pages = int(pathlib.Path("/proc/self/statm").read_text().split()[0])
     before = resource.getrlimit(resource.RLIMIT_AS)
     resource.setrlimit(resource.RLIMIT_AS, (pages * resource.getpagesize() + LIMIT_BYTES, before[1]))
-    began = time.monotonic()
+    started = time.monotonic()
     try:
         yield
     finally:
         resource.setrlimit(resource.RLIMIT_AS, before)
-    assert time.monotonic() - began < LIMIT_SECONDS
+    assert time.monotonic() - started < LIMIT_SECONDS
 
 
 def snapshot(folder: pathlib.Path) -> dict[str, tuple[int, int]]:

@@ -1,6 +1,6 @@
-"""kill -9 at random moments of whatever writes, in processes of its own; full disks; two processes in one run.
+"""Real faults: kill -9 of writing processes at random moments, full disks, two processes on one run.
 
-The damage is done for real. Every function yields one `Fault` for each.
+Every function yields one `Fault` per fault that it injects.
 """
 
 import contextlib
@@ -30,10 +30,10 @@ from tests.tiny import contents, make_expert, make_release
 
 @dataclasses.dataclass(frozen=True)
 class Fault:
-    """One fault: what it was, whether it was noticed and named, and whether all is well after it.
+    """One fault: a description, whether it was detected and named, and whether it was survived.
 
-    Well: nothing unreadable, nothing wrong, and nothing gone but what is promised to be at most. A fault after which
-    everything is whole by itself need not be noticed.
+    Survived: nothing is unreadable or wrong, and no more is lost than what is promised. A fault that leaves everything
+    intact need not be detected.
     """
 
     what: str
@@ -42,7 +42,7 @@ class Fault:
 
 
 def home(root: pathlib.Path) -> pathlib.Path:
-    """Packages, and the models before and after every change that is interrupted here."""
+    """Packages, and the models before and after every change that these tests interrupt."""
     release = make_release(root / "public")
     for name in ("code", "math", "news"):
         make_expert(root / name, name, release)
@@ -57,7 +57,7 @@ def home(root: pathlib.Path) -> pathlib.Path:
 
 
 def killed(work: Callable[[], object], after_s: float) -> bool:
-    """Runs `work` in a process of its own and kills it after `after_s` seconds; whether it was still at work."""
+    """Runs `work` in a child process and kills it after `after_s` seconds; whether it was still running."""
     with warnings.catch_warnings():
         warnings.filterwarnings("ignore", "os.fork")  # the child does nothing that needs JAX's threads
         child = os.fork()
@@ -70,19 +70,19 @@ def killed(work: Callable[[], object], after_s: float) -> bool:
     with contextlib.suppress(ProcessLookupError):
         os.kill(child, signal.SIGKILL)
     status = os.waitpid(child, 0)[1]
-    assert not os.WIFEXITED(status) or os.WEXITSTATUS(status) == 0  # work that is not interrupted does not fail
+    assert not os.WIFEXITED(status) or os.WEXITSTATUS(status) == 0  # uninterrupted work does not fail
     return os.WIFSIGNALED(status)
 
 
 def kill_changes(root: pathlib.Path, folder: pathlib.Path, number: int, seed: int) -> Iterator[Fault]:
-    """Merges, opt-outs with a certificate and replacements, killed; the same call again must finish them."""
+    """Killed merges, opt-outs with a certificate, and replacements; the same call again must finish them."""
     rng = random.Random(seed)
     wanted = {
         "merge": contents(root / "all"),
         "opt-out": contents(root / "without"),
         "replace": contents(root / "replaced"),
     }
-    last = dict.fromkeys(wanted, 0.05)  # seconds: moved to where the kills hit
+    last = dict.fromkeys(wanted, 0.05)  # seconds: adjusted so that kills hit
     count = 0
     while count < number:
         kind = rng.choice(list(wanted))
@@ -104,7 +104,7 @@ def kill_changes(root: pathlib.Path, folder: pathlib.Path, number: int, seed: in
         count += 1
         named, well = False, True
         if model.exists():
-            opened, _ = load_model(model)  # before or after, and every byte right
+            opened, _ = load_model(model)  # the model before or after, every byte right
             before, after = (open_model(root / "all").digest, open_model(root / _after(kind)).digest)
             well &= opened.digest in (before, after)
             named = not all(f.ok for f in verify_model(model))
@@ -128,7 +128,7 @@ import numpy as np
 from flexmoe_jax.artifacts.checkpoints import RunCheckpoints
 from flexmoe_jax.errors import ArtifactError
 
-def state(step):  # of its own for every step, and incompressible
+def state(step):  # different for every step, and incompressible
     draw = np.random.default_rng(step).standard_normal
     return {"w": jnp.asarray(draw(200_000, np.float32))}, {"m": jnp.asarray(draw(200_000, np.float32))}
 
@@ -149,13 +149,13 @@ with RunCheckpoints(sys.argv[1]) as checkpoints:
 
 
 def saving(run: pathlib.Path, steps: int) -> subprocess.Popen:
-    """A process that restores and checks the run's state, then saves step after step, and says so."""
+    """A process that restores and checks the run's state, then saves and reports step after step."""
     command = [sys.executable, "-c", SAVING, str(run), str(steps)]
     return subprocess.Popen(command, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True)
 
 
 def kill_saves(run: pathlib.Path, number: int, seed: int) -> Iterator[Fault]:
-    """A run killed while it saves step after step: no step that it announced as saved may be gone or wrong."""
+    """A run killed while it saves step after step: no step that it reported as saved may be lost or wrong."""
     rng, announced = random.Random(seed), 0
     for _ in range(number + 1):
         process = saving(run, 10_000)
@@ -177,7 +177,7 @@ def kill_saves(run: pathlib.Path, number: int, seed: int) -> Iterator[Fault]:
 
 @contextlib.contextmanager
 def small_disk(folder: pathlib.Path, size: str) -> Iterator[pathlib.Path]:
-    """A tmpfs of `size` at `folder`; where it may not be mounted, an OSError."""
+    """A tmpfs of `size` at `folder`; OSError if it cannot be mounted."""
     folder.mkdir(parents=True)
     if subprocess.run(["mount", "-t", "tmpfs", "-o", f"size={size}", "tmpfs", str(folder)], check=False).returncode:
         raise OSError("a tmpfs cannot be mounted here: run as root")
@@ -188,7 +188,7 @@ def small_disk(folder: pathlib.Path, size: str) -> Iterator[pathlib.Path]:
 
 
 def full_disk_saves(disk: pathlib.Path, number: int) -> Iterator[Fault]:
-    """Checkpoints onto a disk that is full: an error by name, no "saved", and the last good step when there is room."""
+    """Checkpoints onto a full disk: an error, no "saved", and the last good step is restored when there is room."""
     good = 0
     for _ in range(number):
         filler = disk / "filler"
@@ -208,7 +208,7 @@ def full_disk_saves(disk: pathlib.Path, number: int) -> Iterator[Fault]:
 
 
 def full_disk_changes(root: pathlib.Path, disk: pathlib.Path, number: int) -> Iterator[Fault]:
-    """Merges onto a disk too small: refused by name, and nothing is left of them."""
+    """Merges onto a disk that is too small: an error, and nothing is left of them."""
     for count in range(number):
         filler = disk / "filler"
         filler.write_bytes(b"x" * max(shutil.disk_usage(disk).free - 4096 * (1 + 3 * count), 0))
@@ -222,7 +222,7 @@ def full_disk_changes(root: pathlib.Path, disk: pathlib.Path, number: int) -> It
 
 
 def second_process(run: pathlib.Path, number: int) -> Iterator[Fault]:
-    """A second process on a run directory that one uses: refused with the number of the first, which goes on."""
+    """A second process on a run directory in use: refused with the number of the first process, which continues."""
     first = saving(run, 10_000)
     assert first.stdout is not None
     first.stdout.readline()
@@ -236,9 +236,9 @@ def second_process(run: pathlib.Path, number: int) -> Iterator[Fault]:
 
 
 def stop_training(world: pathlib.Path, folder: pathlib.Path, number: int, seed: int) -> Iterator[Fault]:
-    """A run killed or terminated at random steps and resumed: bit-equal to one that was left alone, in the end.
+    """A run killed or terminated at random steps and resumed ends bit-identical to an uninterrupted run.
 
-    Compared are parameters, optimizer moments, data state, counters and metrics. SIGTERM must end in exit code 75.
+    Compares parameters, optimizer moments, data state, counters and metrics. SIGTERM must end in exit code 75.
     """
     from tests.tiny import expert_run
 
@@ -292,7 +292,7 @@ def _saved(run) -> int:
 
 
 def _end(run) -> tuple:
-    """Everything a run ends with, as comparable bytes."""
+    """The final state and metrics of a run, in comparable form."""
     import jax
     import numpy as np
     import orbax.checkpoint as ocp

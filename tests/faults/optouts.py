@@ -1,4 +1,4 @@
-"""Opting out in every order, and merging at size."""
+"""Opt-outs in every order, and merges of large experts."""
 
 import itertools
 import json
@@ -28,7 +28,7 @@ SUBSETS = (("news",), ("code", "math"), ("law", "poems"), ("code", "law", "news"
 
 
 def every_order(folder: pathlib.Path, subsets=SUBSETS) -> Iterator[Fault]:
-    """Each subset of five experts leaves in every order: byte-identical to never having merged, and certified."""
+    """Each subset of five experts opts out in every order: byte-identical to a merge without them, and certified."""
     release = make_release(folder / "public")
     for name in NAMES:
         make_expert(folder / name, name, release)
@@ -48,7 +48,7 @@ def every_order(folder: pathlib.Path, subsets=SUBSETS) -> Iterator[Fault]:
 
 
 def config_of(megabytes: int) -> ModelConfig:
-    """A model whose experts have about this size, and whose trunk is small."""
+    """A model with experts of about this size and a small trunk."""
     d_ff = megabytes * (1 << 20) // (4 * 3 * 256)
     return ModelConfig(
         vocab_size=300, num_layers=1, d_model=256, num_heads=2, num_kv_heads=2, head_dim=128, d_ff=d_ff, max_seq_len=16
@@ -59,12 +59,12 @@ EXPORTING = """
 import json, pathlib, resource, sys, time
 from flexmoe_jax.artifacts.model_dir import open_model
 from flexmoe_jax.hf.export import ExportOptions, export
-# Of the process itself: the packages' files are mapped, and their pages are the system's to take back.
+# Private memory only: the packages' files are mapped, and the system can reclaim their pages.
 used = int(pathlib.Path("/proc/self/status").read_text().partition("VmData:")[2].split()[0]) << 10
 resource.setrlimit(resource.RLIMIT_DATA, (used + int(sys.argv[1]),) * 2)
-began = time.monotonic()
+started = time.monotonic()
 export(open_model(sys.argv[2]), sys.argv[3], ExportOptions(custom_code=True, max_shard_bytes=int(sys.argv[1]) // 2))
-print(json.dumps({"seconds": time.monotonic() - began}))
+print(json.dumps({"seconds": time.monotonic() - started}))
 """
 
 MERGING = """
@@ -73,18 +73,18 @@ from flexmoe_jax.compose.merge import merge
 used = int(pathlib.Path("/proc/self/statm").read_text().split()[0]) * resource.getpagesize()
 resource.setrlimit(resource.RLIMIT_AS, (used + int(sys.argv[1]),) * 2)
 link, out, public, *experts = sys.argv[2:]
-began, wrote = time.monotonic(), time.process_time()
+started, cpu = time.monotonic(), time.process_time()
 merge(public, experts, out, link=link == "link")
 status = pathlib.Path("/proc/self/status").read_text()  # ru_maxrss would be the parent's
 peak = int(status.partition("VmHWM:")[2].split()[0]) << 10
-print(json.dumps({"seconds": time.monotonic() - began, "cpu": time.process_time() - wrote, "peak": peak}))
+print(json.dumps({"seconds": time.monotonic() - started, "cpu": time.process_time() - cpu, "peak": peak}))
 """
 
 
 def merge_at_size(folder: pathlib.Path, megabytes: int, counts: tuple[int, ...]) -> list[dict]:
-    """Merges this many synthetic experts by copies and by links, and exports the copies in shards of one expert.
+    """Merges `counts` random experts by copies and by links, and exports the copies in shards of one expert.
 
-    Each in a process that may have the memory of two experts.
+    Each runs in a process whose memory is limited to that of two experts.
     """
     config = config_of(megabytes)
     rng = np.random.default_rng(0)

@@ -1,4 +1,4 @@
-"""Tampering with what lies on disk: packages, models and run checkpoints, one file or directory at a time."""
+"""Tampering with packages, models and run checkpoints on disk, one file or directory at a time."""
 
 import pathlib
 import random
@@ -18,9 +18,9 @@ KINDS = ("flipped bit", "truncated", "missing", "extra", "swapped file", "missin
 
 
 def damage(folder: pathlib.Path, kind: str, rng: random.Random, leave: tuple[str, ...] = ()) -> str:
-    """Does one thing to one file or directory under `folder`; returns the last part of the name that must be told.
+    """Damages one file or directory under `folder`; returns the last part of its name, which must be reported.
 
-    Of two that were swapped, as a|b, one must be: where it is a manifest, nothing is left to hold the other against.
+    For two swapped ones, as a|b, one must be reported: if one is a manifest, the other cannot be checked.
     """
     names = [name for name in list_files(folder)[0] if name not in leave and (folder / name).stat().st_size]
     name = rng.choice(names)
@@ -63,9 +63,9 @@ def _swap(a: pathlib.Path, b: pathlib.Path) -> None:
 def tamper(
     things: dict[str, pathlib.Path], like: tuple, folder: pathlib.Path, number: int, seed: int
 ) -> Iterator[Fault]:
-    """`number` damages spread over the package, the model and the run in `things`: seen, named, and never used.
+    """`number` damages spread over the package, the model and the run in `things`: detected, named, and never used.
 
-    Of a run, the step before must be used instead, where only the newest is damaged, and said so.
+    If only the newest step of a run is damaged, the step before must be used, and the damaged one reported.
     """
     rng = random.Random(seed)
     readers: dict[str, tuple[Callable, Callable]] = {
@@ -85,7 +85,7 @@ def tamper(
             refused = restored.step == int(newest.name) - 1 and [s for s, _ in restored.skipped] == [int(newest.name)]
         else:
             verify, load = readers[what]
-            # Who only loads has no need of the journal, and does not read what else lies there.
+            # Loading needs neither the journal nor entries that do not belong to the model.
             name = damage(path, kind, rng, leave=("journal.jsonl",))
             checks = verify(path)
             try:

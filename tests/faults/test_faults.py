@@ -1,4 +1,4 @@
-"""The short forms of `make test-faults`: the same damage, done fewer times."""
+"""Short forms of `make test-faults`: the same faults, injected fewer times."""
 
 import pytest
 
@@ -13,22 +13,22 @@ def home(tmp_path_factory):
 
 
 def check(faults, number, *, detected=True):
-    """`number` faults were injected, all survived, and were named unless killed processes made them."""
+    """`number` faults were injected, all were survived, and (with `detected`) all were named."""
     faults = list(faults)
     assert len(faults) == number
     assert [f.what for f in faults if not f.survived] == []
     assert [f.what for f in faults if detected and not f.detected] == []
 
 
-def test_changes_killed_at_random_moments_are_seen_before_or_after_and_are_finished(home, tmp_path):
+def test_a_change_killed_at_any_moment_shows_the_model_before_or_after_and_can_be_finished(home, tmp_path):
     check(kills.kill_changes(home, tmp_path, 9, seed=1), 9, detected=False)
 
 
-def test_saves_killed_at_random_moments_lose_nothing_that_was_announced(tmp_path):
+def test_a_save_killed_at_any_moment_loses_no_step_reported_as_saved(tmp_path):
     check(kills.kill_saves(tmp_path / "run", 1, seed=1), 1, detected=False)
 
 
-def test_a_disk_too_small_for_a_merge_is_named_and_nothing_is_left(home, tmp_path):
+def test_a_merge_onto_a_full_disk_is_an_error_and_leaves_nothing(home, tmp_path):
     try:
         with kills.small_disk(tmp_path / "disk", "2m") as disk:
             check(kills.full_disk_changes(home, disk, 3), 3)
@@ -36,18 +36,18 @@ def test_a_disk_too_small_for_a_merge_is_named_and_nothing_is_left(home, tmp_pat
         pytest.skip(str(error))
 
 
-def test_tampering_is_named_and_nothing_tampered_with_is_used(home, tmp_path):
+def test_tampering_is_named_and_damaged_files_are_never_used(home, tmp_path):
     things = {"package": home / "news", "model": home / "all", "run": saved_run(tmp_path / "run")}
     (tmp_path / "copies").mkdir()
     check(tamper.tamper(things, start(), tmp_path / "copies", 21, seed=1), 21)
 
 
-def test_leaving_in_any_order_is_byte_identical_to_never_having_been_there(tmp_path):
+def test_opt_outs_in_any_order_are_byte_identical_to_a_merge_without_the_experts(tmp_path):
     check(optouts.every_order(tmp_path, (("news",), ("code", "law", "news"))), 7)
 
 
-def test_merging_takes_the_memory_of_no_shard_and_links_share_their_bytes(tmp_path):
-    """Experts of 24 MiB in processes that may take 48 MiB more than they start with; exporting them as well. Time:
+def test_the_memory_of_a_merge_does_not_grow_with_the_experts_and_links_share_their_bytes(tmp_path):
+    """Experts of 24 MiB in processes limited to 48 MiB more than they start with; so are exports. For times see
     `make test-faults`.
     """
     pytest.importorskip("huggingface_hub")  # the card of an export
