@@ -33,6 +33,7 @@ class Key:
 
     @property
     def is_section(self) -> bool:
+        """Whether the key holds further keys."""
         return dataclasses.is_dataclass(self.kind)
 
     def parse(self, text: str) -> Any:

@@ -42,11 +42,11 @@ def final_answer(text: str) -> str:
     if found := _FINAL.findall(text):
         return found[-1]
     if (at := text.rfind(r"\boxed{")) >= 0:
-        depth, begin = 0, at + len(r"\boxed")
-        for i in range(begin, len(text)):
+        depth, start = 0, at + len(r"\boxed")
+        for i in range(start, len(text)):
             depth += (text[i] == "{") - (text[i] == "}")
             if depth == 0:
-                return text[begin + 1 : i]
+                return text[start + 1 : i]
     parts = text.split("$")
     return parts[-2] if len(parts) > 2 else text
 

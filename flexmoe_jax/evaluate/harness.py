@@ -26,10 +26,12 @@ class HarnessLM(TemplateLM):
 
     @property
     def eot_token_id(self) -> int:
+        """The id of the end-of-text token."""
         return self.lm.tokenizer.eos_id
 
     @property
     def tokenizer_name(self) -> str:
+        """The digest of the tokenizer, with which the harness identifies cached requests."""
         return self.lm.tokenizer.digest
 
     def tok_encode(self, string: str, add_special_tokens: bool | None = None, **kwargs) -> list[int]:
