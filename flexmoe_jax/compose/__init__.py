@@ -1,0 +1,1 @@
+"""Composition of models: merging, opting out, replacing, router tuning, certificates and verification."""

@@ -60,7 +60,7 @@ def test_every_key_of_a_verb_is_shown_with_type_and_default(verb, capsys):
 
 def test_one_key_or_one_section_is_shown(capsys):
     assert main(["keys", "train", "router_scale"]) == 0
-    assert capsys.readouterr().out.startswith("router_scale  (float, default 0.1)\n    L2 norm ")
+    assert capsys.readouterr().out.startswith("router_scale  (float, default 0.1)\n    Initial L2 norm ")
     assert main(["keys", "train", "top_k"]) == 0
     assert capsys.readouterr().out.startswith("top_k  (int or none, default none)\n")
     assert main(["keys", "train", "steps", "--json"]) == 0
