@@ -7,7 +7,8 @@ from collections.abc import Callable, Iterator
 import numpy as np
 import numpy.typing as npt
 
-from flexmoe_jax.data.sources import SPLITS, read_documents
+from flexmoe_jax.data.corpus import SPLITS
+from flexmoe_jax.data.sources import read_documents
 from flexmoe_jax.errors import Check
 from flexmoe_jax.flexmix.build import read_mix
 from flexmoe_jax.flexmix.recipes import fingerprint
