@@ -10,7 +10,8 @@ import functools
 import hashlib
 import json
 import pathlib
-from collections.abc import Iterable, Iterator, Sequence
+import re
+from collections.abc import Callable, Iterable, Iterator, Sequence
 from typing import Any, TypeVar
 
 import numpy as np
@@ -24,8 +25,9 @@ T = TypeVar("T")
 
 FORMAT = "flexmoe-tokens-1"
 TOKENS_PER_FILE = 1 << 28  # the batch that reaches this ends the file
-BATCH_DOCUMENTS = 512
+BATCH_DOCUMENTS, BATCH_CHARACTERS = 512, 2 << 20  # encoding takes about 110 bytes of memory per byte of text
 EOS_SEARCH_TOKENS = 1 << 22
+_WORD_ENDS, _SEARCHED = re.compile(r"(?<=\S)(\n|(?= ))(?=\S| \S)"), 1 << 16  # where no byte-level BPE merges across
 
 
 @dataclasses.dataclass(frozen=True, eq=False)
@@ -67,13 +69,17 @@ class TokenStore:
 
     @classmethod
     def from_olmo(
-        cls, paths: str | pathlib.Path | Sequence[str | pathlib.Path], dtype: str, eos_id: int
+        cls,
+        paths: str | pathlib.Path | Sequence[str | pathlib.Path],
+        dtype: str,
+        eos_id: int,
+        vocab_size: int | None = None,
     ) -> "TokenStore":
         """OLMo token files without an index: a folder of `.npy` files (in name order) or a list of files.
 
         The caller states `dtype` ("uint16" or "uint32") and `eos_id`, because the files record neither. Raises
-        DataError for a missing file, and for a wrong `dtype` or `eos_id` if the start of the first file does not
-        contain the end-of-document id.
+        DataError for a missing file, and where the start of a file contradicts them: no end-of-document id, an id that
+        `vocab_size` does not have, or two-byte tokens that are four-byte ones with zeros in between.
         """
         if isinstance(paths, (str, pathlib.Path)):
             folder = pathlib.Path(paths)
@@ -83,13 +89,9 @@ class TokenStore:
         parts = tuple(_map_file(pathlib.Path(path), dtype) for path in paths)
         if not parts:
             raise DataError("an empty list of token files", "give at least one file")
-        head = parts[0][:EOS_SEARCH_TOKENS]
-        if not (head == eos_id).any():
-            raise DataError(
-                f"no end-of-document id {eos_id} among the first {len(head)} tokens of {paths[0]} read as {dtype}",
-                "give the dtype and the end-of-document id that the files were written with",
-            )
-        return cls(parts, _starts(parts), eos_id)
+        for path, part in zip(paths, parts, strict=True):
+            _check_head(path, part[:EOS_SEARCH_TOKENS], dtype, eos_id, vocab_size)
+        return cls(parts, _starts(parts), eos_id, vocab_size=vocab_size)
 
     @functools.cached_property
     def digest(self) -> str:
@@ -127,6 +129,11 @@ class TokenStore:
             chunk = part[max(start - part_start, 0) : end - part_start]
             at = max(part_start - start, 0)
             tokens[at : at + len(chunk)] = chunk
+        if self.vocab_size is not None and (largest := int(tokens.max())) >= self.vocab_size:
+            raise DataError(
+                f"tokens {start} to {end - 1} hold the id {largest}, the tokenizer has {self.vocab_size} ids",
+                "give tokens of this tokenizer, of the dtype that they were written with",
+            )
         return tokens
 
 
@@ -152,8 +159,8 @@ def _write_parts(
     files: list[dict[str, Any]] = []
     count, text_bytes, writer = 0, 0, None
     with track("tokenizing", total, "documents") as advance:
-        for texts in batches_of(documents, BATCH_DOCUMENTS):
-            tokens = np.concatenate([(*ids, tokenizer.eos_id) for ids in tokenizer.encode_batch(texts)]).astype(dtype)
+        for texts in batches_of(documents, BATCH_DOCUMENTS, len, BATCH_CHARACTERS):
+            tokens = np.concatenate([(*ids, tokenizer.eos_id) for ids in _encode(tokenizer, texts)]).astype(dtype)
             writer = writer or _Part(folder / f"part-{len(files):05d}.npy")
             writer.write(tokens)
             if writer.tokens >= TOKENS_PER_FILE:
@@ -195,16 +202,40 @@ class _Part:
         return {"name": self.path.name, "tokens": self.tokens, "sha256": self.sha256.hexdigest()}
 
 
-def batches_of(items: Iterable[T], size: int) -> Iterator[list[T]]:
-    """Lists of `size` consecutive items; the last may be shorter."""
-    batch = []
+def batches_of(
+    items: Iterable[T], size: int, weight: Callable[[T], int] = lambda item: 0, limit: int = 1
+) -> Iterator[list[T]]:
+    """Lists of `size` consecutive items, or of fewer: the last one, and one whose weights add up to `limit`."""
+    batch, total = [], 0
     for item in items:
         batch.append(item)
-        if len(batch) == size:
+        total += weight(item)
+        if len(batch) == size or total >= limit:
             yield batch
-            batch = []
+            batch, total = [], 0
     if batch:
         yield batch
+
+
+def _encode(tokenizer: Tokenizer, texts: list[str]) -> list[list[int]]:
+    """The ids of each text; a long one is encoded in parts, cut between two words."""
+    parts = [(number, part) for number, text in enumerate(texts) for part in _parts(text)]
+    ids: list[list[int]] = [[] for _ in texts]
+    for some in batches_of(parts, BATCH_DOCUMENTS, lambda item: len(item[1]), BATCH_CHARACTERS):
+        for (number, _), found in zip(some, tokenizer.encode_batch([part for _, part in some]), strict=True):
+            ids[number] += found
+    return ids
+
+
+def _parts(text: str) -> Iterator[str]:
+    start = 0
+    while len(text) - start > BATCH_CHARACTERS:
+        limit = start + BATCH_CHARACTERS
+        found = [m.end() for m in _WORD_ENDS.finditer(text, limit - _SEARCHED, limit)]
+        cut = found[-1] if found else limit
+        yield text[start:cut]
+        start = cut
+    yield text[start:]
 
 
 def _read_index(path: pathlib.Path) -> dict[str, Any]:
@@ -239,6 +270,22 @@ def _map_file(path: pathlib.Path, dtype: str) -> np.memmap:
         if file.read(6) == b"\x93NUMPY":
             raise DataError(f"{path} has a NumPy header", "write raw tokens, as OLMo-core does: array.tofile(path)")
     return np.memmap(path, np.dtype(dtype).newbyteorder("<"), mode="r")
+
+
+def _check_head(path: object, head: np.ndarray, dtype: str, eos_id: int, vocab_size: int | None) -> None:
+    """Refuses the first tokens of a file without an index that cannot be of this dtype and vocabulary."""
+    wrong = None
+    if dtype == "uint16" and len(head) > 1 and not head[1::2].any():
+        wrong = "every second one is 0, as in tokens of type uint32"
+    elif not (head == eos_id).any():
+        wrong = f"none is the end-of-document id {eos_id}"
+    elif vocab_size is not None and (largest := int(head.max())) >= vocab_size:
+        wrong = f"the largest id is {largest}, the tokenizer has {vocab_size} ids"
+    if wrong:
+        raise DataError(
+            f"the first {len(head)} tokens of {path}, read as {dtype}: {wrong}",
+            "give the dtype (config.token_dtype) and the tokenizer that the files were written with",
+        )
 
 
 def _check_file(path: pathlib.Path, file: dict[str, Any], part: np.ndarray, verify: bool) -> None:
