@@ -1,0 +1,1 @@
+"""Everything on disk: packages, model directories, run checkpoints, digests, signatures, the journal."""

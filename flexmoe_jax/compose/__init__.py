@@ -1,0 +1,1 @@
+"""What happens to whole models: merge, opt-out and its certificate, replace, router tuning, verification."""

@@ -1,1 +1,1 @@
-"""How good a model is, and where its tokens go. Floor 4."""
+"""How good a model is, and where its tokens go."""
