@@ -29,8 +29,8 @@ from flexmoe_jax.parallel.stacked import stack_weights
 class Model:
     """A model in memory. `params` is the whole tree with named experts; `top_k` experts are active per token.
 
-    The devices of `mesh` hold the shards of `params`, which are placed there at the first use. `score` works with any
-    number of processes, all other methods with one.
+    The devices of `mesh` hold the shards of `params`, which are placed there at the first use (ConfigError if the mesh
+    cannot split them). `score` works with any number of processes, all other methods with one.
 
     `select` and `without` return the model that never had the other experts: the same arrays, run by the same code as a
     model merged without them. Its outputs are bit-identical to that model's: experts are left out, never masked.
@@ -176,7 +176,7 @@ def load(path: str | pathlib.Path, mesh: Mesh | None = None) -> Model:
 
     `mesh` (`parallel.mesh.make_mesh`) splits the model over devices; by default the first device holds it. For several
     devices the arrays are memory-mapped files, of which a process reads only what its devices hold. ArtifactError for a
-    damaged directory, ConfigError if the mesh cannot split the model.
+    damaged directory.
     """
     mesh = mesh or mesh_of_one()
     directory, params = load_model(path, mapped=mesh.size > 1)

@@ -221,8 +221,8 @@ class RunConfig:
     """Weight of the squared log-partition of the router logits, mean over layers. The paper's."""
 
     router_contrast: float = 0.0
-    """Weight of a loss by which every layer's router tells the owner's text from `public_data` (cross-entropy of its
-    odds, which merging keeps). The quickstart uses 0.1; the paper has none."""
+    """Weight of a loss that trains every layer's router to tell the owner's text from `public_data` (cross-entropy of
+    its odds, which merging keeps). The quickstart uses 0.1; the paper has no such loss."""
 
     load_balance: float = 0.0
     """Weight of the loss that spreads tokens evenly over experts (Switch Transformers, arXiv 2101.03961), for models

@@ -1,6 +1,8 @@
-"""Experiment files: Python files that define `get_config(arg) -> ConfigDict`, and the configurations made of them.
+"""Experiment files: Python files that define `get_config(arg) -> ConfigDict`.
 
-run = read_config(RunConfig, "experiments/quickstart_expert.py:news", ["steps=20", "optimizer.lr=1e-3"])
+    run = read_config(RunConfig, "experiments/quickstart_expert.py:news", ["steps=20", "optimizer.lr=1e-3"])
+
+The result is a frozen configuration; the strings override values of the file.
 """
 
 import dataclasses
@@ -33,6 +35,7 @@ class Key:
 
     @property
     def is_section(self) -> bool:
+        """Whether the key holds further keys."""
         return dataclasses.is_dataclass(self.kind)
 
     def parse(self, text: str) -> Any:

@@ -1,8 +1,8 @@
-"""Files and directories that appear whole or not at all, locks, and digests of files.
+"""Atomic writes of files and directories, locks, and digests of files.
 
-Everything this package writes goes through here. A file or a directory is written under a random hidden name beside
-its place (`.NAME.partial-<8 hexadecimal digits>`), synced to the disk, and renamed: a reader, or a crash at any moment,
-sees the old content or the new, never a part. No link that somebody else put there is followed.
+The package writes its artifacts with these functions. A file or directory is written under a random hidden name beside
+its place (`.NAME.partial-<8 hexadecimal digits>`), synced to the disk, and renamed. A reader sees the old content or
+the new, never a part, also after a crash at any moment. Links that others put there are not followed.
 """
 
 import contextlib
@@ -27,9 +27,9 @@ _PARTIAL = re.compile(r"\.(.+)\.partial-[0-9a-f]{8}")
 
 
 def write_bytes(path: pathlib.Path | str, content: bytes | Iterable[bytes]) -> None:
-    """Writes the file `path`, durably and atomically; a link or a file in its place is replaced, not followed.
+    """Writes the file `path`, durably and atomically; replaces a link or a file in its place without following it.
 
-    `content` may be given in parts: memory is then one part. A failing write is an ArtifactError.
+    `content` may come in parts: then only one part is in memory. ArtifactError if the write fails.
     """
     path = pathlib.Path(path)
     partial = _partial_name(path.name)
@@ -55,23 +55,26 @@ def write_bytes(path: pathlib.Path | str, content: bytes | Iterable[bytes]) -> N
 
 
 def json_bytes(value: Any) -> bytes:
-    """Readable JSON: sorted keys, two spaces, a newline at the end. The same value always gives the same bytes."""
+    """Readable JSON in UTF-8: sorted keys, two spaces, a newline at the end. Equal values give equal bytes.
+
+    ValueError for NaN and infinity.
+    """
     return (json.dumps(value, indent=2, sort_keys=True, ensure_ascii=False, allow_nan=False) + "\n").encode()
 
 
 def write_json(path: pathlib.Path | str, value: Any) -> None:
-    """Writes `value` as readable JSON in UTF-8, durably and atomically."""
+    """Writes `json_bytes(value)`, durably and atomically. Errors as of `json_bytes` and `write_bytes`."""
     write_bytes(path, json_bytes(value))
 
 
 def partial_of(name: str) -> str | None:
-    """The file or directory that an entry called `name` was to become, where an interrupted write left it."""
+    """The final name of a partial file or directory `name`; None for other names."""
     match = _PARTIAL.fullmatch(name)
     return match and match[1]
 
 
 def remove_partial_files(folder: pathlib.Path) -> None:
-    """Deletes what interrupted writes of files left in `folder`. Hold a lock: a living process may be writing."""
+    """Deletes partial files of interrupted writes in `folder`. Hold a lock: another process may be writing."""
     with _opened(folder) as descriptor:
         for entry in os.scandir(folder):
             if partial_of(entry.name) and entry.is_file(follow_symlinks=False):
@@ -80,10 +83,10 @@ def remove_partial_files(folder: pathlib.Path) -> None:
 
 @contextlib.contextmanager
 def new_directory(target: pathlib.Path) -> Iterator[pathlib.Path]:
-    """Yields an empty directory beside `target` that becomes `target` by one rename when the block ends well.
+    """Yields an empty directory beside `target` that becomes `target` by one rename when the block succeeds.
 
-    Everything in it is on the disk before the rename. When the block raises, nothing is left; what a killed process
-    left for the same `target` is removed. An existing `target` and a failing write are ArtifactErrors.
+    Its content is synced to the disk before the rename. If the block raises, nothing is left. Partial directories that
+    killed processes left for the same `target` are removed. ArtifactError if `target` exists or a write fails.
     """
     target = pathlib.Path(target)
     if os.path.lexists(target):
@@ -95,7 +98,7 @@ def new_directory(target: pathlib.Path) -> Iterator[pathlib.Path]:
         _remove_partial_directories(target)
         unlocked.mkdir()
         with lock_directory(unlocked):
-            os.rename(unlocked, partial)  # locked before it has this name: other processes delete what is not locked
+            os.rename(unlocked, partial)  # locked before it has this name: other processes delete unlocked ones
             yield partial
             _sync_tree(partial)
             os.rename(partial, target)
@@ -114,9 +117,9 @@ def copy_file(
     link: bool = False,
     check: Callable[[bytes], None] = lambda chunk: None,
 ) -> None:
-    """Copies (or hard-links) one regular file whose bytes have `sha256`; parent directories are made.
+    """Copies (or hard-links) one regular file whose bytes have `sha256`; creates parent directories.
 
-    `check` sees every chunk, and may raise. Memory: one chunk.
+    `check` is called with every chunk, and may raise. Only one chunk is in memory. ArtifactError for another sha256.
     """
     target.parent.mkdir(parents=True, exist_ok=True)
     if link:
@@ -130,9 +133,9 @@ def copy_file(
 
 
 def remove_directory(path: pathlib.Path) -> None:
-    """Deletes the directory `path` and everything in it, durably; a missing one is fine, a link is refused.
+    """Deletes the directory `path` and everything in it, durably; does nothing if it is missing.
 
-    Only what lies directly in `path.parent`, opened once, is deleted: no link leads elsewhere.
+    `path.parent` is opened once and links are not followed. ArtifactError for a link, or if it cannot be deleted.
     """
     if path.name in ("", "..") or path.parent == path:
         raise ArtifactError(f"{path} names no directory inside another", "give its own name")
@@ -148,9 +151,9 @@ def remove_directory(path: pathlib.Path) -> None:
 
 @contextlib.contextmanager
 def lock_directory(path: pathlib.Path, file_name: str | None = None) -> Iterator[None]:
-    """Holds the directory `path` exclusively; one that another process holds is refused by name.
+    """Holds the directory `path` exclusively; ArtifactError if another process holds it, or it cannot be used.
 
-    The lock is on the directory itself, or on `file_name` inside it, where the holder's process id is written.
+    The lock is on the directory itself, or on the file `file_name` inside it, which holds the process id of the holder.
     """
     try:
         if file_name is None:
@@ -181,9 +184,9 @@ def sync_directory(path: pathlib.Path) -> None:
 
 
 def list_files(folder: pathlib.Path) -> tuple[dict[str, int], list[str]]:
-    """({relative path: size} of the regular files under `folder`, relative paths of everything else).
+    """({relative path: size in bytes} of the regular files under `folder`, relative paths of other entries).
 
-    Everything else: links, devices, sockets, and directories that hold nothing. Links are not followed.
+    Other entries are links, devices, sockets, and empty directories. Links are not followed.
     """
     files: dict[str, int] = {}
     others: list[str] = []
@@ -199,7 +202,7 @@ def list_files(folder: pathlib.Path) -> tuple[dict[str, int], list[str]]:
 
 
 def sha256_file(path: pathlib.Path, *consumers: Callable[[bytes], Any]) -> str:
-    """sha256 (hex) of a regular file, read as a stream; every `consumers` gets each chunk. Links are not followed."""
+    """sha256 (hex) of a regular file, read in chunks that each of `consumers` gets too. Links are not followed."""
     hasher = hashlib.sha256()
     with open(os.open(path, os.O_RDONLY | os.O_NOFOLLOW | os.O_NONBLOCK), "rb") as file:
         while chunk := file.read(CHUNK_BYTES):
@@ -210,15 +213,15 @@ def sha256_file(path: pathlib.Path, *consumers: Callable[[bytes], Any]) -> str:
 
 
 def digest_files(folder: pathlib.Path) -> dict[str, dict[str, Any]]:
-    """{relative path: {"size", "sha256"}} of every regular file under `folder`."""
+    """{relative path: {"size", "sha256"}} of the regular files under `folder`."""
     return {name: {"size": size, "sha256": sha256_file(folder / name)} for name, size in list_files(folder)[0].items()}
 
 
 def default_cache() -> pathlib.Path:
-    """Where downloads, built mixes and compiled programs are kept: $FLEXMOE_CACHE, else ~/.cache/flexmoe.
+    """The folder of downloads, built mixes and compiled programs: $FLEXMOE_CACHE, else ~/.cache/flexmoe.
 
-    Without a home directory that can be written, as in some containers: a folder of this user only in the system's
-    temporary directory. One that somebody else made there is an ArtifactError, for programs are run from it.
+    Without a writable home directory, as in some containers, it is a private folder in the system's temporary
+    directory. ArtifactError if that folder belongs to another user: programs are run from it.
     """
     if given := os.environ.get("FLEXMOE_CACHE"):
         return pathlib.Path(given)
@@ -240,10 +243,13 @@ def _partial_name(name: str) -> str:
 
 
 def _remove_partial_directories(target: pathlib.Path) -> None:
-    """Deletes what killed processes left of `target`; what is a link, in use, or somebody else's stays."""
+    """Deletes partial directories of `target` that killed processes left, but no links, and none in use."""
     for entry in os.scandir(target.parent):
         if partial_of(entry.name) == target.name and entry.is_dir(follow_symlinks=False):
-            with contextlib.suppress(ArtifactError), lock_directory(pathlib.Path(entry.path)):  # a living one is locked
+            with (
+                contextlib.suppress(ArtifactError),
+                lock_directory(pathlib.Path(entry.path)),
+            ):  # a running process holds its lock
                 remove_directory(pathlib.Path(entry.path))
 
 

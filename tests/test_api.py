@@ -118,7 +118,7 @@ def test_the_seed_determines_sampled_text(model):
     assert draws[0] == draws[1] != draws[2]
 
 
-def test_top_k_and_top_p_keep_the_right_tokens():
+def test_top_k_and_top_p_keep_only_the_likeliest_tokens():
     logits = np.log(np.array([[0.5, 0.3, 0.15, 0.05]], np.float32))
 
     def drawn(sampling):

@@ -86,7 +86,7 @@ def test_keys_left_out_have_their_defaults_and_an_optional_section_may_be_none()
     flags=st.tuples(st.booleans(), st.booleans(), st.booleans()),
     seed=st.integers(0, 2**40),
 )
-def test_round_trip_through_json_text(lr, theta, layers, groups, flags, seed):
+def test_configurations_survive_a_round_trip_through_json(lr, theta, layers, groups, flags, seed):
     names = ("pre_norm", "qk_norm", "tie_embeddings")
     model = ModelConfig(
         **{**MODEL, "num_layers": layers, "num_kv_heads": groups, "num_heads": 2 * groups, "rope_theta": theta},

@@ -81,7 +81,7 @@ def test_canonical_order_is_public_then_alphabetical(names, data):
     assert tree.canonical_order(names) == tuple(sorted(names))
 
 
-def test_canonical_order_refuses_a_doubled_name():
+def test_canonical_order_refuses_a_repeated_name():
     with pytest.raises(FlexMoEError, match="'news' is given twice"):
         tree.canonical_order(["news", "public", "news"])
 
@@ -100,7 +100,7 @@ def test_select_and_without_give_the_model_that_never_had_the_others(names, data
     assert params == labeled(every)  # the whole is untouched
 
 
-def test_select_and_without_refuse_unknown_doubled_and_empty_choices():
+def test_select_and_without_refuse_unknown_repeated_and_empty_choices():
     params = labeled(["public", "news"])
     with pytest.raises(FlexMoEError, match=r"no expert 'new'(.|\n)*did you mean 'news'"):
         tree.select(params, ["public", "new"])

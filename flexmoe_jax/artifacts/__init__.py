@@ -1,1 +1,1 @@
-"""Everything on disk: packages, model directories, run checkpoints, digests, signatures, the journal."""
+"""Files on disk: packages, model directories, checkpoints of runs, signatures, and the journal."""

@@ -86,10 +86,12 @@ class ModelDir:
 
     @property
     def tokenizer_path(self) -> pathlib.Path:
+        """The path of tokenizer.json."""
         return self.path / TOKENIZER
 
     @property
     def tokenizer_digest(self) -> str:
+        """sha256 (hex) of tokenizer.json."""
         return self.tokenizer[TOKENIZER]
 
     def package(self, name: str) -> pathlib.Path:

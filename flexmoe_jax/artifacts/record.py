@@ -1,10 +1,12 @@
-"""The record of a package: how it was made. Keys that this library uses are checked, all others are kept as they are.
+"""The record of a package: how it was made.
 
-training   steps, tokens, the configuration and its digest, ...
-router     the origin of the router row: encoder, digest of the encoder, scale and seed of the projection, ...
-tuned      {"with": owners whose data influenced the package by router tuning or joint training, ...}
-start      manifest digest of the package that was trained further
-licence, contact
+    training   steps, tokens, the configuration and its digest, ...
+    router     the origin of the router row: encoder, digest of the encoder, scale and seed of the projection, ...
+    tuned      {"with": owners whose data influenced the package by router tuning or joint training, ...}
+    start      manifest digest of the package that was trained further
+    licence, contact
+
+Keys that this library uses are checked, all others are kept as they are.
 """
 
 import dataclasses

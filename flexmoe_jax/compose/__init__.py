@@ -1,1 +1,1 @@
-"""What happens to whole models: merge, opt-out and its certificate, replace, router tuning, verification."""
+"""Composition of models: merging, opting out, replacing, router tuning, certificates and verification."""

@@ -1,1 +1,1 @@
-"""How good a model is, and where its tokens go."""
+"""Evaluation: bits per byte, routing, log-likelihoods, and the paper's tasks."""

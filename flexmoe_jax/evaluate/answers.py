@@ -1,4 +1,4 @@
-"""Scores of single answers: which choice wins, overlap with a gold answer, the same number, the same formula."""
+"""Scores of single answers: the best choice, overlap with a gold answer, the same number, the same formula."""
 
 import collections
 import re
@@ -12,7 +12,10 @@ _UNITS = re.compile(r"\\(?:text|mbox|mathrm)\{[^{}]*\}|\\[!,;: ]|\\(?:left|right
 
 
 def best_choice(log_p: Sequence[float], choices: Sequence[str], metric: str) -> int:
-    """The choice that wins by `acc_raw`, or by `acc_per_char`, per character (OLMES, arXiv 2406.08446)."""
+    """The index of the choice with the highest log-probability; with the metric `acc_per_char`, per character.
+
+    Metrics: OLMES, arXiv 2406.08446.
+    """
     scores = list(log_p)
     if metric == "acc_per_char":
         scores = [value / max(len(choice), 1) for value, choice in zip(log_p, choices, strict=True)]
@@ -20,30 +23,30 @@ def best_choice(log_p: Sequence[float], choices: Sequence[str], metric: str) -> 
 
 
 def f1(answer: str, golds: Sequence[str]) -> float:
-    """Overlap of words with the nearest gold answer, as SQuAD defines it: articles, case and punctuation aside."""
+    """F1 of words, 0 to 1, with the closest gold answer, as in SQuAD: ignores articles, case and punctuation."""
     return max((_f1(_words(answer), _words(gold)) for gold in golds), default=0.0)
 
 
 def same_number(answer: str, golds: Sequence[str]) -> float:
-    """Whether the last number of `answer` is a gold one."""
+    """1 if the last number of `answer` equals the last number of a gold answer, else 0."""
     return float(any(_last_number(answer) == _last_number(gold) is not None for gold in golds))
 
 
 def same_formula(answer: str, golds: Sequence[str]) -> float:
-    """Whether the final answer is a gold one after spelling is evened out. No algebra: 1/2 is not 0.5."""
+    """1 if the final answer equals a gold answer in normalized notation, else 0. No algebra: 1/2 is not 0.5."""
     return float(any(_formula(final_answer(answer)) == _formula(gold) for gold in golds))
 
 
 def final_answer(text: str) -> str:
-    """What follows "The final answer is", else what the last \\boxed{} holds, else the last formula between dollars."""
+    """The text after "The final answer is", else in the last \\boxed{}, else in the last formula between dollars."""
     if found := _FINAL.findall(text):
         return found[-1]
     if (at := text.rfind(r"\boxed{")) >= 0:
-        depth, begin = 0, at + len(r"\boxed")
-        for i in range(begin, len(text)):
+        depth, start = 0, at + len(r"\boxed")
+        for i in range(start, len(text)):
             depth += (text[i] == "{") - (text[i] == "}")
             if depth == 0:
-                return text[begin + 1 : i]
+                return text[start + 1 : i]
     parts = text.split("$")
     return parts[-2] if len(parts) > 2 else text
 

@@ -1,6 +1,6 @@
-"""lm-evaluation-harness: our models as a model of the harness (extra `eval`).
+"""Our models as models of lm-evaluation-harness (extra `eval`).
 
-Imported only where it is used: the harness brings torch and datasets along.
+Import this module only where it is used: the harness imports torch and datasets.
 """
 
 from typing import Any
@@ -14,11 +14,11 @@ from lm_eval.utils import get_rolling_token_windows, make_disjoint_window
 from flexmoe_jax.errors import ConfigError
 from flexmoe_jax.evaluate.lm import LM
 
-MAX_NEW_TOKENS = 256  # where a task does not say, as in the harness's own models
+MAX_NEW_TOKENS = 256  # default for tasks without one, as in the harness's own models
 
 
 class HarnessLM(TemplateLM):
-    """An `LM` as the harness wants it. Results equal those of its own `hf` model on the exported checkpoint."""
+    """An `LM` with the interface of the harness. Results equal those of its `hf` model on the exported checkpoint."""
 
     def __init__(self, lm: LM):
         super().__init__()
@@ -26,10 +26,12 @@ class HarnessLM(TemplateLM):
 
     @property
     def eot_token_id(self) -> int:
+        """The id of the end-of-text token."""
         return self.lm.tokenizer.eos_id
 
     @property
     def tokenizer_name(self) -> str:
+        """The digest of the tokenizer, with which the harness identifies cached requests."""
         return self.lm.tokenizer.digest
 
     def tok_encode(self, string: str, add_special_tokens: bool | None = None, **kwargs) -> list[int]:
@@ -72,7 +74,7 @@ class HarnessLM(TemplateLM):
         for members in groups.values():
             kwargs = normalize_gen_kwargs(requests[members[0]].args[1], MAX_NEW_TOKENS)
             if kwargs.get("do_sample"):
-                raise ConfigError(f"a task asks for sampling: {kwargs}", "this model generates greedily")
+                raise ConfigError(f"a task asks for sampling: {kwargs}", "set do_sample: false in the task")
             eos = self.lm.tokenizer.decode([self.eot_token_id])
             stops = handle_stop_sequences(kwargs.get("until"), eos=eos)
             prompts = [requests[i].args[0] for i in members]
@@ -93,10 +95,10 @@ def run_tasks(
     cache: str | None = None,
     allow_code_execution: bool = False,
 ) -> dict[str, Any]:
-    """The harness's own result of `tasks` (names of its tasks, or of those in the folder `include`).
+    """The harness's result dictionary of `tasks` (names of its own tasks, or of those in the folder `include`).
 
-    `limit` examples per task, `cache` a file in which answers are kept between runs: name it after the model and its
-    experts. Raises ConfigError for tasks the harness does not know.
+    `limit` is the number of examples per task. `cache` is a file that keeps answers between runs: name it after the
+    model and its experts. ConfigError for a task that the harness does not know or that samples.
     """
     manager = _task_manager(tasks, include)
     result = simple_evaluate(
@@ -114,7 +116,10 @@ def run_tasks(
 
 
 def _task_manager(tasks: list[str], include: str | None) -> TaskManager:
-    """Knows all of `tasks`: by the folder alone where that does, for the harness has thousands of files of its own."""
+    """A manager that knows all of `tasks`; ConfigError if there is none.
+
+    It reads only the folder `include` if that suffices: the harness has thousands of task files of its own.
+    """
     if include is not None:
         manager = TaskManager(include_path=include, include_defaults=False)
         if all(manager.match_tasks([name]) for name in tasks):

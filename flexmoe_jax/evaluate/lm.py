@@ -1,4 +1,4 @@
-"""What benchmarks ask of a language model: log-likelihoods of continuations, and text until a stop string. Batched.
+"""A model as benchmarks call it: log-likelihoods of continuations, and text until a stop string; batched.
 
 Legend: B rows, T tokens, V vocabulary.
 """
@@ -19,16 +19,16 @@ from flexmoe_jax.model.generate import stream
 from flexmoe_jax.progress import track
 from flexmoe_jax.tree import Params
 
-# Lengths are rounded up to these, so that few shapes are compiled.
+# Lengths are rounded up to multiples of these, so that few shapes are compiled.
 _CONTEXT_STEP, _CONTINUATION_STEP = 64, 16
 
 
 @dataclasses.dataclass(frozen=True, eq=False)
 class LM:
-    """A model as benchmarks call it: `params` hold stacked experts, `run` says how they are run.
+    """A model as benchmarks call it: `params` with stacked experts on the devices, and the `Decoder` `run`.
 
-    Continuations of the same context are scored together: the context is read once and its keys and values are shared,
-    which makes a question with four answers almost as cheap as one with one.
+    Continuations of the same context are scored together: they share its keys and values, so that a question with four
+    answers costs almost the same as with one.
     """
 
     run: Decoder
@@ -37,8 +37,11 @@ class LM:
     batch_size: int = 8
 
     def encode_pair(self, context: str, continuation: str) -> tuple[list[int], list[int]]:
-        """Token ids of both, split where the context's own tokens end; the context's trailing spaces are moved to the
-        continuation, an empty context is the end-of-text token (as lm-evaluation-harness does)."""
+        """Token ids of (context, continuation), split where the context's own tokens end.
+
+        As in lm-evaluation-harness, trailing spaces of the context move to the continuation, and an empty context is
+        the end-of-text token.
+        """
         kept = context.rstrip()
         continuation, context = context[len(kept) :] + continuation, kept
         if not context:
@@ -47,8 +50,11 @@ class LM:
         return first, whole[len(first) :]
 
     def loglikelihoods(self, pairs: Sequence[tuple[list[int], list[int]]]) -> list[tuple[float, bool]]:
-        """(sum of the natural log-probabilities, whether greedy decoding would give it) of each continuation after its
-        context. What is too long loses tokens on the left of the context."""
+        """(sum of log-probabilities in nats, whether it is the greedy continuation) of each continuation.
+
+        `pairs` are token ids of (context, continuation). If both exceed the model's length, the context loses tokens on
+        the left. DataError for an empty context or continuation, or a continuation that is too long by itself.
+        """
         limit = self.run.config.max_seq_len + 1
         groups: dict[tuple[int, ...], list[int]] = {}
         for i, (context, continuation) in enumerate(pairs):
@@ -56,16 +62,16 @@ class LM:
                 raise DataError(
                     f"request {i} has a context of {len(context)} tokens and a continuation of {len(continuation)}, "
                     f"the model reads {self.run.config.max_seq_len}",
-                    "give both, and a continuation that fits",
+                    "give at least one token of each, and a continuation that fits",
                 )
             longest = limit - len(continuation)
             groups.setdefault(tuple(context[-longest:]), []).append(i)
         results: list[tuple[float, bool]] = [(0.0, False)] * len(pairs)
         order = sorted(groups, key=len, reverse=True)
-        alone = [(prefix, groups[prefix][0]) for prefix in order if len(groups[prefix]) == 1]
+        single = [(prefix, groups[prefix][0]) for prefix in order if len(groups[prefix]) == 1]
         with track("scoring", len(pairs), "continuations") as advance:
-            for begin in range(0, len(alone), self.batch_size):
-                some = alone[begin : begin + self.batch_size]
+            for start in range(0, len(single), self.batch_size):
+                some = single[start : start + self.batch_size]
                 rows = [([*prefix], pairs[i][1]) for prefix, i in some]
                 for (_, i), result in zip(some, self._score_rows(rows), strict=True):
                     results[i] = result
@@ -80,20 +86,23 @@ class LM:
         return results
 
     def continue_until(self, prompts: Sequence[str], stops: Sequence[str], max_new_tokens: int) -> list[str]:
-        """Greedy continuations, each cut before the first of `stops` or the end-of-text token. A prompt that leaves no
-        room for `max_new_tokens` loses tokens on the left."""
+        """Greedy continuations, each cut before the first of `stops` or the end-of-text token.
+
+        A prompt that leaves no room for `max_new_tokens` loses tokens on the left. DataError if `max_new_tokens` fill
+        the model's length.
+        """
         room = self.run.config.max_seq_len - max_new_tokens
         if room < 1:
             raise DataError(
-                f"{max_new_tokens} new tokens leave no room for a prompt in {self.run.config.max_seq_len}",
+                f"{max_new_tokens} new tokens leave no room for a prompt in the model's {self.run.config.max_seq_len}",
                 f"ask for at most {self.run.config.max_seq_len - 1}",
             )
         ids = [row[-room:] or [self.tokenizer.eos_id] for row in self.tokenizer.encode_batch(list(prompts))]
         order = sorted(range(len(ids)), key=lambda i: len(ids[i]), reverse=True)
         texts = [""] * len(ids)
         with track("generating", len(ids), "prompts") as advance:
-            for begin in range(0, len(order), self.batch_size):
-                some = order[begin : begin + self.batch_size]
+            for start in range(0, len(order), self.batch_size):
+                some = order[start : start + self.batch_size]
                 for i, text in zip(some, self._generate([ids[i] for i in some], stops, max_new_tokens), strict=True):
                     texts[i] = text
                 advance(len(some))
@@ -103,7 +112,7 @@ class LM:
         rows: list[list[int]] = [[] for _ in prompts]
         texts: dict[int, str] = {}
         steps = stream(
-            dataclasses.replace(self.run, dispatch="sparse"),  # it reads weights in place
+            dataclasses.replace(self.run, dispatch="sparse"),  # sparse decoding reads weights in place
             self.params,
             prompts,
             max_new_tokens=max_new_tokens,
@@ -122,7 +131,7 @@ class LM:
         return [cut(texts.get(i, self.tokenizer.decode(row)), stops) for i, row in enumerate(rows)]
 
     def _score_rows(self, rows: list[tuple[list[int], list[int]]]) -> list[tuple[float, bool]]:
-        """Rows of their own contexts, in one batch filled up to `batch_size`."""
+        """Scores rows with different contexts, in one batch padded to `batch_size`."""
         width = _round_up(max(len(context) + len(c) - 1 for context, c in rows), _CONTEXT_STEP)
         tokens_BT = np.zeros((self.batch_size, width), np.int32)
         targets_BT = np.full((self.batch_size, width), -1, np.int32)
@@ -134,7 +143,7 @@ class LM:
         return _results(sums, greedy, len(rows))
 
     def _score_shared(self, context: list[int], continuations: list[list[int]]) -> list[tuple[float, bool]]:
-        """One context, several continuations: its keys and values once, then the last of it with each."""
+        """Scores several continuations of one context, whose keys and values are computed once."""
         longest = _round_up(max(map(len, continuations)), _CONTINUATION_STEP)
         before = _round_up(max(len(context) - 1, 1), _CONTEXT_STEP)
         tokens_1T = np.zeros((1, before), np.int32)
@@ -150,7 +159,7 @@ class LM:
 
 
 def cut(text: str, stops: Sequence[str]) -> str:
-    """`text` before the first of `stops`."""
+    """The part of `text` before the first of `stops`."""
     found = [at for stop in stops if stop and (at := text.find(stop)) >= 0]
     return text[: min(found)] if found else text
 
@@ -176,7 +185,7 @@ def _after(
 
 
 def _sums(run: Decoder, params: Params, x_BTD: jax.Array, targets_BT: jax.Array) -> tuple[jax.Array, jax.Array]:
-    """(summed log-probabilities of the targets that are not -1 [B], whether each is the likeliest [B])."""
+    """(sum of log-probabilities of the targets that are not -1 [B], whether all of them are the likeliest [B])."""
 
     def of_row(_, row):
         x_TD, target_T = row

@@ -1,4 +1,4 @@
-"""Held-out bits per byte, and the routed share of every expert on the same tokens."""
+"""Bits per byte of held-out documents, and the routed share of every expert on the same tokens."""
 
 import dataclasses
 import functools
@@ -22,9 +22,9 @@ from flexmoe_jax.tree import Params
 
 @dataclasses.dataclass(frozen=True)
 class Score:
-    """Of one set of documents: each one's bytes, and its tokens' negative log-likelihoods, float32 [its tokens].
+    """The score of D documents: `bytes_D` int64, and `token_nats`, a float32 [tokens] array per document, in nats.
 
-    `share_LE` float64 is each layer's mean routed weight per expert (canonical order), normalised over the active
+    `share_LE` float64 is each layer's mean routed weight per expert (canonical order), normalized over the active
     experts, so that every layer sums to one.
     """
 
@@ -34,20 +34,22 @@ class Score:
 
     @property
     def nats_D(self) -> np.ndarray:
-        """float64, per document."""
+        """Negative log-likelihood of each document in nats, float64 [D]."""
         return np.array([nats.sum(dtype=np.float64) for nats in self.token_nats])
 
     @property
     def tokens(self) -> int:
+        """The number of scored tokens."""
         return sum(map(len, self.token_nats))
 
     @property
     def bits_per_byte(self) -> float:
+        """Negative log-likelihood of all documents in bits, over their UTF-8 bytes."""
         return float(self.nats_D.sum() / math.log(2) / self.bytes_D.sum())
 
 
 def half_window(seq_len: int) -> int:
-    """The default stride: every token has at least half a window of context, where its document has that much."""
+    """The default stride in tokens: every token has at least half a window of context, if its document has it."""
     return max(seq_len // 2, 1)
 
 
@@ -62,11 +64,11 @@ def score(
     stride: int,
     batch_size: int = 8,
 ) -> Score:
-    """Scores every token of every text once, with at least `seq_len - stride` tokens of left context where it has them.
+    """Scores every token of every text once, with at least `seq_len - stride` tokens of left context if they exist.
 
-    Documents are scored by themselves (never packed). The end-of-text token is context for the first token and itself
-    scored. The devices of `mesh`, on which `params` lie, share the rows of a batch, and every process has the whole
-    result.
+    Documents are never packed. The end-of-text token is the context of the first token, and is scored at the end. The
+    devices of `mesh`, which hold `params` with stacked experts, share the rows of a batch; every process gets the whole
+    result. DataError if there is no text.
     """
     if not texts:
         raise DataError("there is no document to score", "give at least one held-out document")
@@ -86,7 +88,10 @@ def score(
 
 
 def heldout_texts(folder: pathlib.Path, max_bytes: int, split: str = "heldout") -> list[str]:
-    """The first documents of a folder's split, at most `max_bytes` of text but at least one document."""
+    """The first documents of a folder's split: at most `max_bytes` of UTF-8 text, but at least one document.
+
+    DataError if the folder has no document of the split.
+    """
     from flexmoe_jax.data.sources import read_documents
 
     texts: list[str] = []
@@ -102,7 +107,7 @@ def heldout_texts(folder: pathlib.Path, max_bytes: int, split: str = "heldout") 
 
 
 def describe(experts: tuple[str, ...], score: Score) -> dict:
-    """A Score as JSON values."""
+    """A Score as JSON values; `experts` are the names in canonical order."""
     layers = [dict(zip(experts, map(float, row), strict=True)) for row in score.share_LE]
     return {
         "bits_per_byte": score.bits_per_byte,
@@ -124,7 +129,7 @@ def _score_batch(run: Decoder, params: Params, batch: Batch) -> tuple[jax.Array,
 
 
 def routed_share(run: Decoder, router_logits_LNE: jax.Array) -> jax.Array:
-    """Weights of the active experts, normalized so that every token's sum to one: float32 [L, N, E]."""
+    """float32 router logits [L, N, E] -> weights of the active experts [L, N, E], normalized to sum to one."""
     active = run.active(router_logits_LNE.shape[-1])
     chosen = route_uniform if run.uniform else functools.partial(route, k=active)
     weights_LNE = jax.vmap(lambda logits_NE: chosen(logits_NE).weights_NE)(router_logits_LNE)

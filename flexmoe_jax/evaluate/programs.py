@@ -1,7 +1,7 @@
-"""Running generated programs: in a process of their own, with limits of time, memory and file size.
+"""Runs generated programs in a separate process, with limits on time, memory and file size.
 
-The limits keep an accident small. They are no wall against malice: run benchmarks that execute code where nothing can
-be lost, and only when asked to (`--allow-code-execution`).
+The limits contain accidents, not malice: run benchmarks that execute code only where nothing can be lost, and only on
+request (`--allow-code-execution`).
 """
 
 import os
@@ -13,7 +13,7 @@ import tempfile
 from typing import Any
 
 SECONDS, MEMORY_BYTES, FILE_BYTES = 10, 1 << 30, 1 << 20
-# Set by the new process itself: between fork and exec nothing of this one may run, which has threads.
+# The new process sets its own limits: this process has threads, so that none of its code may run between fork and exec.
 _LIMITS = f"""import resource
 for kind, most in (("CPU", {SECONDS + 1}), ("AS", {MEMORY_BYTES}), ("FSIZE", {FILE_BYTES}), ("CORE", 0)):
     resource.setrlimit(getattr(resource, "RLIMIT_" + kind), (most, most))
@@ -21,9 +21,10 @@ del resource, kind, most"""
 
 
 def passes(program: str, seconds: float = SECONDS) -> bool:
-    """Whether `program` runs to its last line, without an exception, within the limits.
+    """Whether `program` runs to its end, without an exception, within `seconds` and the other limits.
 
-    A program that ends itself before its assertions does not pass: the last line prints a word it does not know.
+    A program that exits before its assertions does not pass: after its end a random word is printed, which it cannot
+    know.
     """
     word = secrets.token_hex(16)
     with tempfile.TemporaryDirectory() as folder, open(os.path.join(folder, "out"), "w+b") as out:
@@ -47,7 +48,7 @@ def passes(program: str, seconds: float = SECONDS) -> bool:
 
 
 def humaneval_program(generated: str, doc: dict[str, Any]) -> str:
-    """The prompt's function with the generated body (or the whole function, if that was generated), and its test."""
+    """The HumanEval prompt with the generated body (or the generated whole function), and its test."""
     name = doc["entry_point"]
     whole = f"def {name}(" in generated
     before = doc["prompt"].split(f"def {name}(")[0] if whole else doc["prompt"]
@@ -55,7 +56,7 @@ def humaneval_program(generated: str, doc: dict[str, Any]) -> str:
 
 
 def mbpp_program(generated: str, doc: dict[str, Any]) -> str:
-    """The generated function and its assertions."""
+    """The generated MBPP function and its assertions."""
     return "\n".join([doc.get("test_setup_code") or "", generated, *doc["test_list"]])
 
 

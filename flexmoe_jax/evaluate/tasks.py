@@ -1,4 +1,4 @@
-"""Running a suite: the score of every task that the wheel holds, and the mean of its group."""
+"""Runs tasks: the score of one task over its examples."""
 
 import dataclasses
 import math
@@ -17,8 +17,10 @@ _METRICS = {F1: "f1", EXACT_NUMBER: "exact match", EXACT_MATH: "exact match", PR
 
 @dataclasses.dataclass(frozen=True)
 class Result:
-    """`score` is the mean of `examples` scores between 0 and 1 (of `bits per byte`: lower is better), `error` its
-    standard error."""
+    """`score` is the mean over `examples`, `error` its standard error (NaN for one example).
+
+    Scores are between 0 and 1, higher is better; for the metric `bits per byte` lower is better.
+    """
 
     task: str
     metric: str
@@ -30,8 +32,11 @@ class Result:
 def run_task(
     lm: LM, task: Task, examples: Sequence[Example], *, gold: bool = False, allow_code_execution: bool = False
 ) -> Result:
-    """Scores one task. With `gold` the bits per byte of the gold answers, which tells small models apart where no
-    answer is right yet. Raises ConfigError as `check_allowed` does."""
+    """Scores one task.
+
+    With `gold`: the bits per byte of the gold answers, which distinguish small models that answer nothing right yet.
+    ConfigError as of `check_allowed`.
+    """
     check_allowed(task, gold, allow_code_execution)
     if gold:
         return _result(task, "bits per byte", _bits_per_byte(lm, examples))
@@ -41,7 +46,7 @@ def run_task(
 
 
 def check_allowed(task: Task, gold: bool, allow_code_execution: bool) -> None:
-    """ConfigError where generated code would run and was not allowed to."""
+    """ConfigError if the task runs generated code, unless that is allowed or only `gold` answers are scored."""
     if task.kind == PROGRAM and not gold and not allow_code_execution:
         raise ConfigError(
             f"{task.name} runs what the model writes",

@@ -49,6 +49,7 @@ class MetricsFile:
         self._file = path.open("a", buffering=1)
 
     def write(self, values: dict) -> None:
+        """Writes one line of JSON values."""
         if self._file:
             self._file.write(json.dumps(values) + "\n")
 

@@ -26,9 +26,9 @@ PROJECTION_SEED = 0
 class Stage:
     """`params` is the whole initial tree, float32; `base` holds the content digests that the product is bound to.
 
-    `router` is how the new router row is made (`data.embedding.projection_record`). `history` goes into the product's
-    record: the package that is trained further and the owners whose data influenced it, or all owners of a model whose
-    experts are trained together.
+    `router` records the origin of the router row (`data.embedding.projection_record`). `history` goes into the
+    product's record: the package that is trained further and the owners whose data influenced it, or all owners of a
+    model whose experts are trained together.
     """
 
     model: ModelConfig

@@ -127,7 +127,7 @@ def split_state(params: Params, owner: str, freeze: str | None, groups: int) -> 
             raise ConfigError(
                 f"the mesh splits experts ({EXPERT}={groups}), of which {', '.join(sorted(held))} are "
                 "trained and others frozen, or the reverse",
-                f"train all feed-forward networks or none, or set {EXPERT}=1",
+                f"train all feed-forward networks or none, or set {EXPERT}=1: two experts need no expert axis",
             )
     trainable, frozen = (
         {**part, **({"experts": stack_weights(part["experts"])} if "experts" in part else {})}

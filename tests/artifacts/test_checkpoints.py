@@ -102,7 +102,7 @@ def test_arrays_may_be_donated_as_soon_as_save_returns(tmp_path):
     assert bits((restored.trainable, restored.opt_state)) == expected
 
 
-def test_a_flipped_bit_in_any_file_of_the_newest_step_falls_back(saved, tmp_path):
+def test_a_flipped_bit_in_any_file_of_the_newest_step_falls_back_to_the_step_before(saved, tmp_path):
     path, states = saved
     for number, name in enumerate(list_files(path / "checkpoints/3")[0]):
         run = shutil.copytree(path, tmp_path / str(number))
@@ -131,7 +131,7 @@ def test_a_run_saves_again_the_step_that_was_damaged(saved):
 
 
 @pytest.mark.parametrize("damage", ["missing", "extra", "swapped", "no digests", "digests altered"])
-def test_other_damage_falls_back_too(saved, damage):
+def test_missing_extra_and_swapped_files_fall_back_too(saved, damage):
     path, states = saved
     newest, digests = path / "checkpoints/3", path / "digests/3.json"
     if damage == "missing":

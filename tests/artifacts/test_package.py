@@ -93,7 +93,7 @@ def test_the_content_digest_identifies_the_parameters_not_the_record(original, t
     assert first.digest != same.digest
 
 
-def test_orbax_alone_reads_the_arrays(original):
+def test_orbax_reads_the_arrays_without_this_library(original):
     import orbax.checkpoint as ocp
 
     assert same_tree(ocp.PyTreeCheckpointer().restore(original / "arrays"), random_part("news", 0))

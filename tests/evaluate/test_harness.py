@@ -1,4 +1,4 @@
-"""lm-evaluation-harness: our model and the harness's own `hf` model on the exported checkpoint, on local task files."""
+"""lm-evaluation-harness: our model equals the harness's `hf` model of the exported checkpoint, on local task files."""
 
 import json
 import os
@@ -79,7 +79,7 @@ NAMES = ["tiny_choice", "tiny_rolling", "tiny_until"]
 
 
 def answers(result):
-    """{task: the model's raw answers, document by document}."""
+    """{task: the model's raw answers per document}."""
     return {name: [[r[0] for r in s["resps"]] for s in result["samples"][name]] for name in NAMES}
 
 
@@ -136,7 +136,7 @@ def test_answers_are_cached(tasks, exported, tmp_path, monkeypatch):
 def test_an_unknown_task_is_refused(tasks, exported, monkeypatch):
     from flexmoe_jax.evaluate import harness
 
-    own = harness.TaskManager  # without the harness's own tasks: reading their files takes 20 s
+    own = harness.TaskManager  # without the harness's own tasks, whose files take 20 s to read
     monkeypatch.setattr(
         harness, "TaskManager", lambda include_path, **_: own(None, include_path, include_defaults=False)
     )

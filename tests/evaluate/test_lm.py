@@ -1,4 +1,4 @@
-"""Log-likelihoods against the logits, whatever way they are batched; text against greedy generation."""
+"""Log-likelihoods equal those of the logits in any batching; texts equal greedy generation."""
 
 import jax
 import numpy as np
@@ -19,7 +19,7 @@ def model(tmp_path_factory) -> fm.Model:
 
 
 def logits_of(model, ids):
-    """Float32 [tokens, V]; computed with padding on the right, so that one shape is compiled for all."""
+    """float32 [tokens, V], computed with right padding, so that only one shape is compiled."""
     return np.asarray(model.logits(ids + [0] * (model.config.max_seq_len - len(ids))))[: len(ids)]
 
 
@@ -32,7 +32,7 @@ def by_hand(model, context, continuation):
 
 
 def requests(model):
-    """Alone and sharing a context; one token and many; short contexts and one that is too long; greedy answers."""
+    """Pairs with own and shared contexts, of one token and many, a context that is too long, and greedy answers."""
     rng = np.random.default_rng(0)
 
     def ids(n):
@@ -50,18 +50,18 @@ def requests(model):
 
 
 @pytest.mark.parametrize(("batch_size", "experts"), [(1, None), (3, None), (3, ("public", "news"))])
-def test_loglikelihoods_are_those_of_the_logits(model, batch_size, experts):
+def test_loglikelihoods_equal_those_of_the_logits(model, batch_size, experts):
     chosen = model if experts is None else model.select(experts)
     pairs = requests(chosen)
     found = chosen.lm(batch_size).loglikelihoods(pairs)
     expected = [by_hand(chosen, *pair) for pair in pairs]
-    # Sums of up to forty float32 log-probabilities of order 6, attention in another order through the cache.
+    # Sums of up to forty float32 log-probabilities of order 6; attention with the cache sums in another order.
     np.testing.assert_allclose([v for v, _ in found], [v for v, _ in expected], atol=2e-4)
     assert [g for _, g in found] == [g for _, g in expected]
     assert {True, False} == {g for _, g in expected}
 
 
-def test_experts_change_the_answer(model):
+def test_leaving_out_an_expert_changes_the_loglikelihoods(model):
     pairs = requests(model)[:1]
     assert model.lm(3).loglikelihoods(pairs) != model.without("code").lm(3).loglikelihoods(pairs)
 
@@ -106,6 +106,6 @@ def test_a_long_prompt_keeps_its_end(model):
 
 
 @pytest.mark.parametrize("pair", [([], [1]), ([1], []), ([1], [1] * 65)])
-def test_requests_without_answer_are_refused(model, pair):
+def test_empty_and_too_long_requests_are_refused(model, pair):
     with pytest.raises(FlexMoEError, match="request 0"):
         model.lm().loglikelihoods([pair])

@@ -1,4 +1,4 @@
-"""A text's tokens and their experts: nothing of the text is lost, and the weights are the router's."""
+"""The routing of a text: pieces join to the text, and weights are the router's."""
 
 import numpy as np
 import pytest
@@ -21,8 +21,8 @@ def test_pieces_join_to_the_text_and_weights_sum_to_one(model, text):
     np.testing.assert_allclose(routing.weights_LTE.sum(-1), 1, atol=1e-6)  # float32 sums of three
 
 
-def test_a_texts_mean_weights_are_the_shares_that_scoring_reports(model):
-    """The same positions but one: scoring also reads the end-of-text token, which routing leaves out."""
+def test_the_mean_weights_of_a_text_equal_the_shares_of_its_score(model):
+    """Except for one position: scoring also counts the end-of-text token."""
     text = "police said the market"
     routing = model.routing(text)
     score = model.score([text])
@@ -34,14 +34,14 @@ def test_a_texts_mean_weights_are_the_shares_that_scoring_reports(model):
 
 
 def test_a_tokens_weights_are_those_of_the_position_that_reads_it(model):
-    """Only the last token differs: so do its weights, and no others."""
+    """Only the last token differs, so only its weights differ."""
     one, other = (model.routing(f"police said the {last}").weights_LTE for last in ("a", "b"))
     assert one.shape == other.shape
     np.testing.assert_array_equal(one[:, :-1], other[:, :-1])
     assert (one[:, -1] != other[:, -1]).any()
 
 
-def test_top_k_leaves_the_others_nothing(world):
+def test_experts_outside_the_top_k_have_weight_zero(world):
     import dataclasses
 
     routing = dataclasses.replace(load(world / "model"), wanted_top_k=1).routing("the election for the city")

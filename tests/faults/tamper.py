@@ -93,6 +93,6 @@ def tamper(
                 refused = kind == "extra"
             except FlexMoEError:
                 refused = True
-        told = " ".join(f"{f.subject} {f.detail}" for f in checks if not f.ok)
-        yield Fault(f"{kind}, {what}", any(part in told for part in name.split("|")), refused)
+        reported = " ".join(f"{f.subject} {f.detail}" for f in checks if not f.ok)
+        yield Fault(f"{kind}, {what}", any(part in reported for part in name.split("|")), refused)
         shutil.rmtree(path)

@@ -222,7 +222,7 @@ def test_plan_without_a_topology_names_the_smallest_slices(capsys):
     ("arguments", "what"),
     [
         (["--topology", "v5p:2x2x1", "--mesh", "fsdp=8"], "the mesh 'fsdp=8' takes 8 devices, there are 4"),
-        (["--topology", "v5p:2x2x1", "--mesh", "expert=4"], "a pair needs no axis of its own"),
+        (["--topology", "v5p:2x2x1", "--mesh", "expert=4"], "two experts need no expert axis"),
         (["--topology", "v6e:16x16", "--mesh", "fsdp=256"], "a microbatch of 16 rows is split over 256 devices"),
         (["--compile"], "--compile was given without --topology"),
         (["--experts", "8"], "--experts 8 in the run of 'news'"),

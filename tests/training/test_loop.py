@@ -148,7 +148,7 @@ def test_killed_without_warning_and_resumed_equals_uninterrupted(release, tmp_pa
     assert read_manifest(package).content == read_manifest(loop.train(whole)).content
 
 
-def test_a_finished_run_is_left_alone(release, tmp_path, caplog):
+def test_a_finished_run_is_not_changed(release, tmp_path, caplog):
     run = expert_run(tmp_path, "news", release)
     loop.train(run)
     before = {p: p.stat().st_mtime_ns for p in pathlib.Path(run.out, "package").rglob("*")}
