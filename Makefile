@@ -3,7 +3,7 @@ PYTHON ?= python3
 VENV ?= .venv
 BIN := $(VENV)/bin
 
-.PHONY: quickstart test check test-faults test-smollm2 test-study test-distributed test-latest-jax smollm2 smollm2-expert bench lock clean
+.PHONY: quickstart test check docs test-faults test-smollm2 test-study test-distributed test-latest-jax smollm2 smollm2-expert bench lock clean
 
 quickstart: $(VENV)/.installed
 	$(BIN)/flexmoe quickstart --out runs/quickstart
@@ -17,6 +17,12 @@ check: $(VENV)/.installed
 	$(BIN)/ruff check .
 	$(BIN)/mypy
 	$(MAKE) test
+
+# The documentation, in docs/_build/html; its evidence is made from results/. Warnings are errors.
+docs: $(VENV)/.installed
+	$(BIN)/python -m docs.evidence
+	$(BIN)/python -m sphinx -W --keep-going -q -b html docs docs/_build/html
+	@echo docs/_build/html/index.html
 
 # A real model both ways: SmolLM2-135M-Instruct out of its wheel, against transformers. Three minutes.
 test-smollm2: $(VENV)/.installed

@@ -43,12 +43,11 @@ def configuration(verb: str) -> type:
 
 
 def markdown(config: type) -> str:
-    """The keys of the configuration class `config` as a Markdown table, for the documentation."""
-    rows = ["| key | type, default | meaning |", "|---|---|---|"]
+    """The keys of the configuration class `config` in Markdown, a heading for each, for the documentation."""
+    parts = []
     for key in keys_of(config).values():
-        text = " ".join(key.text.split()).replace("|", "\\|")
-        rows.append(f"| `{key.name}` | {', '.join(_kind(key))} | {text} |")
-    return "\n".join(rows) + "\n"
+        parts.append(f"## `{key.name}`\n\n*{', '.join(_kind(key))}*\n\n{' '.join(key.text.split())}\n")
+    return "\n".join(parts)
 
 
 def _kind(key: Key) -> list[str]:

@@ -1,0 +1,1 @@
+"""Documents, tokenizers, token stores, batches, domain embeddings and proxies."""

@@ -80,17 +80,17 @@ def test_an_unknown_key_gets_a_hint(key, meant, capsys, spec):
 
 
 def test_markdown_has_the_text_of_fields_that_have_one():
-    assert markdown(Plain).splitlines()[2:] == [
-        "| `size` | int, required |  |",
-        "| `name` | str or none, default none |  |",
-        "| `rate` | float, default 0.5 | Either a\\|b. |",
+    assert markdown(Plain).splitlines() == [
+        *("## `size`", "", "*int, required*", "", "", ""),
+        *("## `name`", "", "*str or none, default none*", "", "", ""),
+        *("## `rate`", "", "*float, default 0.5*", "", "Either a|b."),
     ]
 
 
-def test_markdown_has_a_row_for_every_key():
-    rows = markdown(RunConfig).splitlines()[2:]
-    assert [row.split("`")[1] for row in rows] == list(keys_of(RunConfig))
-    assert all(row.replace("\\|", "").count("|") == 4 for row in rows)
+def test_markdown_has_a_heading_for_every_key():
+    lines = markdown(RunConfig).splitlines()
+    assert [line.split("`")[1] for line in lines if line.startswith("## ")] == list(keys_of(RunConfig))
+    assert lines[lines.index("## `router_scale`") + 2] == "*float, default 0.1*"
 
 
 @pytest.mark.parametrize("verb", ["train", "pretrain", "plan", "reproduce"])
