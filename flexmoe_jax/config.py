@@ -143,6 +143,16 @@ class RunConfig:
     expert: str | None = None
     """An owner's package to train further, in the place of a new expert."""
 
+    text_field: str = "text"
+    """Field, or Parquet column, of the documents in `data` that holds the text."""
+
+    id_field: str = "id"
+    """Field, or Parquet column, of the documents in `data` that holds an identifier."""
+
+    token_dtype: str | None = None
+    """Dtype of OLMo token files, which do not record it: uint16 or uint32. None: uint16 where every id of the tokenizer
+    fits, else uint32."""
+
     tokenizer: str = "cl100k:8192"
     """Tokenizer of a new public model: `cl100k:N` (the first N ranks of cl100k), `dolma2`, or a tokenizer.json.
     All other runs use the public model's."""
@@ -258,8 +268,11 @@ class RunConfig:
                 f"config.batch_size {self.batch_size} is not a multiple of config.accumulation {self.accumulation}",
                 "microbatches are equal: change one of the two",
             )
-        if self.compute_dtype not in ("float32", "bfloat16"):
-            raise ConfigError(f"config.compute_dtype is {self.compute_dtype!r}", "use 'float32' or 'bfloat16'")
+        choices = {"compute_dtype": ("float32", "bfloat16"), "token_dtype": (None, "uint16", "uint32")}
+        for name, known in choices.items():
+            if getattr(self, name) not in known:
+                words = " or ".join(repr(choice) for choice in known if choice)
+                raise ConfigError(f"config.{name} is {getattr(self, name)!r}", f"use {words}")
         if self.top_k is not None and self.top_k < 1:
             raise ConfigError(f"config.top_k is {self.top_k}", "give at least 1, or leave it out for all experts")
         if self.load_balance < 0:

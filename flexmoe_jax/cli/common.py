@@ -7,9 +7,12 @@ import os
 import re
 import textwrap
 from collections.abc import Collection, Sequence
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 from flexmoe_jax.errors import ConfigError, did_you_mean
+
+if TYPE_CHECKING:
+    from flexmoe_jax.data.records import Fields
 
 # Words of earlier versions: "VERB" or "VERB --option", and what to write instead.
 RENAMED = {
@@ -142,6 +145,19 @@ def check_paths(config: Any) -> None:
 
 def add_json(p: argparse.ArgumentParser) -> None:
     p.add_argument("--json", action="store_true", help="print the result as one JSON object on stdout")
+
+
+def add_fields(p: argparse.ArgumentParser) -> None:
+    what = "field, or Parquet column, that holds a document's"
+    p.add_argument("--text-field", default="text", metavar="NAME", help=f"{what} text; text by default")
+    p.add_argument("--id-field", default="id", metavar="NAME", help=f"{what} identifier; id by default")
+
+
+def fields_of(args: argparse.Namespace) -> "Fields":
+    """The options of `add_fields`."""
+    from flexmoe_jax.data.records import Fields
+
+    return Fields(args.text_field, args.id_field)
 
 
 def emit(result: Any, lines: Sequence[str], as_json: bool) -> None:

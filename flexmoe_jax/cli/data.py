@@ -3,7 +3,7 @@
 import dataclasses
 import pathlib
 
-from flexmoe_jax.cli.common import ExistingPath, LocalPath, add_json, emit, names, parser, table
+from flexmoe_jax.cli.common import ExistingPath, LocalPath, add_fields, add_json, emit, fields_of, names, parser, table
 from flexmoe_jax.errors import DataError
 
 
@@ -71,11 +71,12 @@ def _info(argv: list[str]) -> int:
 def _tokenize(argv: list[str]) -> int:
     text = "Makes a token store of documents. A run tokenizes documents by itself; a store is made once for many runs."
     p = parser("data tokenize", text, "flexmoe data tokenize documents --out tokens --tokenizer dolma2")
-    what = "a file or folder of .jsonl[.gz|.zst], .parquet or .txt"
+    what = "a file or folder of JSON lines (.jsonl, .ndjson, .json.gz, ..), .parquet or .txt"
     p.add_argument("documents", action=ExistingPath, help=what)
     p.add_argument("--out", required=True, action=LocalPath, help="new folder")
     what = "cl100k:N, dolma2, or a tokenizer.json; cl100k:8192 by default"
     p.add_argument("--tokenizer", default="cl100k:8192", action=LocalPath, help=what)
+    add_fields(p)
     add_json(p)
     args = p.parse(argv)
     from flexmoe_jax.data.sources import read_documents
@@ -83,7 +84,8 @@ def _tokenize(argv: list[str]) -> int:
     from flexmoe_jax.data.tokenizer import load_tokenizer
 
     tokenizer = load_tokenizer(args.tokenizer)
-    store = write_store((d.text for d in read_documents(args.documents)), tokenizer, pathlib.Path(args.out))
+    documents = read_documents(args.documents, fields=fields_of(args))
+    store = write_store((document.text for document in documents), tokenizer, pathlib.Path(args.out))
     result = {"out": args.out, "tokens": store.num_tokens, "tokenizer": tokenizer.digest}
     emit(result, [f"{args.out}: {store.num_tokens:,} tokens"], args.json)
     return 0
@@ -100,13 +102,15 @@ def embed(argv: list[str]) -> int:
     p.add_argument("--encoder", action=LocalPath, help=what)
     p.add_argument("--count", type=int, default=1000, help="documents in the sample; 1000 by default")
     p.add_argument("--seed", type=int, default=0, help="of the sample; 0 by default")
+    add_fields(p)
     add_json(p)
     args = p.parse(argv)
     from flexmoe_jax.data.embedding import DEFAULT_ENCODER
     from flexmoe_jax.data.embedding import embed as embed_documents
 
     encoder = args.encoder or DEFAULT_ENCODER
-    vector = embed_documents(args.documents, args.out, encoder=encoder, count=args.count, seed=args.seed)
+    options = {"encoder": encoder, "count": args.count, "seed": args.seed}
+    vector = embed_documents(args.documents, args.out, fields=fields_of(args), **options)
     result = {"out": args.out, "count": vector.count, "seen": vector.seen, "width": vector.vector.size}
     result |= {"encoder": vector.encoder, "encoder_digest": vector.encoder_digest}
     mean = f"mean of {vector.count} of {vector.seen} documents by {vector.encoder}, {vector.vector.size} wide"

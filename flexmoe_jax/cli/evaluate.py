@@ -5,7 +5,18 @@ import dataclasses
 import pathlib
 from typing import TYPE_CHECKING
 
-from flexmoe_jax.cli.common import ExistingPath, LocalPath, Parser, add_json, emit, names, parser, table
+from flexmoe_jax.cli.common import (
+    ExistingPath,
+    LocalPath,
+    Parser,
+    add_fields,
+    add_json,
+    emit,
+    fields_of,
+    names,
+    parser,
+    table,
+)
 from flexmoe_jax.errors import ConfigError
 
 if TYPE_CHECKING:
@@ -30,6 +41,7 @@ def eval(argv: list[str]) -> int:
     p.add_argument("--stride", type=int, help="tokens between windows; half the window by default")
     p.add_argument("--mesh", help="how devices share the model, as data=2,fsdp=4; all by fsdp by default")
     p.add_argument("--layers", action="store_true", help="also show the shares of every layer")
+    add_fields(p)
     args = p.parse(argv)
     from flexmoe_jax.parallel.mesh import mesh_of_all
     from flexmoe_jax.parallel.processes import is_lead, join
@@ -61,7 +73,7 @@ def _score_folders(model: "Model", args: argparse.Namespace, seq_len: int, strid
     results = {}
     last_parts = [pathlib.Path(folder).name for folder in args.data]
     for folder, name in zip(args.data, last_parts, strict=True):
-        texts = heldout_texts(pathlib.Path(folder), args.max_bytes, args.split)
+        texts = heldout_texts(pathlib.Path(folder), args.max_bytes, args.split, fields_of(args))
         score = model.score(texts, seq_len=seq_len, stride=stride, uniform=args.uniform)
         results[name if last_parts.count(name) == 1 else folder] = describe(model.experts, score)
     return results

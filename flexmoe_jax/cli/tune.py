@@ -3,7 +3,7 @@
 import pathlib
 from typing import TYPE_CHECKING
 
-from flexmoe_jax.cli.common import ExistingPath, LocalPath, add_json, check_path, emit, parser
+from flexmoe_jax.cli.common import ExistingPath, LocalPath, add_fields, add_json, check_path, emit, fields_of, parser
 from flexmoe_jax.errors import DataError, did_you_mean
 
 if TYPE_CHECKING:
@@ -24,13 +24,14 @@ def train_classifier(argv: list[str]) -> int:
     p.add_argument("--encoder", action=LocalPath, help=_ENCODER)
     p.add_argument("--count", type=int, default=1000, help="documents of each kind in the sample; 1000 by default")
     p.add_argument("--seed", type=int, default=0, help="of the sample; 0 by default")
+    add_fields(p)
     add_json(p)
     args = p.parse(argv)
     from flexmoe_jax.data import proxies
     from flexmoe_jax.data.embedding import DEFAULT_ENCODER
     from flexmoe_jax.data.sources import read_documents
 
-    own, public = read_documents(args.documents), read_documents(args.public_data)
+    own, public = read_documents(args.documents, fields=fields_of(args)), read_documents(args.public_data)
     encoder = args.encoder or DEFAULT_ENCODER
     classifier = proxies.train_classifier(own, public, encoder=encoder, count=args.count, seed=args.seed)
     classifier.save(args.out)

@@ -19,6 +19,7 @@ from typing import Any
 import numpy as np
 import numpy.typing as npt
 
+from flexmoe_jax.data.records import DEFAULT, Fields
 from flexmoe_jax.data.sources import Document, read_documents
 from flexmoe_jax.errors import DataError
 from flexmoe_jax.files import sha256_file, write_json
@@ -83,12 +84,13 @@ def embed(
     encoder: str | pathlib.Path = DEFAULT_ENCODER,
     count: int = 1000,
     seed: int = 0,
+    fields: Fields = DEFAULT,
 ) -> DomainVector:
     """The domain vector of the training documents in the file or folder `documents`, written to `out` if given.
 
     See `domain_vector` and `sources.read_documents`.
     """
-    vector = domain_vector(read_documents(documents), encoder=encoder, count=count, seed=seed)
+    vector = domain_vector(read_documents(documents, fields=fields), encoder=encoder, count=count, seed=seed)
     if out is not None:
         vector.save(out)
     return vector

@@ -16,6 +16,7 @@ from typing import Any, TypeVar
 
 import numpy as np
 
+from flexmoe_jax.data.corpus import is_documents
 from flexmoe_jax.data.tokenizer import Tokenizer
 from flexmoe_jax.errors import DataError
 from flexmoe_jax.files import new_directory, sha256_file, write_json
@@ -27,6 +28,7 @@ FORMAT = "flexmoe-tokens-1"
 TOKENS_PER_FILE = 1 << 28  # the batch that reaches this ends the file
 BATCH_DOCUMENTS, BATCH_CHARACTERS = 512, 2 << 20  # encoding takes about 110 bytes of memory per byte of text
 EOS_SEARCH_TOKENS = 1 << 22
+MAX_INDEX_BYTES = 1 << 26
 _WORD_ENDS, _SEARCHED = re.compile(r"(?<=\S)(\n|(?= ))(?=\S| \S)"), 1 << 16  # where no byte-level BPE merges across
 
 
@@ -135,6 +137,24 @@ class TokenStore:
                 "give tokens of this tokenizer, of the dtype that they were written with",
             )
         return tokens
+
+
+def kind_of(path: pathlib.Path) -> str:
+    """What training data at `path` is: "store" (of `write_store`), "olmo" (raw token files) or "documents".
+
+    DataError for a folder that holds raw token files beside files of documents.
+    """
+    index = path / "index.json"
+    if index.is_file() and b'"flexmoe-tokens-' in index.read_bytes()[:MAX_INDEX_BYTES]:
+        return "store"
+    if not path.is_dir() or not any(path.glob("*.npy")):
+        return "documents"
+    if others := sorted(file.name for file in path.iterdir() if is_documents(file.name)):
+        raise DataError(
+            f"{path} holds both token files (*.npy) and documents ({others[0]}, ...)",
+            "move one kind to a folder of its own",
+        )
+    return "olmo"
 
 
 def write_store(

@@ -9,12 +9,14 @@ import jax
 import numpy as np
 from jax.sharding import Mesh
 
+from flexmoe_jax.data.corpus import HELDOUT
 from flexmoe_jax.data.pipeline import Batch, scoring_batches
+from flexmoe_jax.data.records import DEFAULT, Fields
+from flexmoe_jax.data.sources import read_documents
 from flexmoe_jax.data.tokenizer import Tokenizer
 from flexmoe_jax.errors import DataError
 from flexmoe_jax.model.decoder import Decoder, head, hidden_states
 from flexmoe_jax.model.loss import next_token_loss
-from flexmoe_jax.model.router import route, route_uniform
 from flexmoe_jax.parallel.mesh import everywhere
 from flexmoe_jax.parallel.specs import batch_parts, place_batch
 from flexmoe_jax.tree import Params
@@ -87,16 +89,14 @@ def score(
     return Score(joined, bytes_D, share_LE / sum(map(len, joined)))
 
 
-def heldout_texts(folder: pathlib.Path, max_bytes: int, split: str = "heldout") -> list[str]:
+def heldout_texts(folder: pathlib.Path, max_bytes: int, split: str = HELDOUT, fields: Fields = DEFAULT) -> list[str]:
     """The first documents of a folder's split: at most `max_bytes` of UTF-8 text, but at least one document.
 
     DataError if the folder has no document of the split.
     """
-    from flexmoe_jax.data.sources import read_documents
-
     texts: list[str] = []
     size = 0
-    for document in read_documents(folder, split):
+    for document in read_documents(folder, split, fields):
         size += len(document.text.encode())
         if texts and size > max_bytes:
             break
@@ -130,7 +130,5 @@ def _score_batch(run: Decoder, params: Params, batch: Batch) -> tuple[jax.Array,
 
 def routed_share(run: Decoder, router_logits_LNE: jax.Array) -> jax.Array:
     """float32 router logits [L, N, E] -> weights of the active experts [L, N, E], normalized to sum to one."""
-    active = run.active(router_logits_LNE.shape[-1])
-    chosen = route_uniform if run.uniform else functools.partial(route, k=active)
-    weights_LNE = jax.vmap(lambda logits_NE: chosen(logits_NE).weights_NE)(router_logits_LNE)
+    weights_LNE = jax.vmap(lambda logits_NE: run.route(logits_NE).weights_NE)(router_logits_LNE)
     return weights_LNE / weights_LNE.sum(-1, keepdims=True)

@@ -47,6 +47,12 @@ class Decoder:
         """Experts active per token of a model that has `experts` of them."""
         return min(self.top_k or experts, experts)
 
+    def route(self, logits_NE: jax.Array) -> router.Routing:
+        """Router logits float32 [..., E] -> the experts of each token and their weights."""
+        if self.uniform:
+            return router.route_uniform(logits_NE)
+        return router.route(logits_NE, self.active(logits_NE.shape[-1]), self.config.norm_topk)
+
 
 @jax.tree_util.register_dataclass
 @dataclasses.dataclass(frozen=True)
@@ -182,10 +188,7 @@ def moe(run: Decoder, experts: Params, x_BTD: jax.Array, layer: jax.Array | None
     x_ND = x_BTD.reshape(B * T, D)
     router_ED, bias_E = _router_rows(experts)
     logits_NE = router.router_logits(x_ND, router_ED, bias_E)
-    if run.uniform:
-        routing = router.route_uniform(logits_NE)
-    else:
-        routing = router.route(logits_NE, run.active(len(bias_E)), run.config.norm_topk)
+    routing = run.route(logits_NE)
     mixture = dense if run.dispatch == "dense" else sparse_on_mesh if splits_work() else sparse
     return mixture(x_ND, routing, experts, layer).reshape(B, T, D), logits_NE
 

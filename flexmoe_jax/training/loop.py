@@ -20,7 +20,7 @@ from flexmoe_jax.artifacts.sealed import digest
 from flexmoe_jax.config import RunConfig
 from flexmoe_jax.data.pipeline import make_batches, make_iterator, mix_batches
 from flexmoe_jax.data.sources import read_documents
-from flexmoe_jax.data.store import TokenStore, write_store
+from flexmoe_jax.data.store import TokenStore, kind_of, write_store
 from flexmoe_jax.errors import DataError, FlexMoEError
 from flexmoe_jax.parallel.chips import peak_flops
 from flexmoe_jax.parallel.mesh import mesh_of_all, replicated
@@ -32,7 +32,7 @@ from flexmoe_jax.training.freezing import freezing_mask, freezing_table
 from flexmoe_jax.training.metrics import Meter, MetricsFile, Recorder
 from flexmoe_jax.training.optimizer import make_optimizer
 from flexmoe_jax.training.profile import Profile, parse_steps
-from flexmoe_jax.training.resume import check_identity, identity_of
+from flexmoe_jax.training.resume import check_identity, fields_of, identity_of
 from flexmoe_jax.training.start import Stage, prepare
 from flexmoe_jax.training.state import TrainState, create_state, flops_per_token
 from flexmoe_jax.training.step import make_train_step
@@ -65,9 +65,9 @@ def train(run: RunConfig, allow: Collection[str] = (), profile: str | None = Non
     mesh = mesh_of_all(run.mesh)
     stage = prepare(run, mesh)
     with RunCheckpoints(out, keep=run.keep_checkpoints) as checkpoints:
-        stores = [_open_tokens(run.data, "data", stage, out / "tokens")]
+        stores = [_open_tokens(run, "data", stage, out / "tokens")]
         if run.public_data is not None:
-            stores.append(_open_tokens(run.public_data, "public_data", stage, out / "public_tokens"))
+            stores.append(_open_tokens(run, "public_data", stage, out / "public_tokens"))
         identity = identity_of(run, stage, stores)
         check_identity(out / "run.json", identity, allow)
         if product.exists():
@@ -184,18 +184,21 @@ def _batches(run: RunConfig, stores: list[TokenStore]) -> grain.MapDataset:
     return mix_batches(*parts) if len(parts) == 2 else parts[0]
 
 
-def _open_tokens(data: str, key: str, stage: Stage, tokens: pathlib.Path) -> TokenStore:
-    """The tokens of `data`: a token store, OLMo token files, or documents, tokenized once into the store `tokens`."""
-    folder = pathlib.Path(data)
+def _open_tokens(run: RunConfig, key: str, stage: Stage, tokens: pathlib.Path) -> TokenStore:
+    """The tokens of `config.key`: a token store, OLMo files, or documents, tokenized once into the store `tokens`."""
+    folder = pathlib.Path(getattr(run, key))
     if not folder.exists():
-        raise DataError(f"config.{key} {data!r} does not exist", "give a folder of documents or a token store")
-    if (folder / "index.json").exists():
+        raise DataError(f"config.{key} {str(folder)!r} does not exist", "give a folder of documents or a token store")
+    kind = kind_of(folder)
+    if kind == "store":
         return TokenStore.open(folder, stage.tokenizer.digest)
-    if any(folder.glob("*.npy")):
-        dtype = "uint16" if stage.tokenizer.vocab_size <= 1 << 16 else "uint32"
-        return TokenStore.from_olmo(folder, dtype, stage.tokenizer.eos_id)
+    if kind == "olmo":
+        vocab_size = stage.tokenizer.vocab_size
+        dtype = run.token_dtype or ("uint16" if vocab_size <= 1 << 16 else "uint32")
+        return TokenStore.from_olmo(folder, dtype, stage.tokenizer.eos_id, vocab_size)
     if not tokens.exists() and is_lead():
-        write_store((document.text for document in read_documents(folder)), stage.tokenizer, tokens)
+        documents = read_documents(folder, fields=fields_of(run, key))
+        write_store((document.text for document in documents), stage.tokenizer, tokens)
     barrier(f"tokens of {key}")
     return TokenStore.open(tokens, stage.tokenizer.digest)
 

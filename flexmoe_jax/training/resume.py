@@ -7,8 +7,9 @@ from collections.abc import Collection
 
 from flexmoe_jax.artifacts.sealed import differences, sha256_array, write_json
 from flexmoe_jax.config import RunConfig, to_mapping
+from flexmoe_jax.data.records import Fields
 from flexmoe_jax.data.sources import content_digest
-from flexmoe_jax.data.store import TokenStore
+from flexmoe_jax.data.store import TokenStore, kind_of
 from flexmoe_jax.errors import ArtifactError, ConfigError, did_you_mean
 from flexmoe_jax.parallel.processes import barrier, is_lead
 from flexmoe_jax.training.start import Stage
@@ -39,8 +40,8 @@ def identity_of(run: RunConfig, stage: Stage, stores: list[TokenStore]) -> dict:
     """What must not change when a run resumes. Paths may change: their contents are identified by digest."""
     config = {key: value for key, value in to_mapping(run).items() if key not in RESUMABLE}
     data = {
-        name: {"tokens": store.digest, "documents": _documents_digest(pathlib.Path(path or ""))}
-        for name, path, store in zip(("own", "public"), (run.data, run.public_data), stores, strict=False)
+        name: {"tokens": store.digest, "documents": _documents_digest(run, key)}
+        for name, key, store in zip(("own", "public"), ("data", "public_data"), stores, strict=False)
     }
     router = stage.router | {"rows": sha256_array(stage.params["experts"][run.owner]["router"])}
     digests = {"data": data, "tokenizer": stage.tokenizer.digest, "base": stage.base}
@@ -48,9 +49,15 @@ def identity_of(run: RunConfig, stage: Stage, stores: list[TokenStore]) -> dict:
     return {"config": config, "router": router, **digests, **start}
 
 
-def _documents_digest(folder: pathlib.Path) -> str | None:
+def fields_of(run: RunConfig, key: str) -> Fields:
+    """The fields of the documents in `config.key`; public documents always have the default ones."""
+    return Fields(run.text_field, run.id_field) if key == "data" else Fields()
+
+
+def _documents_digest(run: RunConfig, key: str) -> str | None:
     """Digest of the documents as they are now; the run's tokens are those of its start. None for token files."""
-    return None if (folder / "index.json").exists() or any(folder.glob("*.npy")) else content_digest(folder)
+    folder = pathlib.Path(getattr(run, key))
+    return content_digest(folder, fields=fields_of(run, key)) if kind_of(folder) == "documents" else None
 
 
 def check_identity(path: pathlib.Path, identity: dict, allow: Collection[str]) -> None:
