@@ -184,7 +184,7 @@ def _batches(run: RunConfig, stores: list[TokenStore]) -> grain.MapDataset:
     return mix_batches(*parts) if len(parts) == 2 else parts[0]
 
 
-def _open_tokens(data: str, key: str, stage: Stage, tokens: pathlib.Path) -> TokenStore:
+def _open_tokens(data: str | pathlib.Path, key: str, stage: Stage, tokens: pathlib.Path) -> TokenStore:
     """The tokens of `data`: a token store, OLMo token files, or documents, tokenized once into the store `tokens`."""
     folder = pathlib.Path(data)
     if not folder.exists():
