@@ -74,7 +74,10 @@ def drawings() -> dict[str, str]:
         "ranking": figures.ranking(groups, results.method.name),
         "baselines": figures.ranking(first, results.method.name),
         "routing": figures.routing({domain: results.method.share[domain] for domain in results.domains}, experts),
-        "leaving": figures.matrix({o: {d: row[d].value for d in experts} for o, row in leaving.items()}),
+        "leaving": figures.matrix(
+            {f"without {o}": {d: row[d].value for d in experts} for o, row in leaving.items()},
+            "Change in bits per byte when an owner leaves",
+        ),
     }
     return {name: picture(svg) for name, svg in found.items()}
 
@@ -260,7 +263,7 @@ def machine() -> str:
 
 def quickstart(run: int) -> dict:
     """A run of the quickstart: 0 as it is, 1 with the paper's training."""
-    return json.loads((RESULTS / "quickstart.jsonl").read_bytes().splitlines()[run])
+    return json.loads((RESULTS / "quickstart.json").read_bytes())[run]
 
 
 def quickstart_table(run: int, merged_in_bold: bool = False) -> str:

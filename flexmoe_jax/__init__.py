@@ -2,6 +2,7 @@
 
     import flexmoe_jax as fm
 
+    texts = [d.text for d in fm.read_documents("data")]  # .txt, .jsonl, .parquet files
     fm.embed("data", out="domain.json")                  # the domain vector of an owner's documents
     package = fm.train(fm.RunConfig(owner="news", ...))  # an expert beside a public model
     fm.merge("release/model", [package], "model")        # one model, without training
@@ -26,6 +27,7 @@ if TYPE_CHECKING:
     from flexmoe_jax.compose.optout import opt_out, replace
     from flexmoe_jax.compose.verify import verify
     from flexmoe_jax.data.embedding import embed
+    from flexmoe_jax.data.sources import read_documents
     from flexmoe_jax.training.loop import train
 
 __version__ = "0.1.0"
@@ -40,6 +42,7 @@ __all__ = [
     "load",
     "merge",
     "opt_out",
+    "read_documents",
     "replace",
     "train",
     "verify",
@@ -49,6 +52,7 @@ _HOMES = {
     "Model": "api",
     "load": "api",
     "embed": "data.embedding",
+    "read_documents": "data.sources",
     "train": "training.loop",
     "merge": "compose.merge",
     "opt_out": "compose.optout",

@@ -8,6 +8,8 @@ import dataclasses
 import enum
 import inspect
 import itertools
+import os
+import pathlib
 import re
 import textwrap
 import types
@@ -95,23 +97,24 @@ _REMEDIES = {
     "expert": "set config.expert to the owner's package; a public run has none",
     "router_contrast": "only an owner's expert trained beside the public one has odds to train: set it to 0",
 }
+_PATHS = ("data", "out", "public", "public_data", "domain_vector", "expert", "tokenizer")
 
 
 @dataclasses.dataclass(frozen=True)
 class RunConfig:
     """One training run: a public model (`owner="public"`) or one owner's expert (any other name).
 
-    What it trains (`kind`) follows from `owner`, `public` and `expert`. Paths are strings; a key that is off is None.
-    ConfigError for values that are impossible or do not belong together.
+    What it trains (`kind`) follows from `owner`, `public` and `expert`. A key that is off is None. Paths are kept as
+    strings. ConfigError for values that are impossible or do not belong together.
     """
 
     owner: str
     """Whose parameters are trained: `public`, or a data owner's name (the expert's name in every merged model)."""
 
-    data: str
+    data: str | pathlib.Path
     """The owner's training data: a folder of documents, a token store, or OLMo token files."""
 
-    out: str
+    out: str | pathlib.Path
     """The run directory: checkpoints, metrics, and at the end `model/` (public runs) or `package/` (owners' runs)."""
 
     steps: int
@@ -126,21 +129,21 @@ class RunConfig:
     model: ModelConfig | None = None
     """Shape of a new public model. An owner's run may state the shape that its public model must have."""
 
-    public: str | None = None
+    public: str | pathlib.Path | None = None
     """Directory of the public model that an expert is trained beside, or of the model whose experts are all trained
     together."""
 
-    public_data: str | None = None
+    public_data: str | pathlib.Path | None = None
     """Public documents to mix into an owner's batches; needs `public_fraction`."""
 
     public_fraction: float = 0.0
     """Share of each batch's sequences that come from `public_data`. Public text teaches an expert to do no harm outside
     its domain; the quickstart uses a quarter."""
 
-    domain_vector: str | None = None
+    domain_vector: str | pathlib.Path | None = None
     """File of the domain embedding that a new router row starts from (`flexmoe embed`; paper section 3.3)."""
 
-    expert: str | None = None
+    expert: str | pathlib.Path | None = None
     """An owner's package to train further, in the place of a new expert."""
 
     text_field: str = "text"
@@ -153,7 +156,7 @@ class RunConfig:
     """Dtype of OLMo token files, which do not record it: uint16 or uint32. None: uint16 where every id of the tokenizer
     fits, else uint32."""
 
-    tokenizer: str = "cl100k:8192"
+    tokenizer: str | pathlib.Path = "cl100k:8192"
     """Tokenizer of a new public model: `cl100k:N` (the first N ranks of cl100k), `dolma2`, or a tokenizer.json.
     All other runs use the public model's."""
 
@@ -247,6 +250,9 @@ class RunConfig:
     def __post_init__(self):
         if not self.owner:
             raise ConfigError("config.owner is empty", "add :OWNER to the experiment file, as in expert.py:news")
+        for name in _PATHS:
+            if (path := getattr(self, name)) is not None:
+                object.__setattr__(self, name, os.fspath(path))
         if not self.is_public:
             check_owner_name(self.owner)
         self._check_numbers()
@@ -318,7 +324,7 @@ def from_mapping(cls, values: Mapping, where: str = "config") -> Any:
             raise ConfigError(f"unknown key {where}.{key}", did_you_mean(key, fields))
     for name, field in fields.items():
         if name not in values and field.default is dataclasses.MISSING:
-            raise ConfigError(f"{where}.{name} is not set", f"add {where}.{name} ({_type_name(hints[name])})")
+            raise ConfigError(f"{where}.{name} is not set", f"add {where}.{name} ({_kind(hints[name]).__name__})")
     return cls(**{key: _convert(hints[key], value, f"{where}.{key}") for key, value in values.items()})
 
 
@@ -328,10 +334,9 @@ def to_mapping(config: Any) -> dict:
 
 
 def _convert(hint: Any, value: Any, where: str) -> Any:
-    options = typing.get_args(hint) if isinstance(hint, types.UnionType) else (hint,)
-    if type(None) in options and (value is None or value == ""):  # "" is None on the command line
+    if type(None) in typing.get_args(hint) and (value is None or value == ""):  # "" is None on the command line
         return None
-    kind = next(o for o in options if o is not type(None))
+    kind = _kind(hint)
     if dataclasses.is_dataclass(kind):
         if not isinstance(value, Mapping):
             raise ConfigError(f"{where} is {value!r}", "give a nested section of keys")
@@ -343,5 +348,7 @@ def _convert(hint: Any, value: Any, where: str) -> Any:
     return value
 
 
-def _type_name(hint: Any) -> str:
-    return getattr(hint, "__name__", str(hint))
+def _kind(hint: Any) -> type:
+    """The type of values in a mapping: str of `str | pathlib.Path | None`."""
+    options = typing.get_args(hint) if isinstance(hint, types.UnionType) else (hint,)
+    return next(option for option in options if option is not type(None))

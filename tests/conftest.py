@@ -12,7 +12,7 @@ import pytest
 from hypothesis import settings
 
 from flexmoe_jax.model_config import ModelConfig
-from tests.tiny import TINY, build_world
+from tests.tiny import TINY, build_quickstart, build_world
 
 # The same examples on every run: a failure is due to a change of the code. No deadline: the first example compiles.
 settings.register_profile("reproducible", derandomize=True, deadline=None)
@@ -28,3 +28,12 @@ def tiny_config() -> ModelConfig:
 def world(tmp_path_factory):
     """A trained public release, two experts and their merged model on disk (see `tests/tiny.py`); read only."""
     return build_world(tmp_path_factory.mktemp("world"))
+
+
+@pytest.fixture(scope="session")
+def tiny_quickstart(tmp_path_factory):
+    """A folder that holds `runs/quickstart` of a tiny model (see `tests/tiny.py`), as a clone does; read only."""
+    pytest.importorskip("sentence_transformers")
+    root = tmp_path_factory.mktemp("clone")
+    build_quickstart(root / "runs" / "quickstart")
+    return root

@@ -2,6 +2,7 @@
 
 import dataclasses
 import json
+import pathlib
 
 import pytest
 from hypothesis import given
@@ -41,6 +42,7 @@ def test_unknown_keys_name_the_nearest_known_one():
 
 def test_missing_keys_name_their_type():
     refused({k: v for k, v in RUN.items() if k != "steps"}, "config.steps is not set", "add config.steps (int)")
+    refused({k: v for k, v in RUN.items() if k != "data"}, "config.data is not set", "add config.data (str)")
     model = {k: v for k, v in MODEL.items() if k != "d_ff"}
     refused({**RUN, "model": model}, "config.model.d_ff is not set", "add config.model.d_ff (int)")
 
@@ -60,6 +62,11 @@ def test_missing_keys_name_their_type():
 )
 def test_mistyped_values_are_refused(key, value, kind):
     refused({**RUN, key: value}, f"config.{key} is {value!r} ({type(value).__name__})", f"a value of type {kind}")
+
+
+def test_paths_may_be_path_objects_and_are_kept_as_strings():
+    paths = {"data": pathlib.Path("d"), "out": pathlib.Path("o"), "domain_vector": pathlib.Path("v")}
+    assert RunConfig(**{**RUN, "model": TINY, **paths}) == from_mapping(RunConfig, RUN)
 
 
 def test_a_section_must_be_a_mapping():

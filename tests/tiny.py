@@ -1,5 +1,6 @@
 """Tiny models for tests and benchmarks: shapes, random parameters, packages, documents, and runs of a few seconds."""
 
+import contextlib
 import dataclasses
 import functools
 import json
@@ -176,6 +177,20 @@ MODEL = ModelConfig(
 WORDS = {
     "public": ("the", "a", "of", "and", "river", "mountain", "king", "city", "year", "people", "water", "stone"),
     "news": ("minister", "said", "police", "election", "vote", "market", "shares", "rose", "fell", "today", "court"),
+    "math": (
+        "sum",
+        "product",
+        "prime",
+        "root",
+        "angle",
+        "circle",
+        "equals",
+        "divided",
+        "by",
+        "area",
+        "solve",
+        "integer",
+    ),
     "code": ("def", "return", "self", "import", "class", "for", "in", "range", "if", "else", "lambda", "print"),
 }
 
@@ -245,4 +260,45 @@ def build_world(root: pathlib.Path) -> pathlib.Path:
     merge(release, packages, root / "model")
     for domain in WORDS:
         write_documents(root / domain / "data", domain, count=6, split="heldout")
+    return root
+
+
+# What makes a verb take seconds, added to its arguments; `build_quickstart` trains with the first two.
+FASTER = {
+    "pretrain": (
+        "--config.tokenizer=cl100k:512",
+        *(f"--config.model.{key}={value}" for key, value in dataclasses.asdict(MODEL).items()),
+        *("--config.steps=4", "--config.batch_size=4", "--config.seq_len=32"),
+    ),
+    "train": ("--config.steps=4", "--config.batch_size=4", "--config.seq_len=32"),
+    "data": ("--out=built",),  # the tiny quickstart's mix is not one that `flexmoe data build` makes
+    "tune": ("--steps=2", "--batch-size=4"),
+    "reproduce": ("--config.public_steps=2", "--config.owner_steps=2", "--config.embed_count=16"),
+}
+
+
+def build_quickstart(root: pathlib.Path) -> pathlib.Path:
+    """Makes at `root` what `flexmoe quickstart` makes before it evaluates, of tiny documents and a tiny model.
+
+    Needs the sentence encoder. Every command runs in this process.
+    """
+    from flexmoe_jax.cli import quickstart
+    from flexmoe_jax.cli.main import main
+
+    class Session(quickstart.Session):
+        def party(self, home, *argv, makes=None):
+            with contextlib.chdir(home):
+                assert main([*argv]) == 0
+
+    for domain in ("public", *quickstart.OWNERS):
+        write_documents(root / "mix" / domain, domain)
+        write_documents(root / "mix" / domain, domain, count=6, split="heldout")
+    (root / "mix" / "mix.json").write_text("{}")
+    session = Session(root, 64, [*FASTER["pretrain"]])
+    quickstart._prepare_data(session)
+    release = quickstart._train_public(session, root / "public")
+    session = Session(root, 64, [*FASTER["train"]])
+    homes = {owner: root / "owners" / owner for owner in quickstart.OWNERS}
+    packages = {owner: quickstart._train_owner(session, home, owner, release) for owner, home in homes.items()}
+    quickstart._compose(session, release, packages)
     return root

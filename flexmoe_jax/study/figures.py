@@ -113,8 +113,8 @@ def routing(share: Mapping[str, Sequence[Sequence[float]]], experts: Sequence[st
     return _svg(draw, "Routed weight of each expert by layer and domain")
 
 
-def matrix(values: Mapping[str, Mapping[str, float]]) -> str:
-    """The change in bits per byte: a row for each owner that leaves, a column for each domain."""
+def matrix(values: Mapping[str, Mapping[str, float]], title: str) -> str:
+    """A heat map of changes in bits per byte (blue is better): `values` by row and column, by the names shown."""
 
     def draw(plt: Any) -> Any:
         rows, columns = list(values), list(next(iter(values.values())))
@@ -123,10 +123,10 @@ def matrix(values: Mapping[str, Mapping[str, float]]) -> str:
         figure, axes = plt.subplots(figsize=(1.1 * len(columns) + 1.6, 0.5 * len(rows) + 1.1))
         _heat_map(axes, table, "{:+.3f}", cmap="RdBu_r", vmin=-most, vmax=most)
         axes.set_xticks(range(len(columns)), columns, rotation=30)
-        axes.set_yticks(range(len(rows)), [f"without {row}" for row in rows])
+        axes.set_yticks(range(len(rows)), rows)
         return figure
 
-    return _svg(draw, "Change in bits per byte when an owner leaves")
+    return _svg(draw, title)
 
 
 def _heat_map(axes: Any, values: np.ndarray, text: str, **colors: Any) -> None:

@@ -1,15 +1,22 @@
-"""A study's results as one HTML page that needs nothing else: it opens offline, on a phone, in light and dark."""
+"""Results as one HTML page that needs nothing else: it opens offline, on a phone, in light and dark.
+
+`render` makes the page of a study, `render_quickstart` that of the quickstart; `templates/` holds what they look like.
+"""
 
 import json
 import pathlib
 import re
-from importlib import resources
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 from flexmoe_jax.errors import ArtifactError, ConfigError
 from flexmoe_jax.study import figures
 from flexmoe_jax.study.results import RESULTS, SAMPLES, Kind, Results, SystemResult, read_results
 from flexmoe_jax.tree import PUBLIC
+
+if TYPE_CHECKING:
+    from jinja2 import Template
+
+ALONE = "public alone"  # the quickstart's row of the public model
 
 
 def read_study(path: pathlib.Path) -> tuple[Results, list[dict[str, Any]]]:
@@ -34,17 +41,10 @@ def read_study(path: pathlib.Path) -> tuple[Results, list[dict[str, Any]]]:
 
 
 def render(results: Results, samples: list[dict[str, Any]]) -> str:
-    """The page. Needs the extra `report`."""
-    try:
-        import jinja2
-        import matplotlib  # noqa: F401 - the figures need it
-    except ImportError as error:
-        raise ConfigError(f"the report needs {error.name}", "pip install 'flexmoe_jax[report]'") from error
+    """The page of a study. Needs the extra `report`: ConfigError without it."""
+    template = _template("study.html")
     groups, method, experts = results.grouped(), results.method, [PUBLIC, *results.owners]
     colors, panels = figures.expert_colors(experts), _panels(results)
-    template = jinja2.Environment(autoescape=True, trim_blocks=True, lstrip_blocks=True).from_string(
-        resources.files("flexmoe_jax.study").joinpath("page.html").read_text(encoding="utf-8")
-    )
     return template.render(
         results=results,
         method=method,
@@ -56,12 +56,54 @@ def render(results: Results, samples: list[dict[str, Any]]) -> str:
             "curves": figures.learning_curves(panels) if panels else "",
             "routing": figures.routing({domain: method.share[domain] for domain in results.domains}, experts),
             "leaving": figures.matrix(
-                {o: {d: row.against_method[d].value for d in experts} for o, row in _without(results).items()}
+                {
+                    f"without {owner}": {d: row.against_method[d].value for d in experts}
+                    for owner, row in _without(results).items()
+                },
+                "Change in bits per byte when an owner leaves",
             ),
         },
         samples=[_colored(sample, colors) for sample in samples],
         colors=colors,
     )
+
+
+def render_quickstart(results: dict[str, Any], samples: list[dict[str, Any]]) -> str:
+    """The page of the quickstart, in the order of `results`, which `results.json` holds; `samples` are routed texts.
+
+    Needs the extra `report`: ConfigError without it.
+    """
+    template = _template("quickstart.html")
+    bits, share = results["bits_per_byte"], results["routed_share"]
+    experts = [*next(iter(share.values()))["share"]]
+    colors = figures.expert_colors(experts)
+    changes = {
+        name: {domain: value - bits[ALONE][domain] for domain, value in row.items()}
+        for name, row in bits.items()
+        if name != ALONE
+    }
+    layers = {domain: [[*layer.values()] for layer in row["layers"]] for domain, row in share.items()}
+    return template.render(
+        results=results,
+        experts=experts,
+        figures={
+            "changes": figures.matrix(changes, "Change in bits per byte against the public model"),
+            "routing": figures.routing(layers, experts),
+        },
+        samples=[_colored(sample, colors) for sample in samples],
+        colors=colors,
+    )
+
+
+def _template(name: str) -> "Template":
+    """A template of the folder `templates`. ConfigError where the extra `report` is not installed."""
+    try:
+        import jinja2
+        import matplotlib  # noqa: F401 - the figures need it
+    except ImportError as error:
+        raise ConfigError(f"the report needs {error.name}", "pip install 'flexmoe_jax[report]'") from error
+    loader = jinja2.PackageLoader("flexmoe_jax.study")
+    return jinja2.Environment(loader=loader, autoescape=True, trim_blocks=True, lstrip_blocks=True).get_template(name)
 
 
 def _without(results: Results) -> dict[str, SystemResult]:

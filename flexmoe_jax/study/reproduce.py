@@ -50,7 +50,7 @@ def reproduce(config: StudyConfig, shared: pathlib.Path | None = None) -> Result
         systems=tables.tabulate(config, texts, scores),
     )
     # Held-out text stays in the study's folder: results may be published, news may not.
-    write_json(root / SAMPLES, tables.samples(load(made[0].models[METHOD]), texts))
+    write_json(root / SAMPLES, tables.samples(load(made[0].models[METHOD]), texts.heldout))
     write_results(root / RESULTS, [results])
     return results
 

@@ -4,7 +4,7 @@ import json
 import math
 import pathlib
 import tempfile
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from typing import Any
 
 import numpy as np
@@ -105,10 +105,10 @@ def _losses(metrics: pathlib.Path) -> list[list[float]]:
     return [[row["step"], round(row["loss"], 4)] for row in rows if row["loss"] is not None]
 
 
-def samples(model: Model, texts: Texts) -> list[dict[str, Any]]:
-    """The start of a held-out document of every domain: its tokens, and each expert's weight averaged over layers."""
+def samples(model: Model, heldout: Mapping[str, Sequence[str]]) -> list[dict[str, Any]]:
+    """The start of a document of every domain: its tokens, and each expert's weight averaged over layers."""
     rows = []
-    for domain, documents in texts.heldout.items():
+    for domain, documents in heldout.items():
         routing = model.routing(next((text for text in documents if len(text) > 600), documents[0]))
         weights_TE = routing.weights_LTE.mean(0)[:SAMPLE_TOKENS]
         rows.append(

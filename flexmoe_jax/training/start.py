@@ -54,7 +54,7 @@ def prepare(run: RunConfig, mesh: Mesh) -> Stage:
     return _public_stage(run, vector, mesh) if run.kind is Kind.PUBLIC else _new_expert_stage(run, vector)
 
 
-def _given(path: str | None) -> pathlib.Path:
+def _given(path: str | pathlib.Path | None) -> pathlib.Path:
     """The value of a path that the run's kind needs."""
     assert path is not None  # RunConfig refuses the run without it
     return pathlib.Path(path)

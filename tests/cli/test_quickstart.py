@@ -11,6 +11,7 @@ import numpy as np
 import pytest
 
 import flexmoe_jax as fm
+from flexmoe_jax.cli.quickstart import _write_page
 from flexmoe_jax.files import list_files, sha256_file
 
 pytestmark = pytest.mark.torch
@@ -98,6 +99,24 @@ def test_results_have_every_row_and_column(done):
             assert set(layer) == {"public", *OWNERS}
             assert sum(layer.values()) == pytest.approx(1, abs=1e-5)
     assert set(results["samples"]) == {"public", *OWNERS}
+
+
+def test_the_page_holds_the_results_and_is_named_last(done):
+    page, results = ((done / "out" / name).read_text() for name in ("report.html", "results.json"))
+    for name, row in json.loads(results)["bits_per_byte"].items():
+        cells = "".join(f"<td>{row[column]:.3f}</td>" for column in ("public", *OWNERS, "mean"))
+        assert f"<td>{name}</td>{cells}</tr>" in page
+    for owner in OWNERS:
+        assert f"<td>out/owners/{owner}</td>" in page
+    assert "<strong>different digests" not in page
+    assert (done / "stdout.txt").read_text().splitlines()[-1] == "Page: out/report.html"
+
+
+def test_without_the_extra_it_says_how_to_get_the_page(tmp_path, monkeypatch):
+    monkeypatch.setitem(sys.modules, "jinja2", None)  # as if it were not installed
+    line = _write_page(tmp_path / "report.html", {}, [])
+    assert line.startswith("No page: the report needs jinja2. pip install 'flexmoe_jax[report]'")
+    assert not [*tmp_path.iterdir()]
 
 
 def test_without_news_equals_a_model_that_never_had_it(done):

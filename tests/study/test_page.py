@@ -5,7 +5,7 @@ import json
 import re
 
 from flexmoe_jax.cli.main import main
-from flexmoe_jax.study.page import read_study, render
+from flexmoe_jax.study.page import read_study, render, render_quickstart
 from flexmoe_jax.study.results import Kind, write_results
 from flexmoe_jax.study.systems import METHOD
 from tests.study import tiny
@@ -107,3 +107,48 @@ def test_the_command_refuses_what_is_not_one_study(tmp_path, capsys):
 def test_a_folder_without_samples_gives_none(tmp_path):
     write_results(tmp_path / "results.jsonl", [tiny.results()])
     assert read_study(tmp_path) == (tiny.results(), [])
+
+
+EXPERTS = ("public", "code", "news")
+QUICKSTART = {
+    "bits_per_byte": {
+        "public alone": {"public": 2.0, "code": 3.0, "news": 2.5, "mean": 2.5},
+        "hybrid code": {"public": 2.0, "code": 2.75, "news": 2.5, "mean": 2.416},
+        "merged": {"public": 2.01, "code": 2.76, "news": 2.4, "mean": 2.39},
+        "merged without news": {"public": 2.0, "code": 2.75, "news": 2.5, "mean": 2.416},
+    },
+    "routed_share": {
+        domain: {"share": dict.fromkeys(EXPERTS, 1 / 3), "layers": [dict.fromkeys(EXPERTS, 1 / 3)] * 2}
+        for domain in EXPERTS
+    },
+    "samples": {domain: {"prompt": f"<{domain}>", "continuation": " & more"} for domain in EXPERTS},
+    "opt_out": {"expert": "news", "left": "ab12", "never": "ab12", "tokens_compared": 256},
+    "artefacts": {name: f"out/{name}" for name in ("model", "model_without_news", "model_never_news")},
+    "scoring": {"seq_len": 256, "stride": 128, "top_k": 2},
+    "scored_bytes": dict.fromkeys(EXPERTS, 24_000),
+    "parties": {
+        name: {"folder": f"out/{name}", "document_bytes": 9_900_000, "gives": "run/package", "given_bytes": 4_700_000}
+        for name in EXPERTS
+    },
+    "out": "out",
+    "commands": ["flexmoe data build --out out/mix", "(cd out/news && flexmoe embed data --out domain.json)"],
+    "seed": 0,
+    "seconds": 612,
+}
+
+
+def test_the_quickstarts_page_shows_table_routing_texts_samples_proof_folders_and_commands():
+    page = render_quickstart(QUICKSTART, [SAMPLE])
+    assert row(page, "merged").count("<td>") == 5
+    assert "2.390" in row(page, "merged")
+    assert "-0.110" in page  # the change against the public model, in the picture
+    assert "&lt;b&gt;</span>" in page
+    assert "&lt;code&gt;</span> &amp; more" in page
+    assert "9.9 MB" in row(page, "out/news")
+    assert "the same digest" in page
+    assert "diff -r --exclude journal.jsonl out/model_without_news out/model_never_news" in page
+    assert "(cd out/news &amp;&amp; flexmoe embed data --out domain.json)" in page
+    assert page.count("<svg") == page.count("</svg>") == 2
+    assert not re.search(r"<(script|link|img|iframe)|src=|@import|url\((?!#)", page)
+    other = QUICKSTART | {"opt_out": QUICKSTART["opt_out"] | {"never": "cd34"}}
+    assert "different digests" in render_quickstart(other, [])
