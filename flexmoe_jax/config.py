@@ -164,7 +164,7 @@ _PATHS = ("data", "out", "public", "public_data", "domain_vector", "expert", "to
 class RunConfig:
     """One training run: a public model (`owner="public"`) or one owner's expert (any other name).
 
-    What it trains (`kind`) follows from `owner`, `public` and `expert`. A key that is off is None, paths become strings.
+    What it trains (`kind`) follows from `owner`, `public` and `expert`. A key that is off is None; a path becomes str.
     ConfigError for values that are impossible or do not belong together.
     """
 
