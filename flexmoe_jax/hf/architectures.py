@@ -138,7 +138,7 @@ def architecture_of(model: ModelConfig, mixture: bool, biased: bool, origin: str
         options = (SMOLLM3,)
     elif biased and mixture:
         options = (BIASED,)
-    elif origin in ARCHITECTURES:
+    elif origin in ARCHITECTURES and ARCHITECTURES[origin] is not SMOLLM3:  # it would leave rope out of some layers
         options = (ARCHITECTURES[origin], *options)
     for option in options:
         if option.mixture == mixture and option.decoder == decoder and option.norm_topk in (None, model.norm_topk):

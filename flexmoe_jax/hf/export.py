@@ -23,7 +23,7 @@ from flexmoe_jax.hf.check import compare_logits
 from flexmoe_jax.hf.checkpoint import open_folder
 from flexmoe_jax.hf.configuration import write_config
 from flexmoe_jax.hf.mapping import Slot, slots
-from flexmoe_jax.hf.tensors import Tensor, write_tensors
+from flexmoe_jax.hf.tensors import Tensor, widest, write_tensors
 from flexmoe_jax.tree import TRUNK, check_known
 
 FORMAT = "flexmoe-export-1"
@@ -136,13 +136,13 @@ def _tensor(slot: Slot, leaves: Leaves) -> Tensor:
     """The checkpoint's tensor at `slot`; its bytes are read when they are written."""
     parts = {owner: leaves[owner][slot.path] for owner in slot.owners}
     # Owners may have stored their rows in different dtypes: the widest holds them all exactly.
-    dtype = np.result_type(*(part.dtype for part in parts.values())) if slot.rows else parts[slot.owners[0]].dtype
+    dtype = widest(part.dtype.name for part in parts.values())
 
     def read() -> np.ndarray:
         layers = {owner: part if slot.layer is None else part[slot.layer] for owner, part in parts.items()}
         return slot.join({owner: np.asarray(layer, dtype) for owner, layer in layers.items()})
 
-    return Tensor(dtype.name, slot.shape, read)
+    return Tensor(dtype, slot.shape, read)
 
 
 def _provenance(model: ModelDir, names: tuple[str, ...], zero_bias: Mapping[str, Any] | None) -> dict[str, Any]:
