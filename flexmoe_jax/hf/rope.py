@@ -87,11 +87,16 @@ def write_rope(model: ModelConfig) -> dict[str, Any]:
     """The keys of config.json from which `read_rope` and `read_skip` read this model's."""
     rope: dict[str, Any] = {"rope_theta": model.rope_theta, "rope_type": "default"}
     if model.rope_scaling is not None:
-        values = dataclasses.asdict(model.rope_scaling)
-        keys = {key: values[name] for key, name in _KEYS[model.rope_scaling.kind].items() if values[name] is not None}
-        rope |= {"rope_type": model.rope_scaling.kind, **keys}
+        rope |= write_scaling(model.rope_scaling)
     written: dict[str, Any] = {"rope_parameters": rope}
     if model.rope_skip is not None:
         turns = [int((i + 1) % model.rope_skip != 0) for i in range(model.num_layers)]
         written |= {"no_rope_layers": turns, "no_rope_layer_interval": model.rope_skip}
     return written
+
+
+def write_scaling(scaling: RopeScaling) -> dict[str, Any]:
+    """The keys of `rope_parameters` from which `read_rope` reads this scaling."""
+    values = dataclasses.asdict(scaling)
+    keys = {key: values[name] for key, name in _KEYS[scaling.kind].items() if values[name] is not None}
+    return {"rope_type": scaling.kind, **keys}
