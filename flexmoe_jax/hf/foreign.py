@@ -16,7 +16,7 @@ from flexmoe_jax.files import is_sparse, refuse_pointer
 
 # The longest of each kind in bytes: several times the longest that is published.
 LIMITS = {
-    "config.json": 1 << 20,
+    "config.json": 4 << 20,  # exports of ours keep every owner's record in it
     "generation_config.json": 1 << 20,
     "adapter_config.json": 1 << 20,
     "model.safetensors.index.json": 32 << 20,
