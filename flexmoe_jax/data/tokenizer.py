@@ -16,7 +16,7 @@ from collections.abc import Iterable, Iterator, Mapping, Sequence
 from typing import Any
 
 from flexmoe_jax.errors import DataError
-from flexmoe_jax.files import write_bytes, write_json
+from flexmoe_jax.files import refuse_pointer, write_bytes, write_json
 
 DEFAULT_TOKENIZER = "cl100k:8192"
 # Key in tokenizer_config.json, and the names that are tried without one.
@@ -102,6 +102,25 @@ class Tokenizer:
         if whole != shown:
             yield whole[len(shown) :]
 
+    def for_rows(self, rows: int) -> "Tokenizer":
+        """This tokenizer beside an embedding of `rows` rows.
+
+        Special tokens may have ids beyond the rows, such as padding that was added later: no text gives them. One that
+        pads is replaced by the end-of-document token. DataError where a document could hold an id beyond the rows.
+        """
+        if self.vocab_size <= rows:
+            return self
+        special = {i for i, token in self._engine.get_added_tokens_decoder().items() if token.special}
+        given = {*self._engine.get_vocab(with_added_tokens=True).values()} - special
+        given |= {*self._engine.get_vocab(with_added_tokens=False).values(), self.eos_id}
+        if max(given) >= rows:
+            raise DataError(
+                f"the tokenizer has {self.vocab_size} ids, the model {rows} rows, and text gives the id {max(given)}",
+                "give the tokenizer of this model",
+            )
+        pad_id = self.pad_id if self.pad_id < rows else self.eos_id
+        return dataclasses.replace(self, vocab_size=rows, pad_id=pad_id)
+
     def save(self, path: str | pathlib.Path) -> None:
         """Writes the `tokenizer.json` at `path`, which Hugging Face and `load_tokenizer` read.
 
@@ -141,7 +160,9 @@ def load_tokenizer(spec: str | pathlib.Path = DEFAULT_TOKENIZER) -> Tokenizer:
             f"no tokenizer {str(spec)!r}: neither a known name nor a file",
             f"use {DEFAULT_TOKENIZER!r}, 'dolma2', or the path of a tokenizer.json",
         )
-    return _from_json(path.read_bytes(), _neighbor_config(path), str(path))
+    raw = path.read_bytes()
+    refuse_pointer(raw[:64], path, DataError)
+    return _from_json(raw, _neighbor_config(path), str(path))
 
 
 def _prefix_size(spec: str) -> int:
