@@ -56,6 +56,40 @@ def test_the_library_logs_a_line_once_whatever_the_root_logger_does(world, tmp_p
     assert done.stderr == "once\n"
 
 
+# -- refused starts of a training --------------------------------------------------------------------------------------
+
+REFUSED_STARTS = """
+import sys, threading
+from flexmoe_jax.cli.main import main
+experiment, *starts = sys.argv[1:]
+for start in starts:
+    assert main(["train", f"--config={experiment}:news", *start.split()]) == 1, start
+    assert threading.enumerate() == [threading.main_thread()], start
+"""
+
+
+def test_twenty_refused_starts_print_two_lines_each_and_leave_no_thread(world, tmp_path):
+    """A thread that outlives the refusal prints its own errors when the process ends."""
+    paths = {"data": world / "news" / "data", "public": world / "public" / "run" / "model"}
+    paths |= {"domain_vector": world / "news" / "domain.json", "out": tmp_path / "run"}
+    (tmp_path / "empty").mkdir()
+    (tmp_path / "empty" / "a.jsonl").write_text("")
+    (tmp_path / "short").mkdir()
+    (tmp_path / "short" / "a.jsonl").write_text('{"text": "a"}')
+    (tmp_path / "run.py").write_text(
+        "from flexmoe_jax.experiment import run_config\n"
+        "def get_config(arg):\n"
+        f"    return run_config(owner=arg, steps=2, batch_size=2, seq_len=16, **{ {k: str(paths[k]) for k in paths} })"
+    )
+    wrong = ("seq_len=33", f"data={tmp_path / 'empty'}", f"data={tmp_path / 'short'}", "mesh=data=3", "mesh=x=1")
+    starts = [f"--config.{change}" for change in wrong] * 4
+    command = [sys.executable, "-c", REFUSED_STARTS, str(tmp_path / "run.py"), *starts]
+    done = subprocess.run(command, capture_output=True, text=True, check=False)
+    assert done.returncode == 0, done.stderr[-3000:]
+    for said, count in (("flexmoe train: ", 20), ("  remedy: ", 20), ("Traceback", 0), ("ERROR", 0)):
+        assert len([line for line in done.stderr.splitlines() if line.startswith(said)]) == count, done.stderr[-3000:]
+
+
 # -- no home directory -------------------------------------------------------------------------------------------------
 
 
