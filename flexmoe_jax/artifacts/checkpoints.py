@@ -23,7 +23,7 @@ from typing import Any
 
 import jax
 
-from flexmoe_jax.artifacts import arrays  # noqa: F401 - silences Orbax
+from flexmoe_jax.artifacts import arrays
 from flexmoe_jax.artifacts.sealed import check_fields, read_sealed, write_sealed
 from flexmoe_jax.errors import ArtifactError, Check
 from flexmoe_jax.files import digest_files, list_files, lock_directory, sha256_file
@@ -228,8 +228,9 @@ class RunCheckpoints:
         try:
             yield
         except Exception as error:
+            system = arrays.system_error(error)
             raise ArtifactError(
-                f"saving step {step} to {self.path} failed: {error}",
+                f"saving step {step} to {self.path} failed: {system.strerror if system else error}",
                 "check free space and permissions, then run the same command: it resumes from the last good step",
             ) from error
 
