@@ -180,7 +180,7 @@ def load(path: str | pathlib.Path, mesh: Mesh | None = None) -> Model:
     """
     mesh = mesh or mesh_of_one()
     directory, params = load_model(path, mapped=mesh.size > 1)
-    tokenizer = load_tokenizer(str(directory.tokenizer_path))
+    tokenizer = load_tokenizer(directory.tokenizer_files)
     return Model(directory.config, params, tokenizer, directory.top_k, mesh)
 
 

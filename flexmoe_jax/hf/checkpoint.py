@@ -4,10 +4,10 @@ import dataclasses
 import pathlib
 from typing import Any
 
-from flexmoe_jax.artifacts.model_dir import TOKENIZER, TOKENIZER_CONFIG
-from flexmoe_jax.artifacts.sealed import MAX_TEXT_BYTES, parse_json, read_bytes
+from flexmoe_jax.artifacts.sealed import parse_json, read_bytes
 from flexmoe_jax.hf.configuration import CheckpointConfig, read_config
 from flexmoe_jax.hf.tensors import Tensor, read_tensors
+from flexmoe_jax.tokenizer_files import TOKENIZER, read_files
 
 
 @dataclasses.dataclass(frozen=True)
@@ -30,11 +30,7 @@ def open_folder(path: pathlib.Path | str) -> Checkpoint:
     path = pathlib.Path(path)
     config = read_config(parse_json(read_bytes(path / "config.json"), path / "config.json"), path / "config.json")
     generation = path / "generation_config.json"
-    tokenizer = {
-        name: read_bytes(path / name, MAX_TEXT_BYTES)
-        for name in (TOKENIZER, TOKENIZER_CONFIG)
-        if (path / name).is_file()
-    }
+    tokenizer = read_files(path)
     return Checkpoint(
         where=str(path),
         config=config,

@@ -10,13 +10,13 @@ from typing import TYPE_CHECKING, Any
 
 import numpy as np
 
-from flexmoe_jax.artifacts.model_dir import TOKENIZER, TOKENIZER_CONFIG
-from flexmoe_jax.data.tokenizer import EOS, SPLIT_PATTERN
+from flexmoe_jax.data.tokenizer import SPLIT_PATTERN
 from flexmoe_jax.errors import ArtifactError, ConfigError
 from flexmoe_jax.hf.architectures import LLAMA
 from flexmoe_jax.hf.checkpoint import Checkpoint
 from flexmoe_jax.hf.configuration import read_config
 from flexmoe_jax.hf.tensors import Tensor
+from flexmoe_jax.tokenizer_files import CHAT_TEMPLATE, TOKENIZER, TOKENIZER_CONFIG
 
 if TYPE_CHECKING:
     import gguf
@@ -182,12 +182,32 @@ def _tokenizer(fields: dict[str, Any]) -> dict[str, bytes] | None:
             "merges": [merge.split(" ", 1) for merge in fields["tokenizer.ggml.merges"]],
         },
     }
-    # The end token of a chat model ends a turn; documents are separated by the end-of-text token, where there is one.
     ids = {
         name: fields.get(f"tokenizer.ggml.{key}_token_id")
-        for name, key in (("eos_token", "eos"), ("pad_token", "padding"))
+        for name, key in (
+            ("bos_token", "bos"),
+            ("eos_token", "eos"),
+            ("pad_token", "padding"),
+            ("unk_token", "unknown"),
+        )
     }
     named = {name: tokens[i] for name, i in ids.items() if i is not None}
-    if EOS[1][0] in tokens:
-        named["eos_token"] = EOS[1][0]
-    return {TOKENIZER: json.dumps(content).encode(), TOKENIZER_CONFIG: json.dumps(named).encode()}
+    if "bos_token" in named and fields.get("tokenizer.ggml.add_bos_token", split == "llama-bpe"):
+        content["post_processor"] = _begin_with(named["bos_token"], int(ids["bos_token"] or 0))
+    template = fields.get("tokenizer.chat_template")
+    files = {TOKENIZER: json.dumps(content).encode(), TOKENIZER_CONFIG: json.dumps(named).encode()}
+    return files | ({CHAT_TEMPLATE: template.encode()} if template else {})
+
+
+def _begin_with(token: str, token_id: int) -> dict[str, Any]:
+    """The part of a tokenizer.json that puts a token before every text."""
+    first, text = {"SpecialToken": {"id": token, "type_id": 0}}, {"Sequence": {"id": "A", "type_id": 0}}
+    second = [{kind: {**value, "type_id": 1} for kind, value in part.items()} for part in (first, text)]
+    second[1]["Sequence"]["id"] = "B"
+    known = {token: {"id": token, "ids": [token_id], "tokens": [token]}}
+    return {
+        "type": "TemplateProcessing",
+        "single": [first, text],
+        "pair": [first, text, *second],
+        "special_tokens": known,
+    }

@@ -224,11 +224,8 @@ def _write_product(
         "contact": run.contact,
     }
     if run.is_public:
-        tokenizer = product.with_name("tokenizer.json")
-        stage.tokenizer.save(tokenizer)
         records = dict.fromkeys(split(params), record)
-        create_model(product, params, stage.model, tokenizer, records, top_k=run.top_k)
-        tokenizer.unlink()
+        create_model(product, params, stage.model, stage.tokenizer.files, records, top_k=run.top_k)
     else:
         expert = params["experts"][run.owner]
         write_package(product, owner=run.owner, params=expert, config=stage.model, base=stage.base, record=record)

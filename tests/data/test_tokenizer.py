@@ -181,10 +181,11 @@ def test_a_tokenizer_without_end_token_is_refused(tmp_path):
         _user_tokenizer(tmp_path, [("</s>", True)], {"eos_token": "<absent>"})
 
 
-def test_an_end_token_not_marked_special_cannot_be_forged_either(tmp_path):
+def test_an_end_token_not_marked_special_stays_text_too(tmp_path):
     tokenizer = _user_tokenizer(tmp_path, [("</s>", False)])
-    with pytest.raises(DataError, match="forge"):
-        tokenizer.encode("a</s>b")
+    ids = tokenizer.encode("a</s>b")
+    assert tokenizer.eos_id not in ids
+    assert tokenizer.decode(ids) == "a</s>b"
 
 
 @pytest.mark.parametrize(
