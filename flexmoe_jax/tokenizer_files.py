@@ -5,12 +5,15 @@ configuration names code to load, is left out.
 """
 
 import json
+import logging
 import pathlib
 import re
 from collections.abc import Collection, Mapping
 from typing import Any
 
 from flexmoe_jax.errors import DataError
+
+log = logging.getLogger(__name__)
 
 TOKENIZER, TOKENIZER_CONFIG = "tokenizer.json", "tokenizer_config.json"
 GENERATION_CONFIG, CHAT_TEMPLATE = "generation_config.json", "chat_template.jinja"
@@ -72,6 +75,8 @@ def stored(name: str, content: bytes, where: object = "") -> bytes:
         if not isinstance(value, dict):
             raise ValueError(f"it holds a {type(value).__name__}")
         kept = {key: part for key, part in value.items() if key not in _CODE_KEYS}
+        if len(kept) < len(value):
+            log.info(f"{where}: left out {', '.join(value.keys() - kept.keys())}, which names code to load")
         return json.dumps(kept, indent=2, allow_nan=False).encode()
     except (ValueError, RecursionError) as error:
         raise DataError(f"{where} is not a JSON object or not UTF-8: {error}", "repair or remove it") from error

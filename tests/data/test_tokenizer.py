@@ -11,7 +11,8 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from flexmoe_jax.data.tokenizer import DOLMA2_SPECIALS, RANKS, SPLIT_PATTERN, Tokenizer, load_tokenizer
+from flexmoe_jax.data.cl100k import RANKS, SPLIT_PATTERN
+from flexmoe_jax.data.tokenizer import DOLMA2_SPECIALS, Tokenizer, load_tokenizer
 from flexmoe_jax.errors import DataError
 
 SIZE = 1024
