@@ -5,6 +5,7 @@ import math
 
 from flexmoe_jax.errors import ConfigError
 
+MAX_SEQ_LEN = 1 << 24
 _ROPE_KINDS = ("linear", "llama3", "yarn")
 
 
@@ -126,6 +127,8 @@ class ModelConfig:
         for name in sizes:
             if getattr(self, name) < 1:
                 raise ConfigError(f"model.{name} is {getattr(self, name)}", "give a size of at least 1")
+        if self.max_seq_len > MAX_SEQ_LEN:  # the one size that no tensor has: a file may state any
+            raise ConfigError(f"model.max_seq_len is {self.max_seq_len}", f"give at most {MAX_SEQ_LEN}")
         if self.num_heads % self.num_kv_heads:
             raise ConfigError(
                 f"model.num_heads {self.num_heads} is not a multiple of model.num_kv_heads {self.num_kv_heads}",
