@@ -4,6 +4,7 @@ Our own artifacts are sealed and read strictly (artifacts/sealed.py). A checkpoi
 copied: the Hugging Face cache keeps it as links, its tokenizer has megabytes, and a clone may hold pointers instead.
 """
 
+import errno
 import os
 import pathlib
 import re
@@ -53,7 +54,7 @@ def open_file(path: pathlib.Path) -> BinaryIO:
     try:
         file = os.fdopen(os.open(path, os.O_RDONLY | os.O_NONBLOCK), "rb")
     except OSError as error:
-        if path.is_symlink() and not path.exists():
+        if error.errno == errno.ENOENT and path.is_symlink():
             what = f"{path} is a link to {os.readlink(path)}, which does not exist"
         else:
             what = f"{path} cannot be read: {error.strerror}"
@@ -73,14 +74,16 @@ def open_file(path: pathlib.Path) -> BinaryIO:
 
 
 def read_bytes(path: pathlib.Path) -> bytes:
-    """The content of the file `path`, as long as LIMITS allows for its name. ArtifactError as of `open_file`."""
+    """The content of the JSON file `path`; LIMITS has its length by its name. ArtifactError as of `open_file`."""
     limit = LIMITS[path.name]
     with open_file(path) as file:
         size = os.fstat(file.fileno()).st_size
         if size > limit:
             what = f"{path} has {size} bytes, and a {path.name} has at most {limit}"
             raise ArtifactError(what, "give the checkpoint as it was published")
-        return file.read(size)
+        raw = file.read(size)
+    _count(raw, path)
+    return raw
 
 
 def read_json(path: pathlib.Path) -> dict[str, Any]:
@@ -90,12 +93,17 @@ def read_json(path: pathlib.Path) -> dict[str, Any]:
 
 def parse(raw: bytes, where: object) -> dict[str, Any]:
     """The JSON object in `raw`; ArtifactError for too many values and for what `parse_json` refuses."""
-    if (count := sum(raw.count(mark) for mark in (b",", b":", b"[", b"{"))) > MAX_VALUES:
-        raise ArtifactError(f"{where} holds some {count} values, more than {MAX_VALUES}", FETCH)
+    _count(raw, where)
     try:
         return parse_json(raw, where, len(raw))
     except ArtifactError as error:
         raise ArtifactError(error.what, FETCH) from error
+
+
+def _count(raw: bytes, where: object) -> None:
+    """ArtifactError for JSON with too many values to be parsed."""
+    if (count := sum(raw.count(mark) for mark in (b",", b":", b"[", b"{"))) > MAX_VALUES:
+        raise ArtifactError(f"{where} holds some {count} values, more than {MAX_VALUES}", FETCH)
 
 
 def short(value: object) -> str:

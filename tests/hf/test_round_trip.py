@@ -80,7 +80,8 @@ def test_the_vocabulary_of_olmo2_goes_both_ways(tmp_path):
     rng = np.random.default_rng(0)
     weights = {name: rng.standard_normal(slot.shape).astype(np.float32) for name, slot in table.items()}
     theirs = write(tmp_path / "theirs", weights, config=config, experts=2)
-    load_tokenizer("dolma2").save(theirs / "tokenizer.json")
+    dolma2 = load_tokenizer("dolma2")
+    dolma2.save(theirs / "tokenizer.json")
     assert (theirs / "tokenizer.json").stat().st_size > 3e6
     public = import_model(open_folder(theirs), tmp_path / "public", names=names, keep=["public"])
     import_expert(open_folder(theirs), public, tmp_path / "package", expert="code")
@@ -89,9 +90,9 @@ def test_the_vocabulary_of_olmo2_goes_both_ways(tmp_path):
     assert done.logits_difference < 5e-6  # as in test_anchors.py
     for name in ("model.safetensors", "tokenizer.json"):
         assert (tmp_path / "back" / name).read_bytes() == (theirs / name).read_bytes(), name
-    text, ours = "In 1984 the naïve owner\n\n  agreed: 東京.", fm.load(merged.path).tokenizer
-    assert ours.encode(text) == load_tokenizer("dolma2").encode(text)
-    assert transformers.AutoTokenizer.from_pretrained(str(tmp_path / "back"))(text)["input_ids"] == ours.encode(text)
+    text = "In 1984 the naïve owner\n\n  agreed: 東京."
+    ids = transformers.AutoTokenizer.from_pretrained(str(tmp_path / "back"))(text)["input_ids"]
+    assert ids == dolma2.encode(text) == load_tokenizer(merged.tokenizer_path).encode(text)
 
 
 def test_shards_are_read_and_written(tmp_path):
