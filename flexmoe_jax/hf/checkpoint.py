@@ -83,7 +83,7 @@ def _folder(path: pathlib.Path) -> pathlib.Path:
 
 def _notes(path: pathlib.Path, name: str, tensors: dict[str, Tensor], read: set[str]) -> tuple[str, ...]:
     """What of the folder was read, where its links lead, and which weights and code were passed over."""
-    files = sorted({tensor.file for tensor in tensors.values()})
+    files = sorted({tensor.stored for tensor in tensors.values()})
     dtypes = ", ".join(sorted({tensor.dtype for tensor in tensors.values()}))
     named = files[0] if len(files) == 1 else f"{len(files)} files"
     others = ", ".join(sorted(read)) or "no tokenizer"

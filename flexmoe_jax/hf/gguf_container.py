@@ -87,7 +87,8 @@ class _Reader:
 def read_container(path: pathlib.Path) -> tuple[dict[str, Any], dict[str, Tensor]]:
     """(the keys with their values, {name: Tensor}) of one GGUF file; quantized tensors become float32 when read.
 
-    Raises ArtifactError for a damaged file and one of several, ConfigError where the package `gguf` is missing.
+    `Tensor.stored` is the type that a tensor has in the file. Raises ArtifactError for a damaged file, ConfigError
+    where the package `gguf` is missing.
     """
     try:
         import gguf  # noqa: F401
@@ -155,4 +156,4 @@ def _tensor(
             what = f"the tensor {name!r} is quantized as {of_kind.name}, which the package gguf does not undo"
             raise ArtifactError(what, "give the model in another quantization, or not quantized") from error
 
-    return Tensor("float32" if exact is None else exact.name, shape, read)
+    return Tensor("float32" if exact is None else exact.name, shape, read, of_kind.name)

@@ -32,12 +32,15 @@ _MAX_DIMENSIONS, _MAX_NAME = 8, 512
 
 @dataclasses.dataclass(frozen=True)
 class Tensor:
-    """One tensor of a checkpoint; `read` returns it as an array in memory, in C order. `file` is where it lies."""
+    """One tensor of a checkpoint; `read` returns it as an array in memory, in C order.
+
+    `stored` is the file in which it lies, or the type that it has in a GGUF file.
+    """
 
     dtype: str
     shape: tuple[int, ...]
     read: Callable[[], np.ndarray]
-    file: str = ""
+    stored: str = ""
 
     @property
     def nbytes(self) -> int:
@@ -180,10 +183,12 @@ def _read_shards(folder: pathlib.Path, weight_map: Mapping[str, str]) -> dict[st
     for file in sorted({*weight_map.values()}):
         for name, tensor in read_file(folder / file).items():
             if name in tensors:
-                raise ArtifactError(f"{folder}: the tensor {name!r} is in both {tensors[name].file} and {file}", FETCH)
+                raise ArtifactError(
+                    f"{folder}: the tensor {name!r} is in both {tensors[name].stored} and {file}", FETCH
+                )
             tensors[name] = tensor
     for name in sorted({*weight_map, *tensors}):
-        place = tensors[name].file if name in tensors else None
+        place = tensors[name].stored if name in tensors else None
         if weight_map.get(name) != place:
             what = f"{folder}: the tensor {short(name)} is in {place}, the index names {weight_map.get(name)}"
             raise ArtifactError(what, FETCH)
