@@ -5,13 +5,13 @@ import os
 import pathlib
 from typing import Any
 
-from flexmoe_jax.artifacts.model_dir import TOKENIZER, TOKENIZER_CONFIG
 from flexmoe_jax.errors import ArtifactError
 from flexmoe_jax.hf import foreign
 from flexmoe_jax.hf.configuration import CheckpointConfig, read_config
 from flexmoe_jax.hf.foreign import FETCH, short
 from flexmoe_jax.hf.mapping import check_count, drop_surplus, slots, widened
 from flexmoe_jax.hf.tensors import Tensor, read_tensors
+from flexmoe_jax.tokenizer_files import TOKENIZER, read_files
 
 _WEIGHTS_AND_CODE = (".safetensors", ".bin", ".pt", ".pth", ".gguf", ".h5", ".msgpack", ".onnx", ".py")
 
@@ -48,9 +48,7 @@ def open_folder(path: pathlib.Path | str) -> Checkpoint:
     path = _folder(foreign.existing(path))
     config = read_config(foreign.read_json(path / "config.json"), path / "config.json")
     generation = path / "generation_config.json"
-    tokenizer = {
-        name: foreign.read_bytes(path / name) for name in (TOKENIZER, TOKENIZER_CONFIG) if os.path.lexists(path / name)
-    }
+    tokenizer = read_files(path)
     tensors = read_tensors(path)
     return Checkpoint(
         where=str(path),

@@ -14,9 +14,9 @@ from typing import Any
 import numpy as np
 
 from flexmoe_jax.artifacts.arrays import NUMPY_DTYPES, map_array
-from flexmoe_jax.artifacts.model_dir import TOKENIZER, TOKENIZER_CONFIG, ModelDir
+from flexmoe_jax.artifacts.model_dir import ModelDir
 from flexmoe_jax.artifacts.package import check_files, raise_problems
-from flexmoe_jax.artifacts.sealed import MAX_TEXT_BYTES, read_bytes, sha256_array
+from flexmoe_jax.artifacts.sealed import sha256_array
 from flexmoe_jax.data.tokenizer import load_tokenizer
 from flexmoe_jax.errors import ArtifactError
 from flexmoe_jax.files import new_directory, write_bytes, write_json
@@ -27,6 +27,7 @@ from flexmoe_jax.hf.checkpoint import open_folder
 from flexmoe_jax.hf.configuration import write_config
 from flexmoe_jax.hf.mapping import Slot, slots
 from flexmoe_jax.hf.tensors import Tensor, widest, write_tensors
+from flexmoe_jax.tokenizer_files import GENERATION_CONFIG, TOKENIZER_CONFIG, stored
 from flexmoe_jax.tree import TRUNK, check_known
 
 FORMAT = "flexmoe-export-1"
@@ -102,7 +103,6 @@ def export(model: ModelDir, out: pathlib.Path | str, options: ExportOptions = Ex
     with new_directory(pathlib.Path(out)) as folder:
         files = write_tensors(folder, tensors, options.max_shard_bytes)
         _write_configs(folder, model, architecture, tensors, provenance)
-        _write_tokenizer(folder, model)
         if architecture.bias:
             write_bytes(folder / MODEL_FILE, pathlib.Path(__file__).with_name(MODEL_FILE).read_bytes())
         text = card.model_card(model, names, architecture, provenance, options.evaluation)
@@ -181,9 +181,9 @@ def _write_configs(
     tensors: Mapping[str, Tensor],
     provenance: Mapping[str, Any],
 ) -> None:
-    """Writes config.json and generation_config.json; keys of an imported model's own files stay."""
+    """Writes config.json, generation_config.json and the tokenizer; keys of an imported model's own files stay."""
     source = model.manifests[TRUNK].record.fields.get("imported", {})
-    tokenizer = load_tokenizer(model.path)
+    tokenizer = load_tokenizer(model.tokenizer_files)
     dtypes = {tensor.dtype for tensor in tensors.values()}
     config = write_config(
         architecture,
@@ -191,31 +191,26 @@ def _write_configs(
         len(provenance["names"]),
         model.top_k,
         dtypes.pop() if len(dtypes) == 1 else "float32",
-        {"eos_token_id": tokenizer.eos_id, "pad_token_id": tokenizer.pad_id},
+        {"bos_token_id": tokenizer.bos_id, "eos_token_id": tokenizer.eos_id, "pad_token_id": tokenizer.pad_id},
         source.get("config", {}),
         provenance,
     )
     write_json(folder / "config.json", config)
-    ids = {key: config[key] for key in ("bos_token_id", "eos_token_id", "pad_token_id") if config[key] is not None}
-    generation = {"_from_model_config": True, **ids, **source.get("generation_config", {})}
-    write_json(folder / "generation_config.json", generation)
-
-
-def _write_tokenizer(folder: pathlib.Path, model: ModelDir) -> None:
-    for name in model.tokenizer:
-        write_bytes(folder / name, read_bytes(model.path / name, MAX_TEXT_BYTES))
+    if GENERATION_CONFIG not in model.tokenizer:
+        ids = {key: config[key] for key in ("bos_token_id", "eos_token_id", "pad_token_id") if config[key] is not None}
+        generation = source.get("generation_config") or {"_from_model_config": True, **ids}
+        write_json(folder / GENERATION_CONFIG, generation)
+    for name, content in model.tokenizer_files.items():
+        write_bytes(folder / name, stored(name, content))
     if TOKENIZER_CONFIG not in model.tokenizer:
-        tokenizer = load_tokenizer(model.path / TOKENIZER)
-        write_json(
-            folder / TOKENIZER_CONFIG,
-            {
-                "tokenizer_class": "PreTrainedTokenizerFast",
-                "eos_token": tokenizer.decode([tokenizer.eos_id]),
-                "pad_token": tokenizer.decode([tokenizer.pad_id]),
-                "model_max_length": model.config.max_seq_len,
-                "clean_up_tokenization_spaces": False,
-            },
-        )
+        names = {"bos_token": tokenizer.bos_id, "eos_token": tokenizer.eos_id, "pad_token": tokenizer.pad_id}
+        fields = {
+            "tokenizer_class": "PreTrainedTokenizerFast",
+            **{name: tokenizer.decode([i]) for name, i in names.items() if i is not None},
+            "model_max_length": model.config.max_seq_len,
+            "clean_up_tokenization_spaces": False,
+        }
+        write_json(folder / TOKENIZER_CONFIG, fields)
 
 
 def _check_written(folder: pathlib.Path, model: ModelDir, table: Mapping[str, Slot]) -> None:

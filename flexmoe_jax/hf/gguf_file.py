@@ -11,8 +11,7 @@ from typing import Any
 
 import numpy as np
 
-from flexmoe_jax.artifacts.model_dir import TOKENIZER, TOKENIZER_CONFIG
-from flexmoe_jax.data.tokenizer import EOS, SPLIT_PATTERN
+from flexmoe_jax.data.cl100k import SPLIT_PATTERN
 from flexmoe_jax.errors import ArtifactError
 from flexmoe_jax.hf import foreign
 from flexmoe_jax.hf.architectures import LLAMA
@@ -24,6 +23,7 @@ from flexmoe_jax.hf.rope import write_scaling
 from flexmoe_jax.hf.tensors import Tensor
 from flexmoe_jax.model.rope import frequencies
 from flexmoe_jax.model_config import RopeScaling
+from flexmoe_jax.tokenizer_files import CHAT_TEMPLATE, TOKENIZER, TOKENIZER_CONFIG
 
 _LAYER = {
     "attn_norm": "input_layernorm",
@@ -217,10 +217,9 @@ def _tokenizer(fields: dict[str, Any]) -> tuple[dict[str, bytes] | None, str]:
         return None, "it lacks tokens, a type of each token, or merges"
     if doubled := len(tokens) - len({*tokens}):
         return None, f"of its {len(tokens)} tokens {doubled} are given twice"
-    # The end token of a chat model ends a turn; documents are separated by the end-of-text token, where there is one.
     ids = {
-        name: fields[f"tokenizer.ggml.{key}_token_id"]
-        for name, key in (("eos_token", "eos"), ("pad_token", "padding"))
+        f"{name}_token": fields[f"tokenizer.ggml.{key}_token_id"]
+        for name, key in (("bos", "bos"), ("eos", "eos"), ("pad", "padding"), ("unk", "unknown"))
         if f"tokenizer.ggml.{key}_token_id" in fields
     }
     if any(type(i) is not int or not 0 <= i < len(tokens) for i in ids.values()):
@@ -254,6 +253,22 @@ def _tokenizer(fields: dict[str, Any]) -> tuple[dict[str, bytes] | None, str]:
         },
     }
     named = {name: tokens[i] for name, i in ids.items()}
-    if EOS[1][0] in tokens:
-        named["eos_token"] = EOS[1][0]
-    return {TOKENIZER: json.dumps(content).encode(), TOKENIZER_CONFIG: json.dumps(named).encode()}, ""
+    if "bos_token" in named and fields.get("tokenizer.ggml.add_bos_token", split == "llama-bpe"):
+        content["post_processor"] = _begin_with(named["bos_token"], ids["bos_token"])
+    files = {TOKENIZER: json.dumps(content).encode(), TOKENIZER_CONFIG: json.dumps(named).encode()}
+    template = fields.get("tokenizer.chat_template")
+    return files | ({CHAT_TEMPLATE: template.encode()} if isinstance(template, str) else {}), ""
+
+
+def _begin_with(token: str, token_id: int) -> dict[str, Any]:
+    """The part of a tokenizer.json that puts a token before every text."""
+    first, text = {"SpecialToken": {"id": token, "type_id": 0}}, {"Sequence": {"id": "A", "type_id": 0}}
+    second = [{kind: {**value, "type_id": 1} for kind, value in part.items()} for part in (first, text)]
+    second[1]["Sequence"]["id"] = "B"
+    known = {token: {"id": token, "ids": [token_id], "tokens": [token]}}
+    return {
+        "type": "TemplateProcessing",
+        "single": [first, text],
+        "pair": [first, text, *second],
+        "special_tokens": known,
+    }

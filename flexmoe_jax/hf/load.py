@@ -18,7 +18,7 @@ from flexmoe_jax import config as configs
 from flexmoe_jax.artifacts import sealed
 from flexmoe_jax.artifacts.journal import append_entry
 from flexmoe_jax.artifacts.manifest import Manifest, TensorRecord
-from flexmoe_jax.artifacts.model_dir import TOKENIZER, ModelDir, create_model, open_model, write_model_json
+from flexmoe_jax.artifacts.model_dir import ModelDir, create_model, open_model, write_model_json
 from flexmoe_jax.artifacts.package import content_digest, read_manifest, write_package
 from flexmoe_jax.artifacts.sealed import MAX_TEXT_BYTES, canonical_json, parse_json, sha256_array
 from flexmoe_jax.config import RunConfig
@@ -32,6 +32,7 @@ from flexmoe_jax.hf.mapping import check_tensors, slots
 from flexmoe_jax.hf.tensors import widest
 from flexmoe_jax.model_config import ModelConfig
 from flexmoe_jax.params import owner_leaves
+from flexmoe_jax.tokenizer_files import TOKENIZER
 from flexmoe_jax.tree import PUBLIC, TRUNK, Params, check_known, check_owner_name, flatten, unflatten, union
 
 log = logging.getLogger(__name__)
