@@ -12,7 +12,7 @@ from collections.abc import Collection, Mapping
 from typing import Any
 
 from flexmoe_jax.errors import DataError
-from flexmoe_jax.files import refuse_pointer
+from flexmoe_jax.foreign import check_count, read_bytes
 
 log = logging.getLogger(__name__)
 
@@ -52,7 +52,7 @@ def read_files(folder: pathlib.Path) -> dict[str, bytes]:
 
     DataError for a file that is too long, cannot be read, or is not what its name says.
     """
-    names = sorted(path.name for path in folder.iterdir() if limit_of(path.name) and path.is_file())
+    names = sorted(path.name for path in folder.iterdir() if limit_of(path.name) and not path.is_dir())
     licenses = [name for name in names if name not in LIMITS]
     if len(licenses) > MAX_LICENSES:
         raise DataError(f"{folder} has {len(licenses)} license files", f"keep at most {MAX_LICENSES} of them")
@@ -97,12 +97,7 @@ def named_tokens(files: Mapping[str, bytes]) -> dict[str, str]:
 
 def _read(path: pathlib.Path) -> bytes:
     limit = limit_of(path.name) or 0
-    try:
-        with path.open("rb") as file:
-            content = file.read(limit + 1)
-    except OSError as error:
-        raise DataError(f"{path} cannot be read: {error.strerror}", "repair the file or its permissions") from error
-    refuse_pointer(content[:64], path, DataError)
-    if len(content) > limit:
-        raise DataError(f"{path} has over {limit} bytes", "give the tokenizer as it was published")
+    content = read_bytes(path, limit, DataError)
+    if path.suffix == ".json":
+        check_count(content, path, limit, DataError)
     return content

@@ -6,9 +6,10 @@ import pathlib
 from typing import Any
 
 from flexmoe_jax.errors import ArtifactError
+from flexmoe_jax.foreign import short
 from flexmoe_jax.hf import foreign
 from flexmoe_jax.hf.configuration import CheckpointConfig, read_config
-from flexmoe_jax.hf.foreign import FETCH, short
+from flexmoe_jax.hf.foreign import FETCH
 from flexmoe_jax.hf.mapping import check_count, drop_surplus, slots, widened
 from flexmoe_jax.hf.tensors import Tensor, read_tensors
 from flexmoe_jax.tokenizer_files import TOKENIZER, read_files

@@ -15,8 +15,8 @@ import ml_dtypes
 import numpy as np
 
 from flexmoe_jax.errors import ArtifactError, ConfigError
+from flexmoe_jax.foreign import open_file, short
 from flexmoe_jax.hf import foreign
-from flexmoe_jax.hf.foreign import short
 from flexmoe_jax.hf.tensors import Tensor
 
 DOWNLOAD = "download it again"
@@ -94,7 +94,7 @@ def read_container(path: pathlib.Path) -> tuple[dict[str, Any], dict[str, Tensor
         import gguf  # noqa: F401
     except ImportError as error:
         raise ConfigError("reading GGUF files needs the package gguf", "pip install 'flexmoe_jax[hf]'") from error
-    with foreign.open_file(path) as file:
+    with open_file(path, ArtifactError) as file:
         size = os.fstat(file.fileno()).st_size
         if file.read(4) != b"GGUF":
             raise ArtifactError(f"{path} is not a GGUF file", DOWNLOAD)

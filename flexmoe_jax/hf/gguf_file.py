@@ -13,11 +13,11 @@ import numpy as np
 
 from flexmoe_jax.data.cl100k import SPLIT_PATTERN
 from flexmoe_jax.errors import ArtifactError
+from flexmoe_jax.foreign import short
 from flexmoe_jax.hf import foreign
 from flexmoe_jax.hf.architectures import LLAMA
 from flexmoe_jax.hf.checkpoint import Checkpoint
 from flexmoe_jax.hf.configuration import read_config
-from flexmoe_jax.hf.foreign import short
 from flexmoe_jax.hf.gguf_container import DOWNLOAD, read_container
 from flexmoe_jax.hf.rope import write_scaling
 from flexmoe_jax.hf.tensors import Tensor

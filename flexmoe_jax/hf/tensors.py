@@ -19,8 +19,9 @@ import numpy as np
 
 from flexmoe_jax.errors import ArtifactError
 from flexmoe_jax.files import write_json
+from flexmoe_jax.foreign import open_file, short
 from flexmoe_jax.hf import foreign
-from flexmoe_jax.hf.foreign import FETCH, short
+from flexmoe_jax.hf.foreign import FETCH
 
 SINGLE, INDEX = "model.safetensors", "model.safetensors.index.json"
 # {code in a header: numpy dtype}, in the order in which the reference writer stores tensors.
@@ -86,12 +87,13 @@ def read_tensors(folder: pathlib.Path | str) -> dict[str, Tensor]:
 
 def read_file(path: pathlib.Path) -> dict[str, Tensor]:
     """{name: Tensor} of one safetensors file; reads the header only. Raises ArtifactError."""
-    with foreign.open_file(path) as file:
+    with open_file(path, ArtifactError) as file:
         size = os.fstat(file.fileno()).st_size
         length = int.from_bytes(file.read(8), "little")
-        if not 2 <= length <= min(size - 8, foreign.LIMITS["header of safetensors"]):
+        limit = foreign.LIMITS["header of safetensors"]
+        if not 2 <= length <= min(size - 8, limit):
             raise ArtifactError(f"{path} has {size} bytes and a header of {length}", FETCH)
-        header = foreign.parse(file.read(length).rstrip(b" "), path)
+        header = foreign.parse(file.read(length).rstrip(b" "), path, limit)
     header.pop("__metadata__", None)
     tensors, position = {}, 0
     for name, entry in sorted(header.items(), key=lambda item: _offsets(item[1])):
