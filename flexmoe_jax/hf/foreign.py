@@ -10,9 +10,9 @@ import re
 import stat
 from typing import Any, BinaryIO
 
-from flexmoe_jax.artifacts.sealed import parse_json
 from flexmoe_jax.errors import ArtifactError
 from flexmoe_jax.files import is_sparse, refuse_pointer
+from flexmoe_jax.json_files import parse_json
 
 # The longest of each kind in bytes: several times the longest that is published.
 LIMITS = {

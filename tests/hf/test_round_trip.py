@@ -11,7 +11,6 @@ import flexmoe_jax as fm
 from flexmoe_jax.artifacts.model_checks import verify_model
 from flexmoe_jax.artifacts.model_dir import open_model
 from flexmoe_jax.artifacts.package import content_digest, load_package
-from flexmoe_jax.artifacts.sealed import canonical_json
 from flexmoe_jax.compose.merge import merge
 from flexmoe_jax.compose.optout import opt_out
 from flexmoe_jax.errors import ArtifactError, FlexMoEError
@@ -23,6 +22,7 @@ from flexmoe_jax.hf.export import ExportOptions, _map_leaves, _tensor, export
 from flexmoe_jax.hf.load import import_expert, import_model, read_tree
 from flexmoe_jax.hf.mapping import slots
 from flexmoe_jax.hf.tensors import Tensor, read_tensors, write_tensors
+from flexmoe_jax.json_files import canonical_json
 from flexmoe_jax.model.decoder import Decoder
 from flexmoe_jax.model.generate import generate
 from flexmoe_jax.parallel.mesh import mesh_of_one
