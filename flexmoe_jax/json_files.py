@@ -1,7 +1,4 @@
-"""Small files and JSON of strangers: read in bounded time and memory, or refused by name.
-
-Count first, allocate later: the size of a file is limited before it is read, and the depth of JSON after it is parsed.
-"""
+"""JSON in the form of our own artifacts, and small files: read in bounded time and memory, or refused by name."""
 
 import collections
 import json
@@ -55,14 +52,10 @@ def parse_value(raw: bytes, where: object, limit: int = MAX_JSON_BYTES) -> Any:
     return value
 
 
-def read_bytes(path: pathlib.Path, limit: int = MAX_JSON_BYTES, *, follow: bool = False) -> bytes:
-    """The content of a regular file of at most `limit` bytes; ArtifactError for a missing or a longer one.
-
-    A link is refused, unless `follow` says that the path is the user's own and may be one.
-    """
+def read_bytes(path: pathlib.Path, limit: int = MAX_JSON_BYTES) -> bytes:
+    """The content of a regular file of at most `limit` bytes; ArtifactError for a link, a missing or a longer file."""
     try:
-        flags = os.O_RDONLY | os.O_NONBLOCK | (0 if follow else os.O_NOFOLLOW)
-        with open(os.open(path, flags), "rb") as file:
+        with open(os.open(path, os.O_RDONLY | os.O_NOFOLLOW | os.O_NONBLOCK), "rb") as file:
             status = os.fstat(file.fileno())
             if not stat.S_ISREG(status.st_mode):
                 raise ArtifactError(f"{path} is not a regular file", "do not use this directory")

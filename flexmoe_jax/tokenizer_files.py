@@ -11,9 +11,8 @@ import re
 from collections.abc import Collection, Mapping
 from typing import Any
 
-from flexmoe_jax.errors import DataError, FlexMoEError
-from flexmoe_jax.files import refuse_pointer
-from flexmoe_jax.json_files import read_bytes
+from flexmoe_jax.errors import DataError
+from flexmoe_jax.foreign import check_count, read_bytes
 
 log = logging.getLogger(__name__)
 
@@ -97,13 +96,12 @@ def named_tokens(files: Mapping[str, bytes]) -> dict[str, str]:
 
 
 def read_file(path: pathlib.Path, name: str) -> bytes:
-    """The content of the file `path`, which may be as long as the file `name` of a tokenizer. DataError if it is not.
+    """The content of the file `path`, which may be as long as the file `name` of a tokenizer.
 
-    A link is followed; the pointer of a file in Git LFS is refused.
+    A link is followed. DataError for anything but such a file, and for a pointer of Git LFS.
     """
-    try:
-        content = read_bytes(path, limit_of(name) or 0, follow=True)
-    except FlexMoEError as error:
-        raise DataError(error.what, "give the tokenizer as it was published") from error
-    refuse_pointer(content[:64], path, DataError)
+    limit = limit_of(name) or 0
+    content = read_bytes(path, limit, DataError)
+    if name.endswith(".json"):
+        check_count(content, path, limit, DataError)
     return content

@@ -22,7 +22,8 @@ from flexmoe_jax.data.records import DEFAULT, Fields
 from flexmoe_jax.data.sources import Document, read_documents
 from flexmoe_jax.errors import DataError, FlexMoEError
 from flexmoe_jax.files import sha256_file, write_json
-from flexmoe_jax.json_files import parse_json, read_bytes
+from flexmoe_jax.foreign import read_bytes
+from flexmoe_jax.json_files import MAX_JSON_BYTES, parse_json
 from flexmoe_jax.progress import track
 
 DEFAULT_ENCODER = "all-MiniLM-L6-v2"
@@ -62,7 +63,7 @@ class DomainVector:
     def load(cls, path: str | pathlib.Path) -> "DomainVector":
         """Reads what `save` wrote; DataError for a broken file, a wrong width, too few documents, NaN and infinity."""
         try:
-            content = parse_json(read_bytes(pathlib.Path(path), follow=True), path)
+            content = parse_json(read_bytes(pathlib.Path(path), MAX_JSON_BYTES, DataError), path)
             width, vector = content["width"], np.asarray(content["vector"], np.float32)
             numbers = {name: int(content[name]) for name in ("count", "seed", "seen")}
             encoder, encoder_digest = content["encoder"], content["encoder_digest"]

@@ -26,7 +26,8 @@ from flexmoe_jax.data.embedding import (
 from flexmoe_jax.data.sources import Document
 from flexmoe_jax.errors import DataError, FlexMoEError
 from flexmoe_jax.files import new_directory, write_json
-from flexmoe_jax.json_files import parse_json, read_bytes
+from flexmoe_jax.foreign import read_bytes
+from flexmoe_jax.json_files import MAX_JSON_BYTES, parse_json
 from flexmoe_jax.tree import check_owner_name
 
 FORMAT = "flexmoe-classifier-1"
@@ -68,7 +69,7 @@ class Classifier:
         """Reads what `save` wrote; DataError for anything else."""
         remedy = "make it with `flexmoe train-classifier`"
         try:
-            content = parse_json(read_bytes(pathlib.Path(path), follow=True), path)
+            content = parse_json(read_bytes(pathlib.Path(path), MAX_JSON_BYTES, DataError), path)
             if content.pop("format") != FORMAT:
                 raise ValueError(f"not of the format {FORMAT}")
             return cls(**content | {"weights": np.asarray(content["weights"], np.float32)})

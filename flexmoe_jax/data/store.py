@@ -22,7 +22,8 @@ from flexmoe_jax.data.corpus import is_documents
 from flexmoe_jax.data.tokenizer import Tokenizer
 from flexmoe_jax.errors import DataError, FlexMoEError
 from flexmoe_jax.files import sha256_file
-from flexmoe_jax.json_files import parse_json, read_bytes
+from flexmoe_jax.foreign import read_bytes
+from flexmoe_jax.json_files import MAX_JSON_BYTES, parse_json
 
 T = TypeVar("T")
 
@@ -207,7 +208,7 @@ _INDEX: dict[str, type] = {
 def _read_index(path: pathlib.Path) -> dict[str, Any]:
     """The checked fields of a store's index.json."""
     try:
-        index = parse_json(read_bytes(path / "index.json", follow=True), path / "index.json")
+        index = parse_json(read_bytes(path / "index.json", MAX_JSON_BYTES, DataError), path / "index.json")
     except FlexMoEError as error:
         raise DataError(error.what, "write the store again: flexmoe data tokenize") from error
     found = index.get("format")

@@ -25,7 +25,8 @@ from flexmoe_jax.errors import ArtifactError, DataError, FlexMoEError, did_you_m
 from flexmoe_jax.files import default_cache, new_directory, remove_directory, sha256_file
 from flexmoe_jax.flexmix.recipes import RECIPE_VERSION, RECIPES
 from flexmoe_jax.flexmix.splits import Part, make_part
-from flexmoe_jax.json_files import parse_json, read_bytes
+from flexmoe_jax.foreign import read_bytes
+from flexmoe_jax.json_files import MAX_JSON_BYTES, parse_json
 from flexmoe_jax.progress import track
 
 DOMAINS = tuple(RECIPES)
@@ -73,7 +74,7 @@ def read_mix(folder: str | pathlib.Path) -> dict[str, Any]:
     """The content of a mix's `mix.json`; DataError when there is none."""
     path = pathlib.Path(folder) / "mix.json"
     try:
-        return parse_json(read_bytes(path, follow=True), path)
+        return parse_json(read_bytes(path, MAX_JSON_BYTES, DataError), path)
     except FlexMoEError as error:
         raise DataError(f"{folder} is not a mix: {error.what}", "make one with `flexmoe data build`") from error
 

@@ -55,8 +55,8 @@ def read_owner(checkpoint: Checkpoint, names: tuple[str, ...], owner: str) -> Pa
     leaves = {path: np.empty(spec[path].shape, widest(kinds)) for path, kinds in dtypes.items()}
     for name, tensor in tensors.items():
         slot = table[name]
-        leaf = leaves[slot.path] if slot.layer is None else leaves[slot.path][slot.layer]
-        leaf[...] = slot.split(tensor.read(), leaf.shape)[owner]
+        leaf, at = leaves[slot.path], ... if slot.layer is None else slot.layer
+        leaf[at] = slot.split(tensor.read(), leaf[at].shape)[owner]
     if owner != TRUNK:
         leaves = {path: np.zeros(spec[path].shape, np.float32) for path in ("router", "bias")} | leaves
     return unflatten(leaves)

@@ -9,7 +9,8 @@ import re
 from typing import TYPE_CHECKING, Any
 
 from flexmoe_jax.errors import ArtifactError, ConfigError
-from flexmoe_jax.json_files import MAX_TEXT_BYTES, parse_value, read_bytes
+from flexmoe_jax.foreign import read_bytes
+from flexmoe_jax.json_files import MAX_TEXT_BYTES, parse_value
 from flexmoe_jax.study import figures
 from flexmoe_jax.study.results import RESULTS, SAMPLES, Kind, Results, SystemResult, read_results
 from flexmoe_jax.tree import PUBLIC
@@ -37,7 +38,7 @@ def read_study(path: pathlib.Path) -> tuple[Results, list[dict[str, Any]]]:
     samples = file.with_name(SAMPLES)
     if not path.is_dir() or not os.path.lexists(samples):
         return studies[0], []
-    texts = parse_value(read_bytes(samples, MAX_TEXT_BYTES, follow=True), samples, MAX_TEXT_BYTES)
+    texts = parse_value(read_bytes(samples, MAX_TEXT_BYTES, ArtifactError), samples, MAX_TEXT_BYTES)
     if not isinstance(texts, list) or not all(isinstance(text, dict) for text in texts):
         raise ArtifactError(f"{samples} is not a list of texts", "run `flexmoe reproduce` again")
     return studies[0], texts
