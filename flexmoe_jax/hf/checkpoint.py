@@ -1,13 +1,16 @@
 """A checkpoint as read, from a folder or from one GGUF file."""
 
 import dataclasses
+import logging
 import pathlib
 from typing import Any
 
 from flexmoe_jax.artifacts.sealed import parse_json, read_bytes
 from flexmoe_jax.hf.configuration import CheckpointConfig, read_config
-from flexmoe_jax.hf.tensors import Tensor, read_tensors
+from flexmoe_jax.hf.tensors import INDEX, Tensor, read_tensors
 from flexmoe_jax.tokenizer_files import TOKENIZER, read_files
+
+log = logging.getLogger(__name__)
 
 
 @dataclasses.dataclass(frozen=True)
@@ -31,6 +34,10 @@ def open_folder(path: pathlib.Path | str) -> Checkpoint:
     config = read_config(parse_json(read_bytes(path / "config.json"), path / "config.json"), path / "config.json")
     generation = path / "generation_config.json"
     tokenizer = read_files(path)
+    used = {"config.json", INDEX, *tokenizer}
+    left = sorted(p.name for p in path.iterdir() if p.name not in used and p.suffix != ".safetensors")
+    if left:
+        log.info(f"{path}: not read: {', '.join(left)}")
     return Checkpoint(
         where=str(path),
         config=config,

@@ -30,7 +30,7 @@ LAYER = {
 }
 
 
-def write_gguf(path, model, quantized=(), extra=(), **fields):
+def write_gguf(path, model, quantized=(), extra=(), names=None, ids=None, **fields):
     """A llama.cpp file of a tiny Llama: query and key rows in the order of its rotary embedding, a BPE tokenizer."""
     config, weights = model.config, {n: p.numpy() for n, p in model.state_dict().items()}
     writer = gguf.GGUFWriter(str(path), fields.pop("arch", "llama"))
@@ -48,10 +48,12 @@ def write_gguf(path, model, quantized=(), extra=(), **fields):
     tokens |= {entry["id"]: entry["content"] for entry in content["added_tokens"]}
     writer.add_tokenizer_model("gpt2")
     writer.add_tokenizer_pre(fields.pop("pre", "llama-bpe"))
+    tokens |= names or {}
     writer.add_token_list([tokens[i] for i in range(300)])
     writer.add_token_types([1] * 298 + [3, 3])
     writer.add_token_merges([" ".join(merge) for merge in content["model"]["merges"]])
-    writer.add_eos_token_id(298)
+    for name, token_id in ({"eos": 298} | (ids or {})).items():
+        getattr(writer, f"add_{name}_token_id")(token_id)
     for key, value in fields.items():
         writer.add_string(key.replace("__", "."), value)
 
