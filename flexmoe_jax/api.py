@@ -187,7 +187,7 @@ def load(path: str | pathlib.Path, mesh: Mesh | None = None) -> Model:
     """
     mesh = mesh or mesh_of_one()
     directory, params = load_model(path, mapped=mesh.size > 1)
-    tokenizer = load_tokenizer(directory.tokenizer_files)
+    tokenizer = load_tokenizer(directory.tokenizer_files).for_rows(directory.config.vocab_size)
     return Model(directory.config, params, tokenizer, directory.top_k, mesh)
 
 

@@ -8,8 +8,10 @@ the new, never a part, also after a crash at any moment. Links that others put t
 import contextlib
 import errno
 import fcntl
+import functools
 import hashlib
 import json
+import logging
 import os
 import pathlib
 import re
@@ -20,9 +22,12 @@ import tempfile
 from collections.abc import Callable, Iterable, Iterator
 from typing import Any
 
-from flexmoe_jax.errors import ArtifactError
+from flexmoe_jax.errors import ArtifactError, FlexMoEError
 
 CHUNK_BYTES = 1 << 20  # a multiple of every dtype's size
+_LFS_POINTER = b"version https://git-lfs.github.com/spec/"
+_NO_LOCKS = (errno.ENOSYS, errno.ENOTSUP, errno.EOPNOTSUPP, errno.ENOLCK)
+log = logging.getLogger(__name__)
 _PARTIAL = re.compile(r"\.(.+)\.partial-[0-9a-f]{8}")
 
 
@@ -49,7 +54,7 @@ def write_bytes(path: pathlib.Path | str, content: bytes | Iterable[bytes]) -> N
             _sync(folder)
     except OSError as error:
         raise ArtifactError(
-            f"{path} cannot be written: {error.strerror or error}",
+            f"{_final(path)} cannot be written: {error.strerror or error}",
             "give a file in a directory that exists, and check free space and permissions",
         ) from error
 
@@ -104,7 +109,8 @@ def new_directory(target: pathlib.Path) -> Iterator[pathlib.Path]:
             os.rename(partial, target)
             sync_directory(target.parent)
     except OSError as error:
-        raise ArtifactError(f"{target} could not be written: {error}", "check free space and permissions") from error
+        what = f"{_final(target)} could not be written: {error.strerror or error}"
+        raise ArtifactError(what, "check free space and permissions, or give a path on another disk") from error
     finally:
         for path in (unlocked, partial):
             shutil.rmtree(path, ignore_errors=True)
@@ -123,7 +129,12 @@ def copy_file(
     """
     target.parent.mkdir(parents=True, exist_ok=True)
     if link:
-        os.link(source, target, follow_symlinks=False)
+        try:
+            os.link(source, target, follow_symlinks=False)
+        except OSError as error:  # another file system, or one without hard links
+            _say_once(f"files are copied: they cannot be linked ({error.strerror})")
+            link = False
+    if link:
         found = sha256_file(target, check)
     else:
         with open(target, "xb") as writer:
@@ -150,10 +161,12 @@ def remove_directory(path: pathlib.Path) -> None:
 
 
 @contextlib.contextmanager
-def lock_directory(path: pathlib.Path, file_name: str | None = None) -> Iterator[None]:
+def lock_directory(path: pathlib.Path, file_name: str | None = None) -> Iterator[bool]:
     """Holds the directory `path` exclusively; ArtifactError if another process holds it, or it cannot be used.
 
     The lock is on the directory itself, or on the file `file_name` inside it, which holds the process id of the holder.
+    Yields whether it is held: on a file system without locks, as Lustre may be, it is not, and a line of the log asks
+    the user to take care.
     """
     try:
         if file_name is None:
@@ -169,10 +182,20 @@ def lock_directory(path: pathlib.Path, file_name: str | None = None) -> Iterator
             holder = os.pread(descriptor, 64, 0).decode(errors="replace").strip() if file_name else ""
             who = f"process {holder}" if holder else "another process"
             raise ArtifactError(f"{path} is in use by {who}", "wait until it ends, or stop it") from error
+        except OSError as error:
+            if error.errno not in _NO_LOCKS:
+                raise
+            if partial_of(path.name) is None:  # partial directories have names that no other process takes
+                _say_once(
+                    f"{path} is on a file system without locks: use it with one process at a time "
+                    "(on Lustre, the mount option flock adds locks)"
+                )
+            yield False
+            return
         if file_name is not None:
             os.ftruncate(descriptor, 0)
             os.pwrite(descriptor, f"{os.getpid()}\n".encode(), 0)
-        yield
+        yield True
     finally:
         os.close(descriptor)
 
@@ -212,6 +235,17 @@ def sha256_file(path: pathlib.Path, *consumers: Callable[[bytes], Any]) -> str:
     return hasher.hexdigest()
 
 
+def is_sparse(status: os.stat_result) -> bool:
+    """Whether a file of over 64 MiB has far fewer blocks than bytes: cheap to send, hours to read."""
+    return status.st_size > 64 << 20 and status.st_blocks * 512 * 16 < status.st_size
+
+
+def refuse_pointer(head: bytes, path: pathlib.Path, error: type[FlexMoEError]) -> None:
+    """Raises `error` if `head`, the first bytes of `path`, are those of a pointer of Git LFS, not of the file."""
+    if head.startswith(_LFS_POINTER):
+        raise error(f"{path} is a Git LFS pointer, not the file", "run `git lfs pull` in its repository")
+
+
 def digest_files(folder: pathlib.Path) -> dict[str, dict[str, Any]]:
     """{relative path: {"size", "sha256"}} of the regular files under `folder`."""
     return {name: {"size": size, "sha256": sha256_file(folder / name)} for name, size in list_files(folder)[0].items()}
@@ -238,6 +272,16 @@ def default_cache() -> pathlib.Path:
     return folder
 
 
+@functools.cache
+def _say_once(text: str) -> None:
+    log.warning(text)
+
+
+def _final(path: pathlib.Path) -> pathlib.Path:
+    """The path that a file inside partial directories is going to have, for messages."""
+    return pathlib.Path(*(partial_of(part) or part for part in path.parts))
+
+
 def _partial_name(name: str) -> str:
     return f".{name}.partial-{secrets.token_hex(4)}"
 
@@ -246,11 +290,10 @@ def _remove_partial_directories(target: pathlib.Path) -> None:
     """Deletes partial directories of `target` that killed processes left, but no links, and none in use."""
     for entry in os.scandir(target.parent):
         if partial_of(entry.name) == target.name and entry.is_dir(follow_symlinks=False):
-            with (
-                contextlib.suppress(ArtifactError),
-                lock_directory(pathlib.Path(entry.path)),
-            ):  # a running process holds its lock
-                remove_directory(pathlib.Path(entry.path))
+            path = pathlib.Path(entry.path)
+            with contextlib.suppress(ArtifactError), lock_directory(path) as locked:  # a running process holds its lock
+                if locked:
+                    remove_directory(path)
 
 
 @contextlib.contextmanager

@@ -12,6 +12,7 @@ from collections.abc import Collection, Mapping
 from typing import Any
 
 from flexmoe_jax.errors import DataError
+from flexmoe_jax.files import refuse_pointer
 
 log = logging.getLogger(__name__)
 
@@ -101,6 +102,7 @@ def _read(path: pathlib.Path) -> bytes:
             content = file.read(limit + 1)
     except OSError as error:
         raise DataError(f"{path} cannot be read: {error.strerror}", "repair the file or its permissions") from error
+    refuse_pointer(content[:64], path, DataError)
     if len(content) > limit:
         raise DataError(f"{path} has over {limit} bytes", "give the tokenizer as it was published")
     return content

@@ -14,6 +14,7 @@ the caller identifies by digest in `meta` or in `run.json`.
 import concurrent.futures
 import contextlib
 import dataclasses
+import functools
 import os
 import pathlib
 import shutil
@@ -22,7 +23,7 @@ from typing import Any
 
 import jax
 
-from flexmoe_jax.artifacts import arrays  # noqa: F401 - silences Orbax
+from flexmoe_jax.artifacts import arrays
 from flexmoe_jax.artifacts.sealed import check_fields, read_sealed, write_sealed
 from flexmoe_jax.errors import ArtifactError, Check
 from flexmoe_jax.files import digest_files, list_files, lock_directory, sha256_file
@@ -47,42 +48,63 @@ class RunCheckpoints:
     """The checkpoints of the run directory `path`, locked for this process; use it in a `with` block.
 
     The `keep` newest steps stay on disk; with fewer than 2 there is nothing to fall back to when one is damaged.
-    ArtifactError if another process holds the directory.
+    Orbax starts with the first step that is saved or restored: a run that is refused before has no threads to end.
+    ArtifactError if another process holds the directory, or it cannot be written.
     """
 
     def __init__(self, path: pathlib.Path | str, keep: int = 2):
-        import orbax.checkpoint as ocp
-
-        self._ocp = ocp
-        self.path = pathlib.Path(path).absolute()
+        self.path, self._keep = pathlib.Path(path).absolute(), keep
         self._steps, self._digests = self.path / "checkpoints", self.path / "digests"
-        self._digests.mkdir(parents=True, exist_ok=True)
         self._lead = is_lead()
-        with contextlib.ExitStack() as stack:
-            if self._lead:
-                stack.enter_context(lock_directory(self.path, ".lock"))
-            self._manager = ocp.CheckpointManager(
-                self._steps,
-                item_names=("trainable", "optimizer", "data", "meta"),
-                options=ocp.CheckpointManagerOptions(max_to_keep=keep, cleanup_tmp_directories=True),
-            )
-            self._worker = stack.enter_context(concurrent.futures.ThreadPoolExecutor(1, "digests"))
-            self._held = stack.pop_all()
+        try:
+            for folder in (self._steps, self._digests):
+                folder.mkdir(parents=True, exist_ok=True)
+        except OSError as error:
+            remedy = "give a config.out that you may write to, on a disk with free space"
+            raise ArtifactError(f"the run directory {self.path} cannot be made: {error.strerror}", remedy) from error
+        self._held = contextlib.ExitStack()
+        if self._lead:
+            self._held.enter_context(lock_directory(self.path, ".lock"))
+        self._worker = concurrent.futures.ThreadPoolExecutor(1, "digests")
         self._pending: concurrent.futures.Future | None = None
+
+    @functools.cached_property
+    def _ocp(self) -> Any:
+        import orbax.checkpoint
+
+        return orbax.checkpoint
+
+    @functools.cached_property
+    def _manager(self) -> Any:
+        if self._lead:  # here and not by Orbax, whose thread for it can outlive an error
+            for folder in self._steps.iterdir():
+                if not folder.name.isdecimal():  # of an interrupted save
+                    shutil.rmtree(folder, ignore_errors=True)
+        barrier("interrupted saves")
+        return self._ocp.CheckpointManager(
+            self._steps,
+            item_names=("trainable", "optimizer", "data", "meta"),
+            options=self._ocp.CheckpointManagerOptions(max_to_keep=self._keep),
+        )
 
     def __enter__(self) -> "RunCheckpoints":
         return self
 
     def __exit__(self, kind: type[BaseException] | None, *_) -> None:
         with self._held:
+            if kind is not None and issubclass(kind, KeyboardInterrupt):  # at once: every write is atomic
+                self._worker.shutdown(wait=False)
+                return
             try:
                 self.wait()
             except ArtifactError:
                 if kind is None:  # otherwise the first error is the one to show
                     raise
             finally:
-                with contextlib.suppress(Exception):  # `wait` has reported it
-                    self._manager.close()
+                self._worker.shutdown()
+                if "_manager" in vars(self):
+                    with contextlib.suppress(Exception):  # `wait` has reported it
+                        self._manager.close()
 
     def save(self, step: int, trainable: Any, opt_state: Any, data_state: dict, meta: dict) -> None:
         """Starts to save `step`; the arrays may be donated or changed when this returns.
@@ -109,6 +131,11 @@ class RunCheckpoints:
         if pending is not None:
             pending.result()
 
+    @property
+    def started(self) -> bool:
+        """Whether a step was ever saved; does not check whether it is damaged."""
+        return any(self._digests.glob("*.json"))
+
     def latest(self) -> int | None:
         """The newest saved step, or None; does not check whether it is damaged."""
         self.wait()
@@ -119,8 +146,9 @@ class RunCheckpoints:
         """The newest undamaged step (or `step`), bit for bit; None if there is no step.
 
         `like_*` are trees of the same structure with the shape, dtype and sharding of each leaf: arrays or
-        `jax.ShapeDtypeStruct`. Damaged steps are moved to `damaged/` and listed in `skipped`. ArtifactError if every
-        step is damaged, or the structure differs.
+        `jax.ShapeDtypeStruct`. Damaged steps are moved to `damaged/` and listed in `skipped`; so is the first step of a
+        run whose save was interrupted, and then there is no step. ArtifactError if every step is damaged, or the
+        structure differs.
         """
         self.wait()
         skipped: list[tuple[int, str]] = []
@@ -130,6 +158,9 @@ class RunCheckpoints:
         if number != _NONE:
             self._set_aside(skipped)
             return self._read(number, like_trainable, like_opt, tuple(skipped))
+        if not self.started:
+            self._set_aside(skipped)
+            return None
         if skipped:
             reasons = "".join(f"\n    step {number}: {reason}" for number, reason in skipped)
             raise ArtifactError(
@@ -197,8 +228,9 @@ class RunCheckpoints:
         try:
             yield
         except Exception as error:
+            system = arrays.system_error(error)
             raise ArtifactError(
-                f"saving step {step} to {self.path} failed: {error}",
+                f"saving step {step} to {self.path} failed: {system.strerror if system else error}",
                 "check free space and permissions, then run the same command: it resumes from the last good step",
             ) from error
 

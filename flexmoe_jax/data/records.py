@@ -14,6 +14,7 @@ from collections.abc import Iterable, Iterator
 from typing import Any
 
 from flexmoe_jax.errors import DataError, did_you_mean
+from flexmoe_jax.files import refuse_pointer
 
 log = logging.getLogger(__name__)
 
@@ -22,7 +23,6 @@ TEXT_BYTES = 4 << 20
 MAX_LINE_BYTES = 256 << 20  # a longer "line" is a JSON array in a file misnamed .jsonl
 PARQUET_ROWS = 64
 BYTE_ORDER_MARK = "\ufeff"
-LFS_POINTER = b"version https://git-lfs.github.com/spec/"
 MESSAGES = "messages"  # the field of a conversation's turns, where no other is named
 # Columns that are read from Parquet.
 FIELDS = ("text", "source", "license", "group", "split", "id", "domain", MESSAGES, "tools")
@@ -44,8 +44,7 @@ def records(file: pathlib.Path, fields: Fields) -> Iterator[tuple[str, dict[str,
     name = file.name.lower()
     try:
         with file.open("rb") as opened:
-            if opened.read(len(LFS_POINTER)) == LFS_POINTER:
-                raise DataError(f"{file} is a Git LFS pointer, not the file", "run `git lfs pull` in its repository")
+            refuse_pointer(opened.read(64), file, DataError)
         if name.endswith(".parquet"):
             yield from _parquet_records(file, fields)
         elif name.endswith(".txt"):

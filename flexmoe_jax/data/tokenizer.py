@@ -15,7 +15,7 @@ from typing import Any
 
 from flexmoe_jax.data.cl100k import RANKS, build
 from flexmoe_jax.errors import DataError
-from flexmoe_jax.files import write_bytes
+from flexmoe_jax.files import refuse_pointer, write_bytes
 from flexmoe_jax.tokenizer_files import GENERATION_CONFIG, TOKENIZER, TOKENIZER_CONFIG, named_tokens, parsed, read_files
 
 DEFAULT_TOKENIZER = "cl100k:8192"
@@ -154,6 +154,25 @@ class Tokenizer:
             start -= 1
         return [*ids[start:]]
 
+    def for_rows(self, rows: int) -> "Tokenizer":
+        """This tokenizer beside an embedding of `rows` rows.
+
+        Special tokens may have ids beyond the rows, such as padding that was added later: no text gives them. One that
+        pads is replaced by the end-of-document token. DataError where a document could hold an id beyond the rows.
+        """
+        if self.vocab_size <= rows:
+            return self
+        special = {i for i, token in self._engine.get_added_tokens_decoder().items() if token.special}
+        given = {*self._engine.get_vocab(with_added_tokens=True).values()} - special
+        given |= {*self._engine.get_vocab(with_added_tokens=False).values(), self.eos_id}
+        if max(given) >= rows:
+            raise DataError(
+                f"the tokenizer has {self.vocab_size} ids, the model {rows} rows, and text gives the id {max(given)}",
+                "give the tokenizer of this model",
+            )
+        pad_id = self.pad_id if self.pad_id < rows else self.eos_id
+        return dataclasses.replace(self, vocab_size=rows, pad_id=pad_id)
+
     def save(self, path: str | pathlib.Path) -> None:
         """Writes the tokenizer.json at `path` and the other files beside it, for Hugging Face and `load_tokenizer`.
 
@@ -203,7 +222,9 @@ def load_tokenizer(spec: str | pathlib.Path | Mapping[str, bytes] = DEFAULT_TOKE
             f"no tokenizer {str(spec)!r}: neither a known name nor a file",
             f"use {DEFAULT_TOKENIZER!r}, 'dolma2', or the path of a tokenizer.json",
         )
-    return _from_files(read_files(path.parent) | {TOKENIZER: path.read_bytes()}, str(path))
+    raw = path.read_bytes()
+    refuse_pointer(raw[:64], path, DataError)
+    return _from_files(read_files(path.parent) | {TOKENIZER: raw}, str(path))
 
 
 def _prefix_size(spec: str) -> int:
