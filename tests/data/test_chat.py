@@ -1,5 +1,6 @@
 """Conversations are rendered as transformers renders them, only the assistant's tokens count, no template can act."""
 
+import dataclasses
 import json
 import time
 
@@ -17,6 +18,7 @@ from flexmoe_jax.data.tokenizer import load_tokenizer
 from flexmoe_jax.data.writer import write_store
 from flexmoe_jax.errors import DataError
 from flexmoe_jax.evaluate.perplexity import heldout_texts
+from flexmoe_jax.model.generate import Sampling, generate
 from flexmoe_jax.training import loop
 from flexmoe_jax.training.step import make_train_step
 from tests.tiny import MODEL, expert_run, public_run
@@ -322,12 +324,11 @@ def test_a_model_trained_on_conversations_keeps_the_template_and_answers(release
     assert (release / "chat_template.jinja").read_text() == CHATML
     prompt = [{"role": "user", "content": "the"}]
     ids = encode_prompt(model.tokenizer, prompt)
-    answer = model.generate(prompt, max_new_tokens=3)
-    row = list(ids)
-    for _ in range(3):
-        row.append(int(np.argmax(model.logits(row)[-1])))
-    assert answer == model.tokenizer.decode(row[len(ids) :])
-    assert answer == "".join(model.stream(prompt, max_new_tokens=3))
+    how = {"max_new_tokens": 6, "seed": 1}
+    run, stop = dataclasses.replace(model.decoder(), dispatch="sparse"), model.tokenizer.stop_ids
+    (answer,) = generate(run, model._stacked, [ids], stop_ids=stop, sampling=Sampling(1.0), **how)
+    assert len(answer) == 6
+    assert model.generate(prompt, temperature=1.0, **how) == model.tokenizer.decode(answer)
 
 
 def test_an_owner_trains_on_conversations_beside_it(release, tmp_path):
@@ -343,3 +344,9 @@ def test_conversations_for_a_model_without_template_are_refused(world, tmp_path)
     )
     with pytest.raises(DataError, match="no chat template"):
         loop.train(run)
+
+
+def test_a_template_with_tokens_that_the_model_has_no_row_for_is_refused(tmp_path):
+    tokenizer = load_tokenizer(byte_level(tmp_path)).for_rows(299)  # <|im_end|> is 299
+    with pytest.raises(DataError, match=r"<\|im_end\|>.*299 is beyond the model's 299"):
+        encode_prompt(tokenizer, TURNS)
