@@ -123,8 +123,16 @@ class Tokenizer:
         return ids if ids and self.bos_id is None else [self.start_id, *ids]
 
     def encode_marked(self, text: str) -> tuple[list[int], list[int]]:
-        """(ids, the character at which each starts) of a `text` in which special tokens are recognized by name."""
+        """(ids, the character at which each starts) of a `text` in which special tokens are recognized by name.
+
+        DataError for a token that the model has no row for.
+        """
         encoded = self._marked.encode(text, add_special_tokens=False)
+        if (largest := max(encoded.ids, default=0)) >= self.vocab_size:
+            raise DataError(
+                f"a text names {self.decode([largest])!r}, whose id {largest} is beyond the model's {self.vocab_size}",
+                "leave it out of the text, or use a model that was trained with this token",
+            )
         return encoded.ids, [start for start, _ in encoded.offsets]
 
     def decode(self, ids: Iterable[int]) -> str:
