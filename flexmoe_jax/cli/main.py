@@ -46,6 +46,7 @@ ROLES = {
         "import-hf": ("interchange", "import a checkpoint of transformers"),
         "import-gguf": ("interchange", "import a GGUF file of the Llama architecture"),
         "export-hf": ("interchange", "export a checkpoint that transformers loads"),
+        "export-gguf": ("interchange", "export a file that llama.cpp runs"),
     },
     "an auditor (verify: a coordinator too)": {
         "inspect": ("models", "show what a package or a model holds"),

@@ -220,6 +220,28 @@ def test_every_token_of_every_document_is_scored_once_with_its_context(texts, se
     assert set(scored) - {-1} == set(range(len(texts)))
 
 
+def test_a_long_window_costs_only_long_documents():
+    """Rows have the length that their document needs, and a batch has a bounded number of tokens."""
+    lengths = [3, 900, 1500, 1024, 10_000, 2100, 5, 1023, 3000]  # of the documents, in tokens: a letter is one
+    texts = ["".join("abcdefgh"[i % 8] + " " for i in range(n // 2)) + "x" * (n % 2) for n in lengths]
+    found = collections.defaultdict(list)
+    shapes = collections.Counter()
+    for batch, doc_B, _ in scoring_batches(texts, tokenizer(), 4096, 2048, batch_size=4):
+        shapes[batch.tokens.shape] += 1
+        for row, doc in enumerate(doc_B.tolist()):
+            found[doc].append((batch.tokens.shape[1], batch.targets[row][batch.weights[row] > 0]))
+    assert {T: B for B, T in shapes} == {1024: 4, 2048: 2, 4096: 1}  # 4,096 tokens in every batch
+    for doc, text in enumerate(texts):
+        ids = tokenizer().encode(text)
+        assert np.concatenate([targets for _, targets in found[doc]]).tolist() == [*ids, tokenizer().eos_id]
+        assert {T for T, _ in found[doc]} == {next(T for T in (1024, 2048, 4096) if min(len(ids) + 1, 4096) <= T)}
+
+
+def test_batches_divide_among_the_parts_of_a_mesh():
+    batches = list(scoring_batches(["a", "b " * 1500], tokenizer(), 8192, 4096, batch_size=1, parts=3))
+    assert [batch.tokens.shape for batch, _, _ in batches] == [(3, 1024), (3, 2048)]
+
+
 def test_a_stride_longer_than_the_window_is_refused():
     for stride in (0, 9):
         with pytest.raises(DataError, match=f"stride of {stride}"):
