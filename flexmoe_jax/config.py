@@ -118,8 +118,8 @@ _PATHS = ("data", "out", "public", "public_data", "domain_vector", "expert", "to
 class RunConfig:
     """One training run: a public model (`owner="public"`) or one owner's expert (any other name).
 
-    What it trains (`kind`) follows from `owner`, `public` and `expert`. A key that is off is None. Paths are kept as
-    strings. ConfigError for values that are impossible or do not belong together.
+    What it trains (`kind`) follows from `owner`, `public` and `expert`. A key that is off is None; a path becomes str.
+    ConfigError for values that are impossible or do not belong together.
     """
 
     owner: str
@@ -264,9 +264,8 @@ class RunConfig:
     def __post_init__(self):
         if not self.owner:
             raise ConfigError("config.owner is empty", "add :OWNER to the experiment file, as in expert.py:news")
-        for name in _PATHS:
-            if (path := getattr(self, name)) is not None:
-                object.__setattr__(self, name, os.fspath(path))
+        for name in (name for name in _PATHS if getattr(self, name) is not None):
+            object.__setattr__(self, name, os.fspath(getattr(self, name)))
         if not self.is_public:
             check_owner_name(self.owner)
         self._check_numbers()

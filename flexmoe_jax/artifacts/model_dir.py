@@ -3,7 +3,7 @@
     model/
       model.json      sealed; depends only on the packages, the tokenizer and the wanted top-k: no time, no history
       journal.jsonl   history, in hash-chained lines (journal.py)
-      tokenizer.json  and tokenizer_config.json if the tokenizer has one
+      tokenizer.json  and its other files: tokenizer_config.json, chat_template.jinja, .. (tokenizer_files.py)
       trunk/ public/ news/ ...   packages
 
 `top_k` in `model.json` is the wanted number of active experts, or null: every expert is active. While an expert is
@@ -13,7 +13,6 @@ first, so that they see the model before or after the change.
 
 import dataclasses
 import hashlib
-import json
 import os
 import pathlib
 from collections.abc import Callable, Iterable, Mapping
@@ -50,10 +49,11 @@ from flexmoe_jax.files import (
     write_bytes,
 )
 from flexmoe_jax.model_config import ModelConfig
+from flexmoe_jax.tokenizer_files import TOKENIZER, TOKENIZER_CONFIG, limit_of, read_files, travels
 from flexmoe_jax.tree import PUBLIC, TRUNK, Params, canonical_order, check_known, expert_name, split, union
 
 FORMAT = "flexmoe-model-2"
-TOKENIZER, TOKENIZER_CONFIG = "tokenizer.json", "tokenizer_config.json"
+BOUND = "tokenizer_files"  # key of the trunk's record
 T = TypeVar("T")
 NOT_ALTERED = "restore the model from its source, or merge it again"
 
@@ -90,6 +90,11 @@ class ModelDir:
         return self.path / TOKENIZER
 
     @property
+    def tokenizer_files(self) -> dict[str, bytes]:
+        """{name: content} of the tokenizer's files, as `load_tokenizer` takes them; ArtifactError if one is altered."""
+        return _read_bound(self.path, self.tokenizer)
+
+    @property
     def tokenizer_digest(self) -> str:
         """sha256 (hex) of tokenizer.json."""
         return self.tokenizer[TOKENIZER]
@@ -103,17 +108,21 @@ def create_model(
     path: pathlib.Path | str,
     params: Params,
     config: ModelConfig,
-    tokenizer: pathlib.Path | str | bytes,
+    tokenizer: pathlib.Path | str | bytes | Mapping[str, bytes],
     records: Mapping[str, Mapping[str, Any]],
     top_k: int | None = None,
 ) -> ModelDir:
     """Writes the whole tree `params` as a model at the new directory `path`; a public release has one expert, `public`.
 
-    `tokenizer` is a tokenizer.json, the folder that holds it (and maybe tokenizer_config.json), or its bytes; it is
-    stored in canonical form. `records` holds the packages' records by owner: `trunk` and every expert. ArtifactError as
-    of `write_package`.
+    `tokenizer` is a tokenizer.json or the folder that holds it, with the files beside it, the bytes of a
+    tokenizer.json, or {name: content} of all files. tokenizer.json is stored in canonical form. `records` holds the
+    packages' records by owner: `trunk` and every expert. The trunk's record gets the digests of the files beside
+    tokenizer.json under `tokenizer_files`, so that its signature covers them. ArtifactError as of `write_package`.
     """
     files, parts = _read_tokenizer(tokenizer), split(params)
+    bound = _bound_by_trunk({name: hashlib.sha256(content).hexdigest() for name, content in files.items()})
+    kept = {key: value for key, value in records[TRUNK].items() if key != BOUND}
+    records = {**records, TRUNK: {**kept, **({BOUND: bound} if bound else {})}}
     with new_directory(pathlib.Path(path)) as folder:
         for name, content in files.items():
             write_bytes(folder / name, content)
@@ -188,7 +197,7 @@ def seal_model(
     fields = {
         "format": FORMAT,
         "config": configs.to_mapping(manifests[TRUNK].config),
-        "tokenizer": {n: sha256_file(path / n) for n in (TOKENIZER, TOKENIZER_CONFIG) if (path / n).is_file()},
+        "tokenizer": {p.name: sha256_file(p) for p in sorted(path.iterdir()) if limit_of(p.name) and p.is_file()},
         "trunk": manifests[TRUNK].digest,
         "experts": [{"name": name, "manifest": manifests[name].digest} for name in order],
         "signatures": find_signatures(path, {name: manifests[name] for name in (TRUNK, *order)}),
@@ -297,7 +306,11 @@ def _open(path: pathlib.Path) -> ModelDir:
         if found != digest:
             what = f"{path}: the package {name!r} has the manifest digest {found}, model.json names {digest}"
             raise ArtifactError(what, NOT_ALTERED)
-    _check_tokenizer(path, fields["tokenizer"])
+    _read_bound(path, fields["tokenizer"])
+    bound, recorded = _bound_by_trunk(fields["tokenizer"]), manifests[TRUNK].record.fields.get(BOUND)
+    if bound != recorded:
+        what = f"{path}: model.json has the tokenizer files {bound}, the trunk's record {recorded}"
+        raise ArtifactError(what, NOT_ALTERED)
     if lines := sealed.differences(find_signatures(path, manifests), fields["signatures"]):
         raise ArtifactError(f"{path}: signatures found != those of model.json: {'; '.join(lines)}", NOT_ALTERED)
     model = ModelDir(path, config, manifests, fields["tokenizer"], fields["top_k"], fields["digest"])
@@ -337,22 +350,31 @@ def _read_experts(rows: list, where: object) -> dict[str, str]:
     return {row["name"]: row["manifest"] for row in rows}
 
 
-def _check_tokenizer(path: pathlib.Path, digests: dict) -> None:
-    if TOKENIZER not in digests or not set(digests) <= {TOKENIZER, TOKENIZER_CONFIG}:
+def _read_bound(path: pathlib.Path, digests: Mapping[str, Any]) -> dict[str, bytes]:
+    """{name: content} of the tokenizer's files in the model directory `path`, each of which must have its digest."""
+    if not travels(digests):
         raise ArtifactError(f"{path}/model.json: the tokenizer files are {sorted(digests)}", NOT_ALTERED)
-    for name, digest in digests.items():
-        found = hashlib.sha256(read_bytes(path / name, MAX_TEXT_BYTES)).hexdigest()
-        if found != digest or not is_sha256(digest):
-            raise ArtifactError(f"{path / name} has sha256 {found}, model.json says {digest}", NOT_ALTERED)
+    files = {name: read_bytes(path / name, limit_of(name) or 0) for name in digests}
+    for name, content in files.items():
+        if (found := hashlib.sha256(content).hexdigest()) != digests[name]:
+            raise ArtifactError(f"{path / name} has sha256 {found}, model.json says {digests[name]}", NOT_ALTERED)
+    return files
 
 
-def _read_tokenizer(tokenizer: pathlib.Path | str | bytes) -> dict[str, bytes]:
+def _bound_by_trunk(digests: Mapping[str, str]) -> dict[str, str] | None:
+    """What the trunk's record says of the files beside tokenizer.json: nothing of a tokenizer_config.json alone."""
+    beside = {name: digest for name, digest in digests.items() if name != TOKENIZER}
+    return beside if beside.keys() - {TOKENIZER_CONFIG} else None
+
+
+def _read_tokenizer(tokenizer: pathlib.Path | str | bytes | Mapping[str, bytes]) -> dict[str, bytes]:
     """{file name: canonical bytes}: the sha256 of tokenizer.json is then the digest that `load_tokenizer` gives."""
     if isinstance(tokenizer, bytes):
-        return {TOKENIZER: canonical_json(parse_json(tokenizer, TOKENIZER, MAX_TEXT_BYTES))}
-    path = pathlib.Path(tokenizer)
-    path = path / TOKENIZER if path.is_dir() else path
-    files = {TOKENIZER: canonical_json(parse_json(read_bytes(path, MAX_TEXT_BYTES), path, MAX_TEXT_BYTES))}
-    if (neighbor := path.with_name(TOKENIZER_CONFIG)).is_file():
-        files[TOKENIZER_CONFIG] = json.dumps(parse_json(read_bytes(neighbor), neighbor), indent=2).encode()
-    return files
+        files: Mapping[str, bytes] = {TOKENIZER: tokenizer}
+    elif isinstance(tokenizer, Mapping):
+        files = tokenizer
+    else:
+        path = pathlib.Path(tokenizer)
+        path = path / TOKENIZER if path.is_dir() else path
+        files = read_files(path.parent) | {TOKENIZER: read_bytes(path, MAX_TEXT_BYTES)}
+    return {**files, TOKENIZER: canonical_json(parse_json(files[TOKENIZER], TOKENIZER, MAX_TEXT_BYTES))}

@@ -50,7 +50,7 @@ from flexmoe_jax.artifacts.sealed import read_bytes, sha256_array, write_sealed
 from flexmoe_jax.artifacts.signature import FILE as SIGNATURE
 from flexmoe_jax.artifacts.signature import Trust, check_signature
 from flexmoe_jax.errors import ArtifactError, Check, FlexMoEError
-from flexmoe_jax.files import copy_file, digest_files, list_files, new_directory, sha256_file
+from flexmoe_jax.files import copy_file, digest_files, is_sparse, list_files, new_directory, sha256_file
 from flexmoe_jax.model_config import ModelConfig
 from flexmoe_jax.tree import Params, flatten, unflatten
 
@@ -182,7 +182,7 @@ def check_files(path: pathlib.Path, manifest: Manifest) -> list[Check]:
             checks.append(Check(name, False, "missing"))
         elif found[name] != file.size:
             checks.append(Check(name, False, f"has {found[name]} bytes, the manifest says {file.size}"))
-        elif _is_sparse(path / name):
+        elif is_sparse((path / name).lstat()):
             checks.append(Check(name, False, f"has {file.size} bytes, but almost no blocks on the disk"))
         else:
             checks.append(Check(name, True, f"{file.size} bytes"))
@@ -284,12 +284,6 @@ def _check_chunk(source: pathlib.Path, name: str, dtype: str, chunk: bytes) -> N
         raise ArtifactError(
             f"{source}: the tensor {name!r} holds {bad} or more values that are not finite", FETCH_AGAIN
         )
-
-
-def _is_sparse(path: pathlib.Path) -> bool:
-    """Whether a file of over 64 MiB has far fewer blocks than bytes: cheap to send, hours to read."""
-    status = path.lstat()
-    return status.st_size > 64 << 20 and status.st_blocks * 512 * 16 < status.st_size
 
 
 def _card(owner: str, tensors: Mapping[str, TensorRecord], base: Mapping[str, str], record: Record) -> str:

@@ -81,12 +81,12 @@ def _tokenize(argv: list[str]) -> int:
     add_json(p)
     args = p.parse(argv)
     from flexmoe_jax.data.sources import read_documents
-    from flexmoe_jax.data.store import write_store
     from flexmoe_jax.data.tokenizer import load_tokenizer
+    from flexmoe_jax.data.writer import write_store
 
     tokenizer = load_tokenizer(args.tokenizer)
     documents = read_documents(args.documents, fields=fields_of(args))
-    store = write_store((document.text for document in documents), tokenizer, pathlib.Path(args.out))
+    store = write_store(documents, tokenizer, pathlib.Path(args.out))
     result = {"out": args.out, "tokens": store.num_tokens, "tokenizer": tokenizer.digest}
     emit(result, [f"{args.out}: {store.num_tokens:,} tokens"], args.json)
     return 0

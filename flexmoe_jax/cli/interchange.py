@@ -18,8 +18,8 @@ if TYPE_CHECKING:
 def import_hf(argv: list[str]) -> int:
     """A checkpoint folder becomes a model, or one expert of it a package."""
     example = "flexmoe import-hf Flex-math-2x7B-1T --names public,math --out model"
-    p = parser("import-hf", "Imports an Olmo2, FlexOlmo or Llama checkpoint (safetensors).", example)
-    p.add_argument("checkpoint", action=ExistingPath, help="a folder with config.json and safetensors files")
+    p = parser("import-hf", "Imports a checkpoint of transformers (safetensors).", example)
+    p.add_argument("checkpoint", help="a folder with config.json and safetensors files")
     what = "new directory: a model, or with --public a package"
     p.add_argument("--out", required=True, action=LocalPath, help=what)
     p.add_argument("--names", help="comma-separated names of the experts, in the checkpoint's order")
@@ -46,7 +46,7 @@ def import_gguf(argv: list[str]) -> int:
     """A Llama-architecture GGUF file becomes a public model."""
     example = "flexmoe import-gguf FILE.gguf --out model"
     p = parser("import-gguf", "Imports a GGUF file of the Llama architecture.", example)
-    p.add_argument("file", action=ExistingPath, help="a .gguf file; quantized tensors become float32")
+    p.add_argument("file", help="a .gguf file; quantized tensors become float32")
     p.add_argument("--out", required=True, action=LocalPath, help="new directory for the model")
     _add_common(p)
     args = p.parse(argv)
@@ -130,6 +130,7 @@ def _import_expert(args: argparse.Namespace, source: "Checkpoint") -> int:
     options = {"names": names(args.names), "licence": args.licence, "contact": args.contact}
     manifest = import_expert(source, open_model(args.public), args.out, expert=args.expert, **options)
     result = {"path": args.out, "owner": manifest.owner, "digest": manifest.digest, "content": manifest.content}
+    result |= {"notes": list(source.notes)}
     belongs = f"trunk and public expert are those of {args.public}"
     emit(result, [f"{args.out}: the package of {manifest.owner}; {belongs}"], args.json)
     return 0
@@ -153,6 +154,7 @@ def _import_model(
         contact=args.contact,
     )
     result = {"path": args.out, "digest": model.digest, "experts": list(model.experts), "top_k": model.top_k}
+    result |= {"notes": list(source.notes)}
     emit(result, [f"{args.out}: {', '.join(model.experts)}; top-{model.top_k}"], args.json)
     return 0
 

@@ -250,7 +250,9 @@ def _load_encoder(folder: pathlib.Path) -> Any:
         return SentenceTransformer(
             str(folder), local_files_only=True, trust_remote_code=False, model_kwargs={"use_safetensors": True}
         )
-    except (OSError, ValueError, KeyError) as error:
+    except Exception as error:  # a folder that is not an encoder may raise anything in three libraries
+        first_line = str(error).strip().partition("\n")[0]
         raise DataError(
-            f"{folder} is not a sentence-transformers encoder: {error}", "give an encoder's folder"
+            f"{folder} is not a sentence-transformers encoder: {type(error).__name__}: {first_line}",
+            "give the folder of an encoder that consists of sentence_transformers modules and safetensors",
         ) from error

@@ -103,6 +103,11 @@ def heldout_texts(folder: pathlib.Path, max_bytes: int, split: str = HELDOUT, fi
     texts: list[str] = []
     size = 0
     for document in read_documents(folder, split, fields):
+        if document.messages:
+            raise DataError(
+                f"{document.where} is a conversation, and only texts are scored",
+                "write what is to be scored into a field of its own, and name it with --text-field",
+            )
         size += len(document.text.encode())
         if texts and size > max_bytes:
             break

@@ -20,7 +20,8 @@ from flexmoe_jax.artifacts.sealed import digest
 from flexmoe_jax.config import RunConfig
 from flexmoe_jax.data.pipeline import make_batches, make_iterator, mix_batches
 from flexmoe_jax.data.sources import read_documents
-from flexmoe_jax.data.store import TokenStore, kind_of, write_store
+from flexmoe_jax.data.store import TokenStore, kind_of
+from flexmoe_jax.data.writer import write_store
 from flexmoe_jax.errors import DataError, FlexMoEError
 from flexmoe_jax.parallel.chips import peak_flops
 from flexmoe_jax.parallel.mesh import mesh_of_all, replicated
@@ -215,16 +216,16 @@ def _open_tokens(run: RunConfig, key: str, stage: Stage, tokens: pathlib.Path) -
     folder = pathlib.Path(getattr(run, key))
     kind = kind_of(folder)
     if kind == "store":
-        return TokenStore.open(folder, stage.tokenizer.digest)
+        return TokenStore.open(folder, stage.tokenizer)
     if kind == "olmo":
         vocab_size = stage.tokenizer.vocab_size
         dtype = run.token_dtype or ("uint16" if vocab_size <= 1 << 16 else "uint32")
-        return TokenStore.from_olmo(folder, dtype, stage.tokenizer.eos_id, vocab_size)
+        bos_id = None if stage.tokenizer.bos_id == stage.tokenizer.eos_id else stage.tokenizer.bos_id
+        return TokenStore.from_olmo(folder, dtype, stage.tokenizer.eos_id, vocab_size, bos_id)
     if not tokens.exists() and is_lead():
-        documents = read_documents(folder, fields=fields_of(run, key))
-        write_store((document.text for document in documents), stage.tokenizer, tokens)
+        write_store(read_documents(folder, fields=fields_of(run, key)), stage.tokenizer, tokens)
     barrier(f"tokens of {key}")
-    return TokenStore.open(tokens, stage.tokenizer.digest)
+    return TokenStore.open(tokens, stage.tokenizer)
 
 
 def _write_product(
@@ -248,11 +249,8 @@ def _write_product(
         "contact": run.contact,
     }
     if run.is_public:
-        tokenizer = product.with_name("tokenizer.json")
-        stage.tokenizer.save(tokenizer)
         records = dict.fromkeys(split(params), record)
-        create_model(product, params, stage.model, tokenizer, records, top_k=run.top_k)
-        tokenizer.unlink()
+        create_model(product, params, stage.model, stage.tokenizer.files, records, top_k=run.top_k)
     else:
         expert = params["experts"][run.owner]
         write_package(product, owner=run.owner, params=expert, config=stage.model, base=stage.base, record=record)

@@ -10,8 +10,9 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from flexmoe_jax.data.pipeline import Batch, make_batches, make_iterator, mix_batches, scoring_batches
-from flexmoe_jax.data.store import TokenStore, write_store
+from flexmoe_jax.data.store import TokenStore
 from flexmoe_jax.data.tokenizer import load_tokenizer
+from flexmoe_jax.data.writer import write_store
 from flexmoe_jax.errors import DataError
 
 EOS, LENGTH, WINDOWS = 5, 8, 45

@@ -9,9 +9,10 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from flexmoe_jax.data import store as store_module
-from flexmoe_jax.data.store import TokenStore, write_store
+from flexmoe_jax.data import writer
+from flexmoe_jax.data.store import TokenStore
 from flexmoe_jax.data.tokenizer import load_tokenizer
+from flexmoe_jax.data.writer import write_store
 from flexmoe_jax.errors import ArtifactError, DataError
 
 TEXTS = ["The first document.\n", "Le deuxième, 日本語", "", "third <|endoftext|> not an end", "x = 1\n" * 50]
@@ -40,7 +41,7 @@ def test_files_are_raw_little_endian_tokens_with_an_end_after_each_document(path
 
 
 def test_an_opened_store_states_its_documents_bytes_and_tokenizer(path):
-    store = TokenStore.open(path, tokenizer().digest)
+    store = TokenStore.open(path, tokenizer())
     assert store.num_tokens == len(expected_tokens(TEXTS))
     assert (store.documents, store.text_bytes) == (len(TEXTS), sum(len(t.encode()) for t in TEXTS))
     assert (store.eos_id, store.vocab_size, store.tokenizer_digest) == (1022, 1024, tokenizer().digest)
@@ -58,7 +59,8 @@ def test_large_vocabularies_are_stored_in_four_bytes(tmp_path):
 @given(st.lists(st.lists(st.integers(1, 999), min_size=1, max_size=30), min_size=1, max_size=6), st.integers(1, 12))
 def test_any_window_over_any_files_is_the_slice_of_their_concatenation(tmp_path_factory, files, length):
     folder = tmp_path_factory.mktemp("olmo")
-    files[0].append(7)  # an end of document in the first file, as OLMo writes
+    for tokens in files:
+        tokens.append(7)  # an end of document in every file, as OLMo writes
     for number, tokens in enumerate(files):
         np.array(tokens, "<u2").tofile(folder / f"part-{number:05d}.npy")
     whole = np.concatenate(files)
@@ -79,8 +81,8 @@ def test_any_window_over_any_files_is_the_slice_of_their_concatenation(tmp_path_
 
 def test_many_files_and_batches_hold_the_same_tokens_as_one(tmp_path, monkeypatch):
     texts = TEXTS * 20
-    monkeypatch.setattr(store_module, "BATCH_DOCUMENTS", 3)
-    monkeypatch.setattr(store_module, "TOKENS_PER_FILE", 100)
+    monkeypatch.setattr(writer, "BATCH_DOCUMENTS", 3)
+    monkeypatch.setattr(writer, "TOKENS_PER_FILE", 100)
     store = write_store(iter(texts), tokenizer(), tmp_path / "store", total=len(texts))
     assert len(store.parts) > 5
     assert np.concatenate(store.parts).tolist() == expected_tokens(texts)
@@ -115,7 +117,7 @@ def test_a_failed_write_leaves_nothing(tmp_path, documents):
 
 
 def test_an_interrupted_write_leaves_nothing(tmp_path, monkeypatch):
-    monkeypatch.setattr(store_module, "BATCH_DOCUMENTS", 1)
+    monkeypatch.setattr(writer, "BATCH_DOCUMENTS", 1)
 
     def documents():
         yield "one"
@@ -148,8 +150,8 @@ def test_an_existing_store_is_never_overwritten(path):
 
 
 def test_another_tokenizer_is_refused_with_both_digests(path):
-    other = load_tokenizer("cl100k:1025").digest
-    with pytest.raises(DataError, match=f"{tokenizer().digest}.*{other}"):
+    other = load_tokenizer("cl100k:1025")
+    with pytest.raises(DataError, match=f"{tokenizer().digest}.*{other.digest}"):
         TokenStore.open(path, other)
 
 

@@ -11,7 +11,8 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from flexmoe_jax.data.tokenizer import DOLMA2_SPECIALS, RANKS, SPLIT_PATTERN, Tokenizer, load_tokenizer
+from flexmoe_jax.data.cl100k import RANKS, SPLIT_PATTERN
+from flexmoe_jax.data.tokenizer import DOLMA2_SPECIALS, Tokenizer, load_tokenizer
 from flexmoe_jax.errors import DataError
 
 SIZE = 1024
@@ -181,10 +182,11 @@ def test_a_tokenizer_without_end_token_is_refused(tmp_path):
         _user_tokenizer(tmp_path, [("</s>", True)], {"eos_token": "<absent>"})
 
 
-def test_an_end_token_not_marked_special_cannot_be_forged_either(tmp_path):
+def test_an_end_token_not_marked_special_stays_text_too(tmp_path):
     tokenizer = _user_tokenizer(tmp_path, [("</s>", False)])
-    with pytest.raises(DataError, match="forge"):
-        tokenizer.encode("a</s>b")
+    ids = tokenizer.encode("a</s>b")
+    assert tokenizer.eos_id not in ids
+    assert tokenizer.decode(ids) == "a</s>b"
 
 
 @pytest.mark.parametrize(

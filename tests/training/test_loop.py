@@ -21,8 +21,8 @@ from flexmoe_jax.artifacts.package import load_package
 from flexmoe_jax.compose.merge import merge
 from flexmoe_jax.config import OptimizerConfig
 from flexmoe_jax.data.sources import read_documents
-from flexmoe_jax.data.store import write_store
 from flexmoe_jax.data.tokenizer import load_tokenizer
+from flexmoe_jax.data.writer import write_store
 from flexmoe_jax.errors import DataError, FlexMoEError
 from flexmoe_jax.training import loop
 from flexmoe_jax.training.metrics import OF_TIME, MetricsFile
