@@ -240,4 +240,4 @@ def change(data: st.DataObject, value: object, path: pathlib.Path) -> None:
             node[last] = copy.deepcopy(data.draw(st.sampled_from(VALUES)))
         else:
             del node[last]
-    path.write_text(json.dumps(value))
+    path.write_text(json.dumps(value), encoding="utf-8")

@@ -161,8 +161,11 @@ def fields_of(args: argparse.Namespace) -> "Fields":
 
 
 def emit(result: Any, lines: Sequence[str], as_json: bool) -> None:
-    """Prints `result` as JSON, or `lines` for people."""
-    print(json.dumps(result, indent=2, default=dataclasses.asdict) if as_json else "\n".join(lines))
+    """Prints `result` as JSON, or `lines` for people. NaN and infinity, which JSON does not have, are null."""
+    if as_json:
+        values = json.loads(json.dumps(result, default=dataclasses.asdict), parse_constant=lambda _: None)
+        lines = [json.dumps(values, indent=2, allow_nan=False)]
+    print("\n".join(lines))
 
 
 def table(header: list[str], rows: list[list]) -> list[str]:

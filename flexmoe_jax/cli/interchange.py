@@ -8,6 +8,7 @@ from typing import TYPE_CHECKING
 
 from flexmoe_jax.cli.common import ExistingPath, LocalPath, Parser, add_json, emit, names, parser
 from flexmoe_jax.errors import ConfigError, DataError
+from flexmoe_jax.ranges import POSITIVE
 
 if TYPE_CHECKING:
     from flexmoe_jax.hf.checkpoint import Checkpoint
@@ -68,15 +69,15 @@ def export_hf(argv: list[str]) -> int:
     p.add_argument("--zero-bias", action="store_true", help="leave the bias out; --data measures what that costs")
     p.add_argument("--data", action=ExistingPath, help="a folder of held-out documents; with --zero-bias")
     p.add_argument("--evaluation", action=ExistingPath, help="a result of `flexmoe eval --json`; for the model card")
-    p.add_argument("--max-shard-gb", type=float, default=5.0, help="largest file, in units of 2^30 bytes; 5 by default")
+    p.add_argument(
+        "--max-shard-gb", type=POSITIVE, default=5.0, help="largest file, in units of 2^30 bytes; 5 by default"
+    )
     what = "compare bytes only: for a model larger than memory"
     p.add_argument("--no-logits", action="store_true", help=what)
     add_json(p)
     args = p.parse(argv)
     if args.zero_bias != bool(args.data) or (args.zero_bias and args.custom_code):
         raise ConfigError("--zero-bias goes with --data, without --custom-code", "give both, or neither")
-    if args.max_shard_gb <= 0:
-        raise ConfigError(f"--max-shard-gb is {args.max_shard_gb}", "give a size above 0")
     from flexmoe_jax.artifacts.model_dir import open_model
     from flexmoe_jax.hf.export import ExportOptions, export
 
