@@ -5,9 +5,9 @@ import pathlib
 import re
 from typing import Any
 
-from flexmoe_jax.artifacts.sealed import parse_json
 from flexmoe_jax.errors import ArtifactError
 from flexmoe_jax.foreign import check_count, read_bytes
+from flexmoe_jax.json_files import parse_json
 
 # The longest of each kind in bytes: several times the longest that is published. Tokenizers: tokenizer_files.LIMITS.
 LIMITS = {

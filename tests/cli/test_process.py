@@ -3,12 +3,14 @@
 import os
 import pathlib
 import pwd
+import shutil
 import subprocess
 import sys
 
 import pytest
 
 from flexmoe_jax import errors, files, progress
+from tests.tiny import contents
 
 FLEXMOE = f"{sys.executable} -m flexmoe_jax.cli.main"
 
@@ -161,6 +163,56 @@ def test_the_traceback_of_a_refusal_is_shown_on_request():
     code, _, err = shell("$FLEXMOE inspect nowhere", FLEXMOE_DEBUG="1")
     assert (code, err.splitlines()[0]) == (1, "Traceback (most recent call last):")
     assert err.endswith("relative paths start at " + os.getcwd() + "\n")
+
+
+# -- the encoding of the locale ----------------------------------------------------------------------------------------
+
+
+@pytest.fixture(scope="module")
+def latin(tmp_path_factory) -> dict[str, str]:
+    """The environment of a process whose locale is ISO-8859-1."""
+    if shutil.which("localedef") is None:
+        pytest.skip("localedef is not here")
+    folder = tmp_path_factory.mktemp("locales")
+    command = ["localedef", "-i", "de_DE", "-f", "ISO-8859-1", str(folder / "de_DE.ISO-8859-1")]
+    if subprocess.run(command, capture_output=True, check=False).returncode:
+        pytest.skip("the system has no description of the locale")
+    variables = {"LOCPATH": str(folder), "LC_ALL": "de_DE.ISO-8859-1", "PYTHONUTF8": "0"}
+    name = subprocess.run(
+        [sys.executable, "-c", "import locale; print(locale.getpreferredencoding())"],
+        env={**os.environ, **variables},
+        capture_output=True,
+        text=True,
+        check=True,
+    )
+    assert name.stdout == "ISO-8859-1\n"
+    return variables
+
+
+def test_the_locale_changes_no_byte_of_what_is_written(world, tmp_path, latin):
+    """Records, documents and paths hold letters that ISO-8859-1 has, and others."""
+    data = tmp_path / "größe"
+    data.mkdir()
+    (data / "a.jsonl").write_text('{"text": "Zoë of 東京 said: the river and the city"}\n' * 40, encoding="utf-8")
+    (tmp_path / "run.py").write_text(
+        "import pathlib\nfrom flexmoe_jax.experiment import run_config\n"
+        f"here = pathlib.Path({str(tmp_path)!r})\n"
+        "def get_config(out):\n"
+        "    return run_config(owner='news', steps=2, batch_size=2, seq_len=16, out=str(here / out),\n"
+        "        data=str(next(here.glob('gr*'))), contact='Zoë, 東京 team', licence='©',\n"
+        f"        public={str(world / 'public' / 'run' / 'model')!r},\n"
+        f"        domain_vector={str(world / 'news' / 'domain.json')!r})\n",
+        encoding="utf-8",
+    )
+    written = {}
+    for name, environment in (("utf", {"LC_ALL": "C.UTF-8"}), ("latin", latin)):
+        code, _, err = shell(f"$FLEXMOE train --config={tmp_path / 'run.py'}:{name}", **environment)
+        assert code == 0, err
+        written[name] = contents(tmp_path / name / "package") | contents(tmp_path / name / "tokens")
+        code, out, err = shell(f"$FLEXMOE inspect {tmp_path / name / 'package'} --json", **environment)
+        assert code == 0, err
+        written[name]["inspect"] = out.replace(name, "")
+    assert written["utf"] == written["latin"]
 
 
 # -- no home directory -------------------------------------------------------------------------------------------------

@@ -253,7 +253,7 @@ def test_a_start_that_failed_before_its_first_checkpoint_binds_nothing(release, 
         make_bad(patch, 0)
         with pytest.raises(FlexMoEError, match="not finite"):
             loop.train(wrong)
-    assert json.loads(pathlib.Path(wrong.out, "run.json").read_text())["config"]["seed"] == 3
+    assert json.loads(pathlib.Path(wrong.out, "run.json").read_text(encoding="utf-8"))["config"]["seed"] == 3
     write_documents(pathlib.Path(wrong.data), "code")
     right = dataclasses.replace(wrong, seed=1, steps=4)
     fresh = dataclasses.replace(right, out=str(tmp_path / "fresh"))
