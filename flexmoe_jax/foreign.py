@@ -29,7 +29,7 @@ def open_file(path: pathlib.Path, error: type[FlexMoEError]) -> BinaryIO:
     except OSError as reason:
         what = f"{path} cannot be read: {reason.strerror}"
         if reason.errno == errno.ENOENT:
-            link = f" is a link to {os.readlink(path)}, which" if path.is_symlink() else ""
+            link = f" is a link to {short(os.readlink(path))}, which" if path.is_symlink() else ""
             what = f"{path}{link} does not exist"
         raise error(what, f"{_FETCH}, or repair its permissions") from reason
     try:
