@@ -79,6 +79,17 @@ def test_a_conversation_is_one_document_and_only_the_assistant_counts(tmp_path):
     assert tokenizer.decode(counted) == "sat on the mat<|im_end|>\nthe mat 👍<|im_end|>\n"
 
 
+def test_a_space_of_the_prompt_does_not_count_where_tokenizer_json_leaves_spaces_out_of_places(tmp_path):
+    """As Llama 3's does: a token that starts with the prompt's last space would count."""
+    template = "{% for m in messages %}{{ m.role }}: {{ m.content }}\n{% endfor %}"
+    folder = byte_level(tmp_path, template + "{% if add_generation_prompt %}assistant: {% endif %}")
+    content = json.loads((folder / "tokenizer.json").read_text())
+    trims = {"type": "ByteLevel", "add_prefix_space": False, "trim_offsets": True, "use_regex": False}
+    (folder / "tokenizer.json").write_text(json.dumps(content | {"post_processor": trims}))
+    (marked,) = encode_conversations(load_tokenizer(folder), [("here", TURNS[:2])])
+    assert "".join(text_of(load_tokenizer(folder), marked)) == "at on the mat\n"  # " s" is one token
+
+
 def test_reasoning_that_the_template_leaves_out_later_is_learned_where_it_is_shown(tmp_path):
     tokenizer = load_tokenizer(byte_level(tmp_path, REASONING))
     turns = [dict(turn) for turn in TURNS]
@@ -147,6 +158,12 @@ def test_no_template_can_take_time_or_memory_or_reach_python(tmp_path, monkeypat
     with pytest.raises(DataError, match="chat template"):
         encode_prompt(tokenizer, TURNS)
     assert time.monotonic() - began < 30  # the limit is 2 seconds; the rest is for a machine with other work
+
+
+def test_the_memory_of_a_template_is_limited(tmp_path):
+    tokenizer = load_tokenizer(byte_level(tmp_path, "{% set x = messages[0].role[0] * 1500000000 %}small"))
+    with pytest.raises(DataError, match="MemoryError"):
+        encode_prompt(tokenizer, TURNS)
 
 
 def test_a_message_about_a_template_has_no_terminal_escapes(tmp_path):
