@@ -45,11 +45,13 @@ from flexmoe_jax.artifacts.manifest import (
     read_manifest,
 )
 from flexmoe_jax.artifacts.record import Record, make_record
-from flexmoe_jax.artifacts.sealed import read_bytes, sha256_array, write_sealed
+from flexmoe_jax.artifacts.sealed import sha256_array, write_sealed
 from flexmoe_jax.artifacts.signature import FILE as SIGNATURE
 from flexmoe_jax.artifacts.signature import Trust, check_signature
 from flexmoe_jax.errors import ArtifactError, Check, FlexMoEError
-from flexmoe_jax.files import copy_file, digest_files, is_sparse, list_files, new_directory, sha256_file
+from flexmoe_jax.files import copy_file, digest_files, list_files, new_directory, sha256_file
+from flexmoe_jax.foreign import is_sparse
+from flexmoe_jax.json_files import read_bytes
 from flexmoe_jax.model_config import ModelConfig
 from flexmoe_jax.tree import Params, flatten, unflatten
 

@@ -28,6 +28,9 @@ def import_hf(argv: list[str]) -> int:
     p.add_argument("--expert", metavar="NAME", help="with --public: the expert's name")
     _add_common(p)
     args = p.parse(argv)
+    from flexmoe_jax.hf.foreign import existing
+
+    existing(args.checkpoint)
     if bool(args.public) != bool(args.expert) or (args.public and (args.experts or args.tokenizer or args.domain)):
         raise ConfigError(
             "--public and --expert go together, without --experts, --tokenizer and --domain",

@@ -15,8 +15,16 @@ from typing import Any
 
 from flexmoe_jax.data.cl100k import RANKS, build
 from flexmoe_jax.errors import DataError
-from flexmoe_jax.files import refuse_pointer, write_bytes
-from flexmoe_jax.tokenizer_files import GENERATION_CONFIG, TOKENIZER, TOKENIZER_CONFIG, named_tokens, parsed, read_files
+from flexmoe_jax.files import write_bytes
+from flexmoe_jax.tokenizer_files import (
+    GENERATION_CONFIG,
+    TOKENIZER,
+    TOKENIZER_CONFIG,
+    named_tokens,
+    parsed,
+    read_file,
+    read_files,
+)
 
 DEFAULT_TOKENIZER = "cl100k:8192"
 # The first end a document wherever they are known: the `eos_token` of a chat model ends a turn.
@@ -230,9 +238,7 @@ def load_tokenizer(spec: str | pathlib.Path | Mapping[str, bytes] = DEFAULT_TOKE
             f"no tokenizer {str(spec)!r}: neither a known name nor a file",
             f"use {DEFAULT_TOKENIZER!r}, 'dolma2', or the path of a tokenizer.json",
         )
-    raw = path.read_bytes()
-    refuse_pointer(raw[:64], path, DataError)
-    return _from_files(read_files(path.parent) | {TOKENIZER: raw}, str(path))
+    return _from_files(read_files(path.parent) | {TOKENIZER: read_file(path, TOKENIZER)}, str(path))
 
 
 def _prefix_size(spec: str) -> int:

@@ -199,7 +199,7 @@ def test_an_index_cannot_point_outside_its_folder(path):
     os.rename(path / "part-00000.npy", path.parent / "elsewhere.npy")
     index["files"][0]["name"] = "../elsewhere.npy"  # intact, but not the store's
     (path / "index.json").write_text(json.dumps(index))
-    with pytest.raises(DataError, match=r"named '\.\./elsewhere\.npy'"):
+    with pytest.raises(DataError, match=r"elsewhere\.npy"):
         TokenStore.open(path)
 
 

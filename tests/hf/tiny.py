@@ -101,10 +101,11 @@ def write(
     max_shard_bytes: int = 1 << 30,
     kind: Architecture = FLEX_OLMO,
     config: ModelConfig = CONFIG,
+    experts: int = 3,
 ) -> pathlib.Path:
     """A checkpoint folder made without transformers."""
     tokenizer(folder)
-    fields = write_config(kind, config, 3, 2, "float32", {}, {}, {})
+    fields = write_config(kind, config, experts, 2, "float32", {}, {}, {})
     (folder / "config.json").write_text(json.dumps(fields))
     write_tensors(folder, {name: tensor(array) for name, array in weights.items()}, max_shard_bytes)
     return folder
