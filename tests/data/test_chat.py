@@ -59,6 +59,19 @@ def test_text_and_ids_equal_those_of_apply_chat_template(tmp_path, kind, begin):
 
 
 @pytest.mark.torch
+@pytest.mark.parametrize("name", ["reasoning_content", "thinking", "reasoning"])
+def test_reasoning_beside_the_text_reaches_the_template_as_in_transformers(tmp_path, name):
+    transformers = pytest.importorskip("transformers")
+    template = "{% set ns = namespace(n=0, a={}) %}{% for m in messages %}{% set ns.n = ns.n + 1 %}{{ ns.n }} "
+    template += "{{ m.reasoning_content }}|{{ m.thinking }}|{{ dict(a=m.content).a }}|{{ m | tojson }}{% endfor %}"
+    turns = [TURNS[0], TURNS[1] | {name: "hm"}]
+    theirs = transformers.AutoTokenizer.from_pretrained(str(byte_level(tmp_path, template)))
+    (text,) = render(load_tokenizer(tmp_path), [chat._request(turns, False)])
+    assert text == theirs.apply_chat_template(turns, tokenize=False)
+    assert "hm|hm|sat" in text
+
+
+@pytest.mark.torch
 def test_the_assistants_tokens_are_those_that_the_template_marks_itself(tmp_path):
     """`{% generation %}` blocks, which transformers reads and this library does not need."""
     transformers = pytest.importorskip("transformers")
@@ -146,6 +159,9 @@ def test_following_the_remedy_for_a_special_token_works(tmp_path):
         "{{ '%9999999999d' % 1 }}",
         "{{ ''.__class__.__mro__[1].__subclasses__() }}",
         "{{ messages.append(1) }}",
+        "{% set ns = namespace(_x=1) %}{{ ns._x }}",
+        "{% set ns = namespace() %}{% set ns.__init__ = 1 %}",
+        "{{ dict.__init__ }}{{ dict.fromkeys('a').update }}",
         "{% include 'x' %}",
         "{% if %}",
         "{{ messages[9].role.x }}",
