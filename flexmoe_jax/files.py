@@ -22,10 +22,11 @@ import tempfile
 from collections.abc import Callable, Iterable, Iterator
 from typing import Any
 
-from flexmoe_jax.errors import ArtifactError, FlexMoEError
+from flexmoe_jax.errors import ArtifactError
 
 CHUNK_BYTES = 1 << 20  # a multiple of every dtype's size
-_LFS_POINTER = b"version https://git-lfs.github.com/spec/"
+NOT_A_FILE = "a link, a special file, or a directory that is empty, unreadable or too deep"  # see `list_files`
+MAX_DEPTH = 16  # of folders in a directory of ours; a package has 3, a checkpoint of Orbax 6
 _NO_LOCKS = (errno.ENOSYS, errno.ENOTSUP, errno.EOPNOTSUPP, errno.ENOLCK)
 log = logging.getLogger(__name__)
 _PARTIAL = re.compile(r"\.(.+)\.partial-[0-9a-f]{8}")
@@ -86,6 +87,13 @@ def remove_partial_files(folder: pathlib.Path) -> None:
                 os.unlink(entry.name, dir_fd=descriptor)
 
 
+def check_outside(path: pathlib.Path, folders: Iterable[pathlib.Path]) -> None:
+    """ArtifactError if the new file or directory `path` would be inside one of `folders`, or is one of them."""
+    for folder in folders:
+        if path.resolve().is_relative_to(folder.resolve()):
+            raise ArtifactError(f"{path} is inside {folder}", "give a path outside of it")
+
+
 @contextlib.contextmanager
 def new_directory(target: pathlib.Path) -> Iterator[pathlib.Path]:
     """Yields an empty directory beside `target` that becomes `target` by one rename when the block succeeds.
@@ -144,20 +152,22 @@ def copy_file(
 
 
 def remove_directory(path: pathlib.Path) -> None:
-    """Deletes the directory `path` and everything in it, durably; does nothing if it is missing.
+    """Deletes the directory `path` and everything in it, however deep, durably; does nothing if it is missing.
 
     `path.parent` is opened once and links are not followed. ArtifactError for a link, or if it cannot be deleted.
     """
     if path.name in ("", "..") or path.parent == path:
         raise ArtifactError(f"{path} names no directory inside another", "give its own name")
-    with _opened(path.parent) as parent:
-        try:
-            shutil.rmtree(path.name, dir_fd=parent)
+    try:
+        with _opened(path.parent) as parent:
+            with _opened(path.name, parent) as folder:
+                _empty(folder)
+            os.rmdir(path.name, dir_fd=parent)
             _sync(parent)
-        except FileNotFoundError:
-            pass
-        except OSError as error:
-            raise ArtifactError(f"{path} cannot be deleted: {error}", "look at it, and delete it yourself") from error
+    except FileNotFoundError:
+        pass
+    except OSError as error:
+        raise ArtifactError(f"{path} cannot be deleted: {error}", "look at it, and delete it yourself") from error
 
 
 @contextlib.contextmanager
@@ -166,7 +176,7 @@ def lock_directory(path: pathlib.Path, file_name: str | None = None) -> Iterator
 
     The lock is on the directory itself, or on the file `file_name` inside it, which holds the process id of the holder.
     Yields whether it is held: on a file system without locks, as Lustre may be, it is not, and a line of the log asks
-    the user to take care.
+    the user to take care. A file that is not this directory's own, because it has other hard links, is refused.
     """
     try:
         if file_name is None:
@@ -176,6 +186,10 @@ def lock_directory(path: pathlib.Path, file_name: str | None = None) -> Iterator
     except OSError as error:
         raise ArtifactError(f"{path} cannot be used: {error.strerror}", "give a directory you may write to") from error
     try:
+        status = os.fstat(descriptor)
+        if file_name is not None and (not stat.S_ISREG(status.st_mode) or status.st_nlink > 1):
+            what = f"{path / file_name} is a special file or has other hard links"
+            raise ArtifactError(what, "delete it, if you trust this directory")
         try:
             fcntl.flock(descriptor, fcntl.LOCK_EX | fcntl.LOCK_NB)
         except BlockingIOError as error:
@@ -209,18 +223,31 @@ def sync_directory(path: pathlib.Path) -> None:
 def list_files(folder: pathlib.Path) -> tuple[dict[str, int], list[str]]:
     """({relative path: size in bytes} of the regular files under `folder`, relative paths of other entries).
 
-    Other entries are links, devices, sockets, and empty directories. Links are not followed.
+    Other entries are links, devices, sockets, and directories that are empty, unreadable, or over `MAX_DEPTH` deep:
+    none of them belongs in a directory of ours. Links are not followed. ArtifactError if `folder` cannot be read.
     """
     files: dict[str, int] = {}
     others: list[str] = []
-    for parent, subfolders, names in os.walk(folder):
-        for name in sorted((*subfolders, *names)):
-            path = pathlib.Path(parent, name)
-            relative, status = path.relative_to(folder).as_posix(), path.lstat()
-            if stat.S_ISREG(status.st_mode):
-                files[relative] = status.st_size
-            elif not stat.S_ISDIR(status.st_mode) or not any(path.iterdir()):
-                others.append(relative)
+    pending = [folder]
+    while pending:
+        parent = pending.pop()
+        relative = parent.relative_to(folder)
+        try:
+            entries = [(entry, entry.stat(follow_symlinks=False)) for entry in os.scandir(parent)]
+        except OSError as error:
+            if parent == folder:
+                raise ArtifactError(f"{folder} cannot be read: {error.strerror}", "give a directory") from error
+            entries = []
+        if parent != folder and (not entries or len(relative.parts) > MAX_DEPTH):
+            others.append(relative.as_posix())
+            continue
+        for entry, status in entries:
+            if stat.S_ISDIR(status.st_mode):
+                pending.append(parent / entry.name)
+            elif stat.S_ISREG(status.st_mode):
+                files[(relative / entry.name).as_posix()] = status.st_size
+            else:
+                others.append((relative / entry.name).as_posix())
     return dict(sorted(files.items())), sorted(others)
 
 
@@ -233,17 +260,6 @@ def sha256_file(path: pathlib.Path, *consumers: Callable[[bytes], Any]) -> str:
             for consume in consumers:
                 consume(chunk)
     return hasher.hexdigest()
-
-
-def is_sparse(status: os.stat_result) -> bool:
-    """Whether a file of over 64 MiB has far fewer blocks than bytes: cheap to send, hours to read."""
-    return status.st_size > 64 << 20 and status.st_blocks * 512 * 16 < status.st_size
-
-
-def refuse_pointer(head: bytes, path: pathlib.Path, error: type[FlexMoEError]) -> None:
-    """Raises `error` if `head`, the first bytes of `path`, are those of a pointer of Git LFS, not of the file."""
-    if head.startswith(_LFS_POINTER):
-        raise error(f"{path} is a Git LFS pointer, not the file", "run `git lfs pull` in its repository")
 
 
 def digest_files(folder: pathlib.Path) -> dict[str, dict[str, Any]]:
@@ -296,9 +312,27 @@ def _remove_partial_directories(target: pathlib.Path) -> None:
                     remove_directory(path)
 
 
+def _empty(folder: int) -> None:
+    """Deletes everything in the open directory `folder`. Nested directories first move up into it: no depth is left."""
+    while entries := list(os.scandir(folder)):
+        for entry in entries:
+            if not entry.is_dir(follow_symlinks=False):
+                os.unlink(entry.name, dir_fd=folder)
+                continue
+            with _opened(entry.name, folder) as nested:
+                for inner in list(os.scandir(nested)):
+                    if inner.is_dir(follow_symlinks=False):
+                        os.rename(inner.name, secrets.token_hex(16), src_dir_fd=nested, dst_dir_fd=folder)
+                    else:
+                        os.unlink(inner.name, dir_fd=nested)
+            os.rmdir(entry.name, dir_fd=folder)
+
+
 @contextlib.contextmanager
-def _opened(folder: pathlib.Path) -> Iterator[int]:
-    descriptor = os.open(folder, os.O_RDONLY | os.O_DIRECTORY)
+def _opened(folder: pathlib.Path | str, parent: int | None = None) -> Iterator[int]:
+    """A descriptor of the directory `folder`, which in an open directory `parent` may not be a link."""
+    flags = os.O_RDONLY | os.O_DIRECTORY | (0 if parent is None else os.O_NOFOLLOW)
+    descriptor = os.open(folder, flags, dir_fd=parent)
     try:
         yield descriptor
     finally:

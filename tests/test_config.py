@@ -8,9 +8,10 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from flexmoe_jax.artifacts.sealed import canonical_json, differences, digest
+from flexmoe_jax.artifacts.sealed import differences, digest
 from flexmoe_jax.config import OptimizerConfig, RunConfig, field_docs, from_mapping, to_mapping
 from flexmoe_jax.errors import ConfigError, FlexMoEError
+from flexmoe_jax.json_files import canonical_json
 from flexmoe_jax.model_config import ModelConfig
 from tests.tiny import TINY
 

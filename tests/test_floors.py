@@ -7,18 +7,8 @@ import pytest
 
 PACKAGE = pathlib.Path(__file__).parent.parent / "flexmoe_jax"
 FLOORS: tuple[set[str], ...] = (  # a folder or module imports from lower floors; on the lowest, also from its siblings
-    {
-        "errors",
-        "config",
-        "tree",
-        "progress",
-        "files",
-        "params",
-        "experiment",
-        "model_config",
-        "ranges",
-        "tokenizer_files",
-    },
+    {"errors", "config", "model_config", "ranges", "tree", "progress", "params", "experiment"}
+    | {"files", "json_files", "foreign", "tokenizer_files"},
     {"parallel"},  # shardings by path: the model asks for them
     {"model"},
     {"data", "artifacts"},

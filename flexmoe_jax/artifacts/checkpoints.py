@@ -17,19 +17,19 @@ import dataclasses
 import functools
 import os
 import pathlib
-import shutil
 from collections.abc import Iterator
 from typing import Any
 
 import jax
 
 from flexmoe_jax.artifacts import arrays
-from flexmoe_jax.artifacts.sealed import check_fields, read_sealed, write_sealed
+from flexmoe_jax.artifacts.sealed import check_fields, is_sha256, read_sealed, write_sealed
 from flexmoe_jax.errors import ArtifactError, Check
-from flexmoe_jax.files import digest_files, list_files, lock_directory, sha256_file
+from flexmoe_jax.files import NOT_A_FILE, digest_files, list_files, lock_directory, remove_directory, sha256_file
 from flexmoe_jax.parallel.processes import barrier, from_lead, is_lead
 
 _NONE = -1  # no step
+_FOLDERS = ("checkpoints", "digests", "damaged")
 
 
 @dataclasses.dataclass(frozen=True)
@@ -49,13 +49,18 @@ class RunCheckpoints:
 
     The `keep` newest steps stay on disk; with fewer than 2 there is nothing to fall back to when one is damaged.
     Orbax starts with the first step that is saved or restored: a run that is refused before has no threads to end.
-    ArtifactError if another process holds the directory, or it cannot be written.
+    ArtifactError if another process holds the directory, it cannot be written, or it has links that lead elsewhere.
     """
 
     def __init__(self, path: pathlib.Path | str, keep: int = 2):
         self.path, self._keep = pathlib.Path(path).absolute(), keep
         self._steps, self._digests = self.path / "checkpoints", self.path / "digests"
         self._lead = is_lead()
+        for folder in map(self.path.joinpath, _FOLDERS):  # steps and digests are deleted and moved in these
+            links = [folder] if folder.is_symlink() else [p for p in folder.glob("*") if p.is_symlink()]
+            if links:
+                remedy = "do not use this run directory, or replace the link with its target"
+                raise ArtifactError(f"{links[0]} is a link", remedy)
         try:
             for folder in (self._steps, self._digests):
                 folder.mkdir(parents=True, exist_ok=True)
@@ -78,8 +83,8 @@ class RunCheckpoints:
     def _manager(self) -> Any:
         if self._lead:  # here and not by Orbax, whose thread for it can outlive an error
             for folder in self._steps.iterdir():
-                if not folder.name.isdecimal():  # of an interrupted save
-                    shutil.rmtree(folder, ignore_errors=True)
+                if not folder.name.isdecimal() and folder.is_dir():  # of an interrupted save
+                    remove_directory(folder)
         barrier("interrupted saves")
         return self._ocp.CheckpointManager(
             self._steps,
@@ -212,7 +217,7 @@ class RunCheckpoints:
         """Moves the damaged steps away (process 0 only: `skipped` is empty on the others)."""
         for step, _ in skipped:
             target = self.path / "damaged" / str(step)
-            shutil.rmtree(target, ignore_errors=True)
+            remove_directory(target)
             target.parent.mkdir(exist_ok=True)
             os.rename(self._steps / str(step), target)
             self._digest_file(step).unlink(missing_ok=True)
@@ -238,19 +243,24 @@ class RunCheckpoints:
 def verify_run(path: pathlib.Path | str, *, quick: bool = False) -> list[Check]:
     """Checks of every file of every checkpoint of the run directory `path`; `quick` checks only names and sizes."""
     path = pathlib.Path(path)
-    folders = sorted((path / "checkpoints").iterdir(), key=lambda folder: folder.name)
+    folders, digests = (_entries(path / name) for name in ("checkpoints", "digests"))
     checks = []
     for folder in folders:
-        if folder.name.isdecimal():
+        if folder.name.isdecimal() and folder.name == str(int(folder.name)):
             rows = _check_step(path, int(folder.name), quick)
             checks += [dataclasses.replace(f, subject=f"checkpoints/{folder.name}/{f.subject}") for f in rows]
         else:
-            detail = "left by an interrupted save; the next start of the run removes it"
-            checks.append(Check(f"checkpoints/{folder.name}", False, detail))
-    for file in sorted((path / "digests").iterdir()):
+            what = "was left by an interrupted save"
+            checks.append(Check(f"checkpoints/{folder.name}", False, what, "start the run again: it removes this"))
+    for file in digests:
         if not (path / "checkpoints" / file.stem).is_dir():
             checks.append(Check(f"digests/{file.name}", False, f"there is no checkpoints/{file.stem}"))
-    return checks
+    return checks or [Check("checkpoints", False, "there is none: nothing could be checked")]
+
+
+def _entries(folder: pathlib.Path) -> list[pathlib.Path]:
+    """What is in `folder`; nothing if it is missing, a link or a file."""
+    return sorted(folder.iterdir()) if folder.is_dir() and not folder.is_symlink() else []
 
 
 def _check_step(path: pathlib.Path, step: int, quick: bool = False) -> list[Check]:
@@ -261,12 +271,17 @@ def _check_step(path: pathlib.Path, step: int, quick: bool = False) -> list[Chec
     try:
         fields = read_sealed(digests)
         check_fields(fields, {"step": int, "files": dict, "digest": str}, digests)
+        for name, row in fields["files"].items():
+            if not isinstance(row, dict) or type(row.get("size")) is not int or not is_sha256(row.get("sha256")):
+                raise ArtifactError(f"{digests}: {name!r} is {row!r}, not a size and a sha256", "do not use this run")
     except ArtifactError as error:
-        return [Check("digests", False, error.what)]
+        return [Check("digests", False, error.what, error.remedy)]
     if fields["step"] != step:
         return [Check("digests", False, f"they are those of step {fields['step']}, not of step {step}")]
+    if folder.is_symlink() or not folder.is_dir():
+        return [Check("", False, "is missing, or not a directory")]
     sizes, others = list_files(folder)
-    checks = [Check(name, False, "a link, an empty directory or a special file") for name in others]
+    checks = [Check(name, False, NOT_A_FILE) for name in others]
     for name in sorted({*sizes, *fields["files"]}):
         expected = fields["files"].get(name)
         if name not in sizes or expected is None:

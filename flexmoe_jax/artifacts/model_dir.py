@@ -7,8 +7,8 @@
       trunk/ public/ news/ ...   packages
 
 `top_k` in `model.json` is the wanted number of active experts, or null: every expert is active. While an expert is
-replaced (compose/optout.py), its package may be in `.news-<first 12 digits of its manifest digest>`. Readers look there
-first, so that they see the model before or after the change.
+replaced (compose/optout.py), its package may be in `.news-<its manifest digest>`. Readers look there first, so that
+they see the model before or after the change.
 """
 
 import dataclasses
@@ -22,32 +22,12 @@ from flexmoe_jax import config as configs
 from flexmoe_jax.artifacts import sealed
 from flexmoe_jax.artifacts.journal import FILE as JOURNAL
 from flexmoe_jax.artifacts.journal import append_entry
-from flexmoe_jax.artifacts.package import (
-    Manifest,
-    copy_package,
-    load_package,
-    read_manifest,
-    write_package,
-)
-from flexmoe_jax.artifacts.sealed import (
-    MAX_TEXT_BYTES,
-    canonical_json,
-    check_fields,
-    check_format,
-    is_sha256,
-    parse_json,
-    read_bytes,
-    read_sealed,
-    seal,
-    write_json,
-)
+from flexmoe_jax.artifacts.package import Manifest, copy_package, load_package, read_manifest, write_package
+from flexmoe_jax.artifacts.sealed import check_fields, check_format, is_sha256, read_sealed, seal, write_json
 from flexmoe_jax.artifacts.signature import FILE as SIGNATURE
 from flexmoe_jax.errors import ArtifactError
-from flexmoe_jax.files import (
-    new_directory,
-    sha256_file,
-    write_bytes,
-)
+from flexmoe_jax.files import check_outside, new_directory, sha256_file, write_bytes
+from flexmoe_jax.json_files import MAX_TEXT_BYTES, canonical_json, parse_json, read_bytes
 from flexmoe_jax.model_config import ModelConfig
 from flexmoe_jax.tokenizer_files import TOKENIZER, TOKENIZER_CONFIG, limit_of, read_files, travels
 from flexmoe_jax.tree import PUBLIC, TRUNK, Params, canonical_order, check_known, expert_name, split, union
@@ -162,8 +142,9 @@ def assemble(
     """Makes the new model directory `out` of the trunk, tokenizer and journal of `release` and {expert: package}.
 
     Everything is copied (or hard-linked) into a sibling of `out`, checked on the way, and appears by one rename. The
-    journal gets the line `event` with `details`. ArtifactError for damage, and if `out` exists.
+    journal gets the line `event` with `details`. ArtifactError for damage, and if `out` exists or is inside a source.
     """
+    check_outside(pathlib.Path(out), [release.path, *(source for source, _ in packages.values())])
     with new_directory(pathlib.Path(out)) as folder:
         for name in (*release.tokenizer, JOURNAL):
             write_bytes(folder / name, read_bytes(release.path / name, MAX_TEXT_BYTES))
@@ -213,13 +194,14 @@ def find_signatures(path: pathlib.Path, manifests: Mapping[str, Manifest]) -> di
     return {name: hashlib.sha256(read_bytes(place)).hexdigest() for name, place in present.items()}
 
 
-def open_model(path: pathlib.Path | str) -> ModelDir:
+def open_model(path: pathlib.Path | str, *, signatures: bool = True) -> ModelDir:
     """Opens a model directory: checks `model.json`, manifests, signatures' digests and tokenizer against one another.
 
-    Arrays are not read (`load_params` and `verify_model` read them). ArtifactError names what does not agree.
+    Arrays are not read (`load_params` and `verify_model` read them). Without `signatures` their digests may be others,
+    as after a signing that was interrupted. ArtifactError names what does not agree.
     """
     path = pathlib.Path(path)
-    return _steadily(path, lambda: _open(path))
+    return _steadily(path, lambda: _open(path, signatures))
 
 
 def load_model(path: pathlib.Path | str, *, mapped: bool = False) -> tuple[ModelDir, Params]:
@@ -251,14 +233,20 @@ def load_params(model: ModelDir, experts: Iterable[str] | None = None, *, mapped
 
 
 def locate_package(path: pathlib.Path, name: str, digest: str) -> pathlib.Path:
-    """The package with this manifest digest in the model directory `path`: staged if it is, else in its place."""
-    staged = staging_place(path, name, digest)
-    return staged if staged.is_dir() else path / name
+    """The package with this manifest digest in the model directory `path`: staged if it is, else in its place.
+
+    Earlier versions staged under the digest's first 12 digits, and never beside a package in its place.
+    """
+    staged, place, earlier = staging_place(path, name, digest), path / name, path / f".{name}-{digest[:12]}"
+    return staged if staged.is_dir() else earlier if earlier.is_dir() and not os.path.lexists(place) else place
 
 
 def staging_place(path: pathlib.Path, name: str, digest: str) -> pathlib.Path:
-    """The hidden directory of a package while it is replaced or replaces another."""
-    return path / f".{name}-{digest[:12]}"
+    """The hidden directory of a package while it is replaced, replaces another, or is erased.
+
+    Its name has the whole digest: owners choose their manifests, and could make two whose first digits agree.
+    """
+    return path / f".{name}-{digest}"
 
 
 def _steadily(path: pathlib.Path, read: Callable[[], T]) -> T:
@@ -294,7 +282,7 @@ def read_model_json(path: pathlib.Path) -> tuple[dict[str, Any], dict[str, str]]
     return fields, digests
 
 
-def _open(path: pathlib.Path) -> ModelDir:
+def _open(path: pathlib.Path, signatures: bool) -> ModelDir:
     fields, digests = read_model_json(path)
     config = configs.from_mapping(ModelConfig, fields["config"], f"{path / 'model.json'}: config")
     manifests = {}
@@ -311,7 +299,7 @@ def _open(path: pathlib.Path) -> ModelDir:
     if bound != recorded:
         what = f"{path}: model.json has the tokenizer files {bound}, the trunk's record {recorded}"
         raise ArtifactError(what, NOT_ALTERED)
-    if lines := sealed.differences(find_signatures(path, manifests), fields["signatures"]):
+    if signatures and (lines := sealed.differences(find_signatures(path, manifests), fields["signatures"])):
         raise ArtifactError(f"{path}: signatures found != those of model.json: {'; '.join(lines)}", NOT_ALTERED)
     model = ModelDir(path, config, manifests, fields["tokenizer"], fields["top_k"], fields["digest"])
     for name, manifest in manifests.items():

@@ -46,11 +46,22 @@ from flexmoe_jax.artifacts.manifest import (
     read_manifest,
 )
 from flexmoe_jax.artifacts.record import Record, make_record
-from flexmoe_jax.artifacts.sealed import read_bytes, sha256_array, write_sealed
+from flexmoe_jax.artifacts.sealed import sha256_array, write_sealed
 from flexmoe_jax.artifacts.signature import FILE as SIGNATURE
-from flexmoe_jax.artifacts.signature import Trust, check_signature
+from flexmoe_jax.artifacts.signature import Signature, Trust, check_signature, write_signature
 from flexmoe_jax.errors import ArtifactError, Check, FlexMoEError
-from flexmoe_jax.files import copy_file, digest_files, is_sparse, list_files, new_directory, sha256_file
+from flexmoe_jax.files import (
+    NOT_A_FILE,
+    copy_file,
+    digest_files,
+    list_files,
+    lock_directory,
+    new_directory,
+    remove_partial_files,
+    sha256_file,
+)
+from flexmoe_jax.foreign import is_sparse
+from flexmoe_jax.json_files import read_bytes
 from flexmoe_jax.model_config import ModelConfig
 from flexmoe_jax.tree import Params, flatten, unflatten
 
@@ -142,13 +153,13 @@ def verify_package(
     try:
         manifest = read_manifest(path, owner)
     except FlexMoEError as error:
-        return [Check("manifest.json", False, error.what)]
+        return [Check("manifest.json", False, error.what, error.remedy)]
     first = [Check("manifest.json", True, manifest.digest)]
     try:
         line = check_signature(path, manifest.owner, manifest.digest, trust)
         first += [Check(SIGNATURE, True, line)] if line else []
     except ArtifactError as error:
-        first.append(Check(SIGNATURE, False, error.what))
+        first.append(Check(SIGNATURE, False, error.what, error.remedy))
     checks = check_files(path, manifest)
     if quick or not all(f.ok for f in checks):
         return [*first, *checks]
@@ -175,7 +186,7 @@ def check_files(path: pathlib.Path, manifest: Manifest) -> list[Check]:
     found, others = list_files(path)
     for name in ("manifest.json", SIGNATURE):  # checked by their own digests
         found.pop(name, None)
-    checks = [Check(name, False, "a link, an empty directory or a special file") for name in others]
+    checks = [Check(name, False, NOT_A_FILE) for name in others]
     checks += [Check(n, False, "the manifest does not name this file") for n in sorted({*found} - {*manifest.files})]
     for name, file in manifest.files.items():
         if name not in found:
@@ -191,6 +202,26 @@ def check_files(path: pathlib.Path, manifest: Manifest) -> list[Check]:
         headers[METADATA_FILE] = metadata_problem(path)
         checks += [Check(name, False, problem) for name, problem in headers.items() if problem]
     return checks
+
+
+def sign_package(package: pathlib.Path | str, key: pathlib.Path | str, version: int) -> Signature:
+    """Signs the package's manifest as its owner's `version` (1, 2, ...); replaces an older signature, atomically.
+
+    `key` is a private key file. The package is read and checked first. ArtifactError for a package inside a model, a
+    damaged one, a version below 1 or below that of the present signature, and a key that cannot be used.
+    """
+    package = pathlib.Path(package)
+    if (package.resolve().parent / "model.json").exists():
+        raise ArtifactError(f"{package} is in a model", "sign the package, then merge it; sign a release as a whole")
+    with lock_directory(package):
+        check_before_signing(package)
+        return write_signature(package, key, version)
+
+
+def check_before_signing(package: pathlib.Path) -> None:
+    """ArtifactError for a damaged package. Removes what an interrupted signing left; hold a lock."""
+    remove_partial_files(package)
+    raise_problems(package, verify_package(package))
 
 
 def check_own_files(path: pathlib.Path) -> None:

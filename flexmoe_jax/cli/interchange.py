@@ -1,4 +1,4 @@
-"""`flexmoe import-hf|import-gguf|export-hf`: Hugging Face checkpoints in and out."""
+"""`flexmoe import-hf|import-gguf|export-hf|export-gguf`: checkpoints of other libraries in and out."""
 
 import argparse
 import dataclasses
@@ -29,6 +29,9 @@ def import_hf(argv: list[str]) -> int:
     p.add_argument("--expert", metavar="NAME", help="with --public: the expert's name")
     _add_common(p)
     args = p.parse(argv)
+    from flexmoe_jax.hf.foreign import existing
+
+    existing(args.checkpoint)
     if bool(args.public) != bool(args.expert) or (args.public and (args.experts or args.tokenizer or args.domain)):
         raise ConfigError(
             "--public and --expert go together, without --experts, --tokenizer and --domain",
@@ -95,6 +98,28 @@ def export_hf(argv: list[str]) -> int:
         ),
     )
     return _show_export(args, done, measured)
+
+
+def export_gguf(argv: list[str]) -> int:
+    """Writes one file that llama.cpp runs."""
+    example = "flexmoe export-gguf model --out model.gguf --dtype q8_0"
+    p = parser("export-gguf", "Exports a model of a Llama, Qwen3 or dense OLMo-2 anchor for llama.cpp.", example)
+    p.add_argument("model", action=ExistingPath, help="a model directory")
+    p.add_argument("--out", required=True, action=LocalPath, help="new .gguf file")
+    p.add_argument("--experts", help="comma-separated names; all by default, and one alone is a dense model")
+    what = "dtype of the matrices: f32, f16, bf16, q8_0 or q4_0; as stored by default"
+    p.add_argument("--dtype", choices=("f32", "f16", "bf16", "q8_0", "q4_0"), help=what)
+    add_json(p)
+    args = p.parse(argv)
+    from flexmoe_jax.artifacts.model_dir import open_model
+    from flexmoe_jax.hf import gguf_export
+
+    done = gguf_export.export_gguf(open_model(args.model), args.out, experts=names(args.experts), dtype=args.dtype)
+    kind = f"top-{done.top_k} of {', '.join(done.experts)}" if len(done.experts) > 1 else f"dense, {done.experts[0]}"
+    line = f"{args.out}: {done.architecture}, {kind}; {done.dtype}, {done.size / 1e6:.1f} MB"
+    lines = [line, f"tokenizer: {done.pre_tokenizer}; every digest of what was read is right"]
+    emit(dataclasses.asdict(done) | {"path": args.out}, lines, args.json)
+    return 0
 
 
 def _show_export(args: argparse.Namespace, done: "Export", measured: dict | None) -> int:

@@ -43,9 +43,10 @@ ROLES = {
         "eval-harness": ("evaluate", "score tasks of lm-evaluation-harness"),
         "find-proxies": ("tune", "choose public documents like the owners', with their classifiers"),
         "tune": ("tune", "tune the router of a merged model on such documents"),
-        "import-hf": ("interchange", "import an Olmo2, FlexOlmo or Llama checkpoint"),
+        "import-hf": ("interchange", "import a checkpoint of transformers"),
         "import-gguf": ("interchange", "import a GGUF file of the Llama architecture"),
         "export-hf": ("interchange", "export a checkpoint that transformers loads"),
+        "export-gguf": ("interchange", "export a file that llama.cpp runs"),
     },
     "an auditor (verify: a coordinator too)": {
         "inspect": ("models", "show what a package or a model holds"),

@@ -141,12 +141,12 @@ def verify(argv: list[str]) -> int:
     checks = verify_path(args.path, quick=args.quick, trust=trust, certificate=args.certificate)
     bad = [check for check in checks if not check.ok]
     lines = [f"{'ok ' if c.ok else 'BAD'}  {c.subject}  {c.detail}" for c in checks]
-    rows = [{"subject": c.subject, "ok": c.ok, "detail": c.detail} for c in checks]
+    rows = [dataclasses.asdict(c) for c in checks]
     emit({"path": args.path, "ok": not bad, "checks": rows}, lines, args.json)
     if bad:
         named = "; ".join(f"{c.subject}: {c.detail}" for c in bad[:3])
         what = f"{len(bad)} of {len(checks)} checks of {args.path} failed: {named}"
-        raise ArtifactError(what, "restore it from its source")
+        raise ArtifactError(what, "; ".join(dict.fromkeys(c.remedy or "restore it from its source" for c in bad[:3])))
     return 0
 
 
@@ -184,7 +184,7 @@ def sign(argv: list[str]) -> int:
 
         sign_release(path, args.key, args.version)
     else:
-        from flexmoe_jax.artifacts.signature import sign_package
+        from flexmoe_jax.artifacts.package import sign_package
 
         sign_package(path, args.key, args.version)
     result = {"path": args.package, "version": args.version}

@@ -204,7 +204,7 @@ def _evaluate(root: pathlib.Path, paths: dict[str, pathlib.Path], max_bytes: int
 
 
 def _sample(model: "Model", text: str) -> dict:
-    prompt = model.tokenizer.decode(model.tokenizer.encode(text)[:24])
+    prompt = model.tokenizer.decode(model.tokenizer.encode(text)[:24]).rstrip("\ufffd")  # part of a character
     return {"prompt": prompt, "continuation": model.generate(prompt, max_new_tokens=32, temperature=0.7, top_p=0.9)}
 
 

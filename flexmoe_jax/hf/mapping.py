@@ -9,8 +9,8 @@ import ml_dtypes
 import numpy as np
 
 from flexmoe_jax.errors import ArtifactError
+from flexmoe_jax.foreign import short
 from flexmoe_jax.hf.architectures import Architecture
-from flexmoe_jax.hf.foreign import short
 from flexmoe_jax.hf.tensors import DTYPES, Tensor, widest
 from flexmoe_jax.model import rope
 from flexmoe_jax.model_config import ModelConfig

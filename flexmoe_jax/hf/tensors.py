@@ -19,8 +19,9 @@ import numpy as np
 
 from flexmoe_jax.errors import ArtifactError
 from flexmoe_jax.files import write_json
+from flexmoe_jax.foreign import open_file, short
 from flexmoe_jax.hf import foreign
-from flexmoe_jax.hf.foreign import FETCH, short
+from flexmoe_jax.hf.foreign import FETCH
 
 SINGLE, INDEX = "model.safetensors", "model.safetensors.index.json"
 # {code in a header: numpy dtype}, in the order in which the reference writer stores tensors.
@@ -32,12 +33,15 @@ _MAX_DIMENSIONS, _MAX_NAME = 8, 512
 
 @dataclasses.dataclass(frozen=True)
 class Tensor:
-    """One tensor of a checkpoint; `read` returns it as an array in memory, in C order. `file` is where it lies."""
+    """One tensor of a checkpoint; `read` returns it as an array in memory, in C order.
+
+    `stored` is the file in which it lies, or the type that it has in a GGUF file.
+    """
 
     dtype: str
     shape: tuple[int, ...]
     read: Callable[[], np.ndarray]
-    file: str = ""
+    stored: str = ""
 
     @property
     def nbytes(self) -> int:
@@ -83,12 +87,13 @@ def read_tensors(folder: pathlib.Path | str) -> dict[str, Tensor]:
 
 def read_file(path: pathlib.Path) -> dict[str, Tensor]:
     """{name: Tensor} of one safetensors file; reads the header only. Raises ArtifactError."""
-    with foreign.open_file(path) as file:
+    with open_file(path, ArtifactError) as file:
         size = os.fstat(file.fileno()).st_size
         length = int.from_bytes(file.read(8), "little")
-        if not 2 <= length <= min(size - 8, foreign.LIMITS["header of safetensors"]):
+        limit = foreign.LIMITS["header of safetensors"]
+        if not 2 <= length <= min(size - 8, limit):
             raise ArtifactError(f"{path} has {size} bytes and a header of {length}", FETCH)
-        header = foreign.parse(file.read(length).rstrip(b" "), path)
+        header = foreign.parse(file.read(length).rstrip(b" "), path, limit)
     header.pop("__metadata__", None)
     tensors, position = {}, 0
     for name, entry in sorted(header.items(), key=lambda item: _offsets(item[1])):
@@ -180,10 +185,12 @@ def _read_shards(folder: pathlib.Path, weight_map: Mapping[str, str]) -> dict[st
     for file in sorted({*weight_map.values()}):
         for name, tensor in read_file(folder / file).items():
             if name in tensors:
-                raise ArtifactError(f"{folder}: the tensor {name!r} is in both {tensors[name].file} and {file}", FETCH)
+                raise ArtifactError(
+                    f"{folder}: the tensor {name!r} is in both {tensors[name].stored} and {file}", FETCH
+                )
             tensors[name] = tensor
     for name in sorted({*weight_map, *tensors}):
-        place = tensors[name].file if name in tensors else None
+        place = tensors[name].stored if name in tensors else None
         if weight_map.get(name) != place:
             what = f"{folder}: the tensor {short(name)} is in {place}, the index names {weight_map.get(name)}"
             raise ArtifactError(what, FETCH)
