@@ -133,3 +133,14 @@ def test_an_experiment_file_that_fails_names_file_line_and_error(source, message
         load_experiment("exp.py:nws")
     assert message in refusal.value.what
     assert refusal.value.remedy
+
+
+def test_an_optional_section_can_be_left_out_by_the_command_line():
+    scaled = ["model.rope_scaling.kind=linear", "model.rope_scaling.factor=2"]
+    assert load("quickstart_public.py", *scaled).model.rope_scaling.factor == 2
+    assert load("quickstart_public.py", *scaled, "model.rope_scaling=none").model.rope_scaling is None
+    with pytest.raises(ConfigError, match=r"config\.model\.rope_scaling is 'linear'") as refusal:
+        load("quickstart_public.py", "model.rope_scaling=linear")
+    assert "give none, or its keys (config.model.rope_scaling.KEY)" in refusal.value.remedy
+    with pytest.raises(ConfigError, match=r"unknown key config\.optimizer"):  # it is not optional
+        load("quickstart_public.py", "optimizer=none")
