@@ -158,3 +158,14 @@ def test_the_commands_of_smollm2_have_options_that_exist(part, tmp_path):
             main([verb, *action, "--help"])
         options = {word.partition("=")[0] for word in words if word.startswith("--")}
         assert {o for o in options if not o.startswith("--config.")} <= {*out.getvalue().replace("[", " ").split()}
+
+
+def test_an_optional_section_can_be_left_out_by_the_command_line():
+    scaled = ["model.rope_scaling.kind=linear", "model.rope_scaling.factor=2"]
+    assert load("quickstart_public.py", *scaled).model.rope_scaling.factor == 2
+    assert load("quickstart_public.py", *scaled, "model.rope_scaling=none").model.rope_scaling is None
+    with pytest.raises(ConfigError, match=r"config\.model\.rope_scaling is 'linear'") as refusal:
+        load("quickstart_public.py", "model.rope_scaling=linear")
+    assert "give none, or its keys (config.model.rope_scaling.KEY)" in refusal.value.remedy
+    with pytest.raises(ConfigError, match=r"unknown key config\.optimizer"):  # it is not optional
+        load("quickstart_public.py", "optimizer=none")
