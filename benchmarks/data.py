@@ -10,8 +10,8 @@ import numpy as np
 from benchmarks.harness import Row, interleaved
 from benchmarks.train import SIZES, Step
 from flexmoe_jax.data.pipeline import make_batches, make_iterator
-from flexmoe_jax.data.store import write_store
 from flexmoe_jax.data.tokenizer import load_tokenizer
+from flexmoe_jax.data.writer import write_store
 from flexmoe_jax.model.decoder import init_params
 
 GOAL, BATCHES = 10.0, 400

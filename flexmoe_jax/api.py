@@ -3,7 +3,7 @@
 import dataclasses
 import functools
 import pathlib
-from collections.abc import Iterable, Iterator
+from collections.abc import Iterable, Iterator, Sequence
 
 import jax
 import jax.numpy as jnp
@@ -12,6 +12,7 @@ from jax.sharding import Mesh
 
 from flexmoe_jax import tree
 from flexmoe_jax.artifacts.model_dir import load_model
+from flexmoe_jax.data.chat import Turn, encode_prompt
 from flexmoe_jax.data.tokenizer import Tokenizer, load_tokenizer
 from flexmoe_jax.errors import DataError
 from flexmoe_jax.evaluate.lm import LM
@@ -82,13 +83,13 @@ class Model:
             )
         return _logits(self.decoder(), self._stacked, jnp.atleast_2d(tokens)).reshape(*tokens.shape, -1)
 
-    def generate(self, prompt: str, **kwargs) -> str:
+    def generate(self, prompt: str | Sequence[Turn], **kwargs) -> str:
         """The continuation of `prompt`, without the prompt; arguments and errors as of `stream`."""
         return "".join(self.stream(prompt, **kwargs))
 
     def stream(
         self,
-        prompt: str,
+        prompt: str | Sequence[Turn],
         *,
         experts: Iterable[str] | None = None,
         max_new_tokens: int = 64,
@@ -100,10 +101,12 @@ class Model:
     ) -> Iterator[str]:
         """Yields the continuation of `prompt` piece by piece, with only `experts` if given.
 
-        `temperature` 0 is greedy; `top_k` and `top_p` restrict the sampled tokens (not the experts). The text ends
-        before the end-of-text token or one of `stop_ids`, or after `max_new_tokens`. A piece is the text of one token,
-        or of several that form one character. FlexMoEError for an unknown expert, impossible sampling, or a prompt that
-        exceeds `max_seq_len` together with `max_new_tokens`.
+        A prompt is a text, or the turns of a conversation ({"role": "user", "content": text}, ..), which the model's
+        chat template makes a text of. `temperature` 0 is greedy; `top_k` and `top_p` restrict the sampled tokens (not
+        the experts). The text ends before one of the tokenizer's or of these `stop_ids`, or after `max_new_tokens`. A
+        piece is the text of one token, or of several that form one character. FlexMoEError for an unknown expert,
+        impossible sampling, a prompt that exceeds `max_seq_len` together with `max_new_tokens`, and for turns without
+        a chat template or that it cannot render.
         """
         if experts is not None:
             model = self.select(experts)
@@ -116,16 +119,20 @@ class Model:
                 stop_ids=stop_ids,
                 seed=seed,
             )
+        if isinstance(prompt, str):
+            ids, before = self.tokenizer.encode_prompt(prompt), self.tokenizer.encode(prompt)
+        else:  # the answer is a text of its own
+            ids, before = encode_prompt(self.tokenizer, prompt), []
         steps = stream(
             dataclasses.replace(self.decoder(), dispatch="sparse"),  # sparse decoding reads weights in place
             self._stacked,
-            [self.tokenizer.encode(prompt) or [self.tokenizer.eos_id]],
+            [ids],
             max_new_tokens=max_new_tokens,
-            stop_ids={self.tokenizer.eos_id, *stop_ids},
+            stop_ids={*self.tokenizer.stop_ids, *stop_ids},
             sampling=Sampling(temperature, top_k, top_p),
             seed=seed,
         )
-        pieces = self.tokenizer.pieces(token for tokens in steps for token in tokens.values())
+        pieces = self.tokenizer.pieces((token for tokens in steps for token in tokens.values()), before)
         return (piece for piece in pieces if piece)
 
     def score(
@@ -180,7 +187,7 @@ def load(path: str | pathlib.Path, mesh: Mesh | None = None) -> Model:
     """
     mesh = mesh or mesh_of_one()
     directory, params = load_model(path, mapped=mesh.size > 1)
-    tokenizer = load_tokenizer(str(directory.tokenizer_path))
+    tokenizer = load_tokenizer(directory.tokenizer_files).for_rows(directory.config.vocab_size)
     return Model(directory.config, params, tokenizer, directory.top_k, mesh)
 
 

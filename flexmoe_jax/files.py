@@ -8,8 +8,10 @@ the new, never a part, also after a crash at any moment. Links that others put t
 import contextlib
 import errno
 import fcntl
+import functools
 import hashlib
 import json
+import logging
 import os
 import pathlib
 import re
@@ -23,6 +25,10 @@ from typing import Any
 from flexmoe_jax.errors import ArtifactError
 
 CHUNK_BYTES = 1 << 20  # a multiple of every dtype's size
+NOT_A_FILE = "a link, a special file, or a directory that is empty, unreadable or too deep"  # see `list_files`
+MAX_DEPTH = 16  # of folders in a directory of ours; a package has 3, a checkpoint of Orbax 6
+_NO_LOCKS = (errno.ENOSYS, errno.ENOTSUP, errno.EOPNOTSUPP, errno.ENOLCK)
+log = logging.getLogger(__name__)
 _PARTIAL = re.compile(r"\.(.+)\.partial-[0-9a-f]{8}")
 
 
@@ -49,7 +55,7 @@ def write_bytes(path: pathlib.Path | str, content: bytes | Iterable[bytes]) -> N
             _sync(folder)
     except OSError as error:
         raise ArtifactError(
-            f"{path} cannot be written: {error.strerror or error}",
+            f"{_final(path)} cannot be written: {error.strerror or error}",
             "give a file in a directory that exists, and check free space and permissions",
         ) from error
 
@@ -81,6 +87,13 @@ def remove_partial_files(folder: pathlib.Path) -> None:
                 os.unlink(entry.name, dir_fd=descriptor)
 
 
+def check_outside(path: pathlib.Path, folders: Iterable[pathlib.Path]) -> None:
+    """ArtifactError if the new file or directory `path` would be inside one of `folders`, or is one of them."""
+    for folder in folders:
+        if path.resolve().is_relative_to(folder.resolve()):
+            raise ArtifactError(f"{path} is inside {folder}", "give a path outside of it")
+
+
 @contextlib.contextmanager
 def new_directory(target: pathlib.Path) -> Iterator[pathlib.Path]:
     """Yields an empty directory beside `target` that becomes `target` by one rename when the block succeeds.
@@ -104,7 +117,8 @@ def new_directory(target: pathlib.Path) -> Iterator[pathlib.Path]:
             os.rename(partial, target)
             sync_directory(target.parent)
     except OSError as error:
-        raise ArtifactError(f"{target} could not be written: {error}", "check free space and permissions") from error
+        what = f"{_final(target)} could not be written: {error.strerror or error}"
+        raise ArtifactError(what, "check free space and permissions, or give a path on another disk") from error
     finally:
         for path in (unlocked, partial):
             shutil.rmtree(path, ignore_errors=True)
@@ -123,7 +137,12 @@ def copy_file(
     """
     target.parent.mkdir(parents=True, exist_ok=True)
     if link:
-        os.link(source, target, follow_symlinks=False)
+        try:
+            os.link(source, target, follow_symlinks=False)
+        except OSError as error:  # another file system, or one without hard links
+            _say_once(f"files are copied: they cannot be linked ({error.strerror})")
+            link = False
+    if link:
         found = sha256_file(target, check)
     else:
         with open(target, "xb") as writer:
@@ -133,27 +152,31 @@ def copy_file(
 
 
 def remove_directory(path: pathlib.Path) -> None:
-    """Deletes the directory `path` and everything in it, durably; does nothing if it is missing.
+    """Deletes the directory `path` and everything in it, however deep, durably; does nothing if it is missing.
 
     `path.parent` is opened once and links are not followed. ArtifactError for a link, or if it cannot be deleted.
     """
     if path.name in ("", "..") or path.parent == path:
         raise ArtifactError(f"{path} names no directory inside another", "give its own name")
-    with _opened(path.parent) as parent:
-        try:
-            shutil.rmtree(path.name, dir_fd=parent)
+    try:
+        with _opened(path.parent) as parent:
+            with _opened(path.name, parent) as folder:
+                _empty(folder)
+            os.rmdir(path.name, dir_fd=parent)
             _sync(parent)
-        except FileNotFoundError:
-            pass
-        except OSError as error:
-            raise ArtifactError(f"{path} cannot be deleted: {error}", "look at it, and delete it yourself") from error
+    except FileNotFoundError:
+        pass
+    except OSError as error:
+        raise ArtifactError(f"{path} cannot be deleted: {error}", "look at it, and delete it yourself") from error
 
 
 @contextlib.contextmanager
-def lock_directory(path: pathlib.Path, file_name: str | None = None) -> Iterator[None]:
+def lock_directory(path: pathlib.Path, file_name: str | None = None) -> Iterator[bool]:
     """Holds the directory `path` exclusively; ArtifactError if another process holds it, or it cannot be used.
 
     The lock is on the directory itself, or on the file `file_name` inside it, which holds the process id of the holder.
+    Yields whether it is held: on a file system without locks, as Lustre may be, it is not, and a line of the log asks
+    the user to take care. A file that is not this directory's own, because it has other hard links, is refused.
     """
     try:
         if file_name is None:
@@ -163,16 +186,30 @@ def lock_directory(path: pathlib.Path, file_name: str | None = None) -> Iterator
     except OSError as error:
         raise ArtifactError(f"{path} cannot be used: {error.strerror}", "give a directory you may write to") from error
     try:
+        status = os.fstat(descriptor)
+        if file_name is not None and (not stat.S_ISREG(status.st_mode) or status.st_nlink > 1):
+            what = f"{path / file_name} is a special file or has other hard links"
+            raise ArtifactError(what, "delete it, if you trust this directory")
         try:
             fcntl.flock(descriptor, fcntl.LOCK_EX | fcntl.LOCK_NB)
         except BlockingIOError as error:
             holder = os.pread(descriptor, 64, 0).decode(errors="replace").strip() if file_name else ""
             who = f"process {holder}" if holder else "another process"
             raise ArtifactError(f"{path} is in use by {who}", "wait until it ends, or stop it") from error
+        except OSError as error:
+            if error.errno not in _NO_LOCKS:
+                raise
+            if partial_of(path.name) is None:  # partial directories have names that no other process takes
+                _say_once(
+                    f"{path} is on a file system without locks: use it with one process at a time "
+                    "(on Lustre, the mount option flock adds locks)"
+                )
+            yield False
+            return
         if file_name is not None:
             os.ftruncate(descriptor, 0)
             os.pwrite(descriptor, f"{os.getpid()}\n".encode(), 0)
-        yield
+        yield True
     finally:
         os.close(descriptor)
 
@@ -186,18 +223,31 @@ def sync_directory(path: pathlib.Path) -> None:
 def list_files(folder: pathlib.Path) -> tuple[dict[str, int], list[str]]:
     """({relative path: size in bytes} of the regular files under `folder`, relative paths of other entries).
 
-    Other entries are links, devices, sockets, and empty directories. Links are not followed.
+    Other entries are links, devices, sockets, and directories that are empty, unreadable, or over `MAX_DEPTH` deep:
+    none of them belongs in a directory of ours. Links are not followed. ArtifactError if `folder` cannot be read.
     """
     files: dict[str, int] = {}
     others: list[str] = []
-    for parent, subfolders, names in os.walk(folder):
-        for name in sorted((*subfolders, *names)):
-            path = pathlib.Path(parent, name)
-            relative, status = path.relative_to(folder).as_posix(), path.lstat()
-            if stat.S_ISREG(status.st_mode):
-                files[relative] = status.st_size
-            elif not stat.S_ISDIR(status.st_mode) or not any(path.iterdir()):
-                others.append(relative)
+    pending = [folder]
+    while pending:
+        parent = pending.pop()
+        relative = parent.relative_to(folder)
+        try:
+            entries = [(entry, entry.stat(follow_symlinks=False)) for entry in os.scandir(parent)]
+        except OSError as error:
+            if parent == folder:
+                raise ArtifactError(f"{folder} cannot be read: {error.strerror}", "give a directory") from error
+            entries = []
+        if parent != folder and (not entries or len(relative.parts) > MAX_DEPTH):
+            others.append(relative.as_posix())
+            continue
+        for entry, status in entries:
+            if stat.S_ISDIR(status.st_mode):
+                pending.append(parent / entry.name)
+            elif stat.S_ISREG(status.st_mode):
+                files[(relative / entry.name).as_posix()] = status.st_size
+            else:
+                others.append((relative / entry.name).as_posix())
     return dict(sorted(files.items())), sorted(others)
 
 
@@ -238,6 +288,16 @@ def default_cache() -> pathlib.Path:
     return folder
 
 
+@functools.cache
+def _say_once(text: str) -> None:
+    log.warning(text)
+
+
+def _final(path: pathlib.Path) -> pathlib.Path:
+    """The path that a file inside partial directories is going to have, for messages."""
+    return pathlib.Path(*(partial_of(part) or part for part in path.parts))
+
+
 def _partial_name(name: str) -> str:
     return f".{name}.partial-{secrets.token_hex(4)}"
 
@@ -246,16 +306,33 @@ def _remove_partial_directories(target: pathlib.Path) -> None:
     """Deletes partial directories of `target` that killed processes left, but no links, and none in use."""
     for entry in os.scandir(target.parent):
         if partial_of(entry.name) == target.name and entry.is_dir(follow_symlinks=False):
-            with (
-                contextlib.suppress(ArtifactError),
-                lock_directory(pathlib.Path(entry.path)),
-            ):  # a running process holds its lock
-                remove_directory(pathlib.Path(entry.path))
+            path = pathlib.Path(entry.path)
+            with contextlib.suppress(ArtifactError), lock_directory(path) as locked:  # a running process holds its lock
+                if locked:
+                    remove_directory(path)
+
+
+def _empty(folder: int) -> None:
+    """Deletes everything in the open directory `folder`. Nested directories first move up into it: no depth is left."""
+    while entries := list(os.scandir(folder)):
+        for entry in entries:
+            if not entry.is_dir(follow_symlinks=False):
+                os.unlink(entry.name, dir_fd=folder)
+                continue
+            with _opened(entry.name, folder) as nested:
+                for inner in list(os.scandir(nested)):
+                    if inner.is_dir(follow_symlinks=False):
+                        os.rename(inner.name, secrets.token_hex(16), src_dir_fd=nested, dst_dir_fd=folder)
+                    else:
+                        os.unlink(inner.name, dir_fd=nested)
+            os.rmdir(entry.name, dir_fd=folder)
 
 
 @contextlib.contextmanager
-def _opened(folder: pathlib.Path) -> Iterator[int]:
-    descriptor = os.open(folder, os.O_RDONLY | os.O_DIRECTORY)
+def _opened(folder: pathlib.Path | str, parent: int | None = None) -> Iterator[int]:
+    """A descriptor of the directory `folder`, which in an open directory `parent` may not be a link."""
+    flags = os.O_RDONLY | os.O_DIRECTORY | (0 if parent is None else os.O_NOFOLLOW)
+    descriptor = os.open(folder, flags, dir_fd=parent)
     try:
         yield descriptor
     finally:

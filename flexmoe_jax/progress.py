@@ -13,8 +13,11 @@ Advance = Callable[..., None]  # advance(n=1, note=None)
 def track(what: str, total: int | None, unit: str = "", start: int = 0) -> Iterator[Advance]:
     """Yields `advance(n=1, note=None)`, which counts `n` more units as done and shows `note`.
 
-    `total` units (None: unknown), of which `start` are done already.
+    `total` units (None: unknown), of which `start` are done already. A process without stderr shows nothing.
     """
+    if sys.stderr is None:
+        yield lambda n=1, note=None: None
+        return
     reporter = _bar if sys.stderr.isatty() else _lines
     with reporter(what, total, unit, start) as advance:
         yield advance

@@ -42,7 +42,7 @@ def without_figures(lines: list[str]) -> list[str]:
 
 
 def test_every_example_is_tested_here():
-    tested = set(re.findall(r'run\("(\w+\.py)"', pathlib.Path(__file__).read_text()))
+    tested = set(re.findall(r'run\("(\w+\.py)"', pathlib.Path(__file__).read_text(encoding="utf-8")))
     assert tested == {path.name for path in EXAMPLES.glob("*.py")}
 
 

@@ -1,5 +1,7 @@
 """Files and directories appear whole or not at all, and a failed write is an error that the user can fix."""
 
+import errno
+import os
 import pathlib
 
 import pytest
@@ -53,3 +55,78 @@ def test_a_directory_that_another_process_has_made_but_not_yet_locked_is_not_rem
     with new_directory(target) as partial:
         (partial / "file").touch()
     assert [path.name for path in tmp_path.rglob("*")] == ["target", "file"]
+
+
+# -- file systems that lack something ----------------------------------------------------------------------------------
+
+
+def refusing(number: int):
+    def refuse(*_, **__):
+        raise OSError(number, os.strerror(number))
+
+    return refuse
+
+
+@pytest.fixture
+def no_locks(monkeypatch):
+    files._say_once.cache_clear()
+    monkeypatch.setattr(files.fcntl, "flock", refusing(errno.ENOSYS))  # Lustre, mounted without -o flock
+
+
+def test_without_locks_a_directory_is_used_with_a_warning(no_locks, tmp_path, caplog):
+    for _ in range(2):
+        with files.lock_directory(tmp_path, ".lock") as locked:
+            assert not locked
+    [said] = caplog.messages
+    assert said.startswith(f"{tmp_path} is on a file system without locks: use it with one process at a time")
+
+
+def test_without_locks_new_directories_are_made_and_partial_ones_of_others_stay(no_locks, tmp_path, caplog):
+    """Nothing tells whether their process still runs."""
+    other = tmp_path / ".target.partial-00000000"
+    other.mkdir()
+    with new_directory(tmp_path / "target") as partial:
+        (partial / "file").touch()
+    assert sorted(path.name for path in tmp_path.rglob("*")) == [".target.partial-00000000", "file", "target"]
+    assert caplog.messages == []
+
+
+def test_another_error_of_the_lock_is_not_taken_for_a_file_system_without_locks(monkeypatch, tmp_path):
+    monkeypatch.setattr(files.fcntl, "flock", refusing(errno.EIO))
+    with pytest.raises(OSError, match="Input/output"), files.lock_directory(tmp_path):
+        pass
+
+
+@pytest.mark.parametrize("number", [errno.EPERM, errno.EXDEV, errno.ENOTSUP])
+def test_where_files_cannot_be_linked_they_are_copied_and_checked(number, tmp_path, monkeypatch, caplog):
+    files._say_once.cache_clear()
+    monkeypatch.setattr(os, "link", refusing(number))  # exFAT, many FUSE mounts, another disk
+    (tmp_path / "a").write_bytes(b"content")
+    sha256 = files.sha256_file(tmp_path / "a")
+    files.copy_file(tmp_path / "a", tmp_path / "b", sha256, link=True)
+    assert (tmp_path / "b").read_bytes() == b"content"
+    assert "files are copied: they cannot be linked" in caplog.text
+    with pytest.raises(ArtifactError, match="its manifest says"):
+        files.copy_file(tmp_path / "a", tmp_path / "c", "0" * 64, link=True)
+
+
+def test_directories_that_cannot_be_synced_are_written_all_the_same(tmp_path, monkeypatch):
+    fsync = os.fsync
+
+    def sync(descriptor: int) -> None:  # gcsfuse, some SMB servers
+        refusing(errno.EINVAL)() if files.stat.S_ISDIR(os.fstat(descriptor).st_mode) else fsync(descriptor)
+
+    monkeypatch.setattr(os, "fsync", sync)
+    with new_directory(tmp_path / "a" / "b") as partial:
+        write_bytes(partial / "file", b"content")
+    assert (tmp_path / "a" / "b" / "file").read_bytes() == b"content"
+
+
+def test_a_failed_write_inside_another_new_directory_names_the_final_place(tmp_path):
+    with (
+        pytest.raises(ArtifactError, match=f"{tmp_path / 'model' / 'news'} could not be written: No space left"),
+        new_directory(tmp_path / "model") as model,
+        new_directory(model / "news"),
+    ):
+        refusing(errno.ENOSPC)()
+    assert not list(tmp_path.iterdir())

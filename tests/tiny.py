@@ -158,7 +158,7 @@ class Crash(BaseException):
 def crash_at(monkeypatch, number: int) -> None:
     """Makes call `number` (from 0) of the functions that change directory entries raise Crash instead."""
     calls = iter(range(10**6))
-    for target in ("os.rename", "os.replace", "shutil.rmtree", "os.unlink", "os.link"):
+    for target in ("os.rename", "os.replace", "os.rmdir", "os.unlink", "os.link"):
         module, name = target.split(".")
         original = getattr(__import__(module), name)
 

@@ -4,15 +4,17 @@ Orbax's handler, used directly, writes neither times nor paths: the same arrays 
 """
 
 import logging
+import os
 import pathlib
+import re
 from collections.abc import Mapping
 from typing import Any
 
 import ml_dtypes
 import numpy as np
 
-from flexmoe_jax.artifacts.sealed import parse_json, read_bytes
 from flexmoe_jax.errors import ArtifactError
+from flexmoe_jax.json_files import parse_json, read_bytes
 from flexmoe_jax.tree import unflatten
 
 NUMPY_DTYPES = {
@@ -39,13 +41,23 @@ def header_file(path: str) -> str:
 
 
 def save_arrays(folder: pathlib.Path, arrays: Mapping[str, np.ndarray]) -> None:
-    """Writes {path: array} to the new directory `folder`; dtypes of `NUMPY_DTYPES`."""
+    """Writes {path: array} to the new directory `folder`; dtypes of `NUMPY_DTYPES`. OSError if the system refuses."""
     from etils import epath
 
     folder.mkdir()
     handler = _handler()
-    handler.save(epath.Path(folder.resolve()), args=_orbax().args.PyTreeSave(unflatten(arrays)))
-    handler.close()
+    try:
+        handler.save(epath.Path(folder.resolve()), args=_orbax().args.PyTreeSave(unflatten(arrays)))
+    except ValueError as error:
+        raise system_error(error) or error from error
+    finally:
+        handler.close()
+
+
+def system_error(error: Exception) -> OSError | None:
+    """The error of the operating system that TensorStore states in the text of a ValueError; None if there is none."""
+    number = re.search(r"os_error_code='(\d+)'", str(error))
+    return OSError(int(number[1]), os.strerror(int(number[1]))) if number else None
 
 
 def load_array(package: pathlib.Path, path: str, shape: tuple[int, ...], dtype: str) -> np.ndarray:

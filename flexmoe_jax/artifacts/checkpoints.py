@@ -14,21 +14,22 @@ the caller identifies by digest in `meta` or in `run.json`.
 import concurrent.futures
 import contextlib
 import dataclasses
+import functools
 import os
 import pathlib
-import shutil
 from collections.abc import Iterator
 from typing import Any
 
 import jax
 
-from flexmoe_jax.artifacts import arrays  # noqa: F401 - silences Orbax
-from flexmoe_jax.artifacts.sealed import check_fields, read_sealed, write_sealed
+from flexmoe_jax.artifacts import arrays
+from flexmoe_jax.artifacts.sealed import check_fields, is_sha256, read_sealed, write_sealed
 from flexmoe_jax.errors import ArtifactError, Check
-from flexmoe_jax.files import digest_files, list_files, lock_directory, sha256_file
+from flexmoe_jax.files import NOT_A_FILE, digest_files, list_files, lock_directory, remove_directory, sha256_file
 from flexmoe_jax.parallel.processes import barrier, from_lead, is_lead
 
 _NONE = -1  # no step
+_FOLDERS = ("checkpoints", "digests", "damaged")
 
 
 @dataclasses.dataclass(frozen=True)
@@ -47,42 +48,68 @@ class RunCheckpoints:
     """The checkpoints of the run directory `path`, locked for this process; use it in a `with` block.
 
     The `keep` newest steps stay on disk; with fewer than 2 there is nothing to fall back to when one is damaged.
-    ArtifactError if another process holds the directory.
+    Orbax starts with the first step that is saved or restored: a run that is refused before has no threads to end.
+    ArtifactError if another process holds the directory, it cannot be written, or it has links that lead elsewhere.
     """
 
     def __init__(self, path: pathlib.Path | str, keep: int = 2):
-        import orbax.checkpoint as ocp
-
-        self._ocp = ocp
-        self.path = pathlib.Path(path).absolute()
+        self.path, self._keep = pathlib.Path(path).absolute(), keep
         self._steps, self._digests = self.path / "checkpoints", self.path / "digests"
-        self._digests.mkdir(parents=True, exist_ok=True)
         self._lead = is_lead()
-        with contextlib.ExitStack() as stack:
-            if self._lead:
-                stack.enter_context(lock_directory(self.path, ".lock"))
-            self._manager = ocp.CheckpointManager(
-                self._steps,
-                item_names=("trainable", "optimizer", "data", "meta"),
-                options=ocp.CheckpointManagerOptions(max_to_keep=keep, cleanup_tmp_directories=True),
-            )
-            self._worker = stack.enter_context(concurrent.futures.ThreadPoolExecutor(1, "digests"))
-            self._held = stack.pop_all()
+        for folder in map(self.path.joinpath, _FOLDERS):  # steps and digests are deleted and moved in these
+            links = [folder] if folder.is_symlink() else [p for p in folder.glob("*") if p.is_symlink()]
+            if links:
+                remedy = "do not use this run directory, or replace the link with its target"
+                raise ArtifactError(f"{links[0]} is a link", remedy)
+        try:
+            for folder in (self._steps, self._digests):
+                folder.mkdir(parents=True, exist_ok=True)
+        except OSError as error:
+            remedy = "give a config.out that you may write to, on a disk with free space"
+            raise ArtifactError(f"the run directory {self.path} cannot be made: {error.strerror}", remedy) from error
+        self._held = contextlib.ExitStack()
+        if self._lead:
+            self._held.enter_context(lock_directory(self.path, ".lock"))
+        self._worker = concurrent.futures.ThreadPoolExecutor(1, "digests")
         self._pending: concurrent.futures.Future | None = None
+
+    @functools.cached_property
+    def _ocp(self) -> Any:
+        import orbax.checkpoint
+
+        return orbax.checkpoint
+
+    @functools.cached_property
+    def _manager(self) -> Any:
+        if self._lead:  # here and not by Orbax, whose thread for it can outlive an error
+            for folder in self._steps.iterdir():
+                if not folder.name.isdecimal() and folder.is_dir():  # of an interrupted save
+                    remove_directory(folder)
+        barrier("interrupted saves")
+        return self._ocp.CheckpointManager(
+            self._steps,
+            item_names=("trainable", "optimizer", "data", "meta"),
+            options=self._ocp.CheckpointManagerOptions(max_to_keep=self._keep),
+        )
 
     def __enter__(self) -> "RunCheckpoints":
         return self
 
     def __exit__(self, kind: type[BaseException] | None, *_) -> None:
         with self._held:
+            if kind is not None and issubclass(kind, KeyboardInterrupt):  # at once: every write is atomic
+                self._worker.shutdown(wait=False)
+                return
             try:
                 self.wait()
             except ArtifactError:
                 if kind is None:  # otherwise the first error is the one to show
                     raise
             finally:
-                with contextlib.suppress(Exception):  # `wait` has reported it
-                    self._manager.close()
+                self._worker.shutdown()
+                if "_manager" in vars(self):
+                    with contextlib.suppress(Exception):  # `wait` has reported it
+                        self._manager.close()
 
     def save(self, step: int, trainable: Any, opt_state: Any, data_state: dict, meta: dict) -> None:
         """Starts to save `step`; the arrays may be donated or changed when this returns.
@@ -109,6 +136,11 @@ class RunCheckpoints:
         if pending is not None:
             pending.result()
 
+    @property
+    def started(self) -> bool:
+        """Whether a step was ever saved; does not check whether it is damaged."""
+        return any(self._digests.glob("*.json"))
+
     def latest(self) -> int | None:
         """The newest saved step, or None; does not check whether it is damaged."""
         self.wait()
@@ -119,8 +151,9 @@ class RunCheckpoints:
         """The newest undamaged step (or `step`), bit for bit; None if there is no step.
 
         `like_*` are trees of the same structure with the shape, dtype and sharding of each leaf: arrays or
-        `jax.ShapeDtypeStruct`. Damaged steps are moved to `damaged/` and listed in `skipped`. ArtifactError if every
-        step is damaged, or the structure differs.
+        `jax.ShapeDtypeStruct`. Damaged steps are moved to `damaged/` and listed in `skipped`; so is the first step of a
+        run whose save was interrupted, and then there is no step. ArtifactError if every step is damaged, or the
+        structure differs.
         """
         self.wait()
         skipped: list[tuple[int, str]] = []
@@ -130,6 +163,9 @@ class RunCheckpoints:
         if number != _NONE:
             self._set_aside(skipped)
             return self._read(number, like_trainable, like_opt, tuple(skipped))
+        if not self.started:
+            self._set_aside(skipped)
+            return None
         if skipped:
             reasons = "".join(f"\n    step {number}: {reason}" for number, reason in skipped)
             raise ArtifactError(
@@ -181,7 +217,7 @@ class RunCheckpoints:
         """Moves the damaged steps away (process 0 only: `skipped` is empty on the others)."""
         for step, _ in skipped:
             target = self.path / "damaged" / str(step)
-            shutil.rmtree(target, ignore_errors=True)
+            remove_directory(target)
             target.parent.mkdir(exist_ok=True)
             os.rename(self._steps / str(step), target)
             self._digest_file(step).unlink(missing_ok=True)
@@ -197,8 +233,9 @@ class RunCheckpoints:
         try:
             yield
         except Exception as error:
+            system = arrays.system_error(error)
             raise ArtifactError(
-                f"saving step {step} to {self.path} failed: {error}",
+                f"saving step {step} to {self.path} failed: {system.strerror if system else error}",
                 "check free space and permissions, then run the same command: it resumes from the last good step",
             ) from error
 
@@ -206,19 +243,24 @@ class RunCheckpoints:
 def verify_run(path: pathlib.Path | str, *, quick: bool = False) -> list[Check]:
     """Checks of every file of every checkpoint of the run directory `path`; `quick` checks only names and sizes."""
     path = pathlib.Path(path)
-    folders = sorted((path / "checkpoints").iterdir(), key=lambda folder: folder.name)
+    folders, digests = (_entries(path / name) for name in ("checkpoints", "digests"))
     checks = []
     for folder in folders:
-        if folder.name.isdecimal():
+        if folder.name.isdecimal() and folder.name == str(int(folder.name)):
             rows = _check_step(path, int(folder.name), quick)
             checks += [dataclasses.replace(f, subject=f"checkpoints/{folder.name}/{f.subject}") for f in rows]
         else:
-            detail = "left by an interrupted save; the next start of the run removes it"
-            checks.append(Check(f"checkpoints/{folder.name}", False, detail))
-    for file in sorted((path / "digests").iterdir()):
+            what = "was left by an interrupted save"
+            checks.append(Check(f"checkpoints/{folder.name}", False, what, "start the run again: it removes this"))
+    for file in digests:
         if not (path / "checkpoints" / file.stem).is_dir():
             checks.append(Check(f"digests/{file.name}", False, f"there is no checkpoints/{file.stem}"))
-    return checks
+    return checks or [Check("checkpoints", False, "there is none: nothing could be checked")]
+
+
+def _entries(folder: pathlib.Path) -> list[pathlib.Path]:
+    """What is in `folder`; nothing if it is missing, a link or a file."""
+    return sorted(folder.iterdir()) if folder.is_dir() and not folder.is_symlink() else []
 
 
 def _check_step(path: pathlib.Path, step: int, quick: bool = False) -> list[Check]:
@@ -229,12 +271,17 @@ def _check_step(path: pathlib.Path, step: int, quick: bool = False) -> list[Chec
     try:
         fields = read_sealed(digests)
         check_fields(fields, {"step": int, "files": dict, "digest": str}, digests)
+        for name, row in fields["files"].items():
+            if not isinstance(row, dict) or type(row.get("size")) is not int or not is_sha256(row.get("sha256")):
+                raise ArtifactError(f"{digests}: {name!r} is {row!r}, not a size and a sha256", "do not use this run")
     except ArtifactError as error:
-        return [Check("digests", False, error.what)]
+        return [Check("digests", False, error.what, error.remedy)]
     if fields["step"] != step:
         return [Check("digests", False, f"they are those of step {fields['step']}, not of step {step}")]
+    if folder.is_symlink() or not folder.is_dir():
+        return [Check("", False, "is missing, or not a directory")]
     sizes, others = list_files(folder)
-    checks = [Check(name, False, "a link, an empty directory or a special file") for name in others]
+    checks = [Check(name, False, NOT_A_FILE) for name in others]
     for name in sorted({*sizes, *fields["files"]}):
         expected = fields["files"].get(name)
         if name not in sizes or expected is None:

@@ -5,7 +5,7 @@ import pathlib
 
 from flexmoe_jax.artifacts.journal import FILE as JOURNAL
 from flexmoe_jax.artifacts.journal import read_journal
-from flexmoe_jax.artifacts.model_changes import strange_entries
+from flexmoe_jax.artifacts.model_changes import RUN_AGAIN, strange_entries
 from flexmoe_jax.artifacts.model_dir import ModelDir, open_model
 from flexmoe_jax.artifacts.package import verify_package
 from flexmoe_jax.artifacts.signature import Trust
@@ -21,7 +21,7 @@ def verify_model(path: pathlib.Path | str, *, quick: bool = False, trust: Trust 
     try:
         model = open_model(path)
     except FlexMoEError as error:
-        return [Check("model", False, error.what)]
+        return [Check("model", False, error.what, error.remedy)]
     checks = [Check("model.json", True, model.digest)]
     checks += [Check(name, True, digest) for name, digest in model.tokenizer.items()]
     for name in model.manifests:
@@ -35,8 +35,8 @@ def _check_journal(model: ModelDir) -> Check:
     try:
         entries = read_journal(model.path)
     except ArtifactError as error:
-        return Check(JOURNAL, False, error.what)
+        return Check(JOURNAL, False, error.what, error.remedy)
     if entries[-1].model != model.digest:
-        detail = f"records {entries[-1].model}, model.json has {model.digest}: run the interrupted command again"
-        return Check(JOURNAL, False, detail)
+        detail = f"records {entries[-1].model}, model.json has {model.digest}, as after an interrupted command"
+        return Check(JOURNAL, False, detail, RUN_AGAIN)
     return Check(JOURNAL, True, f"{len(entries)} entries")

@@ -3,17 +3,16 @@
     model/
       model.json      sealed; depends only on the packages, the tokenizer and the wanted top-k: no time, no history
       journal.jsonl   history, in hash-chained lines (journal.py)
-      tokenizer.json  and tokenizer_config.json if the tokenizer has one
+      tokenizer.json  and its other files: tokenizer_config.json, chat_template.jinja, .. (tokenizer_files.py)
       trunk/ public/ news/ ...   packages
 
 `top_k` in `model.json` is the wanted number of active experts, or null: every expert is active. While an expert is
-replaced (compose/optout.py), its package may be in `.news-<first 12 digits of its manifest digest>`. Readers look there
-first, so that they see the model before or after the change.
+replaced (compose/optout.py), its package may be in `.news-<its manifest digest>`. Readers look there first, so that
+they see the model before or after the change.
 """
 
 import dataclasses
 import hashlib
-import json
 import os
 import pathlib
 from collections.abc import Callable, Iterable, Mapping
@@ -23,37 +22,18 @@ from flexmoe_jax import config as configs
 from flexmoe_jax.artifacts import sealed
 from flexmoe_jax.artifacts.journal import FILE as JOURNAL
 from flexmoe_jax.artifacts.journal import append_entry
-from flexmoe_jax.artifacts.package import (
-    Manifest,
-    copy_package,
-    load_package,
-    read_manifest,
-    write_package,
-)
-from flexmoe_jax.artifacts.sealed import (
-    MAX_TEXT_BYTES,
-    canonical_json,
-    check_fields,
-    check_format,
-    is_sha256,
-    parse_json,
-    read_bytes,
-    read_sealed,
-    seal,
-    write_json,
-)
+from flexmoe_jax.artifacts.package import Manifest, copy_package, load_package, read_manifest, write_package
+from flexmoe_jax.artifacts.sealed import check_fields, check_format, is_sha256, read_sealed, seal, write_json
 from flexmoe_jax.artifacts.signature import FILE as SIGNATURE
 from flexmoe_jax.errors import ArtifactError
-from flexmoe_jax.files import (
-    new_directory,
-    sha256_file,
-    write_bytes,
-)
+from flexmoe_jax.files import check_outside, new_directory, sha256_file, write_bytes
+from flexmoe_jax.json_files import MAX_TEXT_BYTES, canonical_json, parse_json, read_bytes
 from flexmoe_jax.model_config import ModelConfig
+from flexmoe_jax.tokenizer_files import TOKENIZER, TOKENIZER_CONFIG, limit_of, read_files, travels
 from flexmoe_jax.tree import PUBLIC, TRUNK, Params, canonical_order, check_known, expert_name, split, union
 
 FORMAT = "flexmoe-model-2"
-TOKENIZER, TOKENIZER_CONFIG = "tokenizer.json", "tokenizer_config.json"
+BOUND = "tokenizer_files"  # key of the trunk's record
 T = TypeVar("T")
 NOT_ALTERED = "restore the model from its source, or merge it again"
 
@@ -90,6 +70,11 @@ class ModelDir:
         return self.path / TOKENIZER
 
     @property
+    def tokenizer_files(self) -> dict[str, bytes]:
+        """{name: content} of the tokenizer's files, as `load_tokenizer` takes them; ArtifactError if one is altered."""
+        return _read_bound(self.path, self.tokenizer)
+
+    @property
     def tokenizer_digest(self) -> str:
         """sha256 (hex) of tokenizer.json."""
         return self.tokenizer[TOKENIZER]
@@ -103,17 +88,21 @@ def create_model(
     path: pathlib.Path | str,
     params: Params,
     config: ModelConfig,
-    tokenizer: pathlib.Path | str | bytes,
+    tokenizer: pathlib.Path | str | bytes | Mapping[str, bytes],
     records: Mapping[str, Mapping[str, Any]],
     top_k: int | None = None,
 ) -> ModelDir:
     """Writes the whole tree `params` as a model at the new directory `path`; a public release has one expert, `public`.
 
-    `tokenizer` is a tokenizer.json, the folder that holds it (and maybe tokenizer_config.json), or its bytes; it is
-    stored in canonical form. `records` holds the packages' records by owner: `trunk` and every expert. ArtifactError as
-    of `write_package`.
+    `tokenizer` is a tokenizer.json or the folder that holds it, with the files beside it, the bytes of a
+    tokenizer.json, or {name: content} of all files. tokenizer.json is stored in canonical form. `records` holds the
+    packages' records by owner: `trunk` and every expert. The trunk's record gets the digests of the files beside
+    tokenizer.json under `tokenizer_files`, so that its signature covers them. ArtifactError as of `write_package`.
     """
     files, parts = _read_tokenizer(tokenizer), split(params)
+    bound = _bound_by_trunk({name: hashlib.sha256(content).hexdigest() for name, content in files.items()})
+    kept = {key: value for key, value in records[TRUNK].items() if key != BOUND}
+    records = {**records, TRUNK: {**kept, **({BOUND: bound} if bound else {})}}
     with new_directory(pathlib.Path(path)) as folder:
         for name, content in files.items():
             write_bytes(folder / name, content)
@@ -153,8 +142,9 @@ def assemble(
     """Makes the new model directory `out` of the trunk, tokenizer and journal of `release` and {expert: package}.
 
     Everything is copied (or hard-linked) into a sibling of `out`, checked on the way, and appears by one rename. The
-    journal gets the line `event` with `details`. ArtifactError for damage, and if `out` exists.
+    journal gets the line `event` with `details`. ArtifactError for damage, and if `out` exists or is inside a source.
     """
+    check_outside(pathlib.Path(out), [release.path, *(source for source, _ in packages.values())])
     with new_directory(pathlib.Path(out)) as folder:
         for name in (*release.tokenizer, JOURNAL):
             write_bytes(folder / name, read_bytes(release.path / name, MAX_TEXT_BYTES))
@@ -188,7 +178,7 @@ def seal_model(
     fields = {
         "format": FORMAT,
         "config": configs.to_mapping(manifests[TRUNK].config),
-        "tokenizer": {n: sha256_file(path / n) for n in (TOKENIZER, TOKENIZER_CONFIG) if (path / n).is_file()},
+        "tokenizer": {p.name: sha256_file(p) for p in sorted(path.iterdir()) if limit_of(p.name) and p.is_file()},
         "trunk": manifests[TRUNK].digest,
         "experts": [{"name": name, "manifest": manifests[name].digest} for name in order],
         "signatures": find_signatures(path, {name: manifests[name] for name in (TRUNK, *order)}),
@@ -204,13 +194,14 @@ def find_signatures(path: pathlib.Path, manifests: Mapping[str, Manifest]) -> di
     return {name: hashlib.sha256(read_bytes(place)).hexdigest() for name, place in present.items()}
 
 
-def open_model(path: pathlib.Path | str) -> ModelDir:
+def open_model(path: pathlib.Path | str, *, signatures: bool = True) -> ModelDir:
     """Opens a model directory: checks `model.json`, manifests, signatures' digests and tokenizer against one another.
 
-    Arrays are not read (`load_params` and `verify_model` read them). ArtifactError names what does not agree.
+    Arrays are not read (`load_params` and `verify_model` read them). Without `signatures` their digests may be others,
+    as after a signing that was interrupted. ArtifactError names what does not agree.
     """
     path = pathlib.Path(path)
-    return _steadily(path, lambda: _open(path))
+    return _steadily(path, lambda: _open(path, signatures))
 
 
 def load_model(path: pathlib.Path | str, *, mapped: bool = False) -> tuple[ModelDir, Params]:
@@ -242,14 +233,20 @@ def load_params(model: ModelDir, experts: Iterable[str] | None = None, *, mapped
 
 
 def locate_package(path: pathlib.Path, name: str, digest: str) -> pathlib.Path:
-    """The package with this manifest digest in the model directory `path`: staged if it is, else in its place."""
-    staged = staging_place(path, name, digest)
-    return staged if staged.is_dir() else path / name
+    """The package with this manifest digest in the model directory `path`: staged if it is, else in its place.
+
+    Earlier versions staged under the digest's first 12 digits, and never beside a package in its place.
+    """
+    staged, place, earlier = staging_place(path, name, digest), path / name, path / f".{name}-{digest[:12]}"
+    return staged if staged.is_dir() else earlier if earlier.is_dir() and not os.path.lexists(place) else place
 
 
 def staging_place(path: pathlib.Path, name: str, digest: str) -> pathlib.Path:
-    """The hidden directory of a package while it is replaced or replaces another."""
-    return path / f".{name}-{digest[:12]}"
+    """The hidden directory of a package while it is replaced, replaces another, or is erased.
+
+    Its name has the whole digest: owners choose their manifests, and could make two whose first digits agree.
+    """
+    return path / f".{name}-{digest}"
 
 
 def _steadily(path: pathlib.Path, read: Callable[[], T]) -> T:
@@ -285,7 +282,7 @@ def read_model_json(path: pathlib.Path) -> tuple[dict[str, Any], dict[str, str]]
     return fields, digests
 
 
-def _open(path: pathlib.Path) -> ModelDir:
+def _open(path: pathlib.Path, signatures: bool) -> ModelDir:
     fields, digests = read_model_json(path)
     config = configs.from_mapping(ModelConfig, fields["config"], f"{path / 'model.json'}: config")
     manifests = {}
@@ -297,8 +294,12 @@ def _open(path: pathlib.Path) -> ModelDir:
         if found != digest:
             what = f"{path}: the package {name!r} has the manifest digest {found}, model.json names {digest}"
             raise ArtifactError(what, NOT_ALTERED)
-    _check_tokenizer(path, fields["tokenizer"])
-    if lines := sealed.differences(find_signatures(path, manifests), fields["signatures"]):
+    _read_bound(path, fields["tokenizer"])
+    bound, recorded = _bound_by_trunk(fields["tokenizer"]), manifests[TRUNK].record.fields.get(BOUND)
+    if bound != recorded:
+        what = f"{path}: model.json has the tokenizer files {bound}, the trunk's record {recorded}"
+        raise ArtifactError(what, NOT_ALTERED)
+    if signatures and (lines := sealed.differences(find_signatures(path, manifests), fields["signatures"])):
         raise ArtifactError(f"{path}: signatures found != those of model.json: {'; '.join(lines)}", NOT_ALTERED)
     model = ModelDir(path, config, manifests, fields["tokenizer"], fields["top_k"], fields["digest"])
     for name, manifest in manifests.items():
@@ -337,22 +338,31 @@ def _read_experts(rows: list, where: object) -> dict[str, str]:
     return {row["name"]: row["manifest"] for row in rows}
 
 
-def _check_tokenizer(path: pathlib.Path, digests: dict) -> None:
-    if TOKENIZER not in digests or not set(digests) <= {TOKENIZER, TOKENIZER_CONFIG}:
+def _read_bound(path: pathlib.Path, digests: Mapping[str, Any]) -> dict[str, bytes]:
+    """{name: content} of the tokenizer's files in the model directory `path`, each of which must have its digest."""
+    if not travels(digests):
         raise ArtifactError(f"{path}/model.json: the tokenizer files are {sorted(digests)}", NOT_ALTERED)
-    for name, digest in digests.items():
-        found = hashlib.sha256(read_bytes(path / name, MAX_TEXT_BYTES)).hexdigest()
-        if found != digest or not is_sha256(digest):
-            raise ArtifactError(f"{path / name} has sha256 {found}, model.json says {digest}", NOT_ALTERED)
+    files = {name: read_bytes(path / name, limit_of(name) or 0) for name in digests}
+    for name, content in files.items():
+        if (found := hashlib.sha256(content).hexdigest()) != digests[name]:
+            raise ArtifactError(f"{path / name} has sha256 {found}, model.json says {digests[name]}", NOT_ALTERED)
+    return files
 
 
-def _read_tokenizer(tokenizer: pathlib.Path | str | bytes) -> dict[str, bytes]:
+def _bound_by_trunk(digests: Mapping[str, str]) -> dict[str, str] | None:
+    """What the trunk's record says of the files beside tokenizer.json: nothing of a tokenizer_config.json alone."""
+    beside = {name: digest for name, digest in digests.items() if name != TOKENIZER}
+    return beside if beside.keys() - {TOKENIZER_CONFIG} else None
+
+
+def _read_tokenizer(tokenizer: pathlib.Path | str | bytes | Mapping[str, bytes]) -> dict[str, bytes]:
     """{file name: canonical bytes}: the sha256 of tokenizer.json is then the digest that `load_tokenizer` gives."""
     if isinstance(tokenizer, bytes):
-        return {TOKENIZER: canonical_json(parse_json(tokenizer, TOKENIZER, MAX_TEXT_BYTES))}
-    path = pathlib.Path(tokenizer)
-    path = path / TOKENIZER if path.is_dir() else path
-    files = {TOKENIZER: canonical_json(parse_json(read_bytes(path, MAX_TEXT_BYTES), path, MAX_TEXT_BYTES))}
-    if (neighbor := path.with_name(TOKENIZER_CONFIG)).is_file():
-        files[TOKENIZER_CONFIG] = json.dumps(parse_json(read_bytes(neighbor), neighbor), indent=2).encode()
-    return files
+        files: Mapping[str, bytes] = {TOKENIZER: tokenizer}
+    elif isinstance(tokenizer, Mapping):
+        files = tokenizer
+    else:
+        path = pathlib.Path(tokenizer)
+        path = path / TOKENIZER if path.is_dir() else path
+        files = read_files(path.parent) | {TOKENIZER: read_bytes(path, MAX_TEXT_BYTES)}
+    return {**files, TOKENIZER: canonical_json(parse_json(files[TOKENIZER], TOKENIZER, MAX_TEXT_BYTES))}

@@ -15,6 +15,7 @@ import json
 import math
 import os
 import pathlib
+import re
 from collections.abc import Mapping
 from typing import Any
 
@@ -45,13 +46,26 @@ from flexmoe_jax.artifacts.manifest import (
     read_manifest,
 )
 from flexmoe_jax.artifacts.record import Record, make_record
-from flexmoe_jax.artifacts.sealed import read_bytes, sha256_array, write_sealed
+from flexmoe_jax.artifacts.sealed import sha256_array, write_sealed
 from flexmoe_jax.artifacts.signature import FILE as SIGNATURE
-from flexmoe_jax.artifacts.signature import Trust, check_signature
-from flexmoe_jax.errors import ArtifactError, Check, FlexMoEError
-from flexmoe_jax.files import copy_file, digest_files, list_files, new_directory, sha256_file
+from flexmoe_jax.artifacts.signature import Signature, Trust, check_signature, write_signature
+from flexmoe_jax.errors import ArtifactError, Check, FlexMoEError, printable
+from flexmoe_jax.files import (
+    NOT_A_FILE,
+    copy_file,
+    digest_files,
+    list_files,
+    lock_directory,
+    new_directory,
+    remove_partial_files,
+    sha256_file,
+)
+from flexmoe_jax.foreign import is_sparse
+from flexmoe_jax.json_files import read_bytes
 from flexmoe_jax.model_config import ModelConfig
 from flexmoe_jax.tree import Params, flatten, unflatten
+
+_OF_FILE_BROWSERS = re.compile(r"(.*/)?(\.DS_Store|\._[^/]*|Thumbs\.db|desktop\.ini)")
 
 
 def write_package(
@@ -77,7 +91,7 @@ def write_package(
     with new_directory(pathlib.Path(path)) as folder:
         save_arrays(folder / "arrays", arrays)
         table = _to_json(tensors)
-        (folder / "card.md").write_text(_card(owner, tensors, base, made))
+        (folder / "card.md").write_text(_card(owner, tensors, base, made), encoding="utf-8")
         fields = {
             "format": FORMAT,
             "owner": owner,
@@ -139,13 +153,13 @@ def verify_package(
     try:
         manifest = read_manifest(path, owner)
     except FlexMoEError as error:
-        return [Check("manifest.json", False, error.what)]
+        return [Check("manifest.json", False, error.what, error.remedy)]
     first = [Check("manifest.json", True, manifest.digest)]
     try:
         line = check_signature(path, manifest.owner, manifest.digest, trust)
         first += [Check(SIGNATURE, True, line)] if line else []
     except ArtifactError as error:
-        first.append(Check(SIGNATURE, False, error.what))
+        first.append(Check(SIGNATURE, False, error.what, error.remedy))
     checks = check_files(path, manifest)
     if quick or not all(f.ok for f in checks):
         return [*first, *checks]
@@ -172,14 +186,14 @@ def check_files(path: pathlib.Path, manifest: Manifest) -> list[Check]:
     found, others = list_files(path)
     for name in ("manifest.json", SIGNATURE):  # checked by their own digests
         found.pop(name, None)
-    checks = [Check(name, False, "a link, an empty directory or a special file") for name in others]
+    checks = [Check(name, False, NOT_A_FILE) for name in others]
     checks += [Check(n, False, "the manifest does not name this file") for n in sorted({*found} - {*manifest.files})]
     for name, file in manifest.files.items():
         if name not in found:
             checks.append(Check(name, False, "missing"))
         elif found[name] != file.size:
             checks.append(Check(name, False, f"has {found[name]} bytes, the manifest says {file.size}"))
-        elif _is_sparse(path / name):
+        elif is_sparse((path / name).lstat()):
             checks.append(Check(name, False, f"has {file.size} bytes, but almost no blocks on the disk"))
         else:
             checks.append(Check(name, True, f"{file.size} bytes"))
@@ -188,6 +202,26 @@ def check_files(path: pathlib.Path, manifest: Manifest) -> list[Check]:
         headers[METADATA_FILE] = metadata_problem(path)
         checks += [Check(name, False, problem) for name, problem in headers.items() if problem]
     return checks
+
+
+def sign_package(package: pathlib.Path | str, key: pathlib.Path | str, version: int) -> Signature:
+    """Signs the package's manifest as its owner's `version` (1, 2, ...); replaces an older signature, atomically.
+
+    `key` is a private key file. The package is read and checked first. ArtifactError for a package inside a model, a
+    damaged one, a version below 1 or below that of the present signature, and a key that cannot be used.
+    """
+    package = pathlib.Path(package)
+    if (package.resolve().parent / "model.json").exists():
+        raise ArtifactError(f"{package} is in a model", "sign the package, then merge it; sign a release as a whole")
+    with lock_directory(package):
+        check_before_signing(package)
+        return write_signature(package, key, version)
+
+
+def check_before_signing(package: pathlib.Path) -> None:
+    """ArtifactError for a damaged package. Removes what an interrupted signing left; hold a lock."""
+    remove_partial_files(package)
+    raise_problems(package, verify_package(package))
 
 
 def check_own_files(path: pathlib.Path) -> None:
@@ -222,9 +256,15 @@ def copy_package(source: pathlib.Path, target: pathlib.Path, manifest: Manifest,
 
 def raise_problems(path: pathlib.Path, checks: list[Check]) -> None:
     """ArtifactError that lists every check that is not ok; nothing if there is none."""
-    problems = [f"{f.subject}: {f.detail}" for f in checks if not f.ok]
-    if problems:
-        raise ArtifactError(f"{path} is damaged:\n    " + "\n    ".join(problems), FETCH_AGAIN)
+    problems = [f for f in checks if not f.ok]
+    if not problems:
+        return
+    remedy = FETCH_AGAIN
+    if all(_OF_FILE_BROWSERS.fullmatch(f.subject) for f in problems):
+        remedy = f"delete {', '.join(str(path / f.subject) for f in problems)}: a file browser made them"
+    raise ArtifactError(
+        f"{path} is damaged:\n    " + "\n    ".join(printable(f"{f.subject}: {f.detail}") for f in problems), remedy
+    )
 
 
 def _check_params(owner: str, params: Params, config: ModelConfig) -> dict[str, np.ndarray]:
@@ -275,12 +315,6 @@ def _check_chunk(source: pathlib.Path, name: str, dtype: str, chunk: bytes) -> N
         raise ArtifactError(
             f"{source}: the tensor {name!r} holds {bad} or more values that are not finite", FETCH_AGAIN
         )
-
-
-def _is_sparse(path: pathlib.Path) -> bool:
-    """Whether a file of over 64 MiB has far fewer blocks than bytes: cheap to send, hours to read."""
-    status = path.lstat()
-    return status.st_size > 64 << 20 and status.st_blocks * 512 * 16 < status.st_size
 
 
 def _card(owner: str, tensors: Mapping[str, TensorRecord], base: Mapping[str, str], record: Record) -> str:

@@ -14,8 +14,8 @@ import json
 from collections.abc import Mapping
 from typing import Any
 
-from flexmoe_jax.artifacts.sealed import canonical_json
 from flexmoe_jax.errors import ArtifactError, FlexMoEError
+from flexmoe_jax.json_files import canonical_json
 from flexmoe_jax.tree import ExpertName, expert_name
 
 _SECTIONS = ("training", "router", "tuned")
@@ -78,6 +78,9 @@ def read_record(fields: dict[str, Any], where: object) -> Record:
         value = fields["router"].get(name)
         if not isinstance(value, kinds) or isinstance(value, bool):
             raise ArtifactError(f"{where}: record.router.{name} is {value!r}, not a {kinds[0].__name__}", _REMEDY)
+    if fields.get("router") and fields["router"]["projection_seed"] < 0:
+        what = f"{where}: record.router.projection_seed is {fields['router']['projection_seed']}"
+        raise ArtifactError(what, _REMEDY)
     names = (fields.get("tuned") or {}).get("with", [])
     try:
         if not isinstance(names, list):

@@ -16,18 +16,10 @@ import stat
 from typing import Any
 
 from flexmoe_jax.artifacts.manifest import check_owner, read_manifest
-from flexmoe_jax.artifacts.sealed import (
-    canonical_json,
-    check_fields,
-    check_format,
-    is_sha256,
-    json_bytes,
-    parse_json,
-    read_bytes,
-    write_json,
-)
+from flexmoe_jax.artifacts.sealed import check_fields, check_format, is_sha256, json_bytes, write_json
 from flexmoe_jax.errors import ArtifactError
 from flexmoe_jax.files import sync_directory, write_bytes
+from flexmoe_jax.json_files import canonical_json, parse_json, read_bytes
 from flexmoe_jax.tree import PUBLIC, TRUNK
 
 FILE = "signature.json"
@@ -82,20 +74,8 @@ def generate_key(path: pathlib.Path | str, owner: str) -> pathlib.Path:
     return public
 
 
-def sign_package(package: pathlib.Path | str, key: pathlib.Path | str, version: int) -> Signature:
-    """Signs the package's manifest as its owner's `version` (1, 2, ...); replaces an older signature, atomically.
-
-    `key` is a private key file. ArtifactError for a package inside a model, a version below 1 or below that of the
-    present signature, and a key that cannot be used.
-    """
-    package = pathlib.Path(package)
-    if (package.absolute().parent / "model.json").exists():
-        raise ArtifactError(f"{package} is in a model", "sign the package, then merge it; sign a release as a whole")
-    return write_signature(package, key, version)
-
-
 def write_signature(package: pathlib.Path, key: pathlib.Path | str, version: int) -> Signature:
-    """`sign_package`, also for a package inside a model."""
+    """`package.sign_package` without the checks of the package, also for a package inside a model."""
     if version < 1:
         raise ArtifactError(f"the version is {version}", "count versions from 1, each higher than the one before")
     manifest, private = read_manifest(package), _read_key(pathlib.Path(key))

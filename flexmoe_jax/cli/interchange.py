@@ -8,6 +8,7 @@ from typing import TYPE_CHECKING
 
 from flexmoe_jax.cli.common import ExistingPath, LocalPath, Parser, add_json, emit, names, parser
 from flexmoe_jax.errors import ConfigError, DataError
+from flexmoe_jax.ranges import POSITIVE
 
 if TYPE_CHECKING:
     from flexmoe_jax.hf.checkpoint import Checkpoint
@@ -17,8 +18,8 @@ if TYPE_CHECKING:
 def import_hf(argv: list[str]) -> int:
     """A checkpoint folder becomes a model, or one expert of it a package."""
     example = "flexmoe import-hf Flex-math-2x7B-1T --names public,math --out model"
-    p = parser("import-hf", "Imports an Olmo2, FlexOlmo or Llama checkpoint (safetensors).", example)
-    p.add_argument("checkpoint", action=ExistingPath, help="a folder with config.json and safetensors files")
+    p = parser("import-hf", "Imports a checkpoint of transformers (safetensors).", example)
+    p.add_argument("checkpoint", help="a folder with config.json and safetensors files")
     what = "new directory: a model, or with --public a package"
     p.add_argument("--out", required=True, action=LocalPath, help=what)
     p.add_argument("--names", help="comma-separated names of the experts, in the checkpoint's order")
@@ -28,6 +29,9 @@ def import_hf(argv: list[str]) -> int:
     p.add_argument("--expert", metavar="NAME", help="with --public: the expert's name")
     _add_common(p)
     args = p.parse(argv)
+    from flexmoe_jax.hf.foreign import existing
+
+    existing(args.checkpoint)
     if bool(args.public) != bool(args.expert) or (args.public and (args.experts or args.tokenizer or args.domain)):
         raise ConfigError(
             "--public and --expert go together, without --experts, --tokenizer and --domain",
@@ -45,7 +49,7 @@ def import_gguf(argv: list[str]) -> int:
     """A Llama-architecture GGUF file becomes a public model."""
     example = "flexmoe import-gguf FILE.gguf --out model"
     p = parser("import-gguf", "Imports a GGUF file of the Llama architecture.", example)
-    p.add_argument("file", action=ExistingPath, help="a .gguf file; quantized tensors become float32")
+    p.add_argument("file", help="a .gguf file; quantized tensors become float32")
     p.add_argument("--out", required=True, action=LocalPath, help="new directory for the model")
     _add_common(p)
     args = p.parse(argv)
@@ -65,15 +69,15 @@ def export_hf(argv: list[str]) -> int:
     p.add_argument("--zero-bias", action="store_true", help="leave the bias out; --data measures what that costs")
     p.add_argument("--data", action=ExistingPath, help="a folder of held-out documents; with --zero-bias")
     p.add_argument("--evaluation", action=ExistingPath, help="a result of `flexmoe eval --json`; for the model card")
-    p.add_argument("--max-shard-gb", type=float, default=5.0, help="largest file, in units of 2^30 bytes; 5 by default")
+    p.add_argument(
+        "--max-shard-gb", type=POSITIVE, default=5.0, help="largest file, in units of 2^30 bytes; 5 by default"
+    )
     what = "compare bytes only: for a model larger than memory"
     p.add_argument("--no-logits", action="store_true", help=what)
     add_json(p)
     args = p.parse(argv)
     if args.zero_bias != bool(args.data) or (args.zero_bias and args.custom_code):
         raise ConfigError("--zero-bias goes with --data, without --custom-code", "give both, or neither")
-    if args.max_shard_gb <= 0:
-        raise ConfigError(f"--max-shard-gb is {args.max_shard_gb}", "give a size above 0")
     from flexmoe_jax.artifacts.model_dir import open_model
     from flexmoe_jax.hf.export import ExportOptions, export
 
@@ -151,6 +155,7 @@ def _import_expert(args: argparse.Namespace, source: "Checkpoint") -> int:
     options = {"names": names(args.names), "licence": args.licence, "contact": args.contact}
     manifest = import_expert(source, open_model(args.public), args.out, expert=args.expert, **options)
     result = {"path": args.out, "owner": manifest.owner, "digest": manifest.digest, "content": manifest.content}
+    result |= {"notes": list(source.notes)}
     belongs = f"trunk and public expert are those of {args.public}"
     emit(result, [f"{args.out}: the package of {manifest.owner}; {belongs}"], args.json)
     return 0
@@ -174,6 +179,7 @@ def _import_model(
         contact=args.contact,
     )
     result = {"path": args.out, "digest": model.digest, "experts": list(model.experts), "top_k": model.top_k}
+    result |= {"notes": list(source.notes)}
     emit(result, [f"{args.out}: {', '.join(model.experts)}; top-{model.top_k}"], args.json)
     return 0
 

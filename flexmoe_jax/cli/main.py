@@ -1,15 +1,18 @@
 """`flexmoe VERB ...`: finds the verb's module, imports only that, and turns FlexMoEErrors into exit codes."""
 
 import contextlib
+import errno
 import hashlib
 import importlib
 import logging
 import os
 import pathlib
 import platform
+import re
 import sys
+import traceback
 
-from flexmoe_jax.errors import ConfigError, FlexMoEError
+from flexmoe_jax.errors import LINE_ENDS, ArtifactError, ConfigError, FlexMoEError, MachineError, printable
 
 # Who runs what: {role: {verb: (module under flexmoe_jax.cli, what the verb does)}}.
 # The function is the verb's name with '_' for '-'.
@@ -40,7 +43,7 @@ ROLES = {
         "eval-harness": ("evaluate", "score tasks of lm-evaluation-harness"),
         "find-proxies": ("tune", "choose public documents like the owners', with their classifiers"),
         "tune": ("tune", "tune the router of a merged model on such documents"),
-        "import-hf": ("interchange", "import an Olmo2, FlexOlmo or Llama checkpoint"),
+        "import-hf": ("interchange", "import a checkpoint of transformers"),
         "import-gguf": ("interchange", "import a GGUF file of the Llama architecture"),
         "export-hf": ("interchange", "export a checkpoint that transformers loads"),
         "export-gguf": ("interchange", "export a file that llama.cpp runs"),
@@ -58,11 +61,18 @@ ROLES = {
 VERBS = {verb: module for verbs in ROLES.values() for verb, (module, _) in verbs.items()}
 # Verbs that all processes of a job run together; process 0 runs the others on its own.
 TOGETHER = {"pretrain", "train", "eval", "doctor"}
+# With this variable set, a refusal is printed after its traceback.
+DEBUG = "FLEXMOE_DEBUG"
+_LIBRARIES = {"jax", "jaxlib", "orbax", "tensorstore", "grain", "optax", "tokenizers", "pyarrow", "safetensors"}
+_LIBRARIES |= {"transformers", "sentence_transformers", "huggingface_hub", "datasets", "lm_eval", "torch", "gguf"}
+_SPACE, _PLACE = "free some space, or use another disk", "choose a place that you may read and write"
+_OF_ERRNO = dict.fromkeys((errno.ENOSPC, errno.EDQUOT), _SPACE)
+_OF_ERRNO |= dict.fromkeys((errno.EROFS, errno.EACCES, errno.EPERM), _PLACE)
 EXIT_REFUSED, EXIT_USAGE, EXIT_INTERRUPTED = 1, 2, 130
 
 
 def main(argv: list[str] | None = None) -> int:
-    """Runs one verb; returns 0, 1 (refused, with reason and remedy), 2 (usage), 75 (stopped by SIGTERM, saved), 130."""
+    """Runs one verb; returns 0, 1 (refused, with a remedy), 2 (usage), 75 (stopped by a signal, saved), or 130."""
     argv = sys.argv[1:] if argv is None else argv
     if not argv or argv[0] in ("-h", "--help"):
         print(_help())
@@ -86,12 +96,47 @@ def main(argv: list[str] | None = None) -> int:
             return 0
         module = importlib.import_module(f"flexmoe_jax.cli.{VERBS[verb]}")
         return getattr(module, verb.replace("-", "_"))(rest) or 0
-    except FlexMoEError as error:
-        print(f"flexmoe {verb}: {error}", file=sys.stderr)
-        return error.exit_code
+    except BrokenPipeError:
+        raise
+    except Exception as error:
+        refusal = explained(error)
+        if refusal is None:
+            raise
+        if os.environ.get(DEBUG):
+            traceback.print_exception(error)
+        print(f"flexmoe {verb}: {printable(str(refusal), keep=LINE_ENDS)}", file=sys.stderr)
+        return refusal.exit_code
     except KeyboardInterrupt:
         print(f"flexmoe {verb}: interrupted", file=sys.stderr)
         return EXIT_INTERRUPTED
+
+
+def explained(error: Exception) -> FlexMoEError | None:
+    """The refusal that stands for `error`: of the package, the system, or a library; None for a bug, of any of them.
+
+    A ValueError or RuntimeError is a library's if its class is, or if the library's code raised it.
+    """
+    if isinstance(error, FlexMoEError):
+        return error
+    frames = [frame.f_globals.get("__name__", "") for frame, _ in traceback.walk_tb(error.__traceback__)]
+    first = next(iter(str(error).strip().splitlines()), "") or type(error).__name__
+    debug = f"{DEBUG}=1 shows where"
+    if "jax._src.xla_bridge" in frames:
+        asked = os.environ.get("JAX_PLATFORMS")
+        what = f"JAX cannot use the devices of this machine{f' (JAX_PLATFORMS is {asked!r})' if asked else ''}: {first}"
+        return MachineError(what, "run `flexmoe doctor`, which says why; JAX_PLATFORMS=cpu uses the processor")
+    if isinstance(error, MemoryError) or re.search(r"RESOURCE_EXHAUSTED|[Oo]ut of memory", first):
+        remedy = "use smaller batches or shorter sequences, or more devices; `flexmoe plan` estimates a run"
+        return MachineError(f"there is not enough memory: {first}", remedy)
+    if isinstance(error, OSError):
+        remedy = _OF_ERRNO.get(error.errno or 0, f"check paths, permissions and the network; {debug}")
+        return ArtifactError(first, remedy)
+    if isinstance(error, ValueError | RuntimeError):
+        roots = (name.partition(".")[0] for name in (type(error).__module__, *reversed(frames)))
+        library = next((root for root in roots if root in {*_LIBRARIES, "flexmoe_jax"}), None)
+        if library in _LIBRARIES:
+            return FlexMoEError(f"{library}: {first}", f"check what it names; {debug}")
+    return None
 
 
 def _leads(verb: str) -> bool:
@@ -114,11 +159,14 @@ def _log_to_stderr() -> None:
     if not logger.handlers:
         logger.addHandler(_Stderr())
     logger.setLevel(logging.INFO)
+    if not os.environ.get(DEBUG):  # Orbax's tasks and threads tell an error many times; its caller reports it
+        for name in ("absl", "asyncio"):
+            logging.getLogger(name).addFilter(lambda record: False)
 
 
 class _Stderr(logging.Handler):
     def emit(self, record: logging.LogRecord) -> None:
-        print(record.getMessage(), file=sys.stderr, flush=True)
+        print(printable(record.getMessage(), keep=LINE_ENDS), file=sys.stderr, flush=True)
 
 
 def use_compilation_cache() -> None:
@@ -140,7 +188,7 @@ def _processor() -> str:
     """A short name of what programs compiled here may use: architecture and instruction sets."""
     flags = platform.machine()
     with contextlib.suppress(OSError):
-        lines = pathlib.Path("/proc/cpuinfo").read_text().splitlines()
+        lines = pathlib.Path("/proc/cpuinfo").read_text(encoding="utf-8").splitlines()
         flags += "".join(sorted({line for line in lines if line.startswith(("flags", "Features", "model name"))}))
     return hashlib.sha256(flags.encode()).hexdigest()[:12]
 
@@ -154,11 +202,14 @@ def entry() -> int:
     quick = sys.argv[1:2] in (["-h"], ["--help"], ["--version"])
     if sys.platform == "linux" and "GLIBC_TUNABLES" not in os.environ and not quick:
         environment = {**os.environ, "GLIBC_TUNABLES": "glibc.malloc.hugetlb=1"}
-        os.execve(sys.executable, [sys.executable, *sys.orig_argv[1:]], environment)
+        with contextlib.suppress(OSError):  # of another user, who may not run it again
+            os.execve(sys.executable, [sys.executable, *sys.orig_argv[1:]], environment)
     for name in ("stdout", "stderr"):
         if getattr(sys, name) is None:  # closed by the caller: what is printed must not land in another file
-            setattr(sys, name, open(os.devnull, "w"))  # noqa: SIM115 - it stays open as long as the process
+            setattr(sys, name, open(os.devnull, "w", encoding="utf-8"))  # noqa: SIM115 - it stays open as long as the process
     sys.stdout.reconfigure(errors="backslashreplace")  # type: ignore[union-attr]
+    if not os.environ.get(DEBUG):
+        sys.unraisablehook = lambda _: None  # as of Orbax's tasks, when an error ends them
     logging.getLogger("flexmoe_jax").propagate = False  # some libraries give the root logger a handler, too
     try:
         code = main()
@@ -166,7 +217,10 @@ def entry() -> int:
         code = end.code if isinstance(end.code, int) else EXIT_USAGE
     except BrokenPipeError:
         code = EXIT_REFUSED
-    return _flushed(code)
+    code = _flushed(code)
+    if code == EXIT_INTERRUPTED:
+        os._exit(code)  # at once: threads that still write leave whole files
+    return code
 
 
 def _flushed(code: int) -> int:
@@ -192,8 +246,9 @@ def _help() -> str:
             *lines,
             "",
             "`flexmoe VERB --help` shows a verb's options with an example; `flexmoe keys` explains the configuration.",
-            "Exit codes: 0 done; 1 refused, with the reason and a remedy; 2 wrong usage; 75 stopped by SIGTERM with",
-            "the state saved (the same command resumes it); 130 interrupted.",
+            "Exit codes: 0 done; 1 refused, with the reason and a remedy; 2 wrong usage; 75 stopped by a signal with",
+            "the state saved (the same command resumes it); 130 interrupted (a training saves at the first Ctrl-C).",
+            f"{DEBUG}=1 shows the traceback of a refusal.",
         ]
     )
 

@@ -13,12 +13,13 @@ from collections.abc import Iterable, Iterator, Mapping
 import numpy as np
 
 from flexmoe_jax.artifacts.journal import FILE as JOURNAL
+from flexmoe_jax.artifacts.model_changes import check_entries
 from flexmoe_jax.artifacts.model_dir import ModelDir, find_signatures, open_model, seal_model
 from flexmoe_jax.artifacts.package import check_files, load_package, raise_problems
-from flexmoe_jax.artifacts.sealed import check_fields, check_format, read_sealed, seal, write_json
+from flexmoe_jax.artifacts.sealed import check_fields, check_format, is_sha256, read_sealed, seal, write_json
 from flexmoe_jax.artifacts.signature import FILE as SIGNATURE
 from flexmoe_jax.errors import ArtifactError, Check, FlexMoEError
-from flexmoe_jax.files import CHUNK_BYTES, list_files, sha256_file, sync_directory
+from flexmoe_jax.files import CHUNK_BYTES, check_outside, list_files, sha256_file, sync_directory
 from flexmoe_jax.tree import PUBLIC, TRUNK, check_owner_name, expert_name, flatten
 
 FORMAT = "flexmoe-certificate-1"
@@ -80,15 +81,14 @@ def certified(
     """A context around the removal of the expert `name` from `model`, which makes the model directory `made`.
 
     The certificate is written beside `path` beforehand, while the expert is still there, and moves to `path` when the
-    block succeeds. `path` None: no certificate. ArtifactError if `path` exists or is inside `made`.
+    block succeeds. `path` None: no certificate. ArtifactError if `path` exists or is inside `model` or `made`.
     """
     if path is None:
         yield
         return
     if os.path.lexists(path):
         raise ArtifactError(f"{path} already exists", "give another path for the certificate")
-    if path.resolve().is_relative_to(made.resolve()):
-        raise ArtifactError(f"{path} is inside the model that the certificate is about", "give a path outside")
+    check_outside(path, [model.path, made])
     write_json(_pending(path), certify(model, name, top_k))
     yield
     publish_pending(path, name, open_model(made), must=True)
@@ -97,7 +97,8 @@ def certified(
 def publish_pending(path: pathlib.Path | None, name: str, model: ModelDir, must: bool) -> bool:
     """Moves the pending certificate to `path` if it is about `name` and the present `model`; whether `name` has left.
 
-    `must`: `name` has left, so that a missing certificate is an ArtifactError. `path` None: returns `must`.
+    `must`: `name` has left, so that a missing certificate is an ArtifactError. So are an entry of the directory that
+    the certificate does not know, and a file at `path`. `path` None: returns `must`.
     """
     if path is None:
         return must
@@ -105,6 +106,10 @@ def publish_pending(path: pathlib.Path | None, name: str, model: ModelDir, must:
     if pending.exists():
         fields = read_certificate(pending)
         if (fields["removed"]["name"], fields["model"]) == (name, model.digest):
+            check_entries(model.path)
+            if os.path.lexists(path):
+                what = f"{path} already exists, and the certificate of an interrupted opt-out belongs there"
+                raise ArtifactError(what, "move the file away, then run the same command again")
             pending.rename(path)
             sync_directory(path.parent)
             return True
@@ -117,16 +122,24 @@ def publish_pending(path: pathlib.Path | None, name: str, model: ModelDir, must:
 
 
 def read_certificate(path: pathlib.Path | str) -> dict:
-    """The fields of the certificate at `path`; ArtifactError if it is altered or malformed."""
+    """The fields of the certificate at `path`, of the types that `certify` gives; ArtifactError if it is altered."""
     fields = read_sealed(pathlib.Path(path))
     check_format(fields, FORMAT, path)
     check_fields(fields, _FIELDS, path)
     removed: dict[str, type] = {"name": str, "manifest": str, "content": str, "tensors": dict}
     check_fields(fields["removed"], removed, f"{path}: removed")
     check_fields(fields["scan"], {"window_bytes": int, "scanned_bytes": int, "found": list}, f"{path}: scan")
+    gone, remaining = fields["removed"], fields["remaining"]
+    digests = [*remaining.values(), *gone["tensors"].values(), gone["manifest"], gone["content"]]
+    digests += [fields["model"], fields["model_before"]]
+    if wrong := [value for value in digests if not is_sha256(value)]:
+        raise ArtifactError(f"{path}: {wrong[0]!r} is not a digest", "do not use this certificate")
+    if fields["label"] not in ("exact", "approximate") or not all(isinstance(x, str) for x in fields["scan"]["found"]):
+        what = f"{path}: the label is {fields['label']!r}, the scan found {fields['scan']['found']!r}"
+        raise ArtifactError(what, "do not use this certificate")
     try:
-        check_owner_name(fields["removed"]["name"])
-        for name in {*fields["remaining"]} - {TRUNK}:
+        check_owner_name(gone["name"])
+        for name in {*remaining} - {TRUNK}:
             expert_name(name)
     except FlexMoEError as error:
         raise ArtifactError(f"{path}: {error.what}", "do not use this certificate") from error
@@ -139,7 +152,7 @@ def verify_certificate(path: pathlib.Path | str, model: pathlib.Path | str) -> l
         fields = read_certificate(path)
         opened = open_model(model)
     except FlexMoEError as error:
-        return [Check("certificate", False, error.what)]
+        return [Check("certificate", False, error.what, error.remedy)]
     removed, remaining = fields["removed"], {n: m.digest for n, m in opened.manifests.items()}
     same = f"the model is {opened.digest}, the certificate's {fields['model']}"
     gone = removed["name"] not in opened.manifests and not os.path.lexists(opened.path / removed["name"])
@@ -155,7 +168,7 @@ def verify_certificate(path: pathlib.Path | str, model: pathlib.Path | str) -> l
         Check("certificate: remaining", remaining == fields["remaining"], f"{', '.join(remaining)}"),
         Check("certificate: removed", gone, f"{removed['name']} is {'not' if gone else 'still'} there"),
         Check("certificate: tensors", not left, "; ".join(left) or "no removed tensor is in any file"),
-        Check("certificate: scan", not shared, "; ".join(map(str, shared)) or "no bytes in common when removed"),
+        Check("certificate: scan", not shared, "; ".join(shared) or "no bytes in common when removed"),
     ]
 
 

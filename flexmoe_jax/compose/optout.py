@@ -7,12 +7,11 @@ leaves a model that opens; `verify_model` names the remains, and the same call c
 import dataclasses
 import os
 import pathlib
-import re
 from typing import Any
 
 from flexmoe_jax.artifacts.journal import append_entry, read_journal
-from flexmoe_jax.artifacts.manifest import Manifest, read_manifest
-from flexmoe_jax.artifacts.model_changes import changing
+from flexmoe_jax.artifacts.manifest import Manifest
+from flexmoe_jax.artifacts.model_changes import changing, remove_leftovers, settle
 from flexmoe_jax.artifacts.model_dir import ModelDir, assemble, open_model, staging_place, write_model_json
 from flexmoe_jax.artifacts.package import copy_package
 from flexmoe_jax.artifacts.signature import FILE as SIGNATURE
@@ -20,7 +19,7 @@ from flexmoe_jax.artifacts.signature import Trust, read_signature
 from flexmoe_jax.compose.certificate import certified, publish_pending
 from flexmoe_jax.compose.merge import read_expert
 from flexmoe_jax.errors import ArtifactError
-from flexmoe_jax.files import new_directory, remove_directory, sync_directory
+from flexmoe_jax.files import check_outside, new_directory, remove_directory, sync_directory
 from flexmoe_jax.tree import PUBLIC, TRUNK, ExpertName, check_known, expert_name
 
 
@@ -71,11 +70,11 @@ def opt_out(
         raise ArtifactError(f"{name!r} cannot opt out: every expert was trained beside it", remedy)
     if out is not None:
         leaving = _departure(open_model(path), name)
+        check_outside(pathlib.Path(out), [path])
         with certified(leaving.model, leaving.name, leaving.top_k, proof, pathlib.Path(out)):
             return assemble(out, leaving.model, leaving.rest, leaving.top_k, "opted_out", leaving.details)
-    with changing(path):
-        finished = _finish_interrupted(path)
-        opened = open_model(path)
+    with changing(path) as opened:
+        finished = _finish_interrupted(opened)
         if name not in opened.experts and publish_pending(proof, name, opened, must=name in finished):
             return opened
         leaving = _departure(opened, name)
@@ -92,21 +91,16 @@ def replace(model: pathlib.Path | str, package: pathlib.Path | str, *, trust: Tr
     FlexMoEError if the model has no expert of this name.
     """
     path, package = pathlib.Path(model), pathlib.Path(package)
-    with changing(path):
-        _finish_interrupted(path)
-        opened = open_model(path)
+    with changing(path) as opened:
+        _finish_interrupted(opened)
         new = read_expert(package, opened, trust=trust)
         name = new.owner
         check_known([name], opened.experts)
         old = opened.manifests[name]
-        place, parked, staged = (
-            path / name,
-            staging_place(path, name, old.digest),
-            staging_place(path, name, new.digest),
-        )
-        _settle(opened, name)
+        place, parked, staged = path / name, *(staging_place(path, name, m.digest) for m in (old, new))
         if new.digest != old.digest:
             _check_newer(place, old.digest, package, new.digest, trust)
+            remove_directory(staged)  # of an interrupted call
             with new_directory(staged) as folder:
                 copy_package(package, folder, new)
             # Readers look for a digest in its staging place first, so that the model opens in every state between.
@@ -114,7 +108,7 @@ def replace(model: pathlib.Path | str, package: pathlib.Path | str, *, trust: Tr
             sync_directory(path)
             manifests = {**opened.manifests, name: new}
             write_model_json(path, opened.experts, opened.wanted_top_k, manifests)
-            _settle(open_model(path), name)
+            settle(open_model(path))
         made = open_model(path)
         if read_journal(path)[-1].model != made.digest:
             append_entry(path, "replaced", made.expert_digests, made.digest, expert=name, content=new.content)
@@ -154,56 +148,35 @@ def _erase_in_place(leaving: Departure) -> ModelDir:
     path = leaving.model.path
     write_model_json(path, tuple(leaving.rest), leaving.top_k, leaving.model.manifests)
     _erase(path, leaving.name, leaving.model.manifests[leaving.name].digest)
+    remove_leftovers(path)
     made = open_model(path)
     append_entry(path, "opted_out", made.expert_digests, made.digest, **leaving.details)
     return made
 
 
-def _finish_interrupted(path: pathlib.Path) -> list[ExpertName]:
+def _finish_interrupted(model: ModelDir) -> list[ExpertName]:
     """Completes opt-outs that were interrupted after model.json was written; returns the names of the experts.
 
-    Erases only packages that the journal's last line names with their manifest digests.
+    Erases the packages that the journal's last line names and model.json does not; `changing` has compared digests.
     """
-    model = open_model(path)
-    last = read_journal(path)[-1]
+    last = read_journal(model.path)[-1]
     names = [n for n in last.experts if n not in model.experts]
     for name in names:
-        _erase(path, name, last.manifests.get(name))
+        _erase(model.path, name, last.manifests.get(name, ""))
     if names:
-        append_entry(path, "opted_out", model.expert_digests, model.digest, finished=names)
+        remove_leftovers(model.path)
+        append_entry(model.path, "opted_out", model.expert_digests, model.digest, finished=names)
     return names
 
 
-def _erase(path: pathlib.Path, name: ExpertName, digest: str | None) -> None:
-    """Deletes the package `name`, whose manifest has this digest, and the remains of a replacement.
+def _erase(path: pathlib.Path, name: ExpertName, digest: str) -> None:
+    """Deletes the package `name`, which has this manifest digest.
 
-    The package first moves to its staging place, whose name holds the digest: a crash never leaves half a package under
-    its name. ArtifactError if the package has another digest.
+    It first moves to its staging place, whose name holds the digest: a crash never leaves half a package under its
+    name.
     """
+    staged = staging_place(path, name, digest)
     if os.path.lexists(path / name):
-        found = read_manifest(path / name, name).digest
-        if found != digest:
-            raise ArtifactError(
-                f"{path / name} has the manifest digest {found}, the journal names {digest}",
-                "move it away, then run the command again: it is not the package that left this model",
-            )
-        remove_directory(staging_place(path, name, digest))
-        os.rename(path / name, staging_place(path, name, digest))
+        os.rename(path / name, staged)
         sync_directory(path)
-    _remove_hidden(path, name)
-
-
-def _settle(model: ModelDir, name: str) -> None:
-    """Moves the package of `name` to its place if it is staged, and removes other staged packages of that name."""
-    located = model.package(name)
-    if located != model.path / name:
-        os.rename(located, model.path / name)
-        sync_directory(model.path)
-    _remove_hidden(model.path, name)
-
-
-def _remove_hidden(path: pathlib.Path, name: str) -> None:
-    staging = re.compile(rf"\.{name}-[0-9a-f]{{12}}|\.\.{name}-[0-9a-f]{{12}}\.partial-[0-9a-f]{{8}}")
-    for entry in sorted(path.iterdir()):
-        if staging.fullmatch(entry.name):
-            remove_directory(entry)
+    remove_directory(staged)

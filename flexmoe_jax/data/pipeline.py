@@ -11,7 +11,7 @@ import grain
 import jax
 import numpy as np
 
-from flexmoe_jax.data.store import TokenStore, batches_of
+from flexmoe_jax.data.store import COUNTS, STARTS, TokenStore, batches_of
 from flexmoe_jax.data.tokenizer import Tokenizer
 from flexmoe_jax.errors import DataError
 
@@ -72,7 +72,7 @@ def make_batches(
     if repeat:
         dataset = dataset.repeat()
     batches = dataset.batch(batch_size, drop_remainder=True)
-    return batches.map(lambda windows_BT: _training_batch(windows_BT, store.eos_id))
+    return batches.map(lambda windows: _training_batch(windows, store))
 
 
 def mix_batches(own: grain.MapDataset, public: grain.MapDataset) -> grain.MapDataset:
@@ -120,18 +120,27 @@ class _Windows:
         return self.count
 
     def __getitem__(self, i: int) -> np.ndarray:
-        return self.store.window(int(i), self.seq_len)
+        tokens = self.store.window(int(i), self.seq_len)
+        return tokens if self.store.marks is None else np.stack([tokens, self.store.window_marks(int(i), self.seq_len)])
 
 
-def _training_batch(windows_BT: np.ndarray, eos_id: int) -> Batch:
-    """`windows_BT` has one token more per row than the batch.
+def _training_batch(windows: np.ndarray, store: TokenStore) -> Batch:
+    """`windows` [B, T + 1] has one token more per row than the batch; [B, 2, T + 1] of conversations: tokens, marks.
 
     The end-of-document token is a target of the document that it ends; as an input it starts the next document, as in
-    `scoring_batches` and in generation. Every target therefore counts.
+    `scoring_batches` and in generation. Every target therefore counts. Where texts begin with a token of their own,
+    this token starts the document, and nothing predicts it. Of conversations only the assistant's tokens count.
     """
+    windows_BT, marks_BT = (windows, None) if store.marks is None else (windows[:, 0], windows[:, 1])
     tokens_BT, targets_BT = windows_BT[:, :-1], windows_BT[:, 1:]
-    segments_BT = np.cumsum(tokens_BT == eos_id, axis=1, dtype=np.int32)
-    return Batch(tokens_BT, targets_BT, segments_BT, np.ones(tokens_BT.shape, np.float32))
+    weights_BT = np.ones(tokens_BT.shape, np.float32)
+    if marks_BT is not None:
+        starts_BT, weights_BT = marks_BT[:, :-1] == STARTS, (marks_BT[:, 1:] == COUNTS).astype(np.float32)
+    elif store.bos_id is not None:
+        starts_BT, weights_BT = tokens_BT == store.bos_id, (targets_BT != store.bos_id).astype(np.float32)
+    else:
+        starts_BT = tokens_BT == store.eos_id
+    return Batch(tokens_BT, targets_BT, np.cumsum(starts_BT, axis=1, dtype=np.int32), weights_BT)
 
 
 def scoring_batches(
@@ -143,7 +152,8 @@ def scoring_batches(
     of the least T of 1,024, 2,048, .. that holds them, at most `seq_len`. B is `batch_size` for T up to 1,024, and for
     a longer T as many rows as have together no more tokens, but at least one; rounded up to a multiple of `parts`.
 
-    Every document follows one end-of-document token, so its first token and its own end are scored too. A document
+    Every document follows the token that starts one (an end of document, unless texts begin with a token of their
+    own), so its first token and its own end are scored too. A document
     longer than `seq_len` takes several rows, `stride` tokens apart: each token is then predicted from at least
     `seq_len - stride` preceding tokens (or from all there are). With every batch come
 
@@ -190,7 +200,7 @@ def _scoring_rows(texts: Iterable[str], tokenizer: Tokenizer, seq_len: int, stri
     doc = 0
     for some in batches_of(texts, SCORING_DOCUMENTS):
         for text, ids in zip(some, tokenizer.encode_batch(some), strict=True):
-            tokens = np.array([tokenizer.eos_id, *ids, tokenizer.eos_id], np.int32)
+            tokens = np.array([tokenizer.start_id, *ids, tokenizer.eos_id], np.int32)
             count, scored, text_bytes = len(tokens) - 1, 0, len(text.encode())
             while scored < count:
                 # The last window is moved back to end with the document: more context at no cost.

@@ -14,6 +14,7 @@ from collections.abc import Iterable, Iterator
 from typing import Any
 
 from flexmoe_jax.errors import DataError, did_you_mean
+from flexmoe_jax.foreign import refuse_pointer
 
 log = logging.getLogger(__name__)
 
@@ -22,13 +23,14 @@ TEXT_BYTES = 4 << 20
 MAX_LINE_BYTES = 256 << 20  # a longer "line" is a JSON array in a file misnamed .jsonl
 PARQUET_ROWS = 64
 BYTE_ORDER_MARK = "\ufeff"
-LFS_POINTER = b"version https://git-lfs.github.com/spec/"
-FIELDS = ("text", "source", "license", "group", "split", "id", "domain")  # columns that are read from Parquet
+MESSAGES = "messages"  # the field of a conversation's turns, where no other is named
+# Columns that are read from Parquet.
+FIELDS = ("text", "source", "license", "group", "split", "id", "domain", MESSAGES, "tools")
 
 
 @dataclasses.dataclass(frozen=True)
 class Fields:
-    """The names of the fields, or columns, that hold a document's text and id."""
+    """The names of the fields, or columns, that hold a document's text (or its turns) and id."""
 
     text: str = "text"
     id: str = "id"
@@ -42,8 +44,7 @@ def records(file: pathlib.Path, fields: Fields) -> Iterator[tuple[str, dict[str,
     name = file.name.lower()
     try:
         with file.open("rb") as opened:
-            if opened.read(len(LFS_POINTER)) == LFS_POINTER:
-                raise DataError(f"{file} is a Git LFS pointer, not the file", "run `git lfs pull` in its repository")
+            refuse_pointer(opened.read(64), file, DataError)
         if name.endswith(".parquet"):
             yield from _parquet_records(file, fields)
         elif name.endswith(".txt"):
@@ -179,7 +180,7 @@ def _parquet_records(file: pathlib.Path, fields: Fields) -> Iterator[tuple[str, 
     try:
         with pyarrow.parquet.ParquetFile(file) as opened:
             names = opened.schema_arrow.names
-            if fields.text not in names:
+            if fields.text not in names and not (fields == DEFAULT and MESSAGES in names):
                 raise DataError(f"{file} has no column {fields.text!r}", did_you_mean(fields.text, names))
             wanted = {fields.text, fields.id, *FIELDS}
             number = 0

@@ -13,8 +13,9 @@ import pathlib
 from collections.abc import Collection, Iterator, Mapping
 from typing import Any
 
+from flexmoe_jax.data.chat import check_turns
 from flexmoe_jax.data.corpus import SPLITS, TRAIN, Corpus, split_of_field, survey
-from flexmoe_jax.data.records import DEFAULT, Fields, records
+from flexmoe_jax.data.records import DEFAULT, MESSAGES, Fields, records
 from flexmoe_jax.errors import DataError, did_you_mean
 from flexmoe_jax.files import write_bytes
 
@@ -27,7 +28,8 @@ MAX_SHOWN = 5  # files named in the log
 class Document:
     """A text and its origin. Documents of one `group` (play, paper, file, day, thread) share a split.
 
-    `domain` is the closed domain that a document was taken from; it identifies the look-alikes in the public split.
+    `domain` is the closed domain that a document was taken from; it identifies the look-alikes in the public split. A
+    conversation has `messages`, its turns; its `text` is the text of these. `where` is its place, for messages.
     """
 
     text: str
@@ -37,6 +39,8 @@ class Document:
     split: str
     id: str
     domain: str
+    messages: tuple[Mapping[str, Any], ...] = ()
+    where: str = dataclasses.field(default="", compare=False)
 
 
 def document_id(text: str) -> str:
@@ -68,7 +72,7 @@ def content_digest(path: str | pathlib.Path, split: str = TRAIN, fields: Fields 
     """sha256 (hex) over all fields of the split's documents in reading order; independent of how files are packed."""
     digest = hashlib.sha256()
     for document in read_documents(path, split, fields):
-        digest.update(json.dumps(dataclasses.astuple(document)).encode() + b"\n")
+        digest.update(json.dumps([*_texts(document).values(), *document.messages]).encode() + b"\n")
     return digest.hexdigest()
 
 
@@ -85,8 +89,13 @@ def blend(folders: Collection[pathlib.Path], out: pathlib.Path) -> None:
 
 
 def json_line(document: Document) -> bytes:
-    """A document as one line of a `.jsonl` file, in UTF-8."""
-    return (json.dumps(dataclasses.asdict(document), ensure_ascii=False) + "\n").encode()
+    """A document as one line of a `.jsonl` file, in UTF-8; of a conversation the text of its turns."""
+    return (json.dumps(_texts(document), ensure_ascii=False) + "\n").encode()
+
+
+def _texts(document: Document) -> dict[str, str]:
+    """The fields that every document has."""
+    return {name: value for name, value in vars(document).items() if name not in ("messages", "where")}
 
 
 def _first_documents(folder: pathlib.Path, max_bytes: int) -> Iterator[Document]:
@@ -112,8 +121,12 @@ def _tell(corpus: Corpus, split: str, counts: Mapping[str, int]) -> None:
         shown = [f"{name} {count}" for name, count in list(counts.items())[:MAX_SHOWN]]
         lines[0] += f": {', '.join(shown)}" + (", ..." if len(counts) > MAX_SHOWN else "")
         lines += [f"{corpus.path}: {corpus.passed_over_text()}"] if corpus.passed_over else []
-    if (key := (split, *lines)) not in _told:
-        _told.add(key)
+    _tell_once(*lines)
+
+
+def _tell_once(*lines: str) -> None:
+    if lines not in _told:
+        _told.add(lines)
         for line in lines:
             log.info(line)
 
@@ -124,11 +137,13 @@ def _documents(corpus: Corpus, split: str, fields: Fields) -> Iterator[Document]
     for file, named in corpus.of(split):
         name = str(file.relative_to(corpus.path)) if file != corpus.path else file.name
         for where, record in records(file, fields):
-            text = _text(record, fields.text, where)
+            messages = _messages(record, fields, where)
+            joined = {fields.text: "\n\n".join(turn["content"] for turn in messages)} if messages else record
+            text = _text(joined, fields.text, where)
             if not text.strip():
                 continue
             seen += 1
-            document = _document(record, text, fields, named, where)
+            document = _document(record, text, messages, fields, named, where)
             if document.split == split:
                 counts[name] = counts.get(name, 0) + 1
                 yield document
@@ -144,7 +159,32 @@ def _documents(corpus: Corpus, split: str, fields: Fields) -> Iterator[Document]
     _tell(corpus, split, counts)
 
 
-def _document(record: Mapping[str, Any], text: str, fields: Fields, named: str | None, where: str) -> Document:
+def _messages(record: Mapping[str, Any], fields: Fields, where: str) -> tuple[dict[str, Any], ...]:
+    """The turns of a conversation; () of a text."""
+    turns = record.get(fields.text)
+    if fields == DEFAULT and MESSAGES in record:
+        if turns is None:
+            turns = record[MESSAGES]
+        else:
+            _tell_once(f"{where.rpartition(', ')[0]}: has texts and {MESSAGES}; the texts are read")
+    if not isinstance(turns, list):
+        return ()
+    if record.get("tools"):
+        raise DataError(f"{where} has tools, which are not supported", "leave such conversations out")
+    # Parquet fills the keys that other turns have with nulls.
+    plain = tuple({k: v for k, v in t.items() if v is not None} if isinstance(t, dict) else t for t in turns)
+    check_turns(plain, where)
+    return plain
+
+
+def _document(
+    record: Mapping[str, Any],
+    text: str,
+    messages: tuple[dict[str, Any], ...],
+    fields: Fields,
+    named: str | None,
+    where: str,
+) -> Document:
     field = {name: str(value) for name, value in record.items() if value is not None}
     identity = field.get(fields.id) or document_id(text)
     said = split_of_field(field["split"], where) if field.get("split") else None
@@ -161,6 +201,8 @@ def _document(record: Mapping[str, Any], text: str, fields: Fields, named: str |
         split=named or said or TRAIN,
         id=identity,
         domain=field.get("domain", ""),
+        messages=messages,
+        where=where,
     )
 
 
@@ -170,7 +212,8 @@ def _text(record: Mapping[str, Any], text_field: str, where: str) -> str:
         found = f"has no {text_field!r}" if text is None else f"has {text_field!r} of type {type(text).__name__}"
         raise DataError(
             f"{where} {found}; its fields are {', '.join(map(str, record)) or 'none'}",
-            "every document needs its text as a string; name its field with --text-field NAME or config.text_field",
+            "every document needs its text as a string; name its field with --text-field NAME or config.text_field (a "
+            f'conversation has its turns there, or in {MESSAGES!r}: [{{"role": "user", "content": "text"}}, ..])',
         )
     try:
         text.encode()

@@ -2,15 +2,17 @@
 
 The files have the format of OLMo-core: raw little-endian token ids named `part-00000.npy` **without** a header, uint16
 where the vocabulary allows it and uint32 otherwise, every document followed by the end-of-document id. `index.json`
-beside them states their content and their sha256.
+beside them states their content and their sha256. Where texts begin with a token, it stands before every document.
+
+A store of conversations has a file of marks beside each token file (`part-00000.marks`), one byte per token: COUNTS
+where the token is a target of the loss, STARTS where it is the first of a document. Stores of such documents have the
+format `flexmoe-tokens-2`.
 """
 
 import dataclasses
 import functools
 import hashlib
-import json
 import pathlib
-import re
 from collections.abc import Callable, Iterable, Iterator, Sequence
 from typing import Any, TypeVar
 
@@ -18,18 +20,17 @@ import numpy as np
 
 from flexmoe_jax.data.corpus import is_documents
 from flexmoe_jax.data.tokenizer import Tokenizer
-from flexmoe_jax.errors import DataError
-from flexmoe_jax.files import new_directory, sha256_file, write_json
-from flexmoe_jax.progress import track
+from flexmoe_jax.errors import DataError, FlexMoEError
+from flexmoe_jax.files import sha256_file
+from flexmoe_jax.foreign import read_bytes
+from flexmoe_jax.json_files import MAX_JSON_BYTES, parse_json
 
 T = TypeVar("T")
 
-FORMAT = "flexmoe-tokens-1"
-TOKENS_PER_FILE = 1 << 28  # the batch that reaches this ends the file
-BATCH_DOCUMENTS, BATCH_CHARACTERS = 512, 2 << 20  # encoding takes about 110 bytes of memory per byte of text
+FORMAT, FORMAT_2 = "flexmoe-tokens-1", "flexmoe-tokens-2"
+COUNTS, STARTS = 1, 2
 EOS_SEARCH_TOKENS = 1 << 22
 MAX_INDEX_BYTES = 1 << 26
-_WORD_ENDS, _SEARCHED = re.compile(r"(?<=\S)(\n|(?= ))(?=\S| \S)"), 1 << 16  # where no byte-level BPE merges across
 
 
 @dataclasses.dataclass(frozen=True, eq=False)
@@ -42,6 +43,8 @@ class TokenStore:
     parts: tuple[np.ndarray, ...]  # uint16 or uint32 [tokens of the file] each
     starts: np.ndarray  # int64 [parts + 1]: the position of each part's first token, and the total number of tokens
     eos_id: int
+    bos_id: int | None = None  # where every document begins with one
+    marks: tuple[np.ndarray, ...] | None = None  # uint8 [tokens of the file] each, of conversations
     documents: int | None = None
     text_bytes: int | None = None
     vocab_size: int | None = None
@@ -49,25 +52,27 @@ class TokenStore:
     sha256: tuple[str, ...] | None = None
 
     @classmethod
-    def open(cls, path: str | pathlib.Path, tokenizer_digest: str | None = None, verify: bool = True) -> "TokenStore":
-        """The store that `write_store` wrote at `path`.
+    def open(cls, path: str | pathlib.Path, tokenizer: Tokenizer | None = None, verify: bool = True) -> "TokenStore":
+        """The store that `writer.write_store` wrote at `path`.
 
-        The store must have been written with the tokenizer of `tokenizer_digest`, if given. `verify` also reads every
-        byte and compares the sha256 (sizes are always compared). Raises DataError for anything missing, altered or not
-        matching.
+        The store must have been written with `tokenizer`, if given. `verify` also reads every byte and compares the
+        sha256 (sizes are always compared). Raises DataError for anything missing, altered or not matching.
         """
         path = pathlib.Path(path)
         index = _read_index(path)
-        if tokenizer_digest is not None and index["tokenizer_digest"] != tokenizer_digest:
-            raise DataError(
-                f"{path} was written with tokenizer {index['tokenizer_digest']}, not with {tokenizer_digest}",
-                "use the tokenizer of the store, or tokenize the documents again",
-            )
+        if tokenizer is not None:
+            _check_tokenizer(path, index, tokenizer)
         parts = tuple(_map_file(path / file["name"], index["dtype"]) for file in index["files"])
-        for file, part in zip(index["files"], parts, strict=True):
-            _check_file(path / file["name"], file, part, verify)
+        marked = index["files"][0].get("marks") is not None
+        marks = tuple(_map_file(marks_of(path / file["name"]), "uint8") for file in index["files"]) if marked else None
+        digests = [file["sha256"] for file in index["files"]]
+        for number, (file, part) in enumerate(zip(index["files"], parts, strict=True)):
+            _check_file(path / file["name"], file["tokens"], file["sha256"], part, verify)
+            if marks is not None:
+                digests.append(file["marks"])
+                _check_file(marks_of(path / file["name"]), file["tokens"], file["marks"], marks[number], verify)
         fields = {name: index[name] for name in ("eos_id", "documents", "text_bytes", "vocab_size", "tokenizer_digest")}
-        return cls(parts, _starts(parts), sha256=tuple(file["sha256"] for file in index["files"]), **fields)
+        return cls(parts, _starts(parts), marks=marks, bos_id=index.get("bos_id"), sha256=tuple(digests), **fields)
 
     @classmethod
     def from_olmo(
@@ -76,12 +81,14 @@ class TokenStore:
         dtype: str,
         eos_id: int,
         vocab_size: int | None = None,
+        bos_id: int | None = None,
     ) -> "TokenStore":
         """OLMo token files without an index: a folder of `.npy` files (in name order) or a list of files.
 
         The caller states `dtype` ("uint16" or "uint32") and `eos_id`, because the files record neither. Raises
-        DataError for a missing file, and where the start of a file contradicts them: no end-of-document id, an id that
-        `vocab_size` does not have, or two-byte tokens that are four-byte ones with zeros in between.
+        DataError for a missing file, and where the start of a file contradicts them: no end-of-document id, no `bos_id`
+        (if given) or an id that `vocab_size` does not have, or two-byte tokens that are four-byte ones with zeros in
+        between.
         """
         if isinstance(paths, (str, pathlib.Path)):
             folder = pathlib.Path(paths)
@@ -92,8 +99,8 @@ class TokenStore:
         if not parts:
             raise DataError("an empty list of token files", "give at least one file")
         for path, part in zip(paths, parts, strict=True):
-            _check_head(path, part[:EOS_SEARCH_TOKENS], dtype, eos_id, vocab_size)
-        return cls(parts, _starts(parts), eos_id, vocab_size=vocab_size)
+            _check_head(path, part[:EOS_SEARCH_TOKENS], dtype, (eos_id, bos_id), vocab_size)
+        return cls(parts, _starts(parts), eos_id, bos_id, vocab_size=vocab_size)
 
     @functools.cached_property
     def digest(self) -> str:
@@ -123,14 +130,7 @@ class TokenStore:
         if not 0 <= i < self.num_windows(length):
             raise IndexError(f"window {i} of {self.num_windows(length)}")
         start, end = i * length, (i + 1) * length + 1
-        tokens = np.empty(length + 1, np.int32)
-        first = int(np.searchsorted(self.starts, start, side="right")) - 1
-        for part, part_start in zip(self.parts[first:], self.starts[first:-1], strict=True):
-            if part_start >= end:
-                break
-            chunk = part[max(start - part_start, 0) : end - part_start]
-            at = max(part_start - start, 0)
-            tokens[at : at + len(chunk)] = chunk
+        tokens = self._slice(self.parts, start, end)
         if self.vocab_size is not None and (largest := int(tokens.max())) >= self.vocab_size:
             raise DataError(
                 f"tokens {start} to {end - 1} hold the id {largest}, the tokenizer has {self.vocab_size} ids",
@@ -138,9 +138,26 @@ class TokenStore:
             )
         return tokens
 
+    def window_marks(self, i: int, length: int) -> np.ndarray:
+        """The marks of `window(i, length)`: int32 [length + 1]. Only a store of conversations has them."""
+        assert self.marks is not None
+        return self._slice(self.marks, i * length, (i + 1) * length + 1)
+
+    def _slice(self, parts: Sequence[np.ndarray], start: int, end: int) -> np.ndarray:
+        """Entries `start` to `end` across files, int32."""
+        entries = np.empty(end - start, np.int32)
+        first = int(np.searchsorted(self.starts, start, side="right")) - 1
+        for part, part_start in zip(parts[first:], self.starts[first:-1], strict=True):
+            if part_start >= end:
+                break
+            chunk = part[max(start - part_start, 0) : end - part_start]
+            at = max(part_start - start, 0)
+            entries[at : at + len(chunk)] = chunk
+        return entries
+
 
 def kind_of(path: pathlib.Path) -> str:
-    """What training data at `path` is: "store" (of `write_store`), "olmo" (raw token files) or "documents".
+    """What training data at `path` is: "store" (of `writer.write_store`), "olmo" (raw token files) or "documents".
 
     DataError for a folder that holds raw token files beside files of documents.
     """
@@ -155,71 +172,6 @@ def kind_of(path: pathlib.Path) -> str:
             "move one kind to a folder of its own",
         )
     return "olmo"
-
-
-def write_store(
-    documents: Iterable[str], tokenizer: Tokenizer, out: str | pathlib.Path, total: int | None = None
-) -> TokenStore:
-    """Tokenizes `documents` in batches into a new store at `out`, each followed by the end-of-document id.
-
-    `total`, the number of documents if known, is for the progress display. The store appears under its name only when
-    it is complete; an error leaves nothing. Raises DataError when there are no documents, ArtifactError when `out`
-    exists or cannot be written.
-    """
-    with new_directory(pathlib.Path(out)) as folder:
-        write_json(folder / "index.json", _write_parts(documents, tokenizer, folder, total))
-    return TokenStore.open(out, tokenizer.digest, verify=False)
-
-
-def _write_parts(
-    documents: Iterable[str], tokenizer: Tokenizer, folder: pathlib.Path, total: int | None
-) -> dict[str, Any]:
-    """Writes the token files; returns the content of `index.json`."""
-    dtype = np.dtype("<u2" if tokenizer.vocab_size <= 1 << 16 else "<u4")
-    files: list[dict[str, Any]] = []
-    count, text_bytes, writer = 0, 0, None
-    with track("tokenizing", total, "documents") as advance:
-        for texts in batches_of(documents, BATCH_DOCUMENTS, len, BATCH_CHARACTERS):
-            tokens = np.concatenate([(*ids, tokenizer.eos_id) for ids in _encode(tokenizer, texts)]).astype(dtype)
-            writer = writer or _Part(folder / f"part-{len(files):05d}.npy")
-            writer.write(tokens)
-            if writer.tokens >= TOKENS_PER_FILE:
-                files.append(writer.close())
-                writer = None
-            count += len(texts)
-            text_bytes += sum(len(text.encode()) for text in texts)
-            advance(len(texts))
-    if writer:
-        files.append(writer.close())
-    if not files:
-        raise DataError("there are no documents to tokenize", "check the path, the split and the text field")
-    return {
-        "format": FORMAT,
-        "dtype": dtype.name,
-        "eos_id": tokenizer.eos_id,
-        "vocab_size": tokenizer.vocab_size,
-        "tokenizer_digest": tokenizer.digest,
-        "documents": count,
-        "text_bytes": text_bytes,
-        "files": files,
-    }
-
-
-class _Part:
-    """One token file being written, and its entry in the index."""
-
-    def __init__(self, path: pathlib.Path) -> None:
-        self.path, self.file, self.sha256, self.tokens = path, path.open("wb"), hashlib.sha256(), 0
-
-    def write(self, tokens: np.ndarray) -> None:
-        raw = tokens.tobytes()
-        self.file.write(raw)
-        self.sha256.update(raw)
-        self.tokens += len(tokens)
-
-    def close(self) -> dict[str, Any]:
-        self.file.close()
-        return {"name": self.path.name, "tokens": self.tokens, "sha256": self.sha256.hexdigest()}
 
 
 def batches_of(
@@ -237,49 +189,50 @@ def batches_of(
         yield batch
 
 
-def _encode(tokenizer: Tokenizer, texts: list[str]) -> list[list[int]]:
-    """The ids of each text; a long one is encoded in parts, cut between two words."""
-    parts = [(number, part) for number, text in enumerate(texts) for part in _parts(text)]
-    ids: list[list[int]] = [[] for _ in texts]
-    for some in batches_of(parts, BATCH_DOCUMENTS, lambda item: len(item[1]), BATCH_CHARACTERS):
-        for (number, _), found in zip(some, tokenizer.encode_batch([part for _, part in some]), strict=True):
-            ids[number] += found
-    return ids
+def marks_of(path: pathlib.Path) -> pathlib.Path:
+    """The file of the marks beside a token file."""
+    return path.with_suffix(".marks")
 
 
-def _parts(text: str) -> Iterator[str]:
-    start = 0
-    while len(text) - start > BATCH_CHARACTERS:
-        limit = start + BATCH_CHARACTERS
-        found = [m.end() for m in _WORD_ENDS.finditer(text, limit - _SEARCHED, limit)]
-        cut = found[-1] if found else limit
-        yield text[start:cut]
-        start = cut
-    yield text[start:]
+_INDEX: dict[str, type] = {
+    "dtype": str,
+    "eos_id": int,
+    "vocab_size": int,
+    "tokenizer_digest": str,
+    "documents": int,
+    "text_bytes": int,
+    "files": list,
+}
 
 
 def _read_index(path: pathlib.Path) -> dict[str, Any]:
+    """The checked fields of a store's index.json."""
     try:
-        index = json.loads((path / "index.json").read_bytes())
-    except FileNotFoundError as error:
-        raise DataError(f"{path} has no index.json", "give a folder made by `flexmoe data build`") from error
-    except ValueError as error:
-        raise DataError(f"{path / 'index.json'} is not JSON: {error}", "write the store again") from error
-    found = index.get("format") if isinstance(index, dict) else None
-    if found != FORMAT:
-        raise DataError(f"{path} has format {found!r}, not {FORMAT!r}", "write the store again with this version")
-    fields = {"dtype", "eos_id", "vocab_size", "tokenizer_digest", "documents", "text_bytes", "files"}
-    missing = sorted(fields - index.keys())
-    if missing or not index["files"]:
-        raise DataError(f"{path / 'index.json'} lacks {', '.join(missing) or 'files'}", "write the store again")
+        index = parse_json(read_bytes(path / "index.json", MAX_JSON_BYTES, DataError), path / "index.json")
+    except FlexMoEError as error:
+        raise DataError(error.what, "write the store again: flexmoe data tokenize") from error
+    found = index.get("format")
+    if found not in (FORMAT, FORMAT_2):
+        what = f"{path} has format {found!r}, not {FORMAT!r} or {FORMAT_2!r}"
+        raise DataError(what, "write the store again with this version")
+    wrong = [name for name, kind in _INDEX.items() if type(index.get(name)) is not kind]
+    if type(index.get("bos_id", 0)) not in (int, type(None)):
+        wrong.append("bos_id")
+    if wrong or not index["files"]:
+        what = f"{path / 'index.json'}: {', '.join(wrong) or 'files'} is missing, or of another type"
+        raise DataError(what, "write the store again")
     for number, file in enumerate(index["files"]):
-        if file.get("name") != f"part-{number:05d}.npy":  # nothing outside the folder, nothing out of order
-            raise DataError(f"{path}: file {number} is named {file.get('name')!r}", "write the store again")
+        # Nothing outside the folder, nothing out of order; all files have marks, or none has.
+        if not isinstance(file, dict) or file.get("name") != f"part-{number:05d}.npy":
+            raise DataError(f"{path}: file {number} of the index is {file!r}", "write the store again")
+        kinds = {"tokens": int, "sha256": str, "marks": type(index["files"][0].get("marks"))}
+        if any(type(file.get(name)) is not kind for name, kind in kinds.items()):
+            raise DataError(f"{path}: file {number} of the index is {file!r}", "write the store again")
     return index
 
 
 def _map_file(path: pathlib.Path, dtype: str) -> np.memmap:
-    if dtype not in ("uint16", "uint32"):
+    if dtype not in ("uint8", "uint16", "uint32"):
         raise DataError(f"tokens of type {dtype!r}", "token files are uint16 or uint32")
     if not path.is_file():
         raise DataError(f"{path} is not a file", "check the path; copy the store again")
@@ -292,27 +245,47 @@ def _map_file(path: pathlib.Path, dtype: str) -> np.memmap:
     return np.memmap(path, np.dtype(dtype).newbyteorder("<"), mode="r")
 
 
-def _check_head(path: object, head: np.ndarray, dtype: str, eos_id: int, vocab_size: int | None) -> None:
-    """Refuses the first tokens of a file without an index that cannot be of this dtype and vocabulary."""
+def _check_head(
+    path: object, head: np.ndarray, dtype: str, needed: Sequence[int | None], vocab_size: int | None
+) -> None:
+    """Refuses the first tokens of a file without an index that cannot be of this dtype and vocabulary.
+
+    `needed` are the ids at the end and, where there is one, at the start of documents.
+    """
     wrong = None
     if dtype == "uint16" and len(head) > 1 and not head[1::2].any():
         wrong = "every second one is 0, as in tokens of type uint32"
-    elif not (head == eos_id).any():
-        wrong = f"none is the end-of-document id {eos_id}"
+    elif not (head == needed[0]).any():
+        wrong = f"none is the end-of-document id {needed[0]}"
     elif vocab_size is not None and (largest := int(head.max())) >= vocab_size:
         wrong = f"the largest id is {largest}, the tokenizer has {vocab_size} ids"
+    elif needed[1] is not None and not (head == needed[1]).any():
+        wrong = f"none is the id {needed[1]}, with which this tokenizer begins every text"
     if wrong:
         raise DataError(
             f"the first {len(head)} tokens of {path}, read as {dtype}: {wrong}",
-            "give the dtype (config.token_dtype) and the tokenizer that the files were written with",
+            "give the dtype (config.token_dtype) and the tokenizer that the files were written with, or the documents",
         )
 
 
-def _check_file(path: pathlib.Path, file: dict[str, Any], part: np.ndarray, verify: bool) -> None:
-    if len(part) != file["tokens"]:
-        raise DataError(f"{path} holds {len(part)} tokens, its index states {file['tokens']}", "copy the store again")
-    if verify and (found := sha256_file(path.resolve())) != file["sha256"]:  # a link to a file elsewhere is fine
-        raise DataError(f"{path} is altered: sha256 {found}, its index states {file['sha256']}", "copy the store again")
+def _check_tokenizer(path: pathlib.Path, index: dict[str, Any], tokenizer: Tokenizer) -> None:
+    bos_id = None if tokenizer.bos_id == tokenizer.eos_id else tokenizer.bos_id
+    ours = {"tokenizer_digest": tokenizer.digest, "eos_id": tokenizer.eos_id, "bos_id": bos_id}
+    marked = index["files"][0].get("marks") is not None
+    for name, value in ours.items():
+        # A chat template, not the store, puts tokens before a conversation.
+        if index.get(name) != value and not (name == "bos_id" and marked):
+            raise DataError(
+                f"{path} was written with {name} {index.get(name)}, the tokenizer has {value}",
+                "use the tokenizer of the store, or tokenize the documents again",
+            )
+
+
+def _check_file(path: pathlib.Path, tokens: int, sha256: str, part: np.ndarray, verify: bool) -> None:
+    if len(part) != tokens:
+        raise DataError(f"{path} holds {len(part)} tokens, its index states {tokens}", "copy the store again")
+    if verify and (found := sha256_file(path.resolve())) != sha256:  # a link to a file elsewhere is fine
+        raise DataError(f"{path} is altered: sha256 {found}, its index states {sha256}", "copy the store again")
 
 
 def _starts(parts: Sequence[np.ndarray]) -> np.ndarray:

@@ -27,6 +27,10 @@ def _devices(facts: Facts) -> Check:
         remedy = "end the process that holds the TPU; on a pod, run this on all workers: they initialize together"
     elif "no answer" in facts.trouble:
         remedy = "check that `nvidia-smi` answers; if not, reload the driver or restart the machine"
+    elif asked := facts.environment.get("JAX_PLATFORMS"):
+        what = f"JAX_PLATFORMS is {asked!r}, and JAX cannot use it here: {facts.trouble}"
+        remedy = "unset JAX_PLATFORMS, or install jax for these devices (pip install -e '.[cuda12]', cuda13 or tpu)"
+        return Check("devices", False, what, remedy)
     else:
         remedy = 'run `python -c "import jax; jax.devices()"` for the whole error'
     return Check("devices", False, f"JAX could not list its devices: {facts.trouble}", remedy)

@@ -26,16 +26,27 @@ class HarnessLM(TemplateLM):
 
     @property
     def eot_token_id(self) -> int:
-        """The id of the end-of-text token."""
-        return self.lm.tokenizer.eos_id
+        """The id of the tokenizer's `eos_token`."""
+        return self.lm.tokenizer.named.get("eos_token", self.lm.tokenizer.eos_id)
+
+    @property
+    def prefix_token_id(self) -> int:
+        """The id that stands for an empty context: the tokenizer's `bos_token`, else its `eos_token`."""
+        named = self.lm.tokenizer.named.get("bos_token", self.lm.tokenizer.bos_id)
+        return self.eot_token_id if named is None else named
 
     @property
     def tokenizer_name(self) -> str:
         """The digest of the tokenizer, with which the harness identifies cached requests."""
         return self.lm.tokenizer.digest
 
-    def tok_encode(self, string: str, add_special_tokens: bool | None = None, **kwargs) -> list[int]:
-        return self.lm.tokenizer.encode(string)
+    def tok_encode(self, string: str, add_special_tokens: bool | None = None, **kwargs: Any) -> list[int]:
+        """The ids that `transformers` gives: here special tokens are recognized by name in a text."""
+        ids, _ = self.lm.tokenizer.encode_marked(string)
+        before, after = self.lm.tokenizer.around
+        if add_special_tokens is None:
+            add_special_tokens = not string.startswith(self.lm.tokenizer.decode([self.prefix_token_id]))
+        return [*before, *ids, *after] if add_special_tokens else ids
 
     def _loglikelihood_tokens(
         self, requests: list, disable_tqdm: bool = False, **kwargs: Any
@@ -77,7 +88,7 @@ class HarnessLM(TemplateLM):
                 raise ConfigError(f"a task asks for sampling: {kwargs}", "set do_sample: false in the task")
             eos = self.lm.tokenizer.decode([self.eot_token_id])
             stops = handle_stop_sequences(kwargs.get("until"), eos=eos)
-            prompts = [requests[i].args[0] for i in members]
+            prompts = [self.tok_encode(requests[i].args[0]) or [self.eot_token_id] for i in members]
             made = self.lm.continue_until(prompts, stops, int(kwargs["max_gen_toks"]))
             for i, text in zip(members, made, strict=True):
                 texts[i] = text

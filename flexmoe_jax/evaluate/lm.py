@@ -40,13 +40,13 @@ class LM:
         """Token ids of (context, continuation), split where the context's own tokens end.
 
         As in lm-evaluation-harness, trailing spaces of the context move to the continuation, and an empty context is
-        the end-of-text token.
+        the token that starts a text.
         """
         kept = context.rstrip()
         continuation, context = context[len(kept) :] + continuation, kept
         if not context:
-            return [self.tokenizer.eos_id], self.tokenizer.encode(continuation)
-        whole, first = self.tokenizer.encode_batch([context + continuation, context])
+            return [self.tokenizer.start_id], self.tokenizer.encode(continuation)
+        whole, first = self.tokenizer.encode_prompt(context + continuation), self.tokenizer.encode_prompt(context)
         return first, whole[len(first) :]
 
     def loglikelihoods(self, pairs: Sequence[tuple[list[int], list[int]]]) -> list[tuple[float, bool]]:
@@ -85,8 +85,10 @@ class LM:
                     advance(len(members))
         return results
 
-    def continue_until(self, prompts: Sequence[str], stops: Sequence[str], max_new_tokens: int) -> list[str]:
-        """Greedy continuations, each cut before the first of `stops` or the end-of-text token.
+    def continue_until(
+        self, prompts: Sequence[str | list[int]], stops: Sequence[str], max_new_tokens: int
+    ) -> list[str]:
+        """Greedy continuations of texts or token ids, each cut before the first of `stops` or of the tokenizer's.
 
         A prompt that leaves no room for `max_new_tokens` loses tokens on the left. DataError if `max_new_tokens` fill
         the model's length.
@@ -97,18 +99,24 @@ class LM:
                 f"{max_new_tokens} new tokens leave no room for a prompt in the model's {self.run.config.max_seq_len}",
                 f"ask for at most {self.run.config.max_seq_len - 1}",
             )
-        ids = [row[-room:] or [self.tokenizer.eos_id] for row in self.tokenizer.encode_batch(list(prompts))]
+        # After a text spaces are kept; after ids a continuation is a text of its own, as in lm-evaluation-harness.
+        before = [self.tokenizer.encode(prompt) if isinstance(prompt, str) else [] for prompt in prompts]
+        rows = [self.tokenizer.encode_prompt(prompt) if isinstance(prompt, str) else prompt for prompt in prompts]
+        ids = [row[-room:] for row in rows]
         order = sorted(range(len(ids)), key=lambda i: len(ids[i]), reverse=True)
         texts = [""] * len(ids)
         with track("generating", len(ids), "prompts") as advance:
             for start in range(0, len(order), self.batch_size):
                 some = order[start : start + self.batch_size]
-                for i, text in zip(some, self._generate([ids[i] for i in some], stops, max_new_tokens), strict=True):
+                made = self._generate([ids[i] for i in some], [before[i] for i in some], stops, max_new_tokens)
+                for i, text in zip(some, made, strict=True):
                     texts[i] = text
                 advance(len(some))
         return texts
 
-    def _generate(self, prompts: list[list[int]], stops: Sequence[str], max_new_tokens: int) -> list[str]:
+    def _generate(
+        self, prompts: list[list[int]], before: list[list[int]], stops: Sequence[str], max_new_tokens: int
+    ) -> list[str]:
         rows: list[list[int]] = [[] for _ in prompts]
         texts: dict[int, str] = {}
         steps = stream(
@@ -116,19 +124,20 @@ class LM:
             self.params,
             prompts,
             max_new_tokens=max_new_tokens,
-            stop_ids={self.tokenizer.eos_id},
+            stop_ids=self.tokenizer.stop_ids,
         )
         with contextlib.closing(steps):  # type: ignore[type-var]
             for tokens in steps:
                 for row, token in tokens.items():
                     if row not in texts:
                         rows[row].append(token)
-                        text = self.tokenizer.decode(rows[row])
+                        text = self.tokenizer.continuation(rows[row], before[row])
                         if any(stop in text for stop in stops):
                             texts[row] = text
                 if len(texts) == len(prompts):
                     break
-        return [cut(texts.get(i, self.tokenizer.decode(row)), stops) for i, row in enumerate(rows)]
+        whole = [self.tokenizer.continuation(*pair) for pair in zip(rows, before, strict=True)]
+        return [cut(texts.get(i, text), stops) for i, text in enumerate(whole)]
 
     def _score_rows(self, rows: list[tuple[list[int], list[int]]]) -> list[tuple[float, bool]]:
         """Scores rows with different contexts, in one batch padded to `batch_size`."""

@@ -71,8 +71,14 @@ def score(
     Documents are never packed. The end-of-text token is the context of the first token, and is scored at the end.
     `batch_size` rows are scored at a time, fewer of rows over 1,024 tokens: memory hardly grows with `seq_len` (see
     `scoring_batches`). The devices of `mesh`, which hold `params` with stacked experts, share the rows of a batch;
-    every process gets the whole result. DataError if there is no text.
+    every process gets the whole result. DataError if there is no text, for windows longer than the model's
+    `max_seq_len`, and for a stride outside 1..`seq_len`.
     """
+    if seq_len > run.config.max_seq_len:
+        raise DataError(
+            f"windows of {seq_len} tokens are asked for, the model's max_seq_len is {run.config.max_seq_len}",
+            f"score in windows (--seq-len) of at most {run.config.max_seq_len}",
+        )
     if not texts:
         raise DataError("there is no document to score", "give at least one held-out document")
     token_nats: list[list[np.ndarray]] = [[] for _ in texts]
@@ -100,6 +106,11 @@ def heldout_texts(folder: pathlib.Path, max_bytes: int, split: str = HELDOUT, fi
     texts: list[str] = []
     size = 0
     for document in read_documents(folder, split, fields):
+        if document.messages:
+            raise DataError(
+                f"{document.where} is a conversation, and only texts are scored",
+                "write what is to be scored into a field of its own, and name it with --text-field",
+            )
         size += len(document.text.encode())
         if texts and size > max_bytes:
             break

@@ -26,7 +26,7 @@ class TokenRouting:
 
 
 def route_text(run: Decoder, params: Params, text: str, tokenizer: Tokenizer) -> TokenRouting:
-    """The routing of the first `max_seq_len - 1` tokens of `text`, read after the end-of-text token.
+    """The routing of the first `max_seq_len - 1` tokens of `text`, read after the token that starts one.
 
     A token's routing is that of the position that reads it. A character of several tokens belongs to its last token.
     DataError if there is no token.
@@ -34,7 +34,7 @@ def route_text(run: Decoder, params: Params, text: str, tokenizer: Tokenizer) ->
     ids = tokenizer.encode(text)[: run.config.max_seq_len - 1]
     if not ids:
         raise DataError("there is no token to route", "give a text that is not empty")
-    tokens_1T = jnp.asarray([[tokenizer.eos_id, *ids]], jnp.int32)
+    tokens_1T = jnp.asarray([[tokenizer.start_id, *ids]], jnp.int32)
     weights_LTE = np.asarray(_weights(run, params, tokens_1T))[:, 1:]
     *pieces, rest = [*tokenizer.pieces(ids), ""]
     pieces[len(ids) - 1 :] = ["".join(pieces[len(ids) - 1 :]) + rest]

@@ -133,12 +133,15 @@ def architecture_of(model: ModelConfig, mixture: bool, biased: bool, origin: str
     computes it.
     """
     decoder = {name: getattr(model, name) for name in _PARTS}
+    if biased and mixture:
+        if has_bias(model):
+            return BIASED
+        what = f"the model file that adds the experts' bias is of {FLEX_OLMO.name}, and this model has another decoder"
+        raise ArtifactError(what, "--zero-bias with --data leaves the bias out and prints what that costs")
     options: tuple[Architecture, ...] = _BY_DEFAULT
     if model.rope_skip is not None:
         options = (SMOLLM3,)
-    elif biased and mixture:
-        options = (BIASED,)
-    elif origin in ARCHITECTURES:
+    elif origin in ARCHITECTURES and ARCHITECTURES[origin] is not SMOLLM3:  # it would leave rope out of some layers
         options = (ARCHITECTURES[origin], *options)
     for option in options:
         if option.mixture == mixture and option.decoder == decoder and option.norm_topk in (None, model.norm_topk):
@@ -147,3 +150,8 @@ def architecture_of(model: ModelConfig, mixture: bool, biased: bool, origin: str
     parts = ", ".join(f"{name} {value}" for name, value in decoder.items())
     remedy = "export a single expert as a dense model: --experts public --dense" if mixture else "see docs: huggingface"
     raise ArtifactError(f"transformers has no class of a {kind} with {parts}, rope_skip {model.rope_skip}", remedy)
+
+
+def has_bias(model: ModelConfig) -> bool:
+    """Whether the model file that exports ship, whose router adds the experts' bias, computes this decoder."""
+    return BIASED.decoder == {name: getattr(model, name) for name in _PARTS} and model.rope_skip is None

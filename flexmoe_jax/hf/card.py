@@ -1,6 +1,7 @@
 """The model card of an export: owners, licenses, training records, and how an owner leaves."""
 
 import math
+import re
 from collections.abc import Mapping
 from typing import Any
 
@@ -30,7 +31,7 @@ def model_card(
     except ImportError as error:
         raise ConfigError("the model card needs huggingface_hub", "pip install 'flexmoe_jax[hf]'") from error
     manifests = {name: model.manifests[name] for name in (TRUNK, *names)}
-    licenses = sorted({m.record.licence or NOT_STATED for m in manifests.values()})
+    licenses = sorted({_line(m.record.licence or NOT_STATED) for m in manifests.values()})
     data = ModelCardData(
         library_name="transformers",
         pipeline_tag="text-generation",
@@ -83,9 +84,11 @@ def _opting_out(manifests: Mapping[str, Manifest]) -> list[str]:
 
 
 def _row(name: str, manifest: Manifest) -> str:
+    """A row of the table of owners. What an owner's record says is shown as text: it cannot act in the page."""
     record = manifest.record.fields
     training = record.get("training") or {}
-    origin = (record.get("imported") or {}).get("architecture")
+    imported = record.get("imported")
+    origin = imported.get("architecture") if isinstance(imported, dict) else None
     steps = training.get("steps", f"imported from {origin}" if origin else NOT_STATED)
     budget = NOT_STATED
     if "privacy_budget" in training:
@@ -93,14 +96,25 @@ def _row(name: str, manifest: Manifest) -> str:
     cells = [
         f"`{name}`",
         f"{_parameters(manifest):,}",
-        record.get("licence") or NOT_STATED,
-        record.get("contact") or NOT_STATED,
-        str(steps),
-        f"{training['tokens']:,}" if "tokens" in training else NOT_STATED,
-        str(budget),
+        _text(record.get("licence") or NOT_STATED),
+        _text(record.get("contact") or NOT_STATED),
+        _text(steps),
+        _text(training.get("tokens", NOT_STATED)),
+        _text(budget),
         f"`{manifest.content[:16]}`",
     ]
-    return "| " + " | ".join(cell.replace("|", "\\|").replace("\n", " ") for cell in cells) + " |"
+    return "| " + " | ".join(cells) + " |"
+
+
+def _text(value: object) -> str:
+    """A value as one line of Markdown that renders as the value: no markup, no HTML."""
+    text = f"{value:,}" if isinstance(value, int) else str(value)
+    return re.sub(r"([\\`*_{}\[\]<>()#+!|~&])", r"\\\1", _line(text))
+
+
+def _line(text: str) -> str:
+    """`text` without line ends and control characters."""
+    return "".join(c if c.isprintable() else " " for c in text).strip()
 
 
 def _parameters(manifest: Manifest) -> int:

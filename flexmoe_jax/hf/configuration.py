@@ -7,6 +7,7 @@ from typing import Any
 
 from flexmoe_jax.config import from_mapping, to_mapping
 from flexmoe_jax.errors import ArtifactError
+from flexmoe_jax.foreign import short
 from flexmoe_jax.hf.architectures import ARCHITECTURES, BIASED, Architecture
 from flexmoe_jax.hf.rope import READ as ROPE_KEYS
 from flexmoe_jax.hf.rope import read_rope, read_skip, write_rope
@@ -43,6 +44,20 @@ _SIZES = {
     "d_model": "hidden_size",
     "num_heads": "num_attention_heads",
 }
+# What a value may be, where the checks below do not say it: {types: keys}.
+_TYPES: dict[tuple[type, ...], tuple[str, ...]] = {
+    (int,): (
+        *(*_SIZES.values(), "intermediate_size", "moe_intermediate_size", "num_key_value_heads", "head_dim"),
+        *("num_experts", "num_local_experts", "num_experts_per_tok", "max_position_embeddings", "sliding_window"),
+        "no_rope_layer_interval",
+    ),
+    (int, float): ("rms_norm_eps", "rope_theta"),
+    (bool,): ("tie_word_embeddings", "norm_topk_prob", "use_sliding_window"),
+    (dict,): ("rope_parameters", "rope_scaling", PROVENANCE),
+    (list,): ("layer_types", "no_rope_layers", "architectures"),
+    (str,): ("model_type",),
+}
+_LARGEST = 1 << 31  # of every size: a number of JSON may have thousands of digits
 _OF_EXPERTS = ("num_experts", "num_local_experts", "num_experts_per_tok", "norm_topk_prob", "moe_intermediate_size")
 _OF_WINDOW = ("sliding_window", "use_sliding_window", "layer_types", "max_window_layers")
 # Of an imported configuration these do not stay: the model determines them, or their spelling is old.
@@ -85,8 +100,7 @@ class CheckpointConfig:
     @property
     def provenance(self) -> dict[str, Any]:
         """The object that our export wrote under `flexmoe`, {} in other checkpoints."""
-        value = self.fields.get(PROVENANCE)
-        return value if isinstance(value, dict) else {}
+        return self.fields.get(PROVENANCE) or {}
 
 
 def read_config(fields: Mapping[str, Any], where: pathlib.Path | str = "config.json") -> CheckpointConfig:
@@ -96,23 +110,27 @@ def read_config(fields: Mapping[str, Any], where: pathlib.Path | str = "config.j
     unknown architecture, a missing key, and an option that our decoder lacks.
     """
     given, fields = dict(fields), {key: value for key, value in fields.items() if value is not None}
+    _check_types(fields, where)
+    _check_provenance(fields.get(PROVENANCE, {}), where)
     kind = fields.get("model_type")
     if kind not in ARCHITECTURES:
         known = f"this version imports: {', '.join(sorted(ARCHITECTURES))}"
-        raise ArtifactError(f"{where}: model_type is {kind!r}", known)
+        raise ArtifactError(f"{where}: model_type is {short(kind)}", known)
     architecture = ARCHITECTURES[kind]
     declared = fields.get("architectures", [architecture.name])
     if declared != [architecture.name]:
-        raise ArtifactError(f"{where}: architectures is {declared}", f"give a checkpoint of {architecture.name}")
+        raise ArtifactError(f"{where}: architectures is {short(declared)}", f"give a checkpoint of {architecture.name}")
     for key, allowed in {**_MUST_BE, **architecture.required}.items():
         if (value := fields.get(key, allowed[0])) not in allowed:
-            raise ArtifactError(f"{where}: {key} is {value!r}", f"this decoder supports only {key} = {allowed[0]!r}")
+            raise ArtifactError(
+                f"{where}: {key} is {short(value)}", f"this decoder supports only {key} = {allowed[0]!r}"
+            )
     sizes = {name: _required(fields, key, where) for name, key in _SIZES.items()}
     experts = 1
     if architecture.mixture:  # transformers writes either key, whatever the class
         experts = _required(fields, _experts_key(fields, architecture), where)
     top_k = _required(fields, "num_experts_per_tok", where) if architecture.mixture else None
-    if top_k is not None and not (type(experts) is int and type(top_k) is int and 1 <= top_k <= experts):
+    if top_k is not None and top_k > experts:
         raise ArtifactError(
             f"{where}: num_experts_per_tok is {top_k} with {architecture.experts_key} {experts}",
             f"set num_experts_per_tok to a number from 1 to {experts}",
@@ -182,6 +200,32 @@ def write_config(
     return {**defaults, **{key: value for key, value in source.items() if key not in _NOT_KEPT}, **ours}
 
 
+def _check_types(fields: Mapping[str, Any], where: pathlib.Path | str) -> None:
+    """Raises ArtifactError for a value of another type than its key has, and for a size that is not one."""
+    for types, keys in _TYPES.items():
+        for key in (key for key in keys if key in fields):
+            value, words = fields[key], " or ".join(t.__name__ for t in types)
+            if type(value) not in types:
+                raise ArtifactError(f"{where}: {key} is {short(value)}", f"give a value of type {words}")
+            if float in types and abs(value) > 1 << 62:
+                raise ArtifactError(f"{where}: {key} is {short(value)}", "give the config.json as it was published")
+            if types == (int,) and not 1 <= value <= _LARGEST:
+                raise ArtifactError(f"{where}: {key} is {short(value)}", f"give a number from 1 to {_LARGEST}")
+
+
+def _check_provenance(kept: Mapping[str, Any], where: pathlib.Path | str) -> None:
+    """Raises ArtifactError unless the object under `flexmoe` has the form in which our export writes it."""
+    names, top_k, owners = kept.get("names", []), kept.get("top_k"), kept.get("owners", {})
+    tokenizer = kept.get("tokenizer", [])
+    lists = all(isinstance(value, list) and all(isinstance(v, str) for v in value) for value in (names, tokenizer))
+    parts = isinstance(owners, dict) and all(
+        isinstance(part, dict) and isinstance(part.get("record", {}), dict) for part in owners.values()
+    )
+    if not (lists and parts and (top_k is None or type(top_k) is int)):
+        what = f"{where}: {PROVENANCE} is {short(kept)}"
+        raise ArtifactError(what, f"remove {PROVENANCE}, or give the config.json that `flexmoe export-hf` wrote")
+
+
 def _experts_key(fields: Mapping[str, Any], architecture: Architecture) -> str:
     return next((key for key in ("num_experts", "num_local_experts") if key in fields), architecture.experts_key)
 
@@ -196,8 +240,8 @@ def _full_attention(
     fields: Mapping[str, Any], architecture: Architecture, positions: int, where: pathlib.Path | str
 ) -> int:
     """The longest sequence of which every layer sees the whole. ArtifactError where layers differ in that."""
-    if kinds := sorted({*(fields.get("layer_types") or ())} - {"full_attention"}):
-        what = f"{where}: layer_types has {', '.join(map(repr, kinds))}"
+    if kinds := [kind for kind in fields.get("layer_types") or () if kind != "full_attention"]:
+        what = f"{where}: layer_types has {short(kinds)}"
         raise ArtifactError(what, "give a checkpoint whose layers all have full attention")
     if not fields.get("use_sliding_window", architecture.slides):
         return positions
@@ -227,4 +271,4 @@ def _notes(fields: Mapping[str, Any], architecture: Architecture, model: ModelCo
     if model.max_seq_len < fields.get("max_position_embeddings", architecture.positions):
         lines.append(f"sequences are limited to {model.max_seq_len} tokens, the sliding window of its attention")
     unknown = {*fields} - _READ - _WITHOUT_EFFECT - {*architecture.required}
-    return lines + ([f"unknown keys of config.json passed over: {', '.join(sorted(unknown))}"] if unknown else [])
+    return lines + ([f"unknown keys of config.json passed over: {short(sorted(unknown))}"] if unknown else [])

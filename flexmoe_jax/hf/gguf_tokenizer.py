@@ -4,10 +4,11 @@ import json
 from collections.abc import Mapping
 from typing import TYPE_CHECKING, Any
 
-from flexmoe_jax.artifacts.model_dir import TOKENIZER_CONFIG, ModelDir
-from flexmoe_jax.artifacts.sealed import MAX_TEXT_BYTES, read_bytes
-from flexmoe_jax.data.tokenizer import SPLIT_PATTERN, load_tokenizer
+from flexmoe_jax.artifacts.model_dir import ModelDir
+from flexmoe_jax.data.cl100k import SPLIT_PATTERN
+from flexmoe_jax.data.tokenizer import Tokenizer, load_tokenizer
 from flexmoe_jax.errors import ArtifactError
+from flexmoe_jax.tokenizer_files import CHAT_TEMPLATE, TOKENIZER_CONFIG, parsed
 
 if TYPE_CHECKING:
     import gguf
@@ -23,7 +24,6 @@ _KNOWN: dict[tuple[tuple, bool], str] = {
     ((("Split", SPLIT_PATTERN), _LETTERS), False): "dbrx",
     ((("Split", _ONE_DIGIT), _LETTERS), False): "qwen2",
 }
-_CHAT_TEMPLATE = "chat_template.jinja"
 _SPACE = "\u2581"
 
 
@@ -32,9 +32,9 @@ def add_tokenizer(writer: "gguf.GGUFWriter", model: ModelDir) -> str:
 
     Rows of the embedding without a token are marked as unused. ArtifactError for a tokenizer that llama.cpp lacks.
     """
-    tokenizer = load_tokenizer(model.path)
+    files = model.tokenizer_files
+    tokenizer = load_tokenizer(files).for_rows(model.config.vocab_size)
     content = json.loads(tokenizer.json_bytes)
-    config = json.loads(_read(model, TOKENIZER_CONFIG) or b"{}")
     pre = _name(content)
     writer.add_tokenizer_model("llama" if pre == "default" else "gpt2")
     writer.add_tokenizer_pre(pre)
@@ -49,15 +49,11 @@ def add_tokenizer(writer: "gguf.GGUFWriter", model: ModelDir) -> str:
         writer.add_add_space_prefix(bool(_prefixed(content)))
     else:
         writer.add_token_merges([" ".join(merge) for merge in merges])
-    _add_ids(writer, content, config, tokenizer.eos_id, tokenizer.pad_id)
-    template = _read(model, _CHAT_TEMPLATE)
-    if chat := template.decode() if template else config.get("chat_template"):
+    _add_ids(writer, tokenizer, content["model"]["vocab"].get(content["model"].get("unk_token")))
+    template = files[CHAT_TEMPLATE].decode() if CHAT_TEMPLATE in files else None
+    if chat := template or parsed(files, TOKENIZER_CONFIG).get("chat_template"):
         writer.add_chat_template(chat)
     return pre
-
-
-def _read(model: ModelDir, name: str) -> bytes | None:
-    return read_bytes(model.path / name, MAX_TEXT_BYTES) if name in model.tokenizer else None
 
 
 def _name(content: Mapping[str, Any]) -> str:
@@ -133,31 +129,22 @@ def _tokens(content: Mapping[str, Any], rows: int) -> tuple[list[str], list[int]
     return [token for token, _ in rows_of], [int(kind) for _, kind in rows_of]
 
 
-def _add_ids(
-    writer: "gguf.GGUFWriter", content: Mapping[str, Any], config: Mapping[str, Any], eos_id: int, pad_id: int
-) -> None:
-    """The special tokens, and whether they are put around a text. ArtifactError for any but one before and after."""
-    import tokenizers
-
-    engine = tokenizers.Tokenizer.from_str(json.dumps(content))
-    inner = engine.encode("a", add_special_tokens=False).ids
-    whole = engine.encode("a", add_special_tokens=True).ids
-    at = next((i for i in range(len(whole)) if whole[i : i + len(inner)] == inner), 0)
-    before, after = whole[:at], whole[at + len(inner) :]
-    if len(before) > 1 or after not in ([], [eos_id]):
+def _add_ids(writer: "gguf.GGUFWriter", tokenizer: Tokenizer, unknown: int | None) -> None:
+    """The special tokens, and whether they are put around a text. ArtifactError for any other around it."""
+    # In a chat model `eos_token` ends a turn, where `eos_id` ends a document.
+    end_id = tokenizer.named.get("eos_token", tokenizer.eos_id)
+    _, after = tokenizer.around
+    if after not in ([], [end_id]):
         raise ArtifactError(
-            f"this tokenizer puts the tokens {before} before a text and {after} after it",
-            f"llama.cpp puts at most one before it, and {eos_id} after it: use `flexmoe export-hf`",
+            f"this tokenizer puts the tokens {after} after a text",
+            f"llama.cpp can put only {end_id} there: use `flexmoe export-hf`",
         )
-    named = config.get("bos_token")
-    named = named["content"] if isinstance(named, dict) else named
-    bos_id = before[0] if before else engine.token_to_id(named) if named else None
+    bos_id = tokenizer.named.get("bos_token") if tokenizer.bos_id is None else tokenizer.bos_id
     if bos_id is not None:
         writer.add_bos_token_id(bos_id)
-    writer.add_add_bos_token(bool(before))
-    writer.add_eos_token_id(eos_id)
+    writer.add_add_bos_token(tokenizer.bos_id is not None)
+    writer.add_eos_token_id(end_id)
     writer.add_add_eos_token(bool(after))
-    writer.add_pad_token_id(pad_id)
-    unknown = content["model"].get("unk_token")
-    if unknown and (unk_id := engine.token_to_id(unknown)) is not None:
-        writer.add_unk_token_id(unk_id)
+    writer.add_pad_token_id(tokenizer.pad_id)
+    if unknown is not None:
+        writer.add_unk_token_id(unknown)

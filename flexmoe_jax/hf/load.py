@@ -1,12 +1,13 @@
 """Import: a checkpoint becomes a model directory, or one owner's package beside an existing public model.
 
 In memory are the trunk with the public expert, then one expert at a time. Nothing is rounded: a leaf has the dtype of
-its tensors. Experts of a checkpoint without bias get bias 0, the only expert of a dense one the router row 0, both
-float32: neither changes an output.
+its tensors, float32 where layers differ. Experts of a checkpoint without bias get bias 0, the only expert of a dense
+one the router row 0, both float32: neither changes an output.
 """
 
 import dataclasses
 import hashlib
+import logging
 import pathlib
 from collections.abc import Iterable, Mapping
 from typing import Any
@@ -17,9 +18,9 @@ from flexmoe_jax import config as configs
 from flexmoe_jax.artifacts import sealed
 from flexmoe_jax.artifacts.journal import append_entry
 from flexmoe_jax.artifacts.manifest import Manifest, TensorRecord
-from flexmoe_jax.artifacts.model_dir import TOKENIZER, ModelDir, create_model, open_model, write_model_json
+from flexmoe_jax.artifacts.model_dir import ModelDir, create_model, open_model, write_model_json
 from flexmoe_jax.artifacts.package import content_digest, read_manifest, write_package
-from flexmoe_jax.artifacts.sealed import MAX_TEXT_BYTES, canonical_json, parse_json, sha256_array
+from flexmoe_jax.artifacts.sealed import sha256_array
 from flexmoe_jax.config import RunConfig
 from flexmoe_jax.data.embedding import DomainVector, projection_record, router_row
 from flexmoe_jax.data.tokenizer import load_tokenizer
@@ -27,11 +28,15 @@ from flexmoe_jax.errors import ArtifactError
 from flexmoe_jax.files import new_directory, write_bytes
 from flexmoe_jax.hf.checkpoint import Checkpoint
 from flexmoe_jax.hf.configuration import PROVENANCE
-from flexmoe_jax.hf.mapping import Slot, check_tensors, slots
+from flexmoe_jax.hf.mapping import check_tensors, slots
+from flexmoe_jax.hf.tensors import widest
+from flexmoe_jax.json_files import MAX_TEXT_BYTES, canonical_json, parse_json
 from flexmoe_jax.model_config import ModelConfig
 from flexmoe_jax.params import owner_leaves
+from flexmoe_jax.tokenizer_files import TOKENIZER
 from flexmoe_jax.tree import PUBLIC, TRUNK, Params, check_known, check_owner_name, flatten, unflatten, union
 
+log = logging.getLogger(__name__)
 _OTHER_PUBLIC = "give the public model that this expert was trained beside"
 
 
@@ -43,10 +48,15 @@ def read_owner(checkpoint: Checkpoint, names: tuple[str, ...], owner: str) -> Pa
     model, architecture = checkpoint.config.model, checkpoint.config.architecture
     table, spec = slots(model, architecture, names), owner_leaves(model, owner)
     check_tensors(checkpoint.tensors, table, checkpoint.where)
-    leaves: dict[str, np.ndarray] = {}
-    for name, slot in table.items():
-        if owner in slot.owners:
-            _fill(leaves, slot, owner, spec[slot.path].shape, checkpoint.tensors[name].read())
+    tensors = {name: checkpoint.tensors[name] for name, slot in table.items() if owner in slot.owners}
+    dtypes: dict[str, set[str]] = {}
+    for name, tensor in tensors.items():
+        dtypes.setdefault(table[name].path, set()).add(tensor.dtype)
+    leaves = {path: np.empty(spec[path].shape, widest(kinds)) for path, kinds in dtypes.items()}
+    for name, tensor in tensors.items():
+        slot = table[name]
+        leaf, at = leaves[slot.path], ... if slot.layer is None else slot.layer
+        leaf[at] = slot.split(tensor.read(), leaf[at].shape)[owner]
     if owner != TRUNK:
         leaves = {path: np.zeros(spec[path].shape, np.float32) for path in ("router", "bias")} | leaves
     return unflatten(leaves)
@@ -100,6 +110,7 @@ def import_model(
     `contact` go into every package's record. Raises ArtifactError for a checkpoint that does not fit and an existing
     `out`, DataError for a tokenizer that cannot be read.
     """
+    _say(checkpoint)
     order = expert_names(checkpoint, names)
     kept = order if keep is None else check_known([*dict.fromkeys((PUBLIC, *keep))], order)
     if domain is not None and checkpoint.config.architecture.mixture:
@@ -134,6 +145,7 @@ def import_expert(
     Raises ArtifactError unless the checkpoint has the configuration, the tokenizer and, bit for bit, the trunk and the
     public expert of `public`; it names the first tensor that differs. `names`: see `expert_names`.
     """
+    _say(checkpoint)
     named = tuple(names or checkpoint.config.provenance.get("names") or ())
     order = expert_names(checkpoint, named or ((PUBLIC, expert) if checkpoint.config.experts == 2 else None))
     check_known([expert], order)
@@ -142,6 +154,12 @@ def import_expert(
     params = read_owner(checkpoint, order, expert)
     record = _record(checkpoint, expert, params, {"licence": licence, "contact": contact})
     return _write_expert(pathlib.Path(out), params, expert, public, record)
+
+
+def _say(checkpoint: Checkpoint) -> None:
+    """Logs what was read, filled in and passed over."""
+    for note in checkpoint.notes:
+        log.info(note)
 
 
 def _write_tokenizer(folder: pathlib.Path, checkpoint: Checkpoint, given: str | None) -> None:
@@ -154,12 +172,10 @@ def _write_tokenizer(folder: pathlib.Path, checkpoint: Checkpoint, given: str | 
         for name, content in checkpoint.tokenizer.items():
             if name in checkpoint.config.provenance.get("tokenizer", checkpoint.tokenizer):
                 write_bytes(folder / name, content)
-    size, rows = load_tokenizer(folder).vocab_size, checkpoint.config.model.vocab_size
-    if size > rows:
-        raise ArtifactError(
-            f"the tokenizer of {given or checkpoint.where} has {size} ids, the model {rows}",
-            "give the tokenizer of this model",
-        )
+    read, rows = load_tokenizer(folder), checkpoint.config.model.vocab_size
+    read.for_rows(rows)
+    if read.vocab_size > rows:
+        log.info(f"special tokens from id {rows} on have no row in the model; no text gives them")
 
 
 def _write_public(
@@ -217,15 +233,6 @@ def _check_public(checkpoint: Checkpoint, order: tuple[str, ...], public: ModelD
             raise ArtifactError(what, _OTHER_PUBLIC)
 
 
-def _fill(leaves: dict[str, np.ndarray], slot: Slot, owner: str, shape: tuple[int, ...], tensor: np.ndarray) -> None:
-    """Puts the owner's part of a checkpoint's tensor into its leaf; `shape` is that of the whole leaf."""
-    if slot.layer is None:
-        leaves[slot.path] = np.ascontiguousarray(slot.split(tensor, shape)[owner])
-        return
-    leaf = leaves.setdefault(slot.path, np.empty(shape, tensor.dtype))
-    leaf[slot.layer] = slot.split(tensor, shape[1:])[owner]
-
-
 def _write_expert(
     path: pathlib.Path, params: Params, name: str, release: ModelDir, record: Mapping[str, Any]
 ) -> Manifest:
@@ -238,7 +245,7 @@ def _write_expert(
 def _record(checkpoint: Checkpoint, owner: str, params: Params, stated: dict[str, Any]) -> dict[str, Any]:
     """The record that our export kept of exactly these parameters, else their origin and what the caller states."""
     kept = checkpoint.config.provenance.get("owners", {}).get(owner, {})
-    if kept.get("content") == content_digest(params) and not any(stated.values()):
+    if "record" in kept and kept.get("content") == content_digest(params) and not any(stated.values()):
         return kept["record"]
     imported: dict[str, Any] = {"architecture": checkpoint.config.architecture.name}
     if owner == TRUNK:

@@ -2,18 +2,25 @@
 
 import dataclasses
 import math
+import re
 from collections.abc import Mapping
 
+import ml_dtypes
 import numpy as np
 
 from flexmoe_jax.errors import ArtifactError
+from flexmoe_jax.foreign import short
 from flexmoe_jax.hf.architectures import Architecture
-from flexmoe_jax.hf.tensors import Tensor
+from flexmoe_jax.hf.tensors import DTYPES, Tensor, widest
+from flexmoe_jax.model import rope
 from flexmoe_jax.model_config import ModelConfig
 from flexmoe_jax.params import is_matrix, owner_leaves
 from flexmoe_jax.tree import TRUNK
 
-_WHOLE = {"model.embed_tokens.weight": "embed", "model.norm.weight": "final_norm", "lm_head.weight": "head"}
+_EMBED, _HEAD = "model.embed_tokens.weight", "lm_head.weight"
+_WHOLE = {_EMBED: "embed", "model.norm.weight": "final_norm", _HEAD: "head"}
+_FREQUENCIES = re.compile(r"(model\.)?(layers\.\d+\.self_attn\.)?rotary_emb\.inv_freq")
+_SAVE_AGAIN = "save it again with transformers: AutoModelForCausalLM.from_pretrained(DIR).save_pretrained(NEW)"
 _NOT_TRANSPOSED = {"embed"}  # every other matrix of one owner is [out, in] in checkpoints, [in, out] in our tree
 
 
@@ -72,8 +79,60 @@ def slots(model: ModelConfig, architecture: Architecture, experts: tuple[str, ..
     return table
 
 
+def check_count(found: Mapping[str, Tensor], model: ModelConfig, experts: int, where: str) -> None:
+    """Raises ArtifactError where a configuration implies far more tensors than there are, before any is listed."""
+    if 3 * model.num_layers * experts > len(found):  # every expert has three matrices in every layer
+        raise ArtifactError(
+            f"{where}: {len(found)} tensors, and config.json implies {model.num_layers} layers of {experts} experts",
+            "give weights and config.json of the same model",
+        )
+
+
+def drop_surplus(found: Mapping[str, Tensor], model: ModelConfig, where: str) -> tuple[dict[str, Tensor], list[str]]:
+    """(the tensors without those that `transformers` does not use either, a note on each kind of these).
+
+    They are rotary frequencies, and the head of a model whose head is its embedding. Raises ArtifactError where they
+    differ from what the model has in their place: it would then not compute what it was trained to.
+    """
+    tensors, notes = dict(found), []
+    buffers = [name for name in found if _FREQUENCIES.fullmatch(name)]
+    for name in buffers:
+        if not _are_frequencies(tensors.pop(name), model):
+            raise ArtifactError(
+                f"{where}: {name} is not the rotary frequencies of rope_theta {model.rope_theta:g} in config.json",
+                f"correct rope_theta in config.json; where it is right, {_SAVE_AGAIN}, which leaves the tensor out",
+            )
+    if buffers:
+        notes.append(f"rotary frequencies passed over, equal to those of config.json: {short(buffers)}")
+    if model.tie_embeddings and _HEAD in tensors:
+        head = tensors.pop(_HEAD)
+        if (embed := tensors.setdefault(_EMBED, head)) is head:
+            notes.append(f"{_HEAD} is the embedding, too")
+        elif (embed.shape, embed.dtype) == (head.shape, head.dtype) and embed.read().tobytes() == head.read().tobytes():
+            notes.append(f"{_HEAD} passed over, equal to the embedding")
+        else:
+            raise ArtifactError(
+                f"{where}: {_HEAD} differs from {_EMBED}, and tie_word_embeddings in config.json is true",
+                "set tie_word_embeddings to false if the model was trained with this head; transformers uses it, too",
+            )
+    return tensors, notes
+
+
+def widened(found: Mapping[str, Tensor], table: Mapping[str, Slot]) -> list[str]:
+    """A note on each leaf whose layers have different dtypes: it gets the one that holds them all exactly."""
+    dtypes: dict[str, set[str]] = {}
+    for name, slot in table.items():
+        if name in found:
+            dtypes.setdefault(f"{slot.owners[0]}/{slot.path}", set()).add(found[name].dtype)
+    return [
+        f"{leaf} is {' and '.join(sorted(kinds))} in different layers, and becomes {widest(kinds)}"
+        for leaf, kinds in dtypes.items()
+        if len(kinds) > 1
+    ]
+
+
 def check_tensors(found: Mapping[str, Tensor], table: Mapping[str, Slot], where: str) -> None:
-    """Raises ArtifactError unless the tensors have exactly the table's names and shapes, and one dtype per leaf."""
+    """Raises ArtifactError unless the tensors have exactly the table's names and shapes, and dtypes that we keep."""
     unknown, missing = sorted({*found} - {*table}), sorted({*table} - {*found})
     for names, problem in ((unknown, "is unknown"), (missing, "is missing")):
         if names:
@@ -82,19 +141,27 @@ def check_tensors(found: Mapping[str, Tensor], table: Mapping[str, Slot], where:
                 f"{where}: the tensor {names[0]!r} {problem}{more}",
                 "give weights and config.json of the same model: every tensor is used exactly once",
             )
-    dtypes: dict[tuple[tuple[str, ...], str], tuple[str, str]] = {}
     for name, slot in table.items():
         if found[name].shape != slot.shape:
             raise ArtifactError(
                 f"{where}: the tensor {name!r} has shape {found[name].shape}, config.json implies {slot.shape}",
                 "give weights and config.json of the same model",
             )
-        first, dtype = dtypes.setdefault((slot.owners, slot.path), (name, found[name].dtype))
-        if dtype != found[name].dtype:
-            raise ArtifactError(
-                f"{where}: {first} is {dtype}, {name} is {found[name].dtype}",
-                "store a tensor in the same dtype in all layers",
-            )
+        if found[name].dtype not in DTYPES.values():
+            known = f"give a checkpoint in one of {', '.join(DTYPES.values())}"
+            raise ArtifactError(f"{where}: the tensor {name!r} has dtype {found[name].dtype}", known)
+
+
+def _are_frequencies(tensor: Tensor, model: ModelConfig) -> bool:
+    """Whether a tensor holds the model's rotary frequencies, scaled or not, up to the rounding of its dtype."""
+    if tensor.shape != (model.head_dim // 2,):
+        return False
+    stored = tensor.read().astype(np.float64)
+    kind = ml_dtypes.finfo("float32" if tensor.dtype == "float64" else tensor.dtype)
+    # Both sides round once to the stored dtype, after a power that float32 computes to some 1e-6.
+    rtol, atol = max(2 * float(kind.eps), 1e-5), float(kind.smallest_subnormal)
+    options = (rope.frequencies(model.head_dim, model.rope_theta, how)[0] for how in (None, model.rope_scaling))
+    return any(np.allclose(stored, np.asarray(ours, np.float64), rtol, atol) for ours in options)
 
 
 def _one_layer(path: str, shape: tuple[int, ...]) -> tuple[int, ...]:

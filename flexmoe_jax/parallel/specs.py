@@ -105,13 +105,18 @@ def place_batch(mesh: Mesh, batch: T) -> T:
 
     ConfigError if the number of rows is not a multiple of `batch_parts(mesh)`.
     """
-    parts, rows = batch_parts(mesh), len(jax.tree.leaves(batch)[0])
+    check_rows(mesh, len(jax.tree.leaves(batch)[0]))
+    return jax.tree.map(lambda array: place_leaf(array, NamedSharding(mesh, BATCH_SPEC)), batch)
+
+
+def check_rows(mesh: Mesh, rows: int) -> None:
+    """ConfigError if a batch of `rows` rows cannot be split evenly over the devices of `mesh`."""
+    parts = batch_parts(mesh)
     if rows % parts:
         raise ConfigError(
             f"a batch of {rows} rows is split over {parts} devices ({' x '.join(BATCH)})",
             f"choose a batch that is a multiple of {parts}",
         )
-    return jax.tree.map(lambda array: place_leaf(array, NamedSharding(mesh, BATCH_SPEC)), batch)
 
 
 def batch_parts(mesh: Mesh) -> int:

@@ -211,7 +211,7 @@ def _write_joint(workshop: Workshop, artifacts: Artifacts, params: Params, path:
         experts[name] = {**expert, "router": row}
     parts = {**params, "experts": experts}
     records = dict.fromkeys(split(parts), release.manifests[PUBLIC].record.fields)
-    create_model(path, parts, config.model, release.tokenizer_path, records, config.top_k)
+    create_model(path, parts, config.model, release.tokenizer_files, records, config.top_k)
 
 
 def _random_row(vector: pathlib.Path, seed: int, owner: int, path: pathlib.Path) -> None:
@@ -229,4 +229,4 @@ def _rescale(public: pathlib.Path, scale: float, path: pathlib.Path) -> None:
     expert["router"] = np.asarray(expert["router"] * (scale / record["router"]["scale"]), np.float32)
     record["router"]["scale"] = scale
     params = {**model.params, "experts": {PUBLIC: expert}}
-    create_model(path, params, model.config, release.tokenizer_path, dict.fromkeys(split(params), record))
+    create_model(path, params, model.config, release.tokenizer_files, dict.fromkeys(split(params), record))

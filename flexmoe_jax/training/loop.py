@@ -20,19 +20,29 @@ from flexmoe_jax.artifacts.sealed import digest
 from flexmoe_jax.config import RunConfig
 from flexmoe_jax.data.pipeline import make_batches, make_iterator, mix_batches
 from flexmoe_jax.data.sources import read_documents
-from flexmoe_jax.data.store import TokenStore, kind_of, write_store
+from flexmoe_jax.data.store import TokenStore, kind_of
+from flexmoe_jax.data.writer import write_store
 from flexmoe_jax.errors import DataError, FlexMoEError
 from flexmoe_jax.parallel.chips import peak_flops
 from flexmoe_jax.parallel.mesh import mesh_of_all, replicated
 from flexmoe_jax.parallel.processes import Agreement, barrier, is_lead, to_host
-from flexmoe_jax.parallel.specs import place_batch
+from flexmoe_jax.parallel.specs import check_rows, place_batch
 from flexmoe_jax.parallel.stacked import STACKED, unstack_weights
 from flexmoe_jax.progress import Advance, track
 from flexmoe_jax.training.freezing import freezing_mask, freezing_table
-from flexmoe_jax.training.metrics import Meter, MetricsFile, Recorder
+from flexmoe_jax.training.metrics import Meter, MetricsFile, Recorder, check_skipped
 from flexmoe_jax.training.optimizer import make_optimizer
 from flexmoe_jax.training.profile import Profile, parse_steps
-from flexmoe_jax.training.resume import check_identity, fields_of, identity_of
+from flexmoe_jax.training.resume import (
+    SOURCES,
+    TOKENS,
+    check_identity,
+    documents_of,
+    drop_stale_tokens,
+    fields_of,
+    identity_of,
+)
+from flexmoe_jax.training.signals import EX_INTERRUPTED, EX_TEMPFAIL, StopSignals
 from flexmoe_jax.training.start import Stage, prepare
 from flexmoe_jax.training.state import TrainState, create_state, flops_per_token
 from flexmoe_jax.training.step import make_train_step
@@ -43,9 +53,11 @@ _COUNTERS = ("step", "bad_steps", "skipped")
 
 
 class Stopped(FlexMoEError):
-    """SIGTERM stopped the run; its state is saved."""
+    """A signal stopped the run; its state is saved."""
 
-    exit_code = 75  # EX_TEMPFAIL of sysexits.h: try again
+    def __init__(self, stop: StopSignals, what: str):
+        super().__init__(f"stopped by {stop.name} {what}", "run the same command again to resume")
+        self.exit_code = EX_INTERRUPTED if stop.received == signal.SIGINT else EX_TEMPFAIL
 
 
 def train(run: RunConfig, allow: Collection[str] = (), profile: str | None = None) -> pathlib.Path:
@@ -57,26 +69,28 @@ def train(run: RunConfig, allow: Collection[str] = (), profile: str | None = Non
     `tokens/` (unless the data is a token store), `checkpoints/`, `metrics.jsonl`, and at the end `model/` or
     `package/`. Progress is logged.
 
-    Raises `Stopped` on SIGTERM after saving, ArtifactError if `run.out` belongs to another run, and FlexMoEError for
-    input that cannot be used, or when the loss stays non-finite.
+    Raises `Stopped` after saving on SIGTERM, SIGHUP, SIGUSR1 and the first Ctrl-C (in the main thread), ArtifactError
+    if `run.out` belongs to another run, and FlexMoEError for input that cannot be used, when the loss stays non-finite,
+    or when too many steps were skipped.
     """
     out, traced = pathlib.Path(run.out), parse_steps(profile, run.steps)
     product = out / ("model" if run.is_public else "package")
     mesh = mesh_of_all(run.mesh)
+    check_rows(mesh, run.batch_size)
     stage = prepare(run, mesh)
     with RunCheckpoints(out, keep=run.keep_checkpoints) as checkpoints:
-        stores = [_open_tokens(run, "data", stage, out / "tokens")]
-        if run.public_data is not None:
-            stores.append(_open_tokens(run, "public_data", stage, out / "public_tokens"))
-        identity = identity_of(run, stage, stores)
-        check_identity(out / "run.json", identity, allow)
+        started = checkpoints.started or product.exists()
+        stores, documents = _open_data(run, stage, out, started)
+        identity = identity_of(run, stage, stores, documents)
+        check_identity(out / "run.json", identity, allow, started)
         if product.exists():
             log.info(f"{product} exists: nothing to do")
             return product
         for pattern, trainable, leaves, count in freezing_table(stage.params, run.owner, run.freeze):
             log.info(f"{'trained' if trainable else 'frozen ':8} {pattern:34} {leaves:3} leaves {count:14,} parameters")
         with jax.set_mesh(mesh):
-            state = _fit(run, stage, mesh, stores, checkpoints, out, traced)
+            state = _fit(run, stage, mesh, stores, checkpoints, traced)
+        check_skipped(run, int(state.skipped))
         trained = _to_host(state.trainable, stage)
         if is_lead():
             _write_product(product, run, stage, trained, int(state.skipped), identity)
@@ -90,9 +104,9 @@ def _fit(
     mesh: Mesh,
     stores: list[TokenStore],
     checkpoints: RunCheckpoints,
-    out: pathlib.Path,
     traced: range,
 ) -> TrainState:
+    out = checkpoints.path
     optimizer = make_optimizer(run.optimizer, run.steps)
     state, frozen = create_state(mesh, stage.params, run.owner, optimizer, jnp.dtype(run.compute_dtype), run.freeze)
     iterator = make_iterator(_batches(run, stores))
@@ -104,7 +118,7 @@ def _fit(
     meter = _meter(run, stage, mesh)
     if traced and first >= traced.stop:
         log.info(f"steps {traced[0]} to {traced[-1]} are done: there is nothing to profile")
-    stop, agreement = _StopSignal(), Agreement(mesh)
+    stop, agreement = StopSignals(), Agreement(mesh)
     saved_at, answer = time.monotonic(), None
     profile = Profile(traced, out / "profile" / str(jax.process_index()))
     shown = track(f"train {run.owner}", run.steps, "steps", start=first) if is_lead() else _nothing()
@@ -117,20 +131,19 @@ def _fit(
                 recorder.add(n, metrics)
             overdue = is_lead() and (time.monotonic() - saved_at) / 60 >= run.save_minutes
             # Several processes agree on the request of a step one step later, when the answer costs no wait.
-            asked = agreement.ask(stop.received, overdue)
+            asked = agreement.ask(stop.received is not None, overdue)
             stopping, due = agreement.read(answer if agreement.shared and answer is not None else asked)
             answer = asked
             last = n + 1 == run.steps
+            if stopping and not last:
+                log.info(f"{stop.name}: saving after step {n + 1}; Ctrl-C ends at once")
             if stopping or last or due or (n + 1) % run.save_every == 0:
                 with recorder.paused():
                     saved_at = time.monotonic()
                     _save(checkpoints, state, iterator)
             if stopping and not last:
                 checkpoints.wait()
-                raise Stopped(
-                    f"stopped by SIGTERM after step {n + 1} of {run.steps}; the state is saved in {out}",
-                    "run the same command again to resume",
-                )
+                raise Stopped(stop, f"after step {n + 1} of {run.steps}; the state is saved in {run.out}")
     checkpoints.wait()
     return state
 
@@ -184,23 +197,35 @@ def _batches(run: RunConfig, stores: list[TokenStore]) -> grain.MapDataset:
     return mix_batches(*parts) if len(parts) == 2 else parts[0]
 
 
+def _open_data(
+    run: RunConfig, stage: Stage, out: pathlib.Path, started: bool
+) -> tuple[list[TokenStore], dict[str, str | None]]:
+    """(token stores, digests of the documents) of the owner's and the public data; makes the tokens where missing."""
+    for key in SOURCES.values():
+        if (path := getattr(run, key)) is not None and not pathlib.Path(path).exists():
+            raise DataError(f"config.{key} {path!r} does not exist", "give a folder of documents or a token store")
+    documents = documents_of(run)
+    if is_lead() and not started:
+        drop_stale_tokens(out, documents, stage.tokenizer.digest)
+    barrier("stale tokens")
+    return [_open_tokens(run, SOURCES[name], stage, out / TOKENS[name]) for name in documents], documents
+
+
 def _open_tokens(run: RunConfig, key: str, stage: Stage, tokens: pathlib.Path) -> TokenStore:
     """The tokens of `config.key`: a token store, OLMo files, or documents, tokenized once into the store `tokens`."""
     folder = pathlib.Path(getattr(run, key))
-    if not folder.exists():
-        raise DataError(f"config.{key} {str(folder)!r} does not exist", "give a folder of documents or a token store")
     kind = kind_of(folder)
     if kind == "store":
-        return TokenStore.open(folder, stage.tokenizer.digest)
+        return TokenStore.open(folder, stage.tokenizer)
     if kind == "olmo":
         vocab_size = stage.tokenizer.vocab_size
         dtype = run.token_dtype or ("uint16" if vocab_size <= 1 << 16 else "uint32")
-        return TokenStore.from_olmo(folder, dtype, stage.tokenizer.eos_id, vocab_size)
+        bos_id = None if stage.tokenizer.bos_id == stage.tokenizer.eos_id else stage.tokenizer.bos_id
+        return TokenStore.from_olmo(folder, dtype, stage.tokenizer.eos_id, vocab_size, bos_id)
     if not tokens.exists() and is_lead():
-        documents = read_documents(folder, fields=fields_of(run, key))
-        write_store((document.text for document in documents), stage.tokenizer, tokens)
+        write_store(read_documents(folder, fields=fields_of(run, key)), stage.tokenizer, tokens)
     barrier(f"tokens of {key}")
-    return TokenStore.open(tokens, stage.tokenizer.digest)
+    return TokenStore.open(tokens, stage.tokenizer)
 
 
 def _write_product(
@@ -224,27 +249,8 @@ def _write_product(
         "contact": run.contact,
     }
     if run.is_public:
-        tokenizer = product.with_name("tokenizer.json")
-        stage.tokenizer.save(tokenizer)
         records = dict.fromkeys(split(params), record)
-        create_model(product, params, stage.model, tokenizer, records, top_k=run.top_k)
-        tokenizer.unlink()
+        create_model(product, params, stage.model, stage.tokenizer.files, records, top_k=run.top_k)
     else:
         expert = params["experts"][run.owner]
         write_package(product, owner=run.owner, params=expert, config=stage.model, base=stage.base, record=record)
-
-
-class _StopSignal:
-    """While active, SIGTERM only sets `received`, so that the loop saves between steps."""
-
-    received = False
-
-    def __enter__(self) -> "_StopSignal":
-        self._previous = signal.signal(signal.SIGTERM, self._note)
-        return self
-
-    def __exit__(self, *_) -> None:
-        signal.signal(signal.SIGTERM, self._previous)
-
-    def _note(self, *_) -> None:
-        self.received = True

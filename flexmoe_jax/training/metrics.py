@@ -16,6 +16,7 @@ without a step that counts has none of the last four keys.
 
 import contextlib
 import json
+import logging
 import pathlib
 import time
 from collections.abc import Callable, Iterator, Sequence
@@ -23,9 +24,11 @@ from collections.abc import Callable, Iterator, Sequence
 import numpy as np
 
 from flexmoe_jax.config import RunConfig
-from flexmoe_jax.errors import FlexMoEError
+from flexmoe_jax.errors import DataError, FlexMoEError
 from flexmoe_jax.files import write_bytes
 
+log = logging.getLogger(__name__)
+MOST_SKIPPED = 0.01  # of a run's steps
 OF_TIME = ("time", "step_seconds", "tokens_per_second", "mfu", "peak_flops")  # keys that differ between equal runs
 
 
@@ -41,12 +44,12 @@ class MetricsFile:
             return
         kept = []
         if path.exists() and resume_step:
-            for line in path.read_text().splitlines():
+            for line in path.read_text(encoding="utf-8").splitlines():
                 # Only the last line can be cut short by a crash, and it is of a step after the checkpoint.
                 if line.endswith("}") and json.loads(line)["step"] < resume_step:
                     kept.append(line + "\n")
         write_bytes(path, "".join(kept).encode())  # atomic: another crash must not lose these lines
-        self._file = path.open("a", buffering=1)
+        self._file = path.open("a", buffering=1, encoding="utf-8")
 
     def write(self, values: dict) -> None:
         """Writes one line of JSON values."""
@@ -126,14 +129,31 @@ class Recorder:
         values = {key: np.asarray(value).tolist() for key, value in metrics.items()}
         self._meter.step_ended()
         share = dict(zip(self._names, values.pop("share"), strict=True))
-        self._advance(1, f"loss {values['loss']:.3f}")
+        skipped = f", {values['skipped']} skipped" if values["skipped"] else ""
+        self._advance(1, f"loss {values['loss']:.3f}{skipped}")
         if n % run.log_every == 0 or n + 1 == run.steps or values["bad_steps"]:
             finite = {key: value if np.isfinite(value) else None for key, value in values.items()}
             line = {"step": n, **finite, "share": share, "time": round(dispatched, 3), **self._meter.read()}
             self._file.write(line)
+        if values["bad_steps"]:
+            rows = run.batch_size - run.public_sequences
+            cause = "gradient" if np.isfinite(values["loss"]) else "loss"
+            where = f"windows {n * rows} to {(n + 1) * rows - 1} of the data in the order of seed {run.seed}"
+            log.info(f"step {n} is skipped: its {cause} is not finite ({where})")
         if values["bad_steps"] >= run.max_bad_steps:
             raise FlexMoEError(
-                f"the loss or its gradient was not finite for {values['bad_steps']} steps in a row, up to step {n} "
-                f"(windows {n * run.batch_size} to {(n + 1) * run.batch_size - 1} in the order of seed {run.seed})",
-                "lower config.optimizer.lr or look at these documents; parameters are those before the first bad step",
+                f"the loss or its gradient was not finite for {values['bad_steps']} steps in a row, up to step {n}",
+                "look at these documents, or lower config.optimizer.lr with --allow=config.optimizer.lr: the run "
+                "resumes at its last checkpoint",
             )
+
+
+def check_skipped(run: RunConfig, skipped: int) -> None:
+    """DataError if the run skipped more than `MOST_SKIPPED` of its steps: its product would not be what it states."""
+    if skipped > MOST_SKIPPED * run.steps:
+        raise DataError(
+            f"{skipped} of {run.steps} steps were skipped, since their loss or gradient was not finite: more than "
+            f"{MOST_SKIPPED:.0%}, and nothing is published from {run.out}; its checkpoints remain",
+            "look at the documents of these steps, or lower config.optimizer.lr, and train in another config.out; or "
+            "train on with more config.steps and --allow=config.steps",
+        )

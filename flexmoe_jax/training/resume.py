@@ -2,6 +2,7 @@
 
 import json
 import logging
+import os
 import pathlib
 from collections.abc import Collection
 
@@ -11,6 +12,8 @@ from flexmoe_jax.data.records import Fields
 from flexmoe_jax.data.sources import content_digest
 from flexmoe_jax.data.store import TokenStore, kind_of
 from flexmoe_jax.errors import ArtifactError, ConfigError, did_you_mean
+from flexmoe_jax.files import remove_directory
+from flexmoe_jax.json_files import parse_json, read_bytes
 from flexmoe_jax.parallel.processes import barrier, is_lead
 from flexmoe_jax.training.start import Stage
 from flexmoe_jax.tree import flatten
@@ -34,14 +37,16 @@ RESUMABLE = (
     "licence",
     "contact",
 )
+SOURCES = {"own": "data", "public": "public_data"}  # {name in run.json: key of the configuration}
+TOKENS = {"own": "tokens", "public": "public_tokens"}  # their tokens, in the run directory
 
 
-def identity_of(run: RunConfig, stage: Stage, stores: list[TokenStore]) -> dict:
+def identity_of(run: RunConfig, stage: Stage, stores: list[TokenStore], documents: dict[str, str | None]) -> dict:
     """What must not change when a run resumes. Paths may change: their contents are identified by digest."""
     config = {key: value for key, value in to_mapping(run).items() if key not in RESUMABLE}
     data = {
-        name: {"tokens": store.digest, "documents": _documents_digest(run, key)}
-        for name, key, store in zip(("own", "public"), ("data", "public_data"), stores, strict=False)
+        name: {"tokens": store.digest, "documents": digest}
+        for (name, digest), store in zip(documents.items(), stores, strict=True)
     }
     router = stage.router | {"rows": sha256_array(stage.params["experts"][run.owner]["router"])}
     digests = {"data": data, "tokenizer": stage.tokenizer.digest, "base": stage.base}
@@ -54,20 +59,42 @@ def fields_of(run: RunConfig, key: str) -> Fields:
     return Fields(run.text_field, run.id_field) if key == "data" else Fields()
 
 
-def _documents_digest(run: RunConfig, key: str) -> str | None:
-    """Digest of the documents as they are now; the run's tokens are those of its start. None for token files."""
-    folder = pathlib.Path(getattr(run, key))
-    return content_digest(folder, fields=fields_of(run, key)) if kind_of(folder) == "documents" else None
+def read_identity(path: pathlib.Path) -> dict:
+    """The identity in the file `path` (`run.json`); {} if there is none, ArtifactError if it cannot be read."""
+    return parse_json(read_bytes(path), path) if os.path.lexists(path) else {}
 
 
-def check_identity(path: pathlib.Path, identity: dict, allow: Collection[str]) -> None:
-    """Compares `identity` with the file `path` (`run.json`), or writes that file for a new run.
+def documents_of(run: RunConfig) -> dict[str, str | None]:
+    """{"own", "public"}: digests of the documents as they are now; None for token files. The whole data is read."""
+    digests: dict[str, str | None] = {}
+    for name, key in SOURCES.items():
+        if (path := getattr(run, key)) is not None:
+            documents = kind_of(pathlib.Path(path)) == "documents"
+            digests[name] = content_digest(path, fields=fields_of(run, key)) if documents else None
+    return digests
 
-    Keys in `allow` (dotted) may differ and are updated. ArtifactError for any other difference, ConfigError for a key
-    that an identity does not have.
+
+def drop_stale_tokens(out: pathlib.Path, documents: dict[str, str | None], tokenizer: str) -> None:
+    """Deletes tokens that a failed start of the run `out` made of other `documents`, or by another tokenizer.
+
+    `tokenizer` is the digest of the run's.
+    """
+    before = read_identity(out / "run.json")
+    for name, digest in documents.items():
+        made_of = before.get("data", {}).get(name, {}).get("documents")
+        if (made_of, before.get("tokenizer")) != (digest, tokenizer):
+            remove_directory(out / TOKENS[name])
+
+
+def check_identity(path: pathlib.Path, identity: dict, allow: Collection[str], started: bool) -> None:
+    """Compares `identity` with the file `path` (`run.json`) of a run that has `started`; writes it for any other.
+
+    A run has started when it has a checkpoint: a start that failed before binds nothing. Keys in `allow` (dotted) may
+    differ and are updated. ArtifactError for any other difference, ConfigError for a key that an identity does not
+    have.
     """
     identity = json.loads(json.dumps(identity))
-    lines = differences(json.loads(path.read_text()), identity) if path.exists() else []
+    lines = differences(read_identity(path), identity) if started else []
     changed = {line.partition(": ")[0]: line for line in lines}
     known = {*(key.replace("/", ".") for key in flatten(identity)), *changed}
     for key in allow:
@@ -80,6 +107,6 @@ def check_identity(path: pathlib.Path, identity: dict, allow: Collection[str]) -
         )
     for line in lines:
         log.info(f"changed as allowed: {line}")
-    if (lines or not path.exists()) and is_lead():
+    if (lines or not started) and is_lead():
         write_json(path, identity)
     barrier("identity")

@@ -85,7 +85,7 @@ def _continued_stage(run: RunConfig) -> Stage:
             f"config.top_k is {run.top_k}, the model has {len(model.experts)} experts", "set config.top_k lower"
         )
     base = {name: manifest.content for name, manifest in model.manifests.items()}
-    tokenizer = load_tokenizer(str(model.tokenizer_path))
+    tokenizer = load_tokenizer(model.tokenizer_files).for_rows(model.config.vocab_size)
     router = model.manifests[PUBLIC].record.router or {}
     # The data of every owner in the model influences all parameters that are trained from it.
     parts = {*model.experts, *(name for m in model.manifests.values() for name in m.record.tuned_with)} - {PUBLIC}
@@ -138,7 +138,7 @@ def _expert_stage(run: RunConfig, public: ModelDir, expert: Params, router: dict
     params = load_params(public, (PUBLIC,), mapped=True)
     beside = {PUBLIC: params["experts"][PUBLIC]} if run.coordinate else {}
     params = {**params, "experts": {**beside, run.owner: params["experts"][PUBLIC] | expert}}
-    tokenizer = load_tokenizer(str(public.tokenizer_path))
+    tokenizer = load_tokenizer(public.tokenizer_files).for_rows(public.config.vocab_size)
     base = {name: public.manifests[name].content for name in (TRUNK, PUBLIC)} | {"tokenizer": public.tokenizer_digest}
     return Stage(public.config, params, tokenizer, base, router, history or {})
 

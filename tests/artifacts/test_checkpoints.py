@@ -1,8 +1,10 @@
 """Run checkpoints restore every bit, skip damaged steps, and report failed saves."""
 
+import contextlib
 import shutil
 import subprocess
 import sys
+import threading
 
 import jax
 import jax.numpy as jnp
@@ -277,3 +279,35 @@ def test_verify_names_every_damaged_file_of_a_run(saved, tmp_path):
     (path / "checkpoints/4.orbax-checkpoint-tmp").mkdir()
     bad = {f.subject for f in verify_run(path) if not f.ok}
     assert bad == {"checkpoints/3/digests", "digests/2.json", "checkpoints/4.orbax-checkpoint-tmp"}
+
+
+def test_a_first_save_that_was_interrupted_before_its_digests_is_set_aside(tmp_path):
+    with RunCheckpoints(tmp_path) as checkpoints:
+        save(checkpoints, 1, start())
+    (tmp_path / "digests/1.json").unlink()
+    with RunCheckpoints(tmp_path) as checkpoints:
+        assert not checkpoints.started
+        assert checkpoints.restore(*start()) is None
+        save(checkpoints, 1, start())
+        assert checkpoints.restore(*start()).step == 1
+    assert (tmp_path / "damaged/1").is_dir()
+
+
+def test_leftovers_of_interrupted_saves_are_removed(tmp_path):
+    leftover = tmp_path / "checkpoints" / "4.orbax-checkpoint-tmp"
+    leftover.mkdir(parents=True)
+    with RunCheckpoints(tmp_path) as checkpoints:
+        assert checkpoints.restore(*start()) is None
+    assert not leftover.exists()
+
+
+def test_an_interrupted_block_does_not_wait_for_its_save(tmp_path, monkeypatch):
+    """A second Ctrl-C ends at once; the directory can be used again."""
+    halt = threading.Event()
+    monkeypatch.setattr(RunCheckpoints, "_commit", lambda self, step: halt.wait())
+    with contextlib.suppress(KeyboardInterrupt), RunCheckpoints(tmp_path) as checkpoints:
+        save(checkpoints, 1, start())
+        raise KeyboardInterrupt
+    with RunCheckpoints(tmp_path):
+        halt.set()
+    checkpoints._manager.close()

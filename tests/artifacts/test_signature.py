@@ -10,9 +10,9 @@ from flexmoe_jax.artifacts.journal import read_journal
 from flexmoe_jax.artifacts.model_changes import sign_release
 from flexmoe_jax.artifacts.model_checks import verify_model
 from flexmoe_jax.artifacts.model_dir import open_model
-from flexmoe_jax.artifacts.package import load_package, verify_package
+from flexmoe_jax.artifacts.package import load_package, sign_package, verify_package
 from flexmoe_jax.artifacts.sealed import json_bytes
-from flexmoe_jax.artifacts.signature import FILE, generate_key, read_trusted, sign_package
+from flexmoe_jax.artifacts.signature import FILE, generate_key, read_trusted
 from flexmoe_jax.cli.main import main
 from flexmoe_jax.compose.merge import merge
 from flexmoe_jax.compose.optout import opt_out, replace

@@ -3,12 +3,14 @@
 import os
 import pathlib
 import pwd
+import shutil
 import subprocess
 import sys
 
 import pytest
 
-from flexmoe_jax import errors, files
+from flexmoe_jax import errors, files, progress
+from tests.tiny import contents
 
 FLEXMOE = f"{sys.executable} -m flexmoe_jax.cli.main"
 
@@ -45,6 +47,14 @@ def test_text_that_the_terminal_cannot_show_is_escaped(world):
     assert (code, out[:14]) == (0, "caf\\xe9 \\u4e16"), err
 
 
+def test_progress_without_a_stderr_shows_nothing(monkeypatch, capsys):
+    """Some hosts, such as web servers on Windows, have none."""
+    monkeypatch.setattr(sys, "stderr", None)
+    with progress.track("counting", 3) as advance:
+        advance(3, "note")
+    assert capsys.readouterr().out == ""
+
+
 def test_the_library_logs_a_line_once_whatever_the_root_logger_does(world, tmp_path):
     """Libraries give the root logger a handler; ours is the one that prints."""
     code = (
@@ -54,6 +64,155 @@ def test_the_library_logs_a_line_once_whatever_the_root_logger_does(world, tmp_p
     environment = {**os.environ, "GLIBC_TUNABLES": ""}
     done = subprocess.run([sys.executable, "-c", code], env=environment, capture_output=True, text=True, check=True)
     assert done.stderr == "once\n"
+
+
+# -- refused starts of a training --------------------------------------------------------------------------------------
+
+REFUSED_STARTS = """
+import sys, threading
+from flexmoe_jax.cli.main import main
+experiment, *starts = sys.argv[1:]
+for start in starts:
+    assert main(["train", f"--config={experiment}:news", *start.split()]) == 1, start
+    assert threading.enumerate() == [threading.main_thread()], start
+"""
+
+
+def test_twenty_refused_starts_print_two_lines_each_and_leave_no_thread(world, tmp_path):
+    """A thread that outlives the refusal prints its own errors when the process ends."""
+    paths = {"data": world / "news" / "data", "public": world / "public" / "run" / "model"}
+    paths |= {"domain_vector": world / "news" / "domain.json", "out": tmp_path / "run"}
+    (tmp_path / "empty").mkdir()
+    (tmp_path / "empty" / "a.jsonl").write_text("")
+    (tmp_path / "short").mkdir()
+    (tmp_path / "short" / "a.jsonl").write_text('{"text": "a"}')
+    (tmp_path / "run.py").write_text(
+        "from flexmoe_jax.experiment import run_config\n"
+        "def get_config(arg):\n"
+        f"    return run_config(owner=arg, steps=2, batch_size=2, seq_len=16, **{ {k: str(paths[k]) for k in paths} })"
+    )
+    wrong = ("seq_len=33", f"data={tmp_path / 'empty'}", f"data={tmp_path / 'short'}", "mesh=data=3", "mesh=x=1")
+    starts = [f"--config.{change}" for change in wrong] * 4
+    command = [sys.executable, "-c", REFUSED_STARTS, str(tmp_path / "run.py"), *starts]
+    done = subprocess.run(command, capture_output=True, text=True, check=False)
+    assert done.returncode == 0, done.stderr[-3000:]
+    for said, count in (("flexmoe train: ", 20), ("  remedy: ", 20), ("Traceback", 0), ("ERROR", 0)):
+        assert len([line for line in done.stderr.splitlines() if line.startswith(said)]) == count, done.stderr[-3000:]
+
+
+# -- disks and devices -------------------------------------------------------------------------------------------------
+
+
+def last_lines(err: str) -> list[str]:
+    """The refusal: what was printed after the lines of progress. No library has printed a traceback before it."""
+    assert "Traceback" not in err, err
+    lines = err.splitlines()
+    return lines[[line.startswith("flexmoe ") for line in lines].index(True) :]
+
+
+@pytest.mark.parametrize(
+    ("command", "what"),
+    [
+        ("data tokenize {documents} --out {out}", "{out} could not be written: File too large"),
+        ("optout {model} --expert news --out {out}", "{out} could not be written: File too large"),
+        ("pretrain --config={experiment}:public --config.out={out}", "saving step 2 to {out} failed: File too large"),
+    ],
+)
+def test_a_write_that_the_system_refuses_is_told_in_two_lines(world, tmp_path, command, what):
+    """A limit on the size of files stands for a full disk: the system refuses the bytes of libraries, too."""
+    (tmp_path / "run.py").write_text(
+        "from flexmoe_jax.experiment import run_config\n"
+        "def get_config(arg):\n"
+        f"    return run_config(owner=arg, steps=2, batch_size=2, seq_len=16, public={str(world / 'model')!r},\n"
+        f"        data={str(world / 'public' / 'data')!r})"
+    )
+    documents = tmp_path / "documents.jsonl"
+    documents.write_text('{"text": "one two three four five six seven eight"}\n' * 4000)
+    names = {"documents": documents, "model": world / "model", "out": tmp_path / "out"}
+    names["experiment"] = tmp_path / "run.py"
+    line = f"ulimit -f 24; $FLEXMOE {command.format(**names)}"
+    code, _, err = shell(line, JAX_ENABLE_COMPILATION_CACHE="0")
+    first, second = last_lines(err)
+    assert (code, first.partition(": ")[2]) == (1, what.format(**names))
+    assert second.startswith("  remedy: check free space and permissions")
+    assert not list(tmp_path.glob(".out*"))
+
+
+def test_a_run_directory_on_a_disk_that_is_read_only_is_refused(world, tmp_path):
+    from flexmoe_jax.artifacts.checkpoints import RunCheckpoints
+
+    with pytest.raises(errors.ArtifactError, match="the run directory /proc/run cannot be made") as refusal:
+        RunCheckpoints("/proc/run")
+    assert "give a config.out that you may write to" in refusal.value.remedy
+
+
+@pytest.mark.parametrize("platforms", ["cuda", "tpu", "nothing"])
+def test_devices_that_are_not_there_are_refused_with_the_way_to_the_doctor(world, platforms):
+    command = f"$FLEXMOE generate {world / 'model'} --prompt the --max-new-tokens 1"
+    code, _, err = shell(command, JAX_PLATFORMS=platforms)
+    first, second = last_lines(err)
+    assert code == 1
+    assert first.startswith("flexmoe generate: JAX cannot use the devices of this machine (JAX_PLATFORMS is ")
+    assert second == "  remedy: run `flexmoe doctor`, which says why; JAX_PLATFORMS=cpu uses the processor"
+    code, out, _ = shell("$FLEXMOE doctor", JAX_PLATFORMS=platforms)
+    assert f"JAX_PLATFORMS is '{platforms}', and JAX cannot use it here" in out
+    assert shell(command, JAX_PLATFORMS="cpu")[0] == 0
+
+
+def test_the_traceback_of_a_refusal_is_shown_on_request():
+    code, _, err = shell("$FLEXMOE inspect nowhere", FLEXMOE_DEBUG="1")
+    assert (code, err.splitlines()[0]) == (1, "Traceback (most recent call last):")
+    assert err.endswith("relative paths start at " + os.getcwd() + "\n")
+
+
+# -- the encoding of the locale ----------------------------------------------------------------------------------------
+
+
+@pytest.fixture(scope="module")
+def latin(tmp_path_factory) -> dict[str, str]:
+    """The environment of a process whose locale is ISO-8859-1."""
+    if shutil.which("localedef") is None:
+        pytest.skip("localedef is not here")
+    folder = tmp_path_factory.mktemp("locales")
+    command = ["localedef", "-i", "de_DE", "-f", "ISO-8859-1", str(folder / "de_DE.ISO-8859-1")]
+    if subprocess.run(command, capture_output=True, check=False).returncode:
+        pytest.skip("the system has no description of the locale")
+    variables = {"LOCPATH": str(folder), "LC_ALL": "de_DE.ISO-8859-1", "PYTHONUTF8": "0"}
+    name = subprocess.run(
+        [sys.executable, "-c", "import locale; print(locale.getpreferredencoding())"],
+        env={**os.environ, **variables},
+        capture_output=True,
+        text=True,
+        check=True,
+    )
+    assert name.stdout == "ISO-8859-1\n"
+    return variables
+
+
+def test_the_locale_changes_no_byte_of_what_is_written(world, tmp_path, latin):
+    """Records, documents and paths hold letters that ISO-8859-1 has, and others."""
+    data = tmp_path / "größe"
+    data.mkdir()
+    (data / "a.jsonl").write_text('{"text": "Zoë of 東京 said: the river and the city"}\n' * 40, encoding="utf-8")
+    (tmp_path / "run.py").write_text(
+        "import pathlib\nfrom flexmoe_jax.experiment import run_config\n"
+        f"here = pathlib.Path({str(tmp_path)!r})\n"
+        "def get_config(out):\n"
+        "    return run_config(owner='news', steps=2, batch_size=2, seq_len=16, out=str(here / out),\n"
+        "        data=str(next(here.glob('gr*'))), contact='Zoë, 東京 team', licence='©',\n"
+        f"        public={str(world / 'public' / 'run' / 'model')!r},\n"
+        f"        domain_vector={str(world / 'news' / 'domain.json')!r})\n",
+        encoding="utf-8",
+    )
+    written = {}
+    for name, environment in (("utf", {"LC_ALL": "C.UTF-8"}), ("latin", latin)):
+        code, _, err = shell(f"$FLEXMOE train --config={tmp_path / 'run.py'}:{name}", **environment)
+        assert code == 0, err
+        written[name] = contents(tmp_path / name / "package") | contents(tmp_path / name / "tokens")
+        code, out, err = shell(f"$FLEXMOE inspect {tmp_path / name / 'package'} --json", **environment)
+        assert code == 0, err
+        written[name]["inspect"] = out.replace(name, "")
+    assert written["utf"] == written["latin"]
 
 
 # -- no home directory -------------------------------------------------------------------------------------------------

@@ -144,7 +144,7 @@ def test_a_crash_anywhere_leaves_no_certificate_or_a_true_one(home, tmp_path):
 def test_a_certificate_over_an_existing_file_or_inside_the_model_is_refused(home, model, tmp_path):
     (tmp_path / "there.json").write_text("")
     before = contents(model, leave_out=())
-    for place, message in ((tmp_path / "there.json", "already exists"), (model / "proof.json", "is inside the model")):
+    for place, message in ((tmp_path / "there.json", "already exists"), (model / "proof.json", f"is inside {model}")):
         with pytest.raises(ArtifactError, match=message):
             opt_out(model, "news", certificate=place)
     assert contents(model, leave_out=()) == before

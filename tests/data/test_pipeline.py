@@ -10,9 +10,11 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from flexmoe_jax.data.pipeline import Batch, make_batches, make_iterator, mix_batches, scoring_batches
-from flexmoe_jax.data.store import TokenStore, write_store
+from flexmoe_jax.data.store import TokenStore
 from flexmoe_jax.data.tokenizer import load_tokenizer
+from flexmoe_jax.data.writer import write_store
 from flexmoe_jax.errors import DataError
+from tests.tokenizers import sentencepiece
 
 EOS, LENGTH, WINDOWS = 5, 8, 45
 DTYPES = {"tokens": np.int32, "targets": np.int32, "segments": np.int32, "weights": np.float32}
@@ -146,21 +148,35 @@ def test_targets_segments_and_weights_equal_those_of_a_loop():
     assert any((batches()[n].segments > 1).any() for n in range(12))  # the case is in the data
 
 
-def test_training_and_scoring_read_the_same_tokens_and_targets_of_a_document(tmp_path):
-    """Packed for training, a document is the segment from the preceding end token to its last token.
+@pytest.mark.parametrize("begins", [False, True])
+def test_training_and_scoring_read_the_same_tokens_and_targets_of_a_document(tmp_path, begins):
+    """Packed for training, a document is the segment from the token that starts it (its own, or the preceding end) on.
 
     These are the tokens and targets with which it is scored in a row of its own.
     """
+    words = load_tokenizer(sentencepiece(tmp_path / "t")) if begins else tokenizer()
     texts = ["one two three", "four", "five six"]
-    packed = write_store(iter(texts), tokenizer(), tmp_path / "store")
+    packed = write_store(iter(texts), words, tmp_path / "store")
     batch = make_batches(packed, seq_len=packed.num_tokens - 1, batch_size=1, seed=0)[0]
-    scored, _, _ = next(scoring_batches(texts, tokenizer(), 16, 8, len(texts)))
-    for document in (1, 2):  # no end token precedes the first document in the store
-        inside = batch.segments[0] == document
+    scored, _, _ = next(scoring_batches(texts, words, 32, 8, len(texts)))
+    first = 0 if begins else 1  # no end token precedes the first document in the store
+    for document in range(first, 3):
+        inside = (batch.segments[0] == document + begins) & (batch.weights[0] == 1)
         counted = scored.weights[document] == 1
         for name in ("tokens", "targets"):
             ours, theirs = getattr(batch, name)[0][inside], getattr(scored, name)[document][counted]
             np.testing.assert_array_equal(ours, theirs)
+        assert scored.tokens[document][0] == words.start_id
+
+
+def test_nothing_predicts_the_token_that_begins_texts(tmp_path):
+    words = load_tokenizer(sentencepiece(tmp_path / "t"))
+    packed = write_store(["the cat", "sat", "on the mat"], words, tmp_path / "store")
+    assert (packed.bos_id, packed.eos_id) == (1, 2)
+    batch = make_batches(packed, seq_len=packed.num_tokens - 1, batch_size=1, seed=0)[0]
+    np.testing.assert_array_equal(batch.weights == 0, batch.targets == 1)
+    assert (batch.targets == 1).sum() == 2
+    assert (batch.targets == 2).sum() == 3
 
 
 def test_too_few_windows_are_refused():

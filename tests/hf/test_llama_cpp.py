@@ -95,7 +95,7 @@ def trained(kind: str) -> dict:
         trainer = trainers.BpeTrainer(
             vocab_size=600, special_tokens=SPECIALS, initial_alphabet=alphabet, show_progress=False
         )
-    engine.train_from_iterator([pathlib.Path("README.md").read_text()], trainer)
+    engine.train_from_iterator([pathlib.Path("README.md").read_text(encoding="utf-8")], trainer)
     content = json.loads(engine.to_str())
     if kind == "default":
         content["pre_tokenizer"] = None

@@ -14,34 +14,14 @@ from flexmoe_jax.artifacts.model_checks import verify_model
 from flexmoe_jax.errors import FlexMoEError
 from flexmoe_jax.hf.architectures import FLEX_OLMO
 from flexmoe_jax.hf.checkpoint import open_folder
-from flexmoe_jax.hf.configuration import write_config
 from flexmoe_jax.hf.load import import_model, read_tree
 from flexmoe_jax.hf.mapping import slots
-from flexmoe_jax.hf.tensors import Tensor, read_file, write_file, write_tensors
+from flexmoe_jax.hf.tensors import read_file, write_file
 from flexmoe_jax.tree import canonical_order
-from tests.hf.tiny import CONFIG, edit_config, join_file, split_file, tokenizer
+from tests.hf.tiny import CONFIG, arrays, edit_config, join_file, split_file, tensor, write
 
 NAMES = ("public", "code", "news")
 NORM, Q = "model.norm.weight", "model.layers.1.self_attn.q_proj.weight"
-
-
-def tensor(array: np.ndarray) -> Tensor:
-    return Tensor(array.dtype.name, array.shape, lambda: array)
-
-
-def arrays(seed: int = 0) -> dict[str, np.ndarray]:
-    rng = np.random.default_rng(seed)
-    table = slots(CONFIG, FLEX_OLMO, NAMES)
-    return {name: rng.standard_normal(slot.shape).astype(np.float32) for name, slot in table.items()}
-
-
-def write(folder: pathlib.Path, weights: dict[str, np.ndarray], max_shard_bytes: int = 1 << 30) -> pathlib.Path:
-    """A checkpoint folder made without transformers."""
-    tokenizer(folder)
-    config = write_config(FLEX_OLMO, CONFIG, 3, 2, "float32", {}, {}, {})
-    (folder / "config.json").write_text(json.dumps(config))
-    write_tensors(folder, {name: tensor(array) for name, array in weights.items()}, max_shard_bytes)
-    return folder
 
 
 def refused(folder: pathlib.Path, message: str, out: pathlib.Path, **kwargs):
@@ -64,7 +44,6 @@ def test_a_complete_checkpoint_is_imported(tmp_path):
         (lambda w: w.update({"model.layers.2.mlp.gate.weight": w[NORM]}), r"layers.2.mlp.gate.weight' is unknown"),
         (lambda w: w.update({"model.layers.0.mlp.gate.bias": w[NORM]}), r"layers.0.mlp.gate.bias' is unknown"),
         (lambda w: w.update({Q: w[Q][:16]}), r"q_proj.weight' has shape \(16, 32\), config.json implies \(32, 32\)"),
-        (lambda w: w.update({Q: w[Q].astype(np.float16)}), "q_proj.weight is float32, .*q_proj.weight is float16"),
         (lambda w: w.update({NORM: np.full(32, np.nan, np.float32)}), "'final_norm' of 'trunk' has 32 values"),
     ],
 )
@@ -81,10 +60,10 @@ def test_tensors_that_do_not_fit_are_refused(tmp_path, change, message):
         ({"architectures": ["FlexOlmoModel"]}, "architectures is"),
         ({"hidden_act": "gelu"}, "hidden_act is 'gelu'"),
         ({"attention_bias": True}, "attention_bias is True"),
-        ({"rope_parameters": {"rope_type": "llama3", "factor": 8.0}}, "scaled by 'llama3' with factor"),
+        ({"rope_parameters": {"rope_type": "llama3", "factor": 8.0}}, r"scaled by 'llama3' with \['factor'"),
         ({"rope_parameters": {"rope_type": "longrope", "factor": 8.0}}, "scaled by 'longrope'"),
         ({"rope_parameters": {"rope_type": "default", "partial_rotary_factor": 0.5}}, "rotates 0.5 of each head"),
-        ({"layer_types": ["full_attention", "sliding_attention"]}, "layer_types has 'sliding_attention'"),
+        ({"layer_types": ["full_attention", "sliding_attention"]}, r"layer_types has \['sliding_attention'\]"),
         ({"no_rope_layers": [0, 1]}, r"no_rope_layers is \[0, 1\]"),
         ({"rope_theta": 1e4}, "rope_theta has the values"),
         ({"num_experts_per_tok": 4}, "num_experts_per_tok is 4 with num_experts 3"),

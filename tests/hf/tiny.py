@@ -13,6 +13,10 @@ from flexmoe_jax.artifacts.model_dir import ModelDir, create_model
 from flexmoe_jax.artifacts.package import write_package
 from flexmoe_jax.compose.merge import merge
 from flexmoe_jax.data.tokenizer import load_tokenizer
+from flexmoe_jax.hf.architectures import FLEX_OLMO, Architecture
+from flexmoe_jax.hf.configuration import write_config
+from flexmoe_jax.hf.mapping import slots
+from flexmoe_jax.hf.tensors import Tensor, write_tensors
 from flexmoe_jax.model_config import ModelConfig
 from flexmoe_jax.tree import PUBLIC, TRUNK, select
 from tests.tiny import random_params
@@ -55,7 +59,9 @@ def checkpoint(folder: pathlib.Path, kind: str, *, dtype="float32", experts: int
     return model
 
 
-def our_model(folder: pathlib.Path, owners=("code", "news"), *, biased=False, top_k=None, config=CONFIG) -> ModelDir:
+def our_model(
+    folder: pathlib.Path, owners=("code", "news"), *, biased=False, top_k=None, config=CONFIG, files=None
+) -> ModelDir:
     """`folder`/model: a public release and experts, random and merged; the parts are beside it."""
     params = random_params(config, (PUBLIC, *owners))
     params = jax.tree.map(np.asarray, params)
@@ -67,7 +73,7 @@ def our_model(folder: pathlib.Path, owners=("code", "news"), *, biased=False, to
         folder / "release",
         select(params, [PUBLIC]),
         config,
-        tokenizer(folder / "tokenizer"),
+        tokenizer(folder / "tokenizer") if files is None else files,
         {TRUNK: record, PUBLIC: record},
     )
     base = {name: release.manifests[name].content for name in (TRUNK, PUBLIC)} | {"tokenizer": release.tokenizer_digest}
@@ -76,6 +82,40 @@ def our_model(folder: pathlib.Path, owners=("code", "news"), *, biased=False, to
         part = params["experts"][name]
         write_package(folder / name, owner=name, params=part, config=config, base=base, record=record)
     return merge(folder / "release", [folder / name for name in owners], folder / "model", top_k=top_k)
+
+
+def tensor(array: np.ndarray) -> Tensor:
+    return Tensor(array.dtype.name, array.shape, lambda: array)
+
+
+def arrays(seed: int = 0, kind: Architecture = FLEX_OLMO, config: ModelConfig = CONFIG) -> dict[str, np.ndarray]:
+    """Random weights of a checkpoint, of three experts if it is a mixture."""
+    rng = np.random.default_rng(seed)
+    table = slots(config, kind, ("public", "code", "news") if kind.mixture else ("public",))
+    return {name: rng.standard_normal(slot.shape).astype(np.float32) for name, slot in table.items()}
+
+
+def write(
+    folder: pathlib.Path,
+    weights: dict[str, np.ndarray],
+    max_shard_bytes: int = 1 << 30,
+    kind: Architecture = FLEX_OLMO,
+    config: ModelConfig = CONFIG,
+    experts: int = 3,
+) -> pathlib.Path:
+    """A checkpoint folder made without transformers."""
+    tokenizer(folder)
+    fields = write_config(kind, config, experts, 2, "float32", {}, {}, {})
+    (folder / "config.json").write_text(json.dumps(fields))
+    write_tensors(folder, {name: tensor(array) for name, array in weights.items()}, max_shard_bytes)
+    return folder
+
+
+def write_float64(path: pathlib.Path, name: str, array: np.ndarray) -> None:
+    """Adds a tensor in double precision, which our writer lacks, to a safetensors file."""
+    header, data = split_file(path)
+    header[name] = {"dtype": "F64", "shape": list(array.shape), "data_offsets": [len(data), len(data) + array.nbytes]}
+    join_file(path, header, data + array.tobytes())
 
 
 def split_file(path: pathlib.Path) -> tuple[dict, bytes]:

@@ -19,13 +19,15 @@ from flexmoe_jax.artifacts.model_dir import load_params, open_model
 from flexmoe_jax.artifacts.package import content_digest, load_package
 from flexmoe_jax.cli.main import use_compilation_cache
 from flexmoe_jax.compose.merge import merge
+from flexmoe_jax.data.tokenizer import load_tokenizer
 from flexmoe_jax.errors import FlexMoEError
 from flexmoe_jax.model.decoder import init_params
-from flexmoe_jax.parallel.mesh import make_mesh
+from flexmoe_jax.parallel.mesh import make_mesh, mesh_of_one
 from flexmoe_jax.parallel.specs import place_at
 from flexmoe_jax.training.loop import train
 from flexmoe_jax.tree import flatten
-from tests.tiny import MODEL, WORDS, expert_run, public_run, write_documents
+from tests.model.test_equal_experts import ANCHORS, copies
+from tests.tiny import MODEL, WORDS, expert_run, max_difference, public_run, random_tokens, write_documents
 
 PUBLIC_MESHES = ("fsdp=8", "data=2,fsdp=2,tensor=2", "data=8")
 EVALUATION_MESHES = ("data=2,fsdp=2,expert=2", "expert=4,fsdp=2")
@@ -97,6 +99,19 @@ def initial() -> dict[str, str]:
     return found
 
 
+def equal_experts() -> dict[str, dict[str, float]]:
+    """{mesh: {anchor: largest difference of logits}} between four copies of an expert, two active, and that expert."""
+    found: dict = {}
+    for anchor, config in ANCHORS.items():
+        dense, mixture = copies(config, 4)
+        tokens = np.asarray(random_tokens(config, 2, 9))
+        expected = fm.Model(config, dense, load_tokenizer("cl100k:300"), None, mesh_of_one()).logits(tokens)
+        for text in EVALUATION_MESHES:
+            many = fm.Model(config, mixture, load_tokenizer("cl100k:300"), 2, make_mesh(text))
+            found.setdefault(text, {})[anchor] = max_difference(many.logits(tokens), expected)
+    return found
+
+
 def main(root: pathlib.Path) -> dict:
     steps = {"steps": 10, "batch_size": 8, "save_every": 100}
     result = {}
@@ -137,6 +152,7 @@ def main(root: pathlib.Path) -> dict:
     result["joint"] = compare(joint, JOINT_MESHES, lambda path: load_params(open_model(path)))
     result["scores"] = scores(root / "model")
     result["initial"] = initial()
+    result["equal experts"] = equal_experts()
     result["refused"] = {}
     for mesh in ("fsdp=3", "fsdp=16", "expert=8", "pipe=8"):
         try:

@@ -20,6 +20,7 @@ from flexmoe_jax.parallel.specs import RULES, spec_of
 from flexmoe_jax.parallel.stacked import stack_weights, unstack_weights, with_stacked_rows
 from flexmoe_jax.params import AXES
 from flexmoe_jax.tree import flatten, match_rules
+from tests.model.test_equal_experts import ANCHORS
 from tests.tiny import TINY, random_params
 
 PARAMETERS, LOSSES = 5e-4, 1e-5
@@ -63,6 +64,14 @@ def test_a_seed_gives_the_same_initial_bits_on_every_mesh(found):
     assert len({*found["initial"].values()}) == 1
 
 
+def test_copies_of_an_expert_on_a_mesh_are_that_expert(found):
+    """Logits are of order 1, and weights that add up to 1 leave float32 rounding."""
+    assert len(found["equal experts"]) == 2
+    for mesh, differences in found["equal experts"].items():
+        assert len(differences) == 6
+        assert max(differences.values()) < 2e-4, mesh
+
+
 def test_meshes_that_do_not_fit_are_refused_with_both_numbers(found):
     assert found["refused"] == {
         "fsdp=3": "the mesh 'fsdp=3' takes 3 devices, there are 8",
@@ -73,9 +82,10 @@ def test_meshes_that_do_not_fit_are_refused_with_both_numbers(found):
 
 
 def test_every_leaf_has_a_sharding_rule_and_every_rule_a_leaf():
-    params = init_params(TINY, jax.random.key(0), ("public", "news"))
-    stacked = {**params, "experts": stack_weights(params["experts"])}
-    paths = {*flatten(params), *flatten(stacked)}
+    paths: set[str] = set()
+    for config in ANCHORS.values():  # which have every leaf that a model can have
+        params = init_params(config, jax.random.key(0), ("public", "news"))
+        paths |= {*flatten(params), *flatten({**params, "experts": stack_weights(params["experts"])})}
     numbered = [(pattern, number) for number, (pattern, _) in enumerate(RULES)]
     assert set(match_rules(paths, numbered).values()) == set(range(len(RULES)))
     assert spec_of("opt_state/1/0/mu/trunk/embed") == spec_of("trunk/embed")

@@ -1,5 +1,6 @@
 """Whole runs: their files, exact resumption, and refused input."""
 
+import concurrent.futures
 import dataclasses
 import json
 import os
@@ -13,15 +14,16 @@ import time
 import numpy as np
 import pytest
 
+from flexmoe_jax.artifacts.checkpoints import verify_run
 from flexmoe_jax.artifacts.manifest import read_manifest
 from flexmoe_jax.artifacts.model_dir import open_model
 from flexmoe_jax.artifacts.package import load_package
 from flexmoe_jax.compose.merge import merge
 from flexmoe_jax.config import OptimizerConfig
 from flexmoe_jax.data.sources import read_documents
-from flexmoe_jax.data.store import write_store
 from flexmoe_jax.data.tokenizer import load_tokenizer
-from flexmoe_jax.errors import FlexMoEError
+from flexmoe_jax.data.writer import write_store
+from flexmoe_jax.errors import DataError, FlexMoEError
 from flexmoe_jax.training import loop
 from flexmoe_jax.training.metrics import OF_TIME, MetricsFile
 from flexmoe_jax.tree import PUBLIC, TRUNK
@@ -79,9 +81,19 @@ def test_a_public_model_of_another_shape_than_expected_is_refused(release, tmp_p
 FACTORED = OptimizerConfig(lr=1e-2, warmup_steps=1, first_moment="bfloat16", second_moment="factored")
 
 
-@pytest.mark.parametrize(("public_fraction", "optimizer"), [(0.0, None), (0.5, None), (0.0, FACTORED)])
-def test_stopped_and_resumed_equals_uninterrupted(release, tmp_path, monkeypatch, public_fraction, optimizer, caplog):
-    """SIGTERM after step 3: the run saves, and the resumed run gives the same bits and metrics as without a stop."""
+@pytest.mark.parametrize(
+    ("public_fraction", "optimizer", "number", "code"),
+    [
+        (0.0, None, signal.SIGTERM, 75),
+        (0.5, None, signal.SIGINT, 130),
+        (0.0, FACTORED, signal.SIGHUP, 75),
+        (0.0, None, signal.SIGUSR1, 75),
+    ],
+)
+def test_stopped_and_resumed_equals_uninterrupted(
+    release, tmp_path, monkeypatch, public_fraction, optimizer, number, code, caplog
+):
+    """A signal after step 3: the run saves, and the resumed run gives the same bits and metrics as without a stop."""
     mixed = {"public_fraction": public_fraction} | ({"optimizer": optimizer} if optimizer else {})
     if public_fraction:
         mixed["public_data"] = str(write_documents(tmp_path / "sample", "public"))
@@ -96,15 +108,16 @@ def test_stopped_and_resumed_equals_uninterrupted(release, tmp_path, monkeypatch
 
         def counted(*inputs):
             if next(calls) == 2:
-                os.kill(os.getpid(), signal.SIGTERM)
+                os.kill(os.getpid(), number)
             return step(*inputs)
 
         return counted
 
     with monkeypatch.context() as patch:
         patch.setattr(loop, "make_train_step", stopping)
-        with pytest.raises(loop.Stopped, match="after step 3 of 6"):
+        with pytest.raises(loop.Stopped, match=f"stopped by {number.name} after step 3 of 6") as stopped:
             loop.train(halved)
+    assert stopped.value.exit_code == code
     assert not (pathlib.Path(halved.out) / "package").exists()
     caplog.set_level("INFO", "flexmoe_jax")
     assert read_manifest(loop.train(halved)).content == expected
@@ -184,6 +197,85 @@ def test_a_run_resumes_with_a_difference_that_is_allowed_by_name(release, tmp_pa
     assert "resumed at step 4" in caplog.messages
     assert read_manifest(package).record.training["steps"] == 6
     loop.train(dataclasses.replace(run, steps=6))  # run.json has the new value
+
+
+def make_bad(monkeypatch, *numbers: int) -> None:
+    """The batches of these numbers, counted from the start of the process, give a loss that is not finite."""
+    place, calls = loop.place_batch, iter(range(1000))
+
+    def placed(mesh, batch):
+        if next(calls) in numbers:
+            batch = dataclasses.replace(batch, weights=batch.weights * np.float32(np.nan))
+        return place(mesh, batch)
+
+    monkeypatch.setattr(loop, "place_batch", placed)
+
+
+def test_every_skipped_step_is_said_and_too_many_publish_nothing(release, tmp_path, monkeypatch, caplog, capsys):
+    caplog.set_level("INFO", "flexmoe_jax")
+    run = expert_run(tmp_path, "news", release, steps=99, save_every=99, log_every=99)
+    with monkeypatch.context() as patch:
+        make_bad(patch, 7)
+        with pytest.raises(DataError, match="1 of 99 steps were skipped") as refusal:
+            loop.train(run)
+    said = "step 7 is skipped: its loss is not finite (windows 28 to 31 of the data in the order of seed 0)"
+    assert [line for line in caplog.messages if "is skipped" in line] == [said]
+    assert ", 1 skipped" in capsys.readouterr().err  # the progress line
+    assert not pathlib.Path(run.out, "package").exists()
+    with pytest.raises(DataError, match="1 of 99"):  # the same command again does not publish it either
+        loop.train(run)
+    assert verify_run(run.out)  # its checkpoints stay
+    assert "train on with more config.steps and --allow=config.steps" in refusal.value.remedy
+    package = loop.train(dataclasses.replace(run, steps=100), allow=["config.steps"])
+    assert read_manifest(package).record.training["skipped_steps"] == 1
+
+
+def test_a_run_that_stopped_for_bad_steps_goes_on_with_a_lower_learning_rate_as_its_remedy_says(
+    release, tmp_path, monkeypatch
+):
+    run = expert_run(tmp_path, "news", release, max_bad_steps=2)
+    with monkeypatch.context() as patch:
+        make_bad(patch, 2, 3)
+        with pytest.raises(FlexMoEError, match="not finite for 2 steps") as refusal:
+            loop.train(run)
+    assert "lower config.optimizer.lr with --allow=config.optimizer.lr" in refusal.value.remedy
+    lower = dataclasses.replace(run, optimizer=dataclasses.replace(run.optimizer, lr=1e-3))
+    with pytest.raises(FlexMoEError, match=r"optimizer\.lr: 0.01 != 0.001"):
+        loop.train(lower)
+    package = loop.train(lower, allow=["config.optimizer.lr"])
+    assert read_manifest(package).record.training["skipped_steps"] == 0
+
+
+def test_a_start_that_failed_before_its_first_checkpoint_binds_nothing(release, tmp_path, monkeypatch):
+    """The corrected start has other steps, another seed and other documents; it equals a run in a fresh folder."""
+    wrong = expert_run(tmp_path, "news", release, max_bad_steps=1, seed=3)
+    with monkeypatch.context() as patch:
+        make_bad(patch, 0)
+        with pytest.raises(FlexMoEError, match="not finite"):
+            loop.train(wrong)
+    assert json.loads(pathlib.Path(wrong.out, "run.json").read_text(encoding="utf-8"))["config"]["seed"] == 3
+    write_documents(pathlib.Path(wrong.data), "code")
+    right = dataclasses.replace(wrong, seed=1, steps=4)
+    fresh = dataclasses.replace(right, out=str(tmp_path / "fresh"))
+    assert read_manifest(loop.train(right)).content == read_manifest(loop.train(fresh)).content
+    assert pathlib.Path(right.out, "run.json").read_bytes() == pathlib.Path(fresh.out, "run.json").read_bytes()
+
+
+def test_tokens_of_a_failed_start_are_used_again_where_the_documents_are_the_same(release, tmp_path, monkeypatch):
+    run = expert_run(tmp_path, "news", release, max_bad_steps=1)
+    with monkeypatch.context() as patch:
+        make_bad(patch, 0)
+        with pytest.raises(FlexMoEError, match="not finite"):
+            loop.train(run)
+    before = (pathlib.Path(run.out) / "tokens").stat().st_ino
+    loop.train(dataclasses.replace(run, steps=4))
+    assert (pathlib.Path(run.out) / "tokens").stat().st_ino == before
+
+
+def test_a_run_trains_in_a_thread_that_is_not_the_main_one(release, tmp_path):
+    with concurrent.futures.ThreadPoolExecutor(1) as threads:
+        package = threads.submit(loop.train, expert_run(tmp_path, "news", release)).result()
+    assert read_manifest(package).owner == "news"
 
 
 def test_metrics_of_a_resumed_run_are_rewritten_atomically(tmp_path, monkeypatch):
