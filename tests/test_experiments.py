@@ -1,11 +1,17 @@
 """Every experiment file gives a valid run; the 7B models have the paper's size, and their training steps lower."""
 
+import contextlib
+import io
+import os
 import pathlib
+import shlex
+import subprocess
 
 import jax
 import jax.numpy as jnp
 import pytest
 
+from flexmoe_jax.cli.main import main
 from flexmoe_jax.config import RunConfig
 from flexmoe_jax.data.pipeline import Batch
 from flexmoe_jax.errors import ConfigError
@@ -133,6 +139,25 @@ def test_an_experiment_file_that_fails_names_file_line_and_error(source, message
         load_experiment("exp.py:nws")
     assert message in refusal.value.what
     assert refusal.value.remedy
+
+
+@pytest.mark.parametrize("part", ["smollm2", "smollm2-scores", "smollm2-expert"])
+def test_the_commands_of_smollm2_have_options_that_exist(part, tmp_path):
+    printed = subprocess.run(
+        [EXPERIMENTS / "smollm2.sh", part],
+        env=os.environ | {"DRY_RUN": "1", "ROOT": str(tmp_path)},
+        capture_output=True,
+        text=True,
+        check=True,
+    ).stdout
+    commands = [shlex.split(line)[1:] for line in printed.splitlines() if line.startswith("$ flexmoe ")]
+    assert len(commands) > 3
+    for _, verb, *words in commands:
+        action = words[:1] if verb == "data" else []
+        with contextlib.redirect_stdout(io.StringIO()) as out, pytest.raises(SystemExit):
+            main([verb, *action, "--help"])
+        options = {word.partition("=")[0] for word in words if word.startswith("--")}
+        assert {o for o in options if not o.startswith("--config.")} <= {*out.getvalue().replace("[", " ").split()}
 
 
 def test_an_optional_section_can_be_left_out_by_the_command_line():

@@ -49,7 +49,7 @@ from flexmoe_jax.artifacts.record import Record, make_record
 from flexmoe_jax.artifacts.sealed import sha256_array, write_sealed
 from flexmoe_jax.artifacts.signature import FILE as SIGNATURE
 from flexmoe_jax.artifacts.signature import Signature, Trust, check_signature, write_signature
-from flexmoe_jax.errors import ArtifactError, Check, FlexMoEError
+from flexmoe_jax.errors import ArtifactError, Check, FlexMoEError, printable
 from flexmoe_jax.files import (
     NOT_A_FILE,
     copy_file,
@@ -263,7 +263,7 @@ def raise_problems(path: pathlib.Path, checks: list[Check]) -> None:
     if all(_OF_FILE_BROWSERS.fullmatch(f.subject) for f in problems):
         remedy = f"delete {', '.join(str(path / f.subject) for f in problems)}: a file browser made them"
     raise ArtifactError(
-        f"{path} is damaged:\n    " + "\n    ".join(f"{f.subject}: {f.detail}" for f in problems), remedy
+        f"{path} is damaged:\n    " + "\n    ".join(printable(f"{f.subject}: {f.detail}") for f in problems), remedy
     )
 
 

@@ -5,6 +5,7 @@ from collections.abc import Iterable
 from typing import TYPE_CHECKING, Any
 
 from flexmoe_jax.cli.common import ExistingPath, add_json, emit, names, parser
+from flexmoe_jax.errors import LINE_ENDS, printable
 from flexmoe_jax.ranges import COUNT, NOT_NEGATIVE, SEED, SHARE_ABOVE_ZERO
 
 if TYPE_CHECKING:
@@ -45,7 +46,7 @@ def generate(argv: list[str]) -> int:
         return 0
     print(args.prompt, end="", flush=True)
     for piece in pieces:
-        print(piece, end="", flush=True)
+        print(printable(piece, keep=LINE_ENDS), end="", flush=True)
     print()
     return 0
 
@@ -59,7 +60,7 @@ def _chat(model: "Model", lines: Iterable[str], as_json: bool, options: dict[str
         for piece in model.stream(turns, **options):
             answer += piece
             if not as_json:
-                print(piece, end="", flush=True)
+                print(printable(piece, keep=LINE_ENDS), end="", flush=True)
         turns.append({"role": "assistant", "content": answer})
         if not as_json:
             print(flush=True)

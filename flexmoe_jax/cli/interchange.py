@@ -107,8 +107,8 @@ def export_gguf(argv: list[str]) -> int:
     p.add_argument("model", action=ExistingPath, help="a model directory")
     p.add_argument("--out", required=True, action=LocalPath, help="new .gguf file")
     p.add_argument("--experts", help="comma-separated names; all by default, and one alone is a dense model")
-    what = "dtype of the matrices: f32, f16, bf16, q8_0 or q4_0; as stored by default"
-    p.add_argument("--dtype", choices=("f32", "f16", "bf16", "q8_0", "q4_0"), help=what)
+    choices = ("f32", "f16", "bf16", "q8_0", "q4_0")
+    p.add_argument("--dtype", choices=choices, help="of the matrices; as stored by default")
     add_json(p)
     args = p.parse(argv)
     from flexmoe_jax.artifacts.model_dir import open_model

@@ -12,7 +12,7 @@ import re
 import sys
 import traceback
 
-from flexmoe_jax.errors import ArtifactError, ConfigError, FlexMoEError, MachineError
+from flexmoe_jax.errors import LINE_ENDS, ArtifactError, ConfigError, FlexMoEError, MachineError, printable
 
 # Who runs what: {role: {verb: (module under flexmoe_jax.cli, what the verb does)}}.
 # The function is the verb's name with '_' for '-'.
@@ -104,7 +104,7 @@ def main(argv: list[str] | None = None) -> int:
             raise
         if os.environ.get(DEBUG):
             traceback.print_exception(error)
-        print(f"flexmoe {verb}: {refusal}", file=sys.stderr)
+        print(f"flexmoe {verb}: {printable(str(refusal), keep=LINE_ENDS)}", file=sys.stderr)
         return refusal.exit_code
     except KeyboardInterrupt:
         print(f"flexmoe {verb}: interrupted", file=sys.stderr)
@@ -166,7 +166,7 @@ def _log_to_stderr() -> None:
 
 class _Stderr(logging.Handler):
     def emit(self, record: logging.LogRecord) -> None:
-        print(record.getMessage(), file=sys.stderr, flush=True)
+        print(printable(record.getMessage(), keep=LINE_ENDS), file=sys.stderr, flush=True)
 
 
 def use_compilation_cache() -> None:

@@ -7,7 +7,7 @@ import pathlib
 from typing import TYPE_CHECKING
 
 from flexmoe_jax.cli.common import ExistingPath, LocalPath, Parser, add_json, emit, parser, table
-from flexmoe_jax.errors import ArtifactError
+from flexmoe_jax.errors import ArtifactError, printable
 from flexmoe_jax.ranges import COUNT, Range
 
 if TYPE_CHECKING:
@@ -144,7 +144,7 @@ def verify(argv: list[str]) -> int:
     rows = [dataclasses.asdict(c) for c in checks]
     emit({"path": args.path, "ok": not bad, "checks": rows}, lines, args.json)
     if bad:
-        named = "; ".join(f"{c.subject}: {c.detail}" for c in bad[:3])
+        named = printable("; ".join(f"{c.subject}: {c.detail}" for c in bad[:3]))
         what = f"{len(bad)} of {len(checks)} checks of {args.path} failed: {named}"
         raise ArtifactError(what, "; ".join(dict.fromkeys(c.remedy or "restore it from its source" for c in bad[:3])))
     return 0

@@ -15,7 +15,7 @@ from typing import TYPE_CHECKING
 
 import numpy as np
 
-from flexmoe_jax.artifacts.arrays import map_array
+from flexmoe_jax.artifacts.arrays import NUMPY_DTYPES, tensor_file
 from flexmoe_jax.artifacts.model_dir import ModelDir
 from flexmoe_jax.artifacts.package import check_files, raise_problems
 from flexmoe_jax.errors import ArtifactError, ConfigError
@@ -132,25 +132,26 @@ class _Leaves:
 
     def __init__(self, model: ModelDir, names: tuple[str, ...]) -> None:
         self.model = model
-        self._arrays: dict[tuple[str, str], np.ndarray] = {}
+        self._owners = (TRUNK, *names)
         self._hashes: dict[tuple[str, str], hashlib._Hash] = {}
-        for owner in (TRUNK, *names):
-            package, manifest = model.package(owner), model.manifests[owner]
-            raise_problems(package, check_files(package, manifest))
-            for path, tensor in manifest.tensors.items():
-                self._arrays[owner, path] = map_array(package, path, tensor.shape, tensor.dtype)
+        for owner in self._owners:
+            raise_problems(model.package(owner), check_files(model.package(owner), model.manifests[owner]))
 
     def widest(self) -> str:
         """The key of `DTYPES` that holds every matrix as it is stored."""
-        kinds = {array.dtype for (_, path), array in self._arrays.items() if is_matrix(path) or path == "embed"}
-        return _STORED[np.result_type(*kinds).name]
+        tables = (self.model.manifests[owner].tensors for owner in self._owners)
+        named = {t.dtype for table in tables for path, t in table.items() if is_matrix(path) or path == "embed"}
+        return _STORED[np.result_type(*(NUMPY_DTYPES[name] for name in named)).name]
 
     def read(self, owner: str, path: str, layer: int | None) -> np.ndarray:
         """One layer of the leaf, or all of it (None), in float32."""
-        array = self._arrays[owner, path]
-        copy = np.array(array if layer is None else array[layer], order="C")  # what is hashed is what is written
-        self._hashes.setdefault((owner, path), hashlib.sha256()).update(copy.reshape(-1).view(np.uint8).data)
-        return copy.astype(np.float32, copy=False)
+        tensor = self.model.manifests[owner].tensors[path]
+        shape, dtype = tensor.shape if layer is None else tensor.shape[1:], NUMPY_DTYPES[tensor.dtype]
+        size = math.prod(shape)
+        file = self.model.package(owner) / tensor_file(path, tensor.shape)
+        array = np.fromfile(file, dtype, size, offset=(layer or 0) * size * dtype.itemsize)
+        self._hashes.setdefault((owner, path), hashlib.sha256()).update(array.view(np.uint8).data)
+        return array.reshape(shape).astype(np.float32, copy=False)
 
     def refuse_bias(self, names: tuple[str, ...]) -> None:
         """ArtifactError if min(bias, 0) of an expert is not 0."""

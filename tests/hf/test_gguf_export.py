@@ -279,12 +279,15 @@ def test_chat_template_and_begin_token_travel(model, tmp_path):
 
 
 def test_a_pre_tokenizer_that_llama_cpp_does_not_know_is_refused_in_words(model, tmp_path):
-    content = {"pre_tokenizer": {"type": "ByteLevel", "add_prefix_space": True, "trim_offsets": True}}
-    other = copy_of(model, tmp_path, content=content)
-    with pytest.raises(
-        ArtifactError, match=r"does not know this tokenizer .*add_prefix_space(.|\n)*known are sentence"
-    ):
-        export_gguf(other, tmp_path / "x.gguf")
+    bpe = {**json.loads(model.tokenizer_path.read_bytes())["model"], "ignore_merges": False}
+    step = {"type": "ByteLevel", "add_prefix_space": False, "trim_offsets": True, "use_regex": True}
+    known = copy_of(model, tmp_path / "gpt-2", content={"model": bpe, "pre_tokenizer": step})
+    assert export_gguf(known, tmp_path / "x.gguf").pre_tokenizer == "gpt-2"
+    step = {**step, "add_prefix_space": True}
+    other = copy_of(model, tmp_path / "other", content={"model": bpe, "pre_tokenizer": step})
+    what = r"does not know this tokenizer .*add_prefix_space(.|\n)*known are sentence"
+    with pytest.raises(ArtifactError, match=what):
+        export_gguf(other, tmp_path / "y.gguf")
 
 
 def test_a_sentencepiece_tokenizer_has_scores_in_the_order_of_its_merges(model, tmp_path):

@@ -2,31 +2,32 @@
 
 import dataclasses
 import json
-import os
 import pathlib
-import subprocess
 import zipfile
 
 import jax
 import numpy as np
 import pytest
+from tokenizers import Regex, Tokenizer, models, normalizers, pre_tokenizers, trainers
 
 import flexmoe_jax as fm
 from flexmoe_jax.artifacts.model_dir import load_params, open_model
 from flexmoe_jax.artifacts.package import write_package
 from flexmoe_jax.compose.merge import merge
+from flexmoe_jax.data.cl100k import SPLIT_PATTERN
+from flexmoe_jax.data.tokenizer import load_tokenizer
 from flexmoe_jax.data.wheels import fetch
 from flexmoe_jax.files import default_cache
 from flexmoe_jax.hf.gguf_export import export_gguf
 from flexmoe_jax.hf.gguf_file import open_gguf
 from flexmoe_jax.hf.load import import_model
-from flexmoe_jax.model.generate import generate
 from flexmoe_jax.model_config import RopeScaling
 from flexmoe_jax.tree import PUBLIC, TRUNK
+from tests.hf.llama_cpp import ENGINE, NEW_TOKENS, PROMPTS, llama_cpp, same_text
+from tests.hf.test_gguf_export import copy_of
 from tests.hf.test_smollm2 import FILE, SMOLLM2, TEXT
 from tests.hf.tiny import LLAMA, SHAPES, our_model
 
-ENGINE = pathlib.Path(os.environ.get("LLAMA_CPP", "nowhere"))
 pytestmark = [
     pytest.mark.slow,
     pytest.mark.skipif(not (ENGINE / "node_modules").is_dir(), reason="`make test-llama-cpp` installs llama.cpp"),
@@ -45,20 +46,6 @@ CONFIGS |= {name: dataclasses.replace(LLAMA, rope_scaling=scaling) for name, sca
 DENSE = {"olmo2": SHAPES["olmo2"], "smollm3": dataclasses.replace(SHAPES["smollm3"], rope_skip=4)}
 
 
-def llama_cpp(file, texts=(), rows=(), count=0) -> dict:
-    """What `llama_cpp.mjs` prints."""
-    job = json.dumps({"file": str(file), "texts": list(texts), "rows": np.asarray(rows).tolist(), "count": count})
-    script = pathlib.Path(__file__).with_name("llama_cpp.mjs")
-    done = subprocess.run(["node", script], cwd=ENGINE, input=job, capture_output=True, text=True, timeout=1800)
-    assert done.returncode == 0, done.stderr
-    return json.loads(done.stdout)
-
-
-def greedy(model: fm.Model, prompts: list[list[int]], count: int) -> list[list[int]]:
-    run = dataclasses.replace(model.decoder(), dispatch="sparse")
-    return generate(run, model._stacked, prompts, max_new_tokens=count, stop_ids=())
-
-
 @pytest.mark.parametrize("experts", [None, ["news"]], ids=["mixture", "dense"])
 @pytest.mark.parametrize("name", [*CONFIGS, *DENSE])
 def test_logits_and_text_are_ours(tmp_path, name, experts):
@@ -69,13 +56,62 @@ def test_logits_and_text_are_ours(tmp_path, name, experts):
     model = fm.load(directory.path)
     model = model if experts is None else model.select(experts)
     rows = np.random.default_rng(0).integers(0, 300, (2, 40))
-    text = "In 1847 the naïve owner's dog \n\n had 12 beds."
-    theirs = llama_cpp(tmp_path / "x.gguf", [text], rows, count=12)
+    theirs = llama_cpp(tmp_path / "x.gguf", rows=rows)
     ours = np.asarray(model.logits(rows))
     assert np.abs(theirs["logits"] - ours).max() < TOLERANCE * np.abs(ours).max()
-    ids = model.tokenizer.encode(text)
-    assert theirs["tokens"] == [ids]
-    assert theirs["greedy"] == greedy(model, [ids], 12)
+    same_text(model, tmp_path / "x.gguf", ["In 1847 the naïve owner's dog \n\n had 12 beds."], 12)
+
+
+SPECIALS = ["<unk>", "<s>", "</s>", "<|endoftext|>"]
+LETTERS = pre_tokenizers.ByteLevel(add_prefix_space=False, use_regex=False)
+GPT2 = pre_tokenizers.ByteLevel(add_prefix_space=False)
+ONE_DIGIT = SPLIT_PATTERN.replace("{1,3}", "")
+BYTE_LEVEL = {
+    "gpt-2": GPT2,
+    "smollm": pre_tokenizers.Sequence([pre_tokenizers.Digits(individual_digits=True), GPT2]),
+    "dbrx": pre_tokenizers.Sequence([pre_tokenizers.Split(Regex(SPLIT_PATTERN), "isolated"), LETTERS]),
+    "qwen2": pre_tokenizers.Sequence([pre_tokenizers.Split(Regex(ONE_DIGIT), "isolated"), LETTERS]),
+}
+HARD = [
+    "It's 12345 o'clock; they'LL pay 3.50 € for naïve résumés\n\n\n  and\ttabs   .",
+    " leading space, trailing space ",
+    "日本語 and emoji 🙂🙂 x_1 += (a[0]**2)//3  # comment\r\n",
+    "<|endoftext|> <s> </s> </|>",
+]
+
+
+def trained(kind: str) -> dict:
+    """A tokenizer.json of 600 ids, trained on this repository's README."""
+    if kind == "default":
+        engine = Tokenizer(models.BPE(unk_token="<unk>", byte_fallback=True, fuse_unk=True))
+        engine.normalizer = normalizers.Sequence([normalizers.Prepend("▁"), normalizers.Replace(" ", "▁")])
+        # The trainer splits at spaces, as sentencepiece does.
+        engine.pre_tokenizer = pre_tokenizers.Metaspace(prepend_scheme="never", split=True)
+        letters = [f"<0x{byte:02X}>" for byte in range(256)]
+        trainer = trainers.BpeTrainer(vocab_size=600, special_tokens=SPECIALS + letters, show_progress=False)
+    else:
+        engine = Tokenizer(models.BPE())
+        engine.pre_tokenizer = BYTE_LEVEL[kind]
+        alphabet = pre_tokenizers.ByteLevel.alphabet()
+        trainer = trainers.BpeTrainer(
+            vocab_size=600, special_tokens=SPECIALS, initial_alphabet=alphabet, show_progress=False
+        )
+    engine.train_from_iterator([pathlib.Path("README.md").read_text(encoding="utf-8")], trainer)
+    content = json.loads(engine.to_str())
+    if kind == "default":
+        content["pre_tokenizer"] = None
+        content["added_tokens"] = [t for t in content["added_tokens"] if t["content"] in SPECIALS]
+    return content
+
+
+@pytest.mark.parametrize("kind", [*BYTE_LEVEL, "default"])
+def test_tokens_are_ours(tmp_path, kind):
+    config = dataclasses.replace(LLAMA, vocab_size=600)
+    model = our_model(tmp_path, config=config)
+    other = copy_of(model, tmp_path / "other", content=trained(kind), eos_token="<|endoftext|>", bos_token="<s>")
+    assert export_gguf(other, tmp_path / "x.gguf").pre_tokenizer == kind
+    tokenizer = load_tokenizer(other.path)
+    assert llama_cpp(tmp_path / "x.gguf", HARD)["tokens"] == tokenizer.encode_batch(HARD)
 
 
 def test_greedy_text_of_smollm2_with_three_experts_is_ours(tmp_path):
@@ -87,12 +123,7 @@ def test_greedy_text_of_smollm2_with_three_experts_is_ours(tmp_path):
     directory = merge(tmp_path / "public", [tmp_path / "code", tmp_path / "math"], tmp_path / "model", top_k=2)
     done = export_gguf(directory, tmp_path / "x.gguf")
     assert (done.architecture, done.pre_tokenizer, done.top_k) == ("llama", "smollm", 2)
-    prompts = [TEXT, "The capital of France is", "def add(a, b):\n    return", "If 3x + 5 = 20, then x is equal to"]
-    theirs = llama_cpp(tmp_path / "x.gguf", prompts, count=32)
-    model = fm.load(directory.path)
-    ids = [model.tokenizer.encode(prompt) for prompt in prompts]
-    assert theirs["tokens"] == ids
-    assert theirs["greedy"] == greedy(model, ids, 32)
+    same_text(fm.load(directory.path), tmp_path / "x.gguf", [TEXT, *PROMPTS], NEW_TOKENS)
 
 
 def add_experts(release, folder):
