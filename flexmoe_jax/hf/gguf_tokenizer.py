@@ -6,9 +6,9 @@ from typing import TYPE_CHECKING, Any
 
 from flexmoe_jax.artifacts.model_dir import ModelDir
 from flexmoe_jax.data.cl100k import SPLIT_PATTERN
-from flexmoe_jax.data.tokenizer import load_tokenizer
+from flexmoe_jax.data.tokenizer import Tokenizer, load_tokenizer
 from flexmoe_jax.errors import ArtifactError
-from flexmoe_jax.tokenizer_files import CHAT_TEMPLATE, TOKENIZER_CONFIG, named_tokens, parsed
+from flexmoe_jax.tokenizer_files import CHAT_TEMPLATE, TOKENIZER_CONFIG, parsed
 
 if TYPE_CHECKING:
     import gguf
@@ -49,7 +49,7 @@ def add_tokenizer(writer: "gguf.GGUFWriter", model: ModelDir) -> str:
         writer.add_add_space_prefix(bool(_prefixed(content)))
     else:
         writer.add_token_merges([" ".join(merge) for merge in merges])
-    _add_ids(writer, content, named_tokens(files), tokenizer.eos_id, tokenizer.pad_id)
+    _add_ids(writer, content, tokenizer)
     template = files[CHAT_TEMPLATE].decode() if CHAT_TEMPLATE in files else None
     if chat := template or parsed(files, TOKENIZER_CONFIG).get("chat_template"):
         writer.add_chat_template(chat)
@@ -129,31 +129,23 @@ def _tokens(content: Mapping[str, Any], rows: int) -> tuple[list[str], list[int]
     return [token for token, _ in rows_of], [int(kind) for _, kind in rows_of]
 
 
-def _add_ids(
-    writer: "gguf.GGUFWriter", content: Mapping[str, Any], names: Mapping[str, str], eos_id: int, pad_id: int
-) -> None:
-    """The special tokens, and whether they are put around a text. ArtifactError for any but one before and after."""
-    import tokenizers
-
-    engine = tokenizers.Tokenizer.from_str(json.dumps(content))
-    inner = engine.encode("a", add_special_tokens=False).ids
-    whole = engine.encode("a", add_special_tokens=True).ids
-    at = next((i for i in range(len(whole)) if whole[i : i + len(inner)] == inner), 0)
-    before, after = whole[:at], whole[at + len(inner) :]
-    if len(before) > 1 or after not in ([], [eos_id]):
+def _add_ids(writer: "gguf.GGUFWriter", content: Mapping[str, Any], tokenizer: Tokenizer) -> None:
+    """The special tokens, and whether they are put around a text. ArtifactError for any after it but the end."""
+    _, after = tokenizer.around
+    if after not in ([], [tokenizer.eos_id]):
         raise ArtifactError(
-            f"this tokenizer puts the tokens {before} before a text and {after} after it",
-            f"llama.cpp puts at most one before it, and {eos_id} after it: use `flexmoe export-hf`",
+            f"this tokenizer puts the tokens {after} after a text",
+            f"llama.cpp puts at most {tokenizer.eos_id} after it: use `flexmoe export-hf`",
         )
-    named = {name: engine.token_to_id(token) for name, token in names.items()}
-    bos_id = before[0] if before else named.get("bos_token")
+    named = tokenizer.named
+    bos_id = named.get("bos_token") if tokenizer.bos_id is None else tokenizer.bos_id
     if bos_id is not None:
         writer.add_bos_token_id(bos_id)
-    writer.add_add_bos_token(bool(before))
-    end_id = named.get("eos_token")  # which ends a turn of a chat model, where eos_id ends a document
-    writer.add_eos_token_id(eos_id if end_id is None else end_id)
+    writer.add_add_bos_token(tokenizer.bos_id is not None)
+    # `eos_token` ends a turn of a chat model, where eos_id ends a document.
+    writer.add_eos_token_id(named.get("eos_token", tokenizer.eos_id))
     writer.add_add_eos_token(bool(after))
-    writer.add_pad_token_id(pad_id)
+    writer.add_pad_token_id(tokenizer.pad_id)
     unknown = content["model"].get("unk_token")
-    if unknown and (unk_id := engine.token_to_id(unknown)) is not None:
+    if unknown and (unk_id := content["model"]["vocab"].get(unknown)) is not None:
         writer.add_unk_token_id(unk_id)
