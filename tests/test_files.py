@@ -3,12 +3,14 @@
 import errno
 import os
 import pathlib
+import subprocess
 
 import pytest
 
 from flexmoe_jax import files
 from flexmoe_jax.errors import ArtifactError
 from flexmoe_jax.files import list_files, new_directory, remove_directory, write_bytes, write_json
+from tests.artifacts.model_attacks import DEPTHS, deep
 
 
 def test_content_in_parts_is_written_as_their_concatenation(tmp_path):
@@ -78,29 +80,19 @@ def test_a_link_or_file_under_the_name_of_a_partial_file_is_not_written_to(tmp_p
     assert not (tmp_path / "nowhere").exists()
 
 
-def nested(folder: pathlib.Path, name: str, depth: int) -> pathlib.Path:
-    folder.mkdir()
-    descriptor = os.open(folder, os.O_RDONLY)
-    for _ in range(depth):
-        os.mkdir(name, dir_fd=descriptor)
-        inner = os.open(name, os.O_RDONLY, dir_fd=descriptor)
-        os.close(descriptor)
-        descriptor = inner
-    os.close(descriptor)
-    return folder
-
-
-@pytest.mark.parametrize(("name", "depth"), [("a", 1100), ("b" * 200, 40), ("c", 20)])
-def test_any_depth_is_listed_as_foreign_and_deleted(tmp_path, name, depth):
-    folder = nested(tmp_path / "deep", name, depth)
+@pytest.mark.parametrize("depth", DEPTHS)
+def test_any_depth_is_listed_as_foreign_and_deleted(tmp_path, depth):
+    folder = tmp_path / "deep"
+    deep("deep", *DEPTHS[depth])(tmp_path)
     (folder / "file").write_text("x")
     try:
         found, others = list_files(folder)
         assert found == {"file": 1}
         assert len(others) == 1
-    finally:
         remove_directory(folder)
-    assert [*tmp_path.iterdir()] == []
+        assert [*tmp_path.iterdir()] == []
+    finally:
+        subprocess.run(["rm", "-rf", folder], check=True)  # pytest cannot delete it
 
 
 def test_deletion_follows_no_link(tmp_path):

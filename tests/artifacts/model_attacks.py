@@ -153,7 +153,7 @@ def staged_beside(name: str) -> Attack:
     return attack
 
 
-def deep(place: str, depth: int = 1100) -> Attack:
+def deep(place: str, depth: int = 1100, name: str = "aaa") -> Attack:
     """A directory nested deeper than Python recurses, with a longer path than the system takes."""
 
     def attack(model):
@@ -162,13 +162,16 @@ def deep(place: str, depth: int = 1100) -> Attack:
         (model / place).mkdir(parents=True, exist_ok=True)
         folder = os.open(model / place, os.O_RDONLY)
         for _ in range(depth):
-            os.mkdir("aaa", dir_fd=folder)
-            inner = os.open("aaa", os.O_RDONLY, dir_fd=folder)
+            os.mkdir(name, dir_fd=folder)
+            inner = os.open(name, os.O_RDONLY, dir_fd=folder)
             os.close(folder)
             folder = inner
         os.close(folder)
 
     return attack
+
+
+DEPTHS = {"more levels than Python recurses": (1100, "a"), "a path that is too long": (40, "b" * 200)}
 
 
 def like_a_run(model: pathlib.Path) -> None:

@@ -7,7 +7,7 @@ import numpy as np
 import pytest
 
 from flexmoe_jax.artifacts.model_checks import verify_model
-from flexmoe_jax.artifacts.model_dir import open_model
+from flexmoe_jax.artifacts.model_dir import open_model, staging_place
 from flexmoe_jax.artifacts.sealed import json_bytes, seal
 from flexmoe_jax.cli.main import main
 from flexmoe_jax.compose import certificate as certificates
@@ -186,6 +186,25 @@ def test_the_pending_certificate_of_another_model_is_not_published(home, model, 
     with pytest.raises(ArtifactError, match="without a certificate"):
         opt_out(model, "news", certificate=proof)
     assert not proof.exists()
+
+
+@pytest.mark.parametrize("again", [False, True])
+def test_no_certificate_is_published_while_anything_else_is_in_the_model(home, model, tmp_path, monkeypatch, again):
+    """It would hold no matter what that holds."""
+    proof = tmp_path / "proof.json"
+    if again:
+        interrupted(model, proof, monkeypatch)
+    left = staging_place(model, "code", "0" * 64)
+    left.mkdir()
+    (left / "x").write_bytes(b"x" + (home / "news/arrays/w_up/0.0.0").read_bytes())
+    with monkeypatch.context() as patch:
+        patch.setattr("flexmoe_jax.compose.optout.remove_leftovers", lambda path: None)
+        with pytest.raises(ArtifactError, match=rf"{left} was left by an interrupted command"):
+            opt_out(model, "news", certificate=proof)
+    assert not proof.exists()
+    opt_out(model, "news", certificate=proof)
+    assert bad(proof, model) == set()
+    assert contents(model) == contents(home / "never")
 
 
 @pytest.mark.parametrize("where", ["code", "public", "news"])
