@@ -3,7 +3,7 @@ PYTHON ?= python3
 VENV ?= .venv
 BIN := $(VENV)/bin
 
-.PHONY: quickstart test check docs test-faults test-smollm2 test-study test-distributed test-latest-jax smollm2 smollm2-expert bench lock clean
+.PHONY: quickstart test check docs test-faults test-smollm2 test-llama-cpp test-study test-distributed test-latest-jax smollm2 smollm2-expert smollm2-scores bench lock clean
 
 quickstart: $(VENV)/.installed
 	$(BIN)/flexmoe quickstart --out runs/quickstart
@@ -28,6 +28,16 @@ docs: $(VENV)/.installed
 test-smollm2: $(VENV)/.installed
 	$(BIN)/python -m pytest -m slow tests/hf
 
+# GGUF exports in llama.cpp: logits and greedy text, of tiny models and of SmolLM2 with three experts. Needs node >= 20.
+LLAMA_CPP ?= /tmp/flexmoe-llama-cpp
+export LLAMA_CPP
+test-llama-cpp: $(VENV)/.installed $(LLAMA_CPP)/node_modules
+	$(BIN)/python -m pytest -m slow tests/hf/test_llama_cpp.py
+
+# Its npm package ships built binaries; no script of a package runs.
+$(LLAMA_CPP)/node_modules:
+	npm install --silent --ignore-scripts --prefix $(LLAMA_CPP) node-llama-cpp@3.22.1
+
 # A whole small study of every baseline and ablation, on real text. Three minutes.
 test-study: $(VENV)/.installed
 	$(BIN)/python -m pytest -m slow tests/study
@@ -36,8 +46,9 @@ test-study: $(VENV)/.installed
 test-distributed: $(VENV)/.installed
 	$(BIN)/python -m pytest -m slow tests/parallel
 
-# The same model as a public anchor, then an owner's expert beside it (experiments/smollm2.sh).
-smollm2 smollm2-expert: $(VENV)/.installed
+# SmolLM2 end to end: three owners beside it, merged, out to transformers and llama.cpp. Then its scores, and an owner
+# against fine-tuning the whole model (experiments/smollm2.sh).
+smollm2 smollm2-scores smollm2-expert: $(VENV)/.installed $(LLAMA_CPP)/node_modules
 	PATH=$(CURDIR)/$(BIN):$$PATH experiments/smollm2.sh $@
 
 # Kills, full disks, tampering, hostile packages, for real: prints what became of each. Full disks need root (tmpfs).

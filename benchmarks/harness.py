@@ -106,6 +106,8 @@ def record(name: str, command: str, rows: list[Row]) -> pathlib.Path:
 
 
 def _processor() -> str:
-    lines = pathlib.Path("/proc/cpuinfo").read_text().splitlines() if platform.system() == "Linux" else []
+    lines = (
+        pathlib.Path("/proc/cpuinfo").read_text(encoding="utf-8").splitlines() if platform.system() == "Linux" else []
+    )
     names = [line.partition(":")[2].strip() for line in lines if line.startswith("model name")]
     return f"{len(names)} x {names[0]}" if names else platform.processor()

@@ -15,10 +15,21 @@ import textwrap
 import types
 import typing
 from collections.abc import Mapping
-from typing import Any
+from typing import Annotated, Any
 
 from flexmoe_jax.errors import ConfigError, did_you_mean
 from flexmoe_jax.model_config import ModelConfig
+from flexmoe_jax.ranges import (
+    COUNT,
+    Count,
+    CountOrZero,
+    NotNegative,
+    Positive,
+    Seed,
+    Share,
+    ShareBelowOne,
+    check_numbers,
+)
 from flexmoe_jax.tree import PUBLIC, check_owner_name
 
 
@@ -30,28 +41,28 @@ class OptimizerConfig:
     unknown choice.
     """
 
-    lr: float = 9e-4
+    lr: Positive = 9e-4
     """Peak learning rate. The paper's for a 7B expert; the quickstart's small models use 1.5e-3 to 3e-3."""
 
-    warmup_steps: int = 2000
+    warmup_steps: CountOrZero = 2000
     """Steps of linear warm-up from 0 to `lr`; at most `steps - 1` are used. The paper's."""
 
-    end_lr_fraction: float = 0.1
+    end_lr_fraction: Share = 0.1
     """Learning rate at the last step, as a fraction of `lr`. OLMo-2's schedule."""
 
-    b1: float = 0.9
+    b1: ShareBelowOne = 0.9
     """Decay of the first moment. The paper's; 0 keeps no first moment where the second is factored."""
 
-    b2: float = 0.95
+    b2: ShareBelowOne = 0.95
     """Decay of the second moment. The paper's. Not used where the second moment is factored."""
 
-    eps: float = 1e-8
+    eps: Positive = 1e-8
     """Added to the root of the second moment. Not used where the second moment is factored."""
 
-    weight_decay: float = 0.0
+    weight_decay: NotNegative = 0.0
     """Decoupled weight decay per unit of learning rate, of trained parameters only. The paper's is 0."""
 
-    clip_norm: float = 1.0
+    clip_norm: Positive = 1.0
     """Largest global norm of a step's gradient; larger ones are scaled down. The paper's."""
 
     first_moment: str = "float32"
@@ -62,9 +73,12 @@ class OptimizerConfig:
     Adafactor's decay and bound on an update (arXiv 1804.04235): 4 bytes per parameter, next to none with `b1=0`."""
 
     def __post_init__(self):
+        check_numbers(self, "config.optimizer")
         for name, known in (("first_moment", ("float32", "bfloat16")), ("second_moment", ("full", "factored"))):
             if getattr(self, name) not in known:
-                raise ConfigError(f"optimizer.{name} is {getattr(self, name)!r}", f"use one of: {', '.join(known)}")
+                raise ConfigError(
+                    f"config.optimizer.{name} is {getattr(self, name)!r}", f"use one of: {', '.join(known)}"
+                )
 
 
 class Kind(enum.Enum):
@@ -117,13 +131,13 @@ class RunConfig:
     out: str | pathlib.Path
     """The run directory: checkpoints, metrics, and at the end `model/` (public runs) or `package/` (owners' runs)."""
 
-    steps: int
+    steps: Count
     """Optimizer steps."""
 
-    batch_size: int
+    batch_size: Count
     """Sequences per optimizer step."""
 
-    seq_len: int
+    seq_len: Count
     """Tokens per sequence; at most `model.max_seq_len`."""
 
     model: ModelConfig | None = None
@@ -136,7 +150,7 @@ class RunConfig:
     public_data: str | pathlib.Path | None = None
     """Public documents to mix into an owner's batches; needs `public_fraction`."""
 
-    public_fraction: float = 0.0
+    public_fraction: ShareBelowOne = 0.0
     """Share of each batch's sequences that come from `public_data`. Public text teaches an expert to do no harm outside
     its domain; the quickstart uses a quarter."""
 
@@ -163,25 +177,25 @@ class RunConfig:
     optimizer: OptimizerConfig = OptimizerConfig()
     """See the keys of `optimizer`."""
 
-    accumulation: int = 1
+    accumulation: Count = 1
     """Equal microbatches that a step's batch is split into, to save memory. They change only rounding, the
     load-balance loss (it is taken over a microbatch), and gradients of router biases that are not below 0."""
 
-    z_loss: float = 1e-5
+    z_loss: NotNegative = 1e-5
     """Weight of the squared log-partition of the vocabulary logits, which keeps them small. The paper's."""
 
-    router_z_loss: float = 1e-3
+    router_z_loss: NotNegative = 1e-3
     """Weight of the squared log-partition of the router logits, mean over layers. The paper's."""
 
-    router_contrast: float = 0.0
+    router_contrast: NotNegative = 0.0
     """Weight of a loss that trains every layer's router to tell the owner's text from `public_data` (cross-entropy of
     its odds, which merging keeps). The quickstart uses 0.1; the paper has no such loss."""
 
-    load_balance: float = 0.0
+    load_balance: NotNegative = 0.0
     """Weight of the loss that spreads tokens evenly over experts (Switch Transformers, arXiv 2101.03961), for models
     whose experts are trained together. The paper's owners use 0."""
 
-    top_k: int | None = None
+    top_k: Annotated[int | None, COUNT] = None
     """Experts active per token in training; None: all."""
 
     freeze: str | None = None
@@ -191,7 +205,7 @@ class RunConfig:
     """Train an owner's expert beside the frozen public one. False trains it without the public one: the control that
     shows what coordination is worth, an ablation of the paper."""
 
-    router_scale: float = 0.1
+    router_scale: Positive = 0.1
     """Initial L2 norm of the router rows of a new public model and of every expert beside it. At norm 1 (the paper's)
     the initial values drown what a short training learns; 0.1 is chosen by measurement."""
 
@@ -206,22 +220,22 @@ class RunConfig:
     """Recompute each layer in the backward pass: activations take the memory of a layer's inputs, for a third more
     computation."""
 
-    seed: int = 0
+    seed: Seed = 0
     """Seed of initial weights and of the order of data."""
 
-    log_every: int = 10
+    log_every: Count = 10
     """Steps between lines of `metrics.jsonl`."""
 
-    save_every: int = 500
+    save_every: Count = 500
     """Steps between checkpoints: what a crash can cost at most."""
 
-    save_minutes: float = 10.0
+    save_minutes: NotNegative = 10.0
     """Minutes after which a checkpoint is saved even before `save_every` steps."""
 
-    keep_checkpoints: int = 2
+    keep_checkpoints: Count = 2
     """Newest checkpoints kept; with fewer than 2 there is nothing to fall back to when one is damaged."""
 
-    max_bad_steps: int = 10
+    max_bad_steps: Count = 10
     """Steps in a row with a loss or gradient that is not finite (each is skipped) after which the run stops."""
 
     licence: str | None = None
@@ -265,9 +279,7 @@ class RunConfig:
         self._check_public_text()
 
     def _check_numbers(self) -> None:
-        for name in ("steps", "batch_size", "seq_len", "accumulation", "log_every", "save_every", "max_bad_steps"):
-            if getattr(self, name) < 1:
-                raise ConfigError(f"config.{name} is {getattr(self, name)}", "give a number of at least 1")
+        check_numbers(self, "config")
         if self.batch_size % self.accumulation:
             raise ConfigError(
                 f"config.batch_size {self.batch_size} is not a multiple of config.accumulation {self.accumulation}",
@@ -278,17 +290,13 @@ class RunConfig:
             if getattr(self, name) not in known:
                 words = " or ".join(repr(choice) for choice in known if choice)
                 raise ConfigError(f"config.{name} is {getattr(self, name)!r}", f"use {words}")
-        if self.top_k is not None and self.top_k < 1:
-            raise ConfigError(f"config.top_k is {self.top_k}", "give at least 1, or leave it out for all experts")
-        if self.load_balance < 0:
-            raise ConfigError(f"config.load_balance is {self.load_balance}", "give 0 or more")
         try:
             re.compile(self.freeze or "")
         except re.error as error:
             raise ConfigError(f"config.freeze {self.freeze!r} is not a pattern: {error}", "correct it") from error
 
     def _check_public_text(self) -> None:
-        if not 0 <= self.public_fraction < 1 or (self.public_sequences > 0) != bool(self.public_data):
+        if (self.public_sequences > 0) != bool(self.public_data):
             raise ConfigError(
                 f"config.public_fraction is {self.public_fraction} of {self.batch_size} sequences, public_data is "
                 f"{self.public_data!r}",

@@ -5,7 +5,13 @@ message without a traceback and exits with `exit_code`; any other exception is a
 """
 
 import dataclasses
+import unicodedata
 from collections.abc import Iterable
+
+_LONGEST = 10_000  # characters of what a message says: it may quote a stranger
+_CONTROL = ("Cc", "Cs", "Zl", "Zp")  # categories of Unicode: controls, surrogates, ends of lines and paragraphs
+LINE_ENDS = "\n\t"
+_BIDIRECTIONAL = "\u061c\u200e\u200f\u202a\u202b\u202c\u202d\u202e\u2066\u2067\u2068\u2069"
 
 
 class FlexMoEError(ValueError):
@@ -14,6 +20,7 @@ class FlexMoEError(ValueError):
     exit_code = 1
 
     def __init__(self, what: str, remedy: str = ""):
+        what = what if len(what) <= _LONGEST else f"{what[: _LONGEST // 2]} ... {what[-_LONGEST // 2 :]}"
         self.what, self.remedy = what, remedy
         super().__init__(f"{what}\n  remedy: {remedy}" if remedy else what)
 
@@ -47,6 +54,17 @@ class Check:
     def level(self) -> str:
         """ "ok"; "bad": the check failed; "warn": it passed, and there is a remedy all the same."""
         return "bad" if not self.ok else "warn" if self.remedy else "ok"
+
+
+def printable(text: str, keep: str = "") -> str:
+    """`text` with everything that acts in a terminal written as an escape: controls, ends of lines, text direction.
+
+    `keep` are characters that stay, such as the ends of lines of a text of several.
+    """
+    if text.isprintable():
+        return text
+    acts = (c not in keep and (unicodedata.category(c) in _CONTROL or c in _BIDIRECTIONAL) for c in text)
+    return "".join(ascii(c)[1:-1] if bad else c for c, bad in zip(text, acts, strict=True))
 
 
 def did_you_mean(name: str, known: Iterable[str]) -> str:

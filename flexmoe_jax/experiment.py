@@ -8,6 +8,7 @@ The result is a frozen configuration; the strings override values of the file.
 import dataclasses
 import pathlib
 import runpy
+import traceback
 import types
 import typing
 from collections.abc import Collection, Iterable
@@ -16,7 +17,7 @@ from typing import Any
 from ml_collections import ConfigDict
 
 from flexmoe_jax.config import RunConfig, field_docs, from_mapping
-from flexmoe_jax.errors import ConfigError, did_you_mean
+from flexmoe_jax.errors import ConfigError, FlexMoEError, did_you_mean
 from flexmoe_jax.model_config import ModelConfig
 
 Config = typing.TypeVar("Config")
@@ -42,10 +43,12 @@ class Key:
     def parse(self, text: str) -> Any:
         """The value of the command-line text `text`; an empty text and `none` are None for an optional key.
 
-        ConfigError if the text is not of the key's type.
+        ConfigError if the text is not of the key's type; a section can only be None.
         """
         if self.optional and text.lower() in ("", "none"):
             return None
+        if self.is_section:
+            raise ConfigError(f"config.{self.name} is {text!r}", f"give none, or its keys (config.{self.name}.KEY)")
         try:
             return _WORDS[text.lower()] if self.kind is bool else self.kind(text)
         except (KeyError, ValueError) as error:
@@ -90,16 +93,30 @@ def run_config(*, model: ModelConfig | None = None, **values: Any) -> ConfigDict
 def load_experiment(spec: str) -> ConfigDict:
     """`FILE[:ARG]` -> the result of the file's `get_config(ARG)` (ARG is "" by default).
 
-    ConfigError if there is no such file, or it defines no `get_config`.
+    A colon may be part of FILE, and of ARG: the longest FILE that exists counts. ConfigError if there is no such file,
+    it defines no `get_config`, or it raises an error.
     """
-    name, _, arg = spec.partition(":")
-    path = pathlib.Path(name)
-    if not path.is_file():
-        raise ConfigError(f"the experiment file {name} does not exist", f"relative paths start at {path.cwd()}")
-    module = runpy.run_path(str(path))
-    if "get_config" not in module:
-        raise ConfigError(f"{name} defines no get_config", "define get_config(arg) -> ConfigDict in it")
-    return module["get_config"](arg)
+    parts = spec.split(":")
+    names = [":".join(parts[:count]) for count in range(len(parts), 0, -1)]
+    name = next((name for name in names if pathlib.Path(name).is_file()), None)
+    if name is None:
+        missing = next((name for name in names if name.endswith(".py")), spec)
+        raise ConfigError(
+            f"the experiment file {missing} does not exist", f"relative paths start at {pathlib.Path.cwd()}"
+        )
+    try:
+        module = runpy.run_path(name)
+        if "get_config" not in module:
+            raise ConfigError(f"{name} defines no get_config", "define get_config(arg) -> ConfigDict in it")
+        return module["get_config"](spec[len(name) + 1 :])
+    except FlexMoEError:
+        raise
+    except Exception as error:
+        lines = [f", line {f.lineno}" for f in traceback.extract_tb(error.__traceback__) if f.filename == name]
+        raise ConfigError(
+            f"{name}{(lines or [''])[-1]}: {type(error).__name__}: {error}",
+            "correct the file, or give an argument (FILE:ARG) that its get_config takes",
+        ) from error
 
 
 def read_values(cls: type, spec: str, overrides: Iterable[str] = ()) -> dict[str, Any]:
@@ -107,7 +124,7 @@ def read_values(cls: type, spec: str, overrides: Iterable[str] = ()) -> dict[str
 
     ConfigError for an experiment file that cannot be used, an unknown key, or a value of another type.
     """
-    keys = {name: key for name, key in keys_of(cls).items() if not key.is_section}
+    keys = {name: key for name, key in keys_of(cls).items() if key.optional or not key.is_section}
     values = load_experiment(spec).to_dict()
     for override in overrides:
         name, equals, text = override.partition("=")

@@ -22,12 +22,11 @@ import tempfile
 from collections.abc import Callable, Iterable, Iterator
 from typing import Any
 
-from flexmoe_jax.errors import ArtifactError, FlexMoEError
+from flexmoe_jax.errors import ArtifactError
 
 CHUNK_BYTES = 1 << 20  # a multiple of every dtype's size
 NOT_A_FILE = "a link, a special file, or a directory that is empty, unreadable or too deep"  # see `list_files`
 MAX_DEPTH = 16  # of folders in a directory of ours; a package has 3, a checkpoint of Orbax 6
-_LFS_POINTER = b"version https://git-lfs.github.com/spec/"
 _NO_LOCKS = (errno.ENOSYS, errno.ENOTSUP, errno.EOPNOTSUPP, errno.ENOLCK)
 log = logging.getLogger(__name__)
 _PARTIAL = re.compile(r"\.(.+)\.partial-[0-9a-f]{8}")
@@ -261,17 +260,6 @@ def sha256_file(path: pathlib.Path, *consumers: Callable[[bytes], Any]) -> str:
             for consume in consumers:
                 consume(chunk)
     return hasher.hexdigest()
-
-
-def is_sparse(status: os.stat_result) -> bool:
-    """Whether a file of over 64 MiB has far fewer blocks than bytes: cheap to send, hours to read."""
-    return status.st_size > 64 << 20 and status.st_blocks * 512 * 16 < status.st_size
-
-
-def refuse_pointer(head: bytes, path: pathlib.Path, error: type[FlexMoEError]) -> None:
-    """Raises `error` if `head`, the first bytes of `path`, are those of a pointer of Git LFS, not of the file."""
-    if head.startswith(_LFS_POINTER):
-        raise error(f"{path} is a Git LFS pointer, not the file", "run `git lfs pull` in its repository")
 
 
 def digest_files(folder: pathlib.Path) -> dict[str, dict[str, Any]]:

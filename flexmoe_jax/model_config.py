@@ -1,11 +1,12 @@
 """The shape of a decoder: sizes, and the parts in which public models of different families differ."""
 
 import dataclasses
-import math
+from typing import Annotated
 
 from flexmoe_jax.errors import ConfigError
+from flexmoe_jax.ranges import COUNT, MAX_FLOAT32, POSITIVE, Count, Positive, Range, check_numbers
 
-MAX_SEQ_LEN = 1 << 24
+MAX_SEQ_LEN = 1 << 24  # the one size that no tensor has: a file may state any
 _ROPE_KINDS = ("linear", "llama3", "yarn")
 
 
@@ -19,25 +20,25 @@ class RopeScaling:
     kind: str
     """`linear` (arXiv 2306.15595), `llama3` (arXiv 2407.21783, section 3.4.2) or `yarn` (arXiv 2309.00071)."""
 
-    factor: float
+    factor: Annotated[float, Range(float, 1, MAX_FLOAT32)]
     """How much longer sequences become; at least 1."""
 
-    original_max_seq_len: int | None = None
+    original_max_seq_len: Annotated[int | None, COUNT] = None
     """Sequence length of the first training, in tokens; needed by `llama3` and `yarn`."""
 
-    low_freq_factor: float = 1.0
+    low_freq_factor: Positive = 1.0
     """`llama3`: wavelengths above original_max_seq_len / low_freq_factor are multiplied by `factor`. Llama 3.1's."""
 
-    high_freq_factor: float = 4.0
+    high_freq_factor: Positive = 4.0
     """`llama3`: wavelengths below original_max_seq_len / high_freq_factor do not change. Llama 3.1's."""
 
-    beta_fast: float = 32.0
+    beta_fast: Positive = 32.0
     """`yarn`: dimensions that turn at least so often in original_max_seq_len do not change. The paper's."""
 
-    beta_slow: float = 1.0
+    beta_slow: Positive = 1.0
     """`yarn`: dimensions that turn at most so often are slowed down by `factor`. The paper's."""
 
-    attention_factor: float | None = None
+    attention_factor: Annotated[float | None, POSITIVE] = None
     """`yarn`: factor of queries and of keys; None: 0.1 ln(factor) + 1, the paper's."""
 
     truncate: bool = True
@@ -46,15 +47,14 @@ class RopeScaling:
     def __post_init__(self):
         if self.kind not in _ROPE_KINDS:
             raise ConfigError(f"rope_scaling.kind is {self.kind!r}", f"use one of: {', '.join(_ROPE_KINDS)}")
-        if not (math.isfinite(self.factor) and self.factor >= 1):
-            raise ConfigError(f"rope_scaling.factor is {self.factor}", "give a number of at least 1")
+        check_numbers(self, "rope_scaling")
         if self.kind != "linear" and not (self.original_max_seq_len or 0) >= 1:
             what = f"rope_scaling.original_max_seq_len is {self.original_max_seq_len} and kind {self.kind!r}"
             raise ConfigError(what, "give the sequence length of the first training")
-        if self.kind == "llama3" and not 0 < self.low_freq_factor < self.high_freq_factor:
+        if self.kind == "llama3" and not self.low_freq_factor < self.high_freq_factor:
             what = f"rope_scaling.low_freq_factor is {self.low_freq_factor}, high_freq_factor {self.high_freq_factor}"
             raise ConfigError(what, "give two positive numbers, the lower one first")
-        if self.kind == "yarn" and not 0 < self.beta_slow < self.beta_fast:
+        if self.kind == "yarn" and not self.beta_slow < self.beta_fast:
             what = f"rope_scaling.beta_slow is {self.beta_slow}, beta_fast {self.beta_fast}"
             raise ConfigError(what, "give two positive numbers, the slower one lower")
 
@@ -67,40 +67,40 @@ class ModelConfig:
     ConfigError for impossible sizes.
     """
 
-    vocab_size: int
+    vocab_size: Count
     """Rows of the embedding; at least the tokenizer's number of ids."""
 
-    num_layers: int
+    num_layers: Count
     """Transformer blocks."""
 
-    d_model: int
+    d_model: Count
     """Width of the residual stream."""
 
-    num_heads: int
+    num_heads: Count
     """Query heads of attention."""
 
-    num_kv_heads: int
+    num_kv_heads: Count
     """Key and value heads; divides `num_heads`, equal to it without grouped-query attention."""
 
-    head_dim: int
+    head_dim: Count
     """Width of one head; even, since rotary embeddings rotate pairs."""
 
-    d_ff: int
+    d_ff: Count
     """Hidden width of every expert's feed-forward network."""
 
-    max_seq_len: int
+    max_seq_len: Annotated[int, Range(int, 1, MAX_SEQ_LEN)]
     """Longest sequence in tokens that the model is trained for and run with."""
 
-    rope_theta: float = 5e5
+    rope_theta: Positive = 5e5
     """Base of the rotary embedding's wavelengths. OLMo-2's; Llama 2 has 1e4."""
 
     rope_scaling: RopeScaling | None = None
     """See the keys of `rope_scaling`. None: the frequencies follow from `rope_theta` (OLMo-2, Llama 2)."""
 
-    rope_skip: int | None = None
+    rope_skip: Annotated[int | None, COUNT] = None
     """Every so many layers, one has no rotary embedding: 4 leaves it out of layers 4, 8, ... (SmolLM3). None: none."""
 
-    norm_eps: float = 1e-6
+    norm_eps: Positive = 1e-6
     """Added to the mean square in RMSNorm. OLMo-2's."""
 
     pre_norm: bool = False
@@ -123,22 +123,12 @@ class ModelConfig:
     such division, since the norm on the experts' output undoes any factor; with `pre_norm` nothing else does."""
 
     def __post_init__(self):
-        sizes = ("vocab_size", "num_layers", "d_model", "num_heads", "num_kv_heads", "head_dim", "d_ff", "max_seq_len")
-        for name in sizes:
-            if getattr(self, name) < 1:
-                raise ConfigError(f"model.{name} is {getattr(self, name)}", "give a size of at least 1")
-        if self.max_seq_len > MAX_SEQ_LEN:  # the one size that no tensor has: a file may state any
-            raise ConfigError(f"model.max_seq_len is {self.max_seq_len}", f"give at most {MAX_SEQ_LEN}")
+        check_numbers(self, "model")
         if self.num_heads % self.num_kv_heads:
             raise ConfigError(
                 f"model.num_heads {self.num_heads} is not a multiple of model.num_kv_heads {self.num_kv_heads}",
                 "every key/value head serves the same number of query heads: change one of the two",
             )
-        for name in ("norm_eps", "rope_theta"):
-            if not (math.isfinite(getattr(self, name)) and getattr(self, name) > 0):
-                raise ConfigError(f"model.{name} is {getattr(self, name)}", "give a positive number")
-        if self.rope_skip is not None and self.rope_skip < 1:
-            raise ConfigError(f"model.rope_skip is {self.rope_skip}", "give at least 1, or None for no such layer")
         if self.qk_norm_per_head and not self.qk_norm:
             raise ConfigError("model.qk_norm_per_head is True and model.qk_norm False", "set model.qk_norm to True")
         if self.head_dim % 2:

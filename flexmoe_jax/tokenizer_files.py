@@ -12,7 +12,7 @@ from collections.abc import Collection, Mapping
 from typing import Any
 
 from flexmoe_jax.errors import DataError
-from flexmoe_jax.files import refuse_pointer
+from flexmoe_jax.foreign import check_count, read_bytes
 
 log = logging.getLogger(__name__)
 
@@ -52,11 +52,11 @@ def read_files(folder: pathlib.Path) -> dict[str, bytes]:
 
     DataError for a file that is too long, cannot be read, or is not what its name says.
     """
-    names = sorted(path.name for path in folder.iterdir() if limit_of(path.name) and path.is_file())
+    names = sorted(path.name for path in folder.iterdir() if limit_of(path.name))
     licenses = [name for name in names if name not in LIMITS]
     if len(licenses) > MAX_LICENSES:
         raise DataError(f"{folder} has {len(licenses)} license files", f"keep at most {MAX_LICENSES} of them")
-    return {name: stored(name, _read(folder / name), folder / name) for name in names}
+    return {name: stored(name, read_file(folder / name, name), folder / name) for name in names}
 
 
 def stored(name: str, content: bytes, where: object = "") -> bytes:
@@ -95,14 +95,13 @@ def named_tokens(files: Mapping[str, bytes]) -> dict[str, str]:
     return {key: name for key, name in names.items() if key.endswith("_token") and isinstance(name, str)}
 
 
-def _read(path: pathlib.Path) -> bytes:
-    limit = limit_of(path.name) or 0
-    try:
-        with path.open("rb") as file:
-            content = file.read(limit + 1)
-    except OSError as error:
-        raise DataError(f"{path} cannot be read: {error.strerror}", "repair the file or its permissions") from error
-    refuse_pointer(content[:64], path, DataError)
-    if len(content) > limit:
-        raise DataError(f"{path} has over {limit} bytes", "give the tokenizer as it was published")
+def read_file(path: pathlib.Path, name: str) -> bytes:
+    """The content of the file `path`, which may be as long as the file `name` of a tokenizer.
+
+    A link is followed. DataError for anything but such a file, and for a pointer of Git LFS.
+    """
+    limit = limit_of(name) or 0
+    content = read_bytes(path, limit, DataError)
+    if name.endswith(".json"):
+        check_count(content, path, limit, DataError)
     return content

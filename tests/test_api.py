@@ -8,7 +8,7 @@ import pytest
 
 import flexmoe_jax as fm
 from flexmoe_jax.compose.merge import merge
-from flexmoe_jax.errors import FlexMoEError
+from flexmoe_jax.errors import DataError, FlexMoEError
 from flexmoe_jax.model.decoder import Decoder
 from flexmoe_jax.model.generate import GREEDY, Sampling, generate, sample
 from tests.tiny import WORDS, stacked
@@ -142,6 +142,14 @@ def test_impossible_sampling_is_refused(bad):
 def test_a_generation_longer_than_the_model_is_refused(model):
     with pytest.raises(FlexMoEError, match="exceed the model's 32"):
         model.generate("the", max_new_tokens=32)
+
+
+def test_windows_longer_than_the_model_are_not_scored(model):
+    longest = model.config.max_seq_len
+    with pytest.raises(DataError, match=f"windows of {longest + 1} tokens .* max_seq_len is {longest}") as refusal:
+        model.score(["the king"], seq_len=longest + 1)
+    assert refusal.value.remedy == f"score in windows (--seq-len) of at most {longest}"
+    assert model.score(["the king"], seq_len=longest).tokens == model.score(["the king"]).tokens
 
 
 def test_score_is_the_log_likelihood_of_the_documents(model):

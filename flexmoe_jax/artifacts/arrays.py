@@ -13,8 +13,8 @@ from typing import Any
 import ml_dtypes
 import numpy as np
 
-from flexmoe_jax.artifacts.sealed import parse_json, read_bytes
 from flexmoe_jax.errors import ArtifactError
+from flexmoe_jax.json_files import parse_json, read_bytes
 from flexmoe_jax.tree import unflatten
 
 NUMPY_DTYPES = {

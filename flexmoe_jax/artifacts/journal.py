@@ -12,17 +12,10 @@ import pathlib
 from collections.abc import Mapping
 from typing import Any
 
-from flexmoe_jax.artifacts.sealed import (
-    MAX_TEXT_BYTES,
-    check_fields,
-    check_seal,
-    is_sha256,
-    parse_json,
-    read_bytes,
-    seal,
-)
+from flexmoe_jax.artifacts.sealed import check_fields, check_seal, is_sha256, seal
 from flexmoe_jax.errors import ArtifactError, FlexMoEError
 from flexmoe_jax.files import write_bytes
+from flexmoe_jax.json_files import MAX_TEXT_BYTES, parse_json, read_bytes
 from flexmoe_jax.tree import ExpertName, expert_name
 
 FILE = "journal.jsonl"

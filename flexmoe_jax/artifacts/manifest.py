@@ -10,8 +10,9 @@ from flexmoe_jax import config as configs
 from flexmoe_jax.artifacts import sealed
 from flexmoe_jax.artifacts.arrays import ITEM_BYTES, MAX_HEADER_BYTES, METADATA_FILE, header_file, tensor_file
 from flexmoe_jax.artifacts.record import Record, read_record
-from flexmoe_jax.artifacts.sealed import MAX_JSON_BYTES, check_fields, check_format, is_sha256, read_sealed
+from flexmoe_jax.artifacts.sealed import check_fields, check_format, is_sha256, read_sealed
 from flexmoe_jax.errors import ArtifactError
+from flexmoe_jax.json_files import MAX_JSON_BYTES
 from flexmoe_jax.model_config import ModelConfig
 from flexmoe_jax.params import owner_leaves
 from flexmoe_jax.tree import PUBLIC, TRUNK, check_owner_name

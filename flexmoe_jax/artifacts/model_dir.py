@@ -23,21 +23,11 @@ from flexmoe_jax.artifacts import sealed
 from flexmoe_jax.artifacts.journal import FILE as JOURNAL
 from flexmoe_jax.artifacts.journal import append_entry
 from flexmoe_jax.artifacts.package import Manifest, copy_package, load_package, read_manifest, write_package
-from flexmoe_jax.artifacts.sealed import (
-    MAX_TEXT_BYTES,
-    canonical_json,
-    check_fields,
-    check_format,
-    is_sha256,
-    parse_json,
-    read_bytes,
-    read_sealed,
-    seal,
-    write_json,
-)
+from flexmoe_jax.artifacts.sealed import check_fields, check_format, is_sha256, read_sealed, seal, write_json
 from flexmoe_jax.artifacts.signature import FILE as SIGNATURE
 from flexmoe_jax.errors import ArtifactError
 from flexmoe_jax.files import check_outside, new_directory, sha256_file, write_bytes
+from flexmoe_jax.json_files import MAX_TEXT_BYTES, canonical_json, parse_json, read_bytes
 from flexmoe_jax.model_config import ModelConfig
 from flexmoe_jax.tokenizer_files import TOKENIZER, TOKENIZER_CONFIG, limit_of, read_files, travels
 from flexmoe_jax.tree import PUBLIC, TRUNK, Params, canonical_order, check_known, expert_name, split, union

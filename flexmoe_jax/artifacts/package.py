@@ -15,6 +15,7 @@ import json
 import math
 import os
 import pathlib
+import re
 from collections.abc import Mapping
 from typing import Any
 
@@ -45,23 +46,26 @@ from flexmoe_jax.artifacts.manifest import (
     read_manifest,
 )
 from flexmoe_jax.artifacts.record import Record, make_record
-from flexmoe_jax.artifacts.sealed import read_bytes, sha256_array, write_sealed
+from flexmoe_jax.artifacts.sealed import sha256_array, write_sealed
 from flexmoe_jax.artifacts.signature import FILE as SIGNATURE
 from flexmoe_jax.artifacts.signature import Signature, Trust, check_signature, write_signature
-from flexmoe_jax.errors import ArtifactError, Check, FlexMoEError
+from flexmoe_jax.errors import ArtifactError, Check, FlexMoEError, printable
 from flexmoe_jax.files import (
     NOT_A_FILE,
     copy_file,
     digest_files,
-    is_sparse,
     list_files,
     lock_directory,
     new_directory,
     remove_partial_files,
     sha256_file,
 )
+from flexmoe_jax.foreign import is_sparse
+from flexmoe_jax.json_files import read_bytes
 from flexmoe_jax.model_config import ModelConfig
 from flexmoe_jax.tree import Params, flatten, unflatten
+
+_OF_FILE_BROWSERS = re.compile(r"(.*/)?(\.DS_Store|\._[^/]*|Thumbs\.db|desktop\.ini)")
 
 
 def write_package(
@@ -87,7 +91,7 @@ def write_package(
     with new_directory(pathlib.Path(path)) as folder:
         save_arrays(folder / "arrays", arrays)
         table = _to_json(tensors)
-        (folder / "card.md").write_text(_card(owner, tensors, base, made))
+        (folder / "card.md").write_text(_card(owner, tensors, base, made), encoding="utf-8")
         fields = {
             "format": FORMAT,
             "owner": owner,
@@ -252,9 +256,15 @@ def copy_package(source: pathlib.Path, target: pathlib.Path, manifest: Manifest,
 
 def raise_problems(path: pathlib.Path, checks: list[Check]) -> None:
     """ArtifactError that lists every check that is not ok; nothing if there is none."""
-    problems = [f"{f.subject}: {f.detail}" for f in checks if not f.ok]
-    if problems:
-        raise ArtifactError(f"{path} is damaged:\n    " + "\n    ".join(problems), FETCH_AGAIN)
+    problems = [f for f in checks if not f.ok]
+    if not problems:
+        return
+    remedy = FETCH_AGAIN
+    if all(_OF_FILE_BROWSERS.fullmatch(f.subject) for f in problems):
+        remedy = f"delete {', '.join(str(path / f.subject) for f in problems)}: a file browser made them"
+    raise ArtifactError(
+        f"{path} is damaged:\n    " + "\n    ".join(printable(f"{f.subject}: {f.detail}") for f in problems), remedy
+    )
 
 
 def _check_params(owner: str, params: Params, config: ModelConfig) -> dict[str, np.ndarray]:

@@ -14,8 +14,8 @@ import json
 from collections.abc import Mapping
 from typing import Any
 
-from flexmoe_jax.artifacts.sealed import canonical_json
 from flexmoe_jax.errors import ArtifactError, FlexMoEError
+from flexmoe_jax.json_files import canonical_json
 from flexmoe_jax.tree import ExpertName, expert_name
 
 _SECTIONS = ("training", "router", "tuned")

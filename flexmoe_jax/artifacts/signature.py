@@ -16,18 +16,10 @@ import stat
 from typing import Any
 
 from flexmoe_jax.artifacts.manifest import check_owner, read_manifest
-from flexmoe_jax.artifacts.sealed import (
-    canonical_json,
-    check_fields,
-    check_format,
-    is_sha256,
-    json_bytes,
-    parse_json,
-    read_bytes,
-    write_json,
-)
+from flexmoe_jax.artifacts.sealed import check_fields, check_format, is_sha256, json_bytes, write_json
 from flexmoe_jax.errors import ArtifactError
 from flexmoe_jax.files import sync_directory, write_bytes
+from flexmoe_jax.json_files import canonical_json, parse_json, read_bytes
 from flexmoe_jax.tree import PUBLIC, TRUNK
 
 FILE = "signature.json"

@@ -9,7 +9,7 @@ import textwrap
 from collections.abc import Collection, Sequence
 from typing import TYPE_CHECKING, Any
 
-from flexmoe_jax.errors import ConfigError, did_you_mean
+from flexmoe_jax.errors import ConfigError, did_you_mean, printable
 
 if TYPE_CHECKING:
     from flexmoe_jax.data.records import Fields
@@ -161,8 +161,15 @@ def fields_of(args: argparse.Namespace) -> "Fields":
 
 
 def emit(result: Any, lines: Sequence[str], as_json: bool) -> None:
-    """Prints `result` as JSON, or `lines` for people."""
-    print(json.dumps(result, indent=2, default=dataclasses.asdict) if as_json else "\n".join(lines))
+    """Prints `result` as JSON, or `lines` for people, in which nothing that a stranger wrote acts in the terminal.
+
+    NaN and infinity, which JSON does not have, are null.
+    """
+    if as_json:
+        values = json.loads(json.dumps(result, default=dataclasses.asdict), parse_constant=lambda _: None)
+        print(json.dumps(values, indent=2, allow_nan=False))
+    else:
+        print("\n".join(map(printable, lines)))
 
 
 def table(header: list[str], rows: list[list]) -> list[str]:

@@ -5,6 +5,7 @@ import pathlib
 
 from flexmoe_jax.cli.common import ExistingPath, LocalPath, add_fields, add_json, emit, fields_of, names, parser, table
 from flexmoe_jax.errors import DataError
+from flexmoe_jax.ranges import COUNT, SEED, Range
 
 
 def data(argv: list[str]) -> int:
@@ -28,9 +29,9 @@ def _build(argv: list[str]) -> int:
     p.add_argument("--out", required=True, action=LocalPath, help="new folder")
     p.add_argument("--domains", help="comma-separated; all eight by default; public is always built")
     what = "share of every domain's groups that is public; 0.08 by default"
-    p.add_argument("--public-share", type=float, default=0.08, help=what)
+    p.add_argument("--public-share", type=Range(float, 0, 0.5), default=0.08, help=what)
     what = "share of every domain's groups that is held out; 0.05 by default"
-    p.add_argument("--heldout-share", type=float, default=0.05, help=what)
+    p.add_argument("--heldout-share", type=Range(float, 0, 0.5, open_below=True), default=0.05, help=what)
     add_json(p)
     args = p.parse(argv)
     from flexmoe_jax.flexmix.build import DOMAINS, build
@@ -100,8 +101,8 @@ def embed(argv: list[str]) -> int:
     p.add_argument("--out", required=True, action=LocalPath, help="JSON file to write")
     what = "sentence-transformers name or folder; all-MiniLM-L6-v2, offline, by default"
     p.add_argument("--encoder", action=LocalPath, help=what)
-    p.add_argument("--count", type=int, default=1000, help="documents in the sample; 1000 by default")
-    p.add_argument("--seed", type=int, default=0, help="of the sample; 0 by default")
+    p.add_argument("--count", type=COUNT, default=1000, help="documents in the sample; 1000 by default")
+    p.add_argument("--seed", type=SEED, default=0, help="of the sample; 0 by default")
     add_fields(p)
     add_json(p)
     args = p.parse(argv)

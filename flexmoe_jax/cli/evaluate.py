@@ -18,6 +18,7 @@ from flexmoe_jax.cli.common import (
     table,
 )
 from flexmoe_jax.errors import ConfigError
+from flexmoe_jax.ranges import COUNT, COUNT_OR_ZERO
 
 if TYPE_CHECKING:
     from jax.sharding import Mesh
@@ -36,9 +37,9 @@ def eval(argv: list[str]) -> int:
     p.add_argument("--split", default="heldout", choices=("heldout", "train"), help=what)
     p.add_argument("--uniform", action="store_true", help="ignore the router: every expert has equal weight")
     what = "text per folder, first documents first; 200000 by default"
-    p.add_argument("--max-bytes", type=int, default=200_000, help=what)
-    p.add_argument("--seq-len", type=int, help="window in tokens; the model's maximum by default")
-    p.add_argument("--stride", type=int, help="tokens between windows; half the window by default")
+    p.add_argument("--max-bytes", type=COUNT, default=200_000, help=what)
+    p.add_argument("--seq-len", type=COUNT, help="window in tokens; the model's maximum by default")
+    p.add_argument("--stride", type=COUNT, help="tokens between windows; half the window by default")
     p.add_argument("--mesh", help="how devices share the model, as data=2,fsdp=4; all by fsdp by default")
     p.add_argument("--layers", action="store_true", help="also show the shares of every layer")
     add_fields(p)
@@ -131,7 +132,9 @@ def eval_harness(argv: list[str]) -> int:
     p.add_argument("--tasks", required=True, help="comma-separated; `lm_eval ls tasks` lists them")
     _add_task_options(p)
     p.add_argument("--include", action=ExistingPath, help="a folder with task files of your own")
-    p.add_argument("--num-fewshot", type=int, help="examples in each prompt; the task's own number by default")
+    p.add_argument(
+        "--num-fewshot", type=COUNT_OR_ZERO, help="examples in each prompt; the task's own number by default"
+    )
     what = "file that keeps answers between runs; one per model and choice of experts"
     p.add_argument("--cache", action=LocalPath, help=what)
     args = p.parse(argv)
@@ -175,8 +178,8 @@ def _model_parser(verb: str, text: str, example: str, optional: bool = False) ->
 
 
 def _add_task_options(p: Parser) -> None:
-    p.add_argument("--limit", type=int, help="examples per task, a fixed random sample; all by default")
-    p.add_argument("--batch-size", type=int, default=8, help="sequences at a time; 8 by default")
+    p.add_argument("--limit", type=COUNT, help="examples per task, a fixed random sample; all by default")
+    p.add_argument("--batch-size", type=COUNT, default=8, help="sequences at a time; 8 by default")
     p.add_argument("--allow-code-execution", action="store_true", help="let programs the model writes run here")
 
 

@@ -5,6 +5,8 @@ from collections.abc import Iterable
 from typing import TYPE_CHECKING, Any
 
 from flexmoe_jax.cli.common import ExistingPath, add_json, emit, names, parser
+from flexmoe_jax.errors import LINE_ENDS, printable
+from flexmoe_jax.ranges import COUNT, NOT_NEGATIVE, SEED, SHARE_ABOVE_ZERO
 
 if TYPE_CHECKING:
     from flexmoe_jax.api import Model
@@ -19,11 +21,13 @@ def generate(argv: list[str]) -> int:
     what = "answer turns with the model's chat template: --prompt, or every line of standard input"
     p.add_argument("--chat", action="store_true", help=what)
     p.add_argument("--experts", help="comma-separated names; all by default")
-    p.add_argument("--max-new-tokens", type=int, default=64, help="longest continuation; 64 by default")
-    p.add_argument("--temperature", type=float, default=0.0, help="0 (default) is greedy")
-    p.add_argument("--top-k", type=int, help="sample from the k likeliest tokens")
-    p.add_argument("--top-p", type=float, help="sample from the smallest set of tokens of at least this probability")
-    p.add_argument("--seed", type=int, default=0, help="of sampling; 0 by default")
+    p.add_argument("--max-new-tokens", type=COUNT, default=64, help="longest continuation; 64 by default")
+    p.add_argument("--temperature", type=NOT_NEGATIVE, default=0.0, help="0 (default) is greedy")
+    p.add_argument("--top-k", type=COUNT, help="sample from the k likeliest tokens")
+    p.add_argument(
+        "--top-p", type=SHARE_ABOVE_ZERO, help="sample from the smallest set of tokens of at least this probability"
+    )
+    p.add_argument("--seed", type=SEED, default=0, help="of sampling; 0 by default")
     add_json(p)
     args = p.parse(argv)
     if args.prompt is None and not args.chat:
@@ -42,7 +46,7 @@ def generate(argv: list[str]) -> int:
         return 0
     print(args.prompt, end="", flush=True)
     for piece in pieces:
-        print(piece, end="", flush=True)
+        print(printable(piece, keep=LINE_ENDS), end="", flush=True)
     print()
     return 0
 
@@ -56,7 +60,7 @@ def _chat(model: "Model", lines: Iterable[str], as_json: bool, options: dict[str
         for piece in model.stream(turns, **options):
             answer += piece
             if not as_json:
-                print(piece, end="", flush=True)
+                print(printable(piece, keep=LINE_ENDS), end="", flush=True)
         turns.append({"role": "assistant", "content": answer})
         if not as_json:
             print(flush=True)

@@ -1,4 +1,4 @@
-"""`flexmoe import-hf|import-gguf|export-hf`: Hugging Face checkpoints in and out."""
+"""`flexmoe import-hf|import-gguf|export-hf|export-gguf`: checkpoints of other libraries in and out."""
 
 import argparse
 import dataclasses
@@ -8,6 +8,7 @@ from typing import TYPE_CHECKING
 
 from flexmoe_jax.cli.common import ExistingPath, LocalPath, Parser, add_json, emit, names, parser
 from flexmoe_jax.errors import ConfigError, DataError
+from flexmoe_jax.ranges import POSITIVE
 
 if TYPE_CHECKING:
     from flexmoe_jax.hf.checkpoint import Checkpoint
@@ -28,6 +29,9 @@ def import_hf(argv: list[str]) -> int:
     p.add_argument("--expert", metavar="NAME", help="with --public: the expert's name")
     _add_common(p)
     args = p.parse(argv)
+    from flexmoe_jax.hf.foreign import existing
+
+    existing(args.checkpoint)
     if bool(args.public) != bool(args.expert) or (args.public and (args.experts or args.tokenizer or args.domain)):
         raise ConfigError(
             "--public and --expert go together, without --experts, --tokenizer and --domain",
@@ -65,15 +69,15 @@ def export_hf(argv: list[str]) -> int:
     p.add_argument("--zero-bias", action="store_true", help="leave the bias out; --data measures what that costs")
     p.add_argument("--data", action=ExistingPath, help="a folder of held-out documents; with --zero-bias")
     p.add_argument("--evaluation", action=ExistingPath, help="a result of `flexmoe eval --json`; for the model card")
-    p.add_argument("--max-shard-gb", type=float, default=5.0, help="largest file, in units of 2^30 bytes; 5 by default")
+    p.add_argument(
+        "--max-shard-gb", type=POSITIVE, default=5.0, help="largest file, in units of 2^30 bytes; 5 by default"
+    )
     what = "compare bytes only: for a model larger than memory"
     p.add_argument("--no-logits", action="store_true", help=what)
     add_json(p)
     args = p.parse(argv)
     if args.zero_bias != bool(args.data) or (args.zero_bias and args.custom_code):
         raise ConfigError("--zero-bias goes with --data, without --custom-code", "give both, or neither")
-    if args.max_shard_gb <= 0:
-        raise ConfigError(f"--max-shard-gb is {args.max_shard_gb}", "give a size above 0")
     from flexmoe_jax.artifacts.model_dir import open_model
     from flexmoe_jax.hf.export import ExportOptions, export
 
@@ -94,6 +98,28 @@ def export_hf(argv: list[str]) -> int:
         ),
     )
     return _show_export(args, done, measured)
+
+
+def export_gguf(argv: list[str]) -> int:
+    """Writes one file that llama.cpp runs."""
+    example = "flexmoe export-gguf model --out model.gguf --dtype q8_0"
+    p = parser("export-gguf", "Exports a model of a Llama, Qwen3 or dense OLMo-2 anchor for llama.cpp.", example)
+    p.add_argument("model", action=ExistingPath, help="a model directory")
+    p.add_argument("--out", required=True, action=LocalPath, help="new .gguf file")
+    p.add_argument("--experts", help="comma-separated names; all by default, and one alone is a dense model")
+    choices = ("f32", "f16", "bf16", "q8_0", "q4_0")
+    p.add_argument("--dtype", choices=choices, help="of the matrices; as stored by default")
+    add_json(p)
+    args = p.parse(argv)
+    from flexmoe_jax.artifacts.model_dir import open_model
+    from flexmoe_jax.hf import gguf_export
+
+    done = gguf_export.export_gguf(open_model(args.model), args.out, experts=names(args.experts), dtype=args.dtype)
+    kind = f"top-{done.top_k} of {', '.join(done.experts)}" if len(done.experts) > 1 else f"dense, {done.experts[0]}"
+    line = f"{args.out}: {done.architecture}, {kind}; {done.dtype}, {done.size / 1e6:.1f} MB"
+    lines = [line, f"tokenizer: {done.pre_tokenizer}; every digest of what was read is right"]
+    emit(dataclasses.asdict(done) | {"path": args.out}, lines, args.json)
+    return 0
 
 
 def _show_export(args: argparse.Namespace, done: "Export", measured: dict | None) -> int:

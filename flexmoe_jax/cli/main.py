@@ -12,7 +12,7 @@ import re
 import sys
 import traceback
 
-from flexmoe_jax.errors import ArtifactError, ConfigError, FlexMoEError, MachineError
+from flexmoe_jax.errors import LINE_ENDS, ArtifactError, ConfigError, FlexMoEError, MachineError, printable
 
 # Who runs what: {role: {verb: (module under flexmoe_jax.cli, what the verb does)}}.
 # The function is the verb's name with '_' for '-'.
@@ -43,9 +43,10 @@ ROLES = {
         "eval-harness": ("evaluate", "score tasks of lm-evaluation-harness"),
         "find-proxies": ("tune", "choose public documents like the owners', with their classifiers"),
         "tune": ("tune", "tune the router of a merged model on such documents"),
-        "import-hf": ("interchange", "import an Olmo2, FlexOlmo or Llama checkpoint"),
+        "import-hf": ("interchange", "import a checkpoint of transformers"),
         "import-gguf": ("interchange", "import a GGUF file of the Llama architecture"),
         "export-hf": ("interchange", "export a checkpoint that transformers loads"),
+        "export-gguf": ("interchange", "export a file that llama.cpp runs"),
     },
     "an auditor (verify: a coordinator too)": {
         "inspect": ("models", "show what a package or a model holds"),
@@ -103,7 +104,7 @@ def main(argv: list[str] | None = None) -> int:
             raise
         if os.environ.get(DEBUG):
             traceback.print_exception(error)
-        print(f"flexmoe {verb}: {refusal}", file=sys.stderr)
+        print(f"flexmoe {verb}: {printable(str(refusal), keep=LINE_ENDS)}", file=sys.stderr)
         return refusal.exit_code
     except KeyboardInterrupt:
         print(f"flexmoe {verb}: interrupted", file=sys.stderr)
@@ -165,7 +166,7 @@ def _log_to_stderr() -> None:
 
 class _Stderr(logging.Handler):
     def emit(self, record: logging.LogRecord) -> None:
-        print(record.getMessage(), file=sys.stderr, flush=True)
+        print(printable(record.getMessage(), keep=LINE_ENDS), file=sys.stderr, flush=True)
 
 
 def use_compilation_cache() -> None:

@@ -7,7 +7,8 @@ import pathlib
 from typing import TYPE_CHECKING
 
 from flexmoe_jax.cli.common import ExistingPath, LocalPath, Parser, add_json, emit, parser, table
-from flexmoe_jax.errors import ArtifactError
+from flexmoe_jax.errors import ArtifactError, printable
+from flexmoe_jax.ranges import COUNT, Range
 
 if TYPE_CHECKING:
     from flexmoe_jax.artifacts.manifest import Manifest
@@ -24,7 +25,7 @@ def merge(argv: list[str]) -> int:
     what = "an owner's package; may be given several times"
     p.add_argument("--package", required=True, action=ExistingPath, many=True, help=what)
     p.add_argument("--out", required=True, action=LocalPath, help="new directory for the model")
-    p.add_argument("--top-k", type=int, help="experts active per token; all by default")
+    p.add_argument("--top-k", type=COUNT, help="experts active per token; all by default")
     what = "hard-link files instead of copying them (same disk): an expert removed later stays in its package's files"
     p.add_argument("--link", action="store_true", help=what)
     _add_trust(p)
@@ -143,7 +144,7 @@ def verify(argv: list[str]) -> int:
     rows = [dataclasses.asdict(c) for c in checks]
     emit({"path": args.path, "ok": not bad, "checks": rows}, lines, args.json)
     if bad:
-        named = "; ".join(f"{c.subject}: {c.detail}" for c in bad[:3])
+        named = printable("; ".join(f"{c.subject}: {c.detail}" for c in bad[:3]))
         what = f"{len(bad)} of {len(checks)} checks of {args.path} failed: {named}"
         raise ArtifactError(what, "; ".join(dict.fromkeys(c.remedy or "restore it from its source" for c in bad[:3])))
     return 0
@@ -174,7 +175,7 @@ def sign(argv: list[str]) -> int:
     p.add_argument("package", action=ExistingPath, help=what)
     p.add_argument("--key", required=True, action=ExistingPath, help="the private key that flexmoe keygen wrote")
     what = "1, 2, ..: higher than every version signed for this owner before"
-    p.add_argument("--version", type=int, required=True, help=what)
+    p.add_argument("--version", type=Range(int, 1, 2**53), required=True, help=what)
     add_json(p)
     args = p.parse(argv)
     path = pathlib.Path(args.package)

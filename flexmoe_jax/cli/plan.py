@@ -11,6 +11,7 @@ from flexmoe_jax.config import RunConfig, from_mapping
 from flexmoe_jax.errors import ConfigError, MachineError
 from flexmoe_jax.experiment import read_values
 from flexmoe_jax.model_config import ModelConfig
+from flexmoe_jax.ranges import COUNT
 from flexmoe_jax.tree import PUBLIC, canonical_order
 
 if TYPE_CHECKING:
@@ -36,7 +37,7 @@ def plan(argv: list[str]) -> int:
     what = "what runs: a training step (default), the prefill of a prompt, or the decoding of a token"
     p.add_argument("--kind", choices=("train", "prefill", "decode"), default="train", help=what)
     what = "number of experts, for a public run whose model is merged later"
-    p.add_argument("--experts", type=int, help=what)
+    p.add_argument("--experts", type=COUNT, help=what)
     p.add_argument("--compile", action="store_true", help="also compile the run for the topology")
     add_json(p)
     args = p.parse(argv)

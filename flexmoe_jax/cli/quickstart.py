@@ -17,6 +17,7 @@ from typing import TYPE_CHECKING
 from flexmoe_jax.cli.common import LocalPath, add_json, emit, parser, table
 from flexmoe_jax.errors import ArtifactError, ConfigError, FlexMoEError
 from flexmoe_jax.files import new_directory
+from flexmoe_jax.ranges import COUNT, SEED
 
 if TYPE_CHECKING:
     from flexmoe_jax.api import Model
@@ -72,12 +73,12 @@ def quickstart(argv: list[str]) -> int:
     p = parser("quickstart", _TEXT, "flexmoe quickstart --out runs/quickstart")
     what = "folder for everything this makes; resumed if it exists; runs/quickstart by default"
     p.add_argument("--out", default="runs/quickstart", action=LocalPath, help=what)
-    p.add_argument("--seed", type=int, default=0, help="of initial weights and data order; 0 by default")
+    p.add_argument("--seed", type=SEED, default=0, help="of initial weights and data order; 0 by default")
     what = "a configuration key for all trainings, for example steps=20; may be given several times"
     p.add_argument("--override", action="append", default=[], metavar="KEY=VALUE", help=what)
     what = "documents in each party's domain embedding; 64 by default"
-    p.add_argument("--embed-count", type=int, default=64, help=what)
-    p.add_argument("--eval-bytes", type=int, default=24_000, help="held-out text per domain; 24000 by default")
+    p.add_argument("--embed-count", type=COUNT, default=64, help=what)
+    p.add_argument("--eval-bytes", type=COUNT, default=24_000, help="held-out text per domain; 24000 by default")
     add_json(p)
     args = p.parse(argv)
     from flexmoe_jax.artifacts.sealed import write_json
@@ -203,7 +204,7 @@ def _evaluate(root: pathlib.Path, paths: dict[str, pathlib.Path], max_bytes: int
 
 
 def _sample(model: "Model", text: str) -> dict:
-    prompt = model.tokenizer.decode(model.tokenizer.encode(text)[:24])
+    prompt = model.tokenizer.decode(model.tokenizer.encode(text)[:24]).rstrip("\ufffd")  # part of a character
     return {"prompt": prompt, "continuation": model.generate(prompt, max_new_tokens=32, temperature=0.7, top_p=0.9)}
 
 

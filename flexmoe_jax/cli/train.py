@@ -10,8 +10,9 @@ from flexmoe_jax.experiment import read_config
 
 _TEXT = """{what}
 
-The run directory (config.out) is resumed if it exists and belongs to the same configuration and data; otherwise the
-run is refused and the differences are shown. SIGTERM saves the state and exits with code 75."""
+The run directory (config.out) is resumed if it holds a checkpoint of the same configuration and data; one of others is
+refused, and the differences are shown. SIGTERM, SIGHUP and SIGUSR1 save the state and exit with code 75, the first
+Ctrl-C with 130; a second one ends at once. A run that skipped over 1% of its steps publishes nothing."""
 
 
 def pretrain(argv: list[str]) -> int:

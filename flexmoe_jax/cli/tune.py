@@ -5,6 +5,7 @@ from typing import TYPE_CHECKING
 
 from flexmoe_jax.cli.common import ExistingPath, LocalPath, add_fields, add_json, check_path, emit, fields_of, parser
 from flexmoe_jax.errors import DataError, did_you_mean
+from flexmoe_jax.ranges import COUNT, POSITIVE, SEED
 
 if TYPE_CHECKING:
     from flexmoe_jax.data.proxies import Classifier
@@ -22,8 +23,8 @@ def train_classifier(argv: list[str]) -> int:
     p.add_argument("--public-data", required=True, action=ExistingPath, help="public documents")
     p.add_argument("--out", required=True, action=LocalPath, help="JSON file to write, for the coordinator")
     p.add_argument("--encoder", action=LocalPath, help=_ENCODER)
-    p.add_argument("--count", type=int, default=1000, help="documents of each kind in the sample; 1000 by default")
-    p.add_argument("--seed", type=int, default=0, help="of the sample; 0 by default")
+    p.add_argument("--count", type=COUNT, default=1000, help="documents of each kind in the sample; 1000 by default")
+    p.add_argument("--seed", type=SEED, default=0, help="of the sample; 0 by default")
     add_fields(p)
     add_json(p)
     args = p.parse(argv)
@@ -52,11 +53,11 @@ def find_proxies(argv: list[str]) -> int:
     p.add_argument("documents", action=ExistingPath, help="public documents")
     what = "an owner's classifier; may be given several times"
     p.add_argument("--classifier", action="append", required=True, metavar="OWNER=FILE", help=what)
-    p.add_argument("--count", type=int, default=200, help="proxies for each owner; 200 by default")
+    p.add_argument("--count", type=COUNT, default=200, help="proxies for each owner; 200 by default")
     what = "public documents to choose from, a random sample; 2000 by default"
-    p.add_argument("--of", type=int, default=2000, help=what)
+    p.add_argument("--of", type=COUNT, default=2000, help=what)
     p.add_argument("--encoder", action=LocalPath, help="the encoder of the classifiers; all-MiniLM-L6-v2 by default")
-    p.add_argument("--seed", type=int, default=0, help="of the sample; 0 by default")
+    p.add_argument("--seed", type=SEED, default=0, help="of the sample; 0 by default")
     p.add_argument("--out", required=True, action=LocalPath, help="folder that gets one new folder per owner")
     add_json(p)
     args = p.parse(argv)
@@ -94,11 +95,11 @@ def tune(argv: list[str]) -> int:
     p.add_argument("--out", required=True, action=LocalPath, help=what)
     what = "tune all rows at once, as in the paper; opting out is then approximate"
     p.add_argument("--together", action="store_true", help=what)
-    p.add_argument("--steps", type=int, default=100, help="optimizer steps; 100 by default")
-    p.add_argument("--batch-size", type=int, default=8, help="sequences per step; 8 by default")
-    p.add_argument("--seq-len", type=int, help="tokens per sequence; the model's maximum by default")
-    p.add_argument("--lr", type=float, default=2e-3, help="peak learning rate; 2e-3 by default")
-    p.add_argument("--seed", type=int, default=0, help="of the order of documents; 0 by default")
+    p.add_argument("--steps", type=COUNT, default=100, help="optimizer steps; 100 by default")
+    p.add_argument("--batch-size", type=COUNT, default=8, help="sequences per step; 8 by default")
+    p.add_argument("--seq-len", type=COUNT, help="tokens per sequence; the model's maximum by default")
+    p.add_argument("--lr", type=POSITIVE, default=2e-3, help="peak learning rate; 2e-3 by default")
+    p.add_argument("--seed", type=SEED, default=0, help="of the order of documents; 0 by default")
     add_json(p)
     args = p.parse(argv)
     from flexmoe_jax.compose.tune import Tuning

@@ -17,11 +17,12 @@ from typing import Any
 from flexmoe_jax.artifacts.manifest import Manifest
 from flexmoe_jax.artifacts.model_dir import ModelDir, assemble, open_model
 from flexmoe_jax.artifacts.package import load_package, read_manifest, write_package
-from flexmoe_jax.artifacts.sealed import differences, parse_json, read_bytes
+from flexmoe_jax.artifacts.sealed import differences
 from flexmoe_jax.config import OptimizerConfig, RunConfig
 from flexmoe_jax.data.sources import blend, content_digest
 from flexmoe_jax.errors import ArtifactError, DataError
-from flexmoe_jax.files import write_json
+from flexmoe_jax.files import remove_directory, write_json
+from flexmoe_jax.json_files import parse_json, read_bytes
 from flexmoe_jax.params import is_matrix
 from flexmoe_jax.training.loop import train
 from flexmoe_jax.tree import PUBLIC, check_known
@@ -75,7 +76,7 @@ def tune(
         raise DataError("there are no proxies", "give a folder of proxies for at least one owner")
     folders = {name: pathlib.Path(proxies[name]) for name in owners}
     details = _details(opened, folders, pathlib.Path(public_data), tuning)
-    _check_same(out / "tuning.json", details)
+    _check_same(out, details)
     if (out / "model").exists():
         log.info(f"{out / 'model'} exists: nothing to do")
         return open_model(out / "model")
@@ -154,15 +155,22 @@ def _tune_each(
     return tuned
 
 
-def _check_same(path: pathlib.Path, details: dict) -> None:
-    """Records the identity in the new file `path`; ArtifactError if it holds that of another tuning."""
-    if not path.exists():
-        path.parent.mkdir(parents=True, exist_ok=True)
-        write_json(path, details)
-    elif lines := differences(parse_json(read_bytes(path), path), details):
+def _check_same(out: pathlib.Path, details: dict) -> None:
+    """Compares the identity with `out`/tuning.json, or writes that file until a training in `out` has a checkpoint.
+
+    ArtifactError if `out` holds another tuning.
+    """
+    path = out / "tuning.json"
+    lines = differences(parse_json(read_bytes(path), path), details) if path.exists() else []
+    if lines and (any(out.glob("runs/*/digests/*.json")) or (out / "packages").exists()):
         raise ArtifactError(
-            f"{path.parent} holds another tuning (there != now):\n    " + "\n    ".join(lines), "give another folder"
+            f"{out} holds another tuning (there != now):\n    " + "\n    ".join(lines), "give another folder"
         )
+    if lines:
+        remove_directory(out / "data")  # blended of what a failed start had
+    if lines or not path.exists():
+        out.mkdir(parents=True, exist_ok=True)
+        write_json(path, details)
 
 
 def _package(path: pathlib.Path, before: Manifest, part: Part, moved_by: Sequence[str]) -> Part:

@@ -10,7 +10,6 @@ Legend: W width of the encoder, n documents.
 import dataclasses
 import functools
 import hashlib
-import json
 import os
 import pathlib
 from collections.abc import Iterable
@@ -21,8 +20,10 @@ import numpy.typing as npt
 
 from flexmoe_jax.data.records import DEFAULT, Fields
 from flexmoe_jax.data.sources import Document, read_documents
-from flexmoe_jax.errors import DataError
+from flexmoe_jax.errors import DataError, FlexMoEError
 from flexmoe_jax.files import sha256_file, write_json
+from flexmoe_jax.foreign import read_bytes
+from flexmoe_jax.json_files import MAX_JSON_BYTES, parse_json
 from flexmoe_jax.progress import track
 
 DEFAULT_ENCODER = "all-MiniLM-L6-v2"
@@ -62,19 +63,20 @@ class DomainVector:
     def load(cls, path: str | pathlib.Path) -> "DomainVector":
         """Reads what `save` wrote; DataError for a broken file, a wrong width, too few documents, NaN and infinity."""
         try:
-            content = json.loads(pathlib.Path(path).read_bytes())
+            content = parse_json(read_bytes(pathlib.Path(path), MAX_JSON_BYTES, DataError), path)
             width, vector = content["width"], np.asarray(content["vector"], np.float32)
             numbers = {name: int(content[name]) for name in ("count", "seed", "seen")}
-        except FileNotFoundError as error:
-            raise DataError(f"{path} does not exist", "make it with `flexmoe embed`") from error
-        except (KeyError, TypeError, AttributeError, ValueError) as error:
+            encoder, encoder_digest = content["encoder"], content["encoder_digest"]
+        except FlexMoEError as error:
+            raise DataError(f"{path} is not a domain vector: {error.what}", "make it with `flexmoe embed`") from error
+        except (KeyError, TypeError, ValueError, OverflowError) as error:
             raise DataError(f"{path} is not a domain vector: {error!r}", "make it with `flexmoe embed`") from error
         if vector.shape != (width,):
             raise DataError(
                 f"{path} holds numbers of shape {vector.shape} and states the width {width}",
                 "make it again with `flexmoe embed`",
             )
-        return cls(vector, content.get("encoder"), content.get("encoder_digest"), **numbers)
+        return cls(vector, encoder, encoder_digest, **numbers)
 
 
 def embed(

@@ -18,6 +18,7 @@ from flexmoe_jax.errors import DataError
 READ_THREADS = 2
 READ_AHEAD_BATCHES = 8
 SCORING_DOCUMENTS = 256  # tokenized at a time
+SHORT_ROW = 1024  # tokens: longer scoring rows have a length that is the next power of two, and fewer share a batch
 
 Array = Any  # numpy.ndarray on the host, jax.Array on devices, jax.ShapeDtypeStruct in plans
 
@@ -143,9 +144,13 @@ def _training_batch(windows: np.ndarray, store: TokenStore) -> Batch:
 
 
 def scoring_batches(
-    texts: Iterable[str], tokenizer: Tokenizer, seq_len: int, stride: int, batch_size: int
+    texts: Iterable[str], tokenizer: Tokenizer, seq_len: int, stride: int, batch_size: int, parts: int = 1
 ) -> Iterator[tuple[Batch, np.ndarray, np.ndarray]]:
-    """Evaluation batches [batch_size, seq_len] in which every token of every document counts exactly once.
+    """Evaluation batches [B, T] in which every token of every document counts exactly once.
+
+    T is `seq_len` up to 1,024 tokens. Longer windows are for long documents only: rows of similar length form batches
+    of the least T of 1,024, 2,048, .. that holds them, at most `seq_len`. B is `batch_size` for T up to 1,024, and for
+    a longer T as many rows as have together no more tokens, but at least one; rounded up to a multiple of `parts`.
 
     Every document follows the token that starts one (an end of document, unless texts begin with a token of their
     own), so its first token and its own end are scored too. A document
@@ -162,13 +167,32 @@ def scoring_batches(
         raise DataError(
             f"a stride of {stride} with windows of {seq_len} tokens", f"choose a stride from 1 to {seq_len}"
         )
-    for rows in batches_of(_scoring_rows(texts, tokenizer, seq_len, stride), batch_size):
-        filler = (*_padded([], [], 0, seq_len, tokenizer.pad_id), -1, 0)
-        rows += [filler] * (batch_size - len(rows))
-        dtypes = (np.int32, np.int32, np.int32, np.float32, np.int32, np.int64)
-        columns = zip(*rows, strict=True)
-        *arrays, doc, text_bytes = (np.asarray(c, dtype) for c, dtype in zip(columns, dtypes, strict=True))
-        yield Batch(*arrays), doc, text_bytes
+    waiting: dict[int, list[tuple]] = {}
+    for row in _scoring_rows(texts, tokenizer, seq_len, stride):  # all rows of a document of several have one length
+        rows = waiting.setdefault(len(row[0]), [])
+        rows.append(row)
+        if len(rows) == _rows_of(len(row[0]), batch_size, parts):
+            yield _scoring_batch(waiting.pop(len(row[0])))
+    for length, rows in sorted(waiting.items()):
+        filler = (*_padded([], [], 0, length, tokenizer.pad_id), -1, 0)
+        yield _scoring_batch(rows + [filler] * (_rows_of(length, batch_size, parts) - len(rows)))
+
+
+def _rows_of(length: int, batch_size: int, parts: int) -> int:
+    """The number of rows in a scoring batch of rows of `length` tokens."""
+    rows = batch_size if length <= SHORT_ROW else max(batch_size * SHORT_ROW // length, 1)
+    return -(-rows // parts) * parts
+
+
+def _row_length(used: int, seq_len: int) -> int:
+    """The length to which a scoring row of `used` tokens is padded."""
+    return min(max(1 << (used - 1).bit_length(), SHORT_ROW), seq_len)
+
+
+def _scoring_batch(rows: list[tuple]) -> tuple[Batch, np.ndarray, np.ndarray]:
+    dtypes = (np.int32, np.int32, np.int32, np.float32, np.int32, np.int64)
+    *arrays, doc, text_bytes = (np.asarray(c, dtype) for c, dtype in zip(zip(*rows, strict=True), dtypes, strict=True))
+    return Batch(*arrays), doc, text_bytes
 
 
 def _scoring_rows(texts: Iterable[str], tokenizer: Tokenizer, seq_len: int, stride: int) -> Iterator[tuple]:
@@ -182,19 +206,20 @@ def _scoring_rows(texts: Iterable[str], tokenizer: Tokenizer, seq_len: int, stri
                 # The last window is moved back to end with the document: more context at no cost.
                 start = max(min(scored + stride, count) - seq_len, 0)
                 end = min(start + seq_len, count)
-                row = _padded(tokens[start:end], tokens[start + 1 : end + 1], scored - start, seq_len, tokenizer.pad_id)
+                length = _row_length(end - start, seq_len)
+                row = _padded(tokens[start:end], tokens[start + 1 : end + 1], scored - start, length, tokenizer.pad_id)
                 yield (*row, doc, text_bytes)
                 scored, text_bytes = end, 0
             doc += 1
 
 
 def _padded(
-    tokens: np.ndarray | list[int], targets: np.ndarray | list[int], context: int, seq_len: int, pad_id: int
+    tokens: np.ndarray | list[int], targets: np.ndarray | list[int], context: int, length: int, pad_id: int
 ) -> tuple[np.ndarray, np.ndarray, np.ndarray, np.ndarray]:
     """One row: `tokens`, then padding in a segment of its own; the first `context` positions do not count."""
     used = len(tokens)
-    padding = np.full(seq_len - used, pad_id, np.int32)
-    position = np.arange(seq_len)
+    padding = np.full(length - used, pad_id, np.int32)
+    position = np.arange(length)
     segments = (position >= used).astype(np.int32)
     weights = ((position >= context) & (position < used)).astype(np.float32)
     return np.concatenate([tokens, padding]), np.concatenate([targets, padding]), segments, weights

@@ -24,8 +24,10 @@ from flexmoe_jax.data.embedding import (
     sample_documents,
 )
 from flexmoe_jax.data.sources import Document
-from flexmoe_jax.errors import DataError
+from flexmoe_jax.errors import DataError, FlexMoEError
 from flexmoe_jax.files import new_directory, write_json
+from flexmoe_jax.foreign import read_bytes
+from flexmoe_jax.json_files import MAX_JSON_BYTES, parse_json
 from flexmoe_jax.tree import check_owner_name
 
 FORMAT = "flexmoe-classifier-1"
@@ -67,13 +69,13 @@ class Classifier:
         """Reads what `save` wrote; DataError for anything else."""
         remedy = "make it with `flexmoe train-classifier`"
         try:
-            content = json.loads(pathlib.Path(path).read_bytes())
+            content = parse_json(read_bytes(pathlib.Path(path), MAX_JSON_BYTES, DataError), path)
             if content.pop("format") != FORMAT:
                 raise ValueError(f"not of the format {FORMAT}")
             return cls(**content | {"weights": np.asarray(content["weights"], np.float32)})
-        except FileNotFoundError as error:
-            raise DataError(f"{path} does not exist", remedy) from error
-        except (KeyError, TypeError, AttributeError, ValueError) as error:
+        except FlexMoEError as error:
+            raise DataError(f"{path} is not a classifier: {error.what}", remedy) from error
+        except (KeyError, TypeError, ValueError, OverflowError) as error:
             raise DataError(f"{path} is not a classifier: {error!r}", remedy) from error
 
 

@@ -14,7 +14,7 @@ from collections.abc import Iterable, Iterator
 from typing import Any
 
 from flexmoe_jax.errors import DataError, did_you_mean
-from flexmoe_jax.files import refuse_pointer
+from flexmoe_jax.foreign import refuse_pointer
 
 log = logging.getLogger(__name__)
 

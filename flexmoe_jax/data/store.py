@@ -12,7 +12,6 @@ format `flexmoe-tokens-2`.
 import dataclasses
 import functools
 import hashlib
-import json
 import pathlib
 from collections.abc import Callable, Iterable, Iterator, Sequence
 from typing import Any, TypeVar
@@ -21,8 +20,10 @@ import numpy as np
 
 from flexmoe_jax.data.corpus import is_documents
 from flexmoe_jax.data.tokenizer import Tokenizer
-from flexmoe_jax.errors import DataError
+from flexmoe_jax.errors import DataError, FlexMoEError
 from flexmoe_jax.files import sha256_file
+from flexmoe_jax.foreign import read_bytes
+from flexmoe_jax.json_files import MAX_JSON_BYTES, parse_json
 
 T = TypeVar("T")
 
@@ -193,25 +194,40 @@ def marks_of(path: pathlib.Path) -> pathlib.Path:
     return path.with_suffix(".marks")
 
 
+_INDEX: dict[str, type] = {
+    "dtype": str,
+    "eos_id": int,
+    "vocab_size": int,
+    "tokenizer_digest": str,
+    "documents": int,
+    "text_bytes": int,
+    "files": list,
+}
+
+
 def _read_index(path: pathlib.Path) -> dict[str, Any]:
+    """The checked fields of a store's index.json."""
     try:
-        index = json.loads((path / "index.json").read_bytes())
-    except FileNotFoundError as error:
-        raise DataError(f"{path} has no index.json", "give a folder made by `flexmoe data build`") from error
-    except ValueError as error:
-        raise DataError(f"{path / 'index.json'} is not JSON: {error}", "write the store again") from error
-    found = index.get("format") if isinstance(index, dict) else None
+        index = parse_json(read_bytes(path / "index.json", MAX_JSON_BYTES, DataError), path / "index.json")
+    except FlexMoEError as error:
+        raise DataError(error.what, "write the store again: flexmoe data tokenize") from error
+    found = index.get("format")
     if found not in (FORMAT, FORMAT_2):
-        raise DataError(
-            f"{path} has format {found!r}, not {FORMAT!r} or {FORMAT_2!r}", "write the store again with this version"
-        )
-    fields = {"dtype", "eos_id", "vocab_size", "tokenizer_digest", "documents", "text_bytes", "files"}
-    missing = sorted(fields - index.keys())
-    if missing or not index["files"]:
-        raise DataError(f"{path / 'index.json'} lacks {', '.join(missing) or 'files'}", "write the store again")
+        what = f"{path} has format {found!r}, not {FORMAT!r} or {FORMAT_2!r}"
+        raise DataError(what, "write the store again with this version")
+    wrong = [name for name, kind in _INDEX.items() if type(index.get(name)) is not kind]
+    if type(index.get("bos_id", 0)) not in (int, type(None)):
+        wrong.append("bos_id")
+    if wrong or not index["files"]:
+        what = f"{path / 'index.json'}: {', '.join(wrong) or 'files'} is missing, or of another type"
+        raise DataError(what, "write the store again")
     for number, file in enumerate(index["files"]):
-        if file.get("name") != f"part-{number:05d}.npy":  # nothing outside the folder, nothing out of order
-            raise DataError(f"{path}: file {number} is named {file.get('name')!r}", "write the store again")
+        # Nothing outside the folder, nothing out of order; all files have marks, or none has.
+        if not isinstance(file, dict) or file.get("name") != f"part-{number:05d}.npy":
+            raise DataError(f"{path}: file {number} of the index is {file!r}", "write the store again")
+        kinds = {"tokens": int, "sha256": str, "marks": type(index["files"][0].get("marks"))}
+        if any(type(file.get(name)) is not kind for name, kind in kinds.items()):
+            raise DataError(f"{path}: file {number} of the index is {file!r}", "write the store again")
     return index
 
 

@@ -15,8 +15,16 @@ from typing import Any
 
 from flexmoe_jax.data.cl100k import RANKS, build
 from flexmoe_jax.errors import DataError
-from flexmoe_jax.files import refuse_pointer, write_bytes
-from flexmoe_jax.tokenizer_files import GENERATION_CONFIG, TOKENIZER, TOKENIZER_CONFIG, named_tokens, parsed, read_files
+from flexmoe_jax.files import write_bytes
+from flexmoe_jax.tokenizer_files import (
+    GENERATION_CONFIG,
+    TOKENIZER,
+    TOKENIZER_CONFIG,
+    named_tokens,
+    parsed,
+    read_file,
+    read_files,
+)
 
 DEFAULT_TOKENIZER = "cl100k:8192"
 # The first end a document wherever they are known: the `eos_token` of a chat model ends a turn.
@@ -115,8 +123,16 @@ class Tokenizer:
         return ids if ids and self.bos_id is None else [self.start_id, *ids]
 
     def encode_marked(self, text: str) -> tuple[list[int], list[int]]:
-        """(ids, the character at which each starts) of a `text` in which special tokens are recognized by name."""
+        """(ids, the character at which each starts) of a `text` in which special tokens are recognized by name.
+
+        DataError for a token that the model has no row for.
+        """
         encoded = self._marked.encode(text, add_special_tokens=False)
+        if (largest := max(encoded.ids, default=0)) >= self.vocab_size:
+            raise DataError(
+                f"a text names {self.decode([largest])!r}, whose id {largest} is beyond the model's {self.vocab_size}",
+                "leave it out of the text, or use a model that was trained with this token",
+            )
         return encoded.ids, [start for start, _ in encoded.offsets]
 
     def decode(self, ids: Iterable[int]) -> str:
@@ -222,9 +238,7 @@ def load_tokenizer(spec: str | pathlib.Path | Mapping[str, bytes] = DEFAULT_TOKE
             f"no tokenizer {str(spec)!r}: neither a known name nor a file",
             f"use {DEFAULT_TOKENIZER!r}, 'dolma2', or the path of a tokenizer.json",
         )
-    raw = path.read_bytes()
-    refuse_pointer(raw[:64], path, DataError)
-    return _from_files(read_files(path.parent) | {TOKENIZER: raw}, str(path))
+    return _from_files(read_files(path.parent) | {TOKENIZER: read_file(path, TOKENIZER)}, str(path))
 
 
 def _prefix_size(spec: str) -> int:

@@ -111,7 +111,7 @@ def discover(program: str = LIST_DEVICES, timeout_s: float = DISCOVERY_S) -> tup
     killed process can hold a pipe open. A process that cannot be killed is left behind.
     """
     environment = {**os.environ, "XLA_PYTHON_CLIENT_PREALLOCATE": "false"}
-    with tempfile.TemporaryFile("w+") as out, tempfile.TemporaryFile("w+") as err:
+    with tempfile.TemporaryFile("w+", encoding="utf-8") as out, tempfile.TemporaryFile("w+", encoding="utf-8") as err:
         process = subprocess.Popen(
             [sys.executable, "-c", program], stdout=out, stderr=err, env=environment, start_new_session=True
         )
@@ -160,7 +160,7 @@ def _needed() -> dict[str, str]:
 def _meminfo() -> dict[str, int]:
     """{name: bytes} of /proc/meminfo; {} without it."""
     with contextlib.suppress(OSError):
-        lines = pathlib.Path("/proc/meminfo").read_text().splitlines()
+        lines = pathlib.Path("/proc/meminfo").read_text(encoding="utf-8").splitlines()
         return {name: int(rest.split()[0]) * 1024 for name, _, rest in (line.partition(":") for line in lines)}
     return {}
 
@@ -173,6 +173,8 @@ def _total(path: str) -> int | None:
 def _huge_pages() -> str:
     """The kernel's setting: always, madvise or never; "" where it has none."""
     with contextlib.suppress(OSError):
-        match = re.search(r"\[(\w+)\]", pathlib.Path("/sys/kernel/mm/transparent_hugepage/enabled").read_text())
+        match = re.search(
+            r"\[(\w+)\]", pathlib.Path("/sys/kernel/mm/transparent_hugepage/enabled").read_text(encoding="utf-8")
+        )
         return match[1] if match else ""
     return ""

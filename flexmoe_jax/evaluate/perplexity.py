@@ -68,20 +68,29 @@ def score(
 ) -> Score:
     """Scores every token of every text once, with at least `seq_len - stride` tokens of left context if they exist.
 
-    Documents are never packed. The end-of-text token is the context of the first token, and is scored at the end. The
-    devices of `mesh`, which hold `params` with stacked experts, share the rows of a batch; every process gets the whole
-    result. DataError if there is no text.
+    Documents are never packed. The end-of-text token is the context of the first token, and is scored at the end.
+    `batch_size` rows are scored at a time, fewer of rows over 1,024 tokens: memory hardly grows with `seq_len` (see
+    `scoring_batches`). The devices of `mesh`, which hold `params` with stacked experts, share the rows of a batch;
+    every process gets the whole result. DataError if there is no text, for windows longer than the model's
+    `max_seq_len`, and for a stride outside 1..`seq_len`.
     """
+    if seq_len > run.config.max_seq_len:
+        raise DataError(
+            f"windows of {seq_len} tokens are asked for, the model's max_seq_len is {run.config.max_seq_len}",
+            f"score in windows (--seq-len) of at most {run.config.max_seq_len}",
+        )
     if not texts:
         raise DataError("there is no document to score", "give at least one held-out document")
     token_nats: list[list[np.ndarray]] = [[] for _ in texts]
     share_LE = np.zeros(())
-    rows = -(-batch_size // batch_parts(mesh)) * batch_parts(mesh)
-    for batch, doc_B, _ in scoring_batches(texts, tokenizer, seq_len=seq_len, stride=stride, batch_size=rows):
+    batches = scoring_batches(
+        texts, tokenizer, seq_len=seq_len, stride=stride, batch_size=batch_size, parts=batch_parts(mesh)
+    )
+    for batch, doc_B, _ in batches:
         with jax.set_mesh(mesh):
             nats_BT, batch_share_LE = _score_batch(run, params, place_batch(mesh, batch))
         for doc, nats_T, weights_T in zip(doc_B, np.asarray(nats_BT), batch.weights, strict=True):
-            if doc >= 0:  # a document's rows follow one another
+            if doc >= 0:  # a document's rows come in order
                 token_nats[doc].append(nats_T[weights_T > 0])
         share_LE = share_LE + np.asarray(batch_share_LE, np.float64)
     bytes_D = np.array([len(text.encode()) for text in texts])

@@ -21,10 +21,12 @@ from typing import Any
 
 from flexmoe_jax.data.sources import Document, json_line
 from flexmoe_jax.data.wheels import fetch
-from flexmoe_jax.errors import ArtifactError, DataError, did_you_mean
+from flexmoe_jax.errors import ArtifactError, DataError, FlexMoEError, did_you_mean
 from flexmoe_jax.files import default_cache, new_directory, remove_directory, sha256_file
 from flexmoe_jax.flexmix.recipes import RECIPE_VERSION, RECIPES
 from flexmoe_jax.flexmix.splits import Part, make_part
+from flexmoe_jax.foreign import read_bytes
+from flexmoe_jax.json_files import MAX_JSON_BYTES, parse_json
 from flexmoe_jax.progress import track
 
 DOMAINS = tuple(RECIPES)
@@ -72,9 +74,9 @@ def read_mix(folder: str | pathlib.Path) -> dict[str, Any]:
     """The content of a mix's `mix.json`; DataError when there is none."""
     path = pathlib.Path(folder) / "mix.json"
     try:
-        return json.loads(path.read_bytes())
-    except (OSError, ValueError) as error:
-        raise DataError(f"{folder} is not a mix: {error}", "make one with `flexmoe data build`") from error
+        return parse_json(read_bytes(path, MAX_JSON_BYTES, DataError), path)
+    except FlexMoEError as error:
+        raise DataError(f"{folder} is not a mix: {error.what}", "make one with `flexmoe data build`") from error
 
 
 def _chosen(domains: Iterable[str]) -> list[str]:

@@ -6,14 +6,13 @@ import pathlib
 from typing import Any
 
 from flexmoe_jax.errors import ArtifactError
+from flexmoe_jax.foreign import short
 from flexmoe_jax.hf import foreign
 from flexmoe_jax.hf.configuration import CheckpointConfig, read_config
-from flexmoe_jax.hf.foreign import FETCH, short
+from flexmoe_jax.hf.foreign import FETCH
 from flexmoe_jax.hf.mapping import check_count, drop_surplus, slots, widened
-from flexmoe_jax.hf.tensors import Tensor, read_tensors
-from flexmoe_jax.tokenizer_files import TOKENIZER, read_files
-
-_WEIGHTS_AND_CODE = (".safetensors", ".bin", ".pt", ".pth", ".gguf", ".h5", ".msgpack", ".onnx", ".py")
+from flexmoe_jax.hf.tensors import INDEX, Tensor, read_tensors
+from flexmoe_jax.tokenizer_files import GENERATION_CONFIG, TOKENIZER, read_files
 
 
 @dataclasses.dataclass(frozen=True)
@@ -80,8 +79,8 @@ def _folder(path: pathlib.Path) -> pathlib.Path:
 
 
 def _notes(path: pathlib.Path, name: str, tensors: dict[str, Tensor], read: set[str]) -> tuple[str, ...]:
-    """What of the folder was read, where its links lead, and which weights and code were passed over."""
-    files = sorted({tensor.file for tensor in tensors.values()})
+    """What of the folder was read, where its links lead, and which files were passed over."""
+    files = sorted({tensor.stored for tensor in tensors.values()})
     dtypes = ", ".join(sorted({tensor.dtype for tensor in tensors.values()}))
     named = files[0] if len(files) == 1 else f"{len(files)} files"
     others = ", ".join(sorted(read)) or "no tokenizer"
@@ -90,8 +89,8 @@ def _notes(path: pathlib.Path, name: str, tensors: dict[str, Tensor], read: set[
         str((path / file).resolve().parent) for file in ("config.json", *files, *read) if (path / file).is_symlink()
     }
     if links:
-        lines.append(f"its files are links into {', '.join(sorted(links))}")
+        lines.append(f"its files are links into {short(sorted(links))}")
     entries = sorted(entry.name for entry in path.iterdir())
-    if over := [entry for entry in entries if entry.endswith(_WEIGHTS_AND_CODE) and entry not in files]:
+    if over := [entry for entry in entries if entry not in {"config.json", GENERATION_CONFIG, INDEX, *files, *read}]:
         lines.append(f"files passed over: {short(over)}")
     return tuple(lines)

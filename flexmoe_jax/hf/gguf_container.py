@@ -15,8 +15,8 @@ import ml_dtypes
 import numpy as np
 
 from flexmoe_jax.errors import ArtifactError, ConfigError
+from flexmoe_jax.foreign import open_file, short
 from flexmoe_jax.hf import foreign
-from flexmoe_jax.hf.foreign import short
 from flexmoe_jax.hf.tensors import Tensor
 
 DOWNLOAD = "download it again"
@@ -87,13 +87,14 @@ class _Reader:
 def read_container(path: pathlib.Path) -> tuple[dict[str, Any], dict[str, Tensor]]:
     """(the keys with their values, {name: Tensor}) of one GGUF file; quantized tensors become float32 when read.
 
-    Raises ArtifactError for a damaged file and one of several, ConfigError where the package `gguf` is missing.
+    `Tensor.stored` is the type that a tensor has in the file. Raises ArtifactError for a damaged file, ConfigError
+    where the package `gguf` is missing.
     """
     try:
         import gguf  # noqa: F401
     except ImportError as error:
         raise ConfigError("reading GGUF files needs the package gguf", "pip install 'flexmoe_jax[hf]'") from error
-    with foreign.open_file(path) as file:
+    with open_file(path, ArtifactError) as file:
         size = os.fstat(file.fileno()).st_size
         if file.read(4) != b"GGUF":
             raise ArtifactError(f"{path} is not a GGUF file", DOWNLOAD)
@@ -155,4 +156,4 @@ def _tensor(
             what = f"the tensor {name!r} is quantized as {of_kind.name}, which the package gguf does not undo"
             raise ArtifactError(what, "give the model in another quantization, or not quantized") from error
 
-    return Tensor("float32" if exact is None else exact.name, shape, read)
+    return Tensor("float32" if exact is None else exact.name, shape, read, of_kind.name)

@@ -13,11 +13,11 @@ import numpy as np
 
 from flexmoe_jax.data.cl100k import SPLIT_PATTERN
 from flexmoe_jax.errors import ArtifactError
+from flexmoe_jax.foreign import short
 from flexmoe_jax.hf import foreign
 from flexmoe_jax.hf.architectures import LLAMA
 from flexmoe_jax.hf.checkpoint import Checkpoint
 from flexmoe_jax.hf.configuration import read_config
-from flexmoe_jax.hf.foreign import short
 from flexmoe_jax.hf.gguf_container import DOWNLOAD, read_container
 from flexmoe_jax.hf.rope import write_scaling
 from flexmoe_jax.hf.tensors import Tensor
@@ -89,7 +89,11 @@ def open_gguf(path: pathlib.Path | str) -> Checkpoint:
     tensors.pop(_FREQUENCIES, None)  # part of the configuration
     tokenizer, problem = _tokenizer(fields)
     unknown = sorted(key for key in fields if key.startswith(_PREFIX) and key.removeprefix(_PREFIX) not in _READ)
-    notes = [f"read {path}: {LLAMA.name}, {len(found)} tensors"]
+    stored, name = ", ".join(sorted({tensor.stored for tensor in found.values()})), config.architecture.name
+    notes = [f"read {path}: {name}, {len(found)} tensors ({stored}; what is quantized becomes float32)"]
+    if _FREQUENCIES in found:
+        scaling = config.model.rope_scaling
+        notes.append(f"{_FREQUENCIES} is read as {scaling or 'no scaling of the rotary embedding: its factors are 1'}")
     notes += [f"no tokenizer is read from it: {problem}"] if problem else []
     notes += [f"unknown keys passed over: {short(unknown)}"] if unknown else []
     return Checkpoint(str(path), config, tensors, tokenizer, {}, tuple(notes)).without_surplus()
@@ -104,7 +108,8 @@ def _check_keys(fields: dict[str, Any], path: pathlib.Path) -> None:
         what = f"{path} has the architecture {short(found)}, not 'llama'"
         raise ArtifactError(what, "give a GGUF file of the Llama architecture")
     if (count := fields.get("split.count", 1)) != 1:
-        what = f"{path} is part {short(fields.get('split.no', 0))} (from 0) of {short(count)} files"
+        number = fields.get("split.no", 0)
+        what = f"{path} is file {number + 1 if type(number) is int else short(number)} of {short(count)}"
         raise ArtifactError(what, "put them together first: llama-gguf-split --merge FIRST_FILE WHOLE.gguf")
     for key, value in _MUST_BE.items():
         if (given := fields.get(f"{_PREFIX}{key}", value)) != value:

@@ -20,7 +20,7 @@ from flexmoe_jax.artifacts.journal import append_entry
 from flexmoe_jax.artifacts.manifest import Manifest, TensorRecord
 from flexmoe_jax.artifacts.model_dir import ModelDir, create_model, open_model, write_model_json
 from flexmoe_jax.artifacts.package import content_digest, read_manifest, write_package
-from flexmoe_jax.artifacts.sealed import MAX_TEXT_BYTES, canonical_json, parse_json, sha256_array
+from flexmoe_jax.artifacts.sealed import sha256_array
 from flexmoe_jax.config import RunConfig
 from flexmoe_jax.data.embedding import DomainVector, projection_record, router_row
 from flexmoe_jax.data.tokenizer import load_tokenizer
@@ -30,6 +30,7 @@ from flexmoe_jax.hf.checkpoint import Checkpoint
 from flexmoe_jax.hf.configuration import PROVENANCE
 from flexmoe_jax.hf.mapping import check_tensors, slots
 from flexmoe_jax.hf.tensors import widest
+from flexmoe_jax.json_files import MAX_TEXT_BYTES, canonical_json, parse_json
 from flexmoe_jax.model_config import ModelConfig
 from flexmoe_jax.params import owner_leaves
 from flexmoe_jax.tokenizer_files import TOKENIZER
@@ -51,11 +52,14 @@ def read_owner(checkpoint: Checkpoint, names: tuple[str, ...], owner: str) -> Pa
     dtypes: dict[str, set[str]] = {}
     for name, tensor in tensors.items():
         dtypes.setdefault(table[name].path, set()).add(tensor.dtype)
-    leaves = {path: np.empty(spec[path].shape, widest(kinds)) for path, kinds in dtypes.items()}
+    leaves: dict[str, np.ndarray] = {}
     for name, tensor in tensors.items():
-        slot = table[name]
-        leaf = leaves[slot.path] if slot.layer is None else leaves[slot.path][slot.layer]
-        leaf[...] = slot.split(tensor.read(), leaf.shape)[owner]
+        slot, shape = table[name], spec[table[name].path].shape
+        if slot.layer is None:
+            leaves[slot.path] = np.ascontiguousarray(slot.split(tensor.read(), shape)[owner])
+        else:
+            leaf = leaves.setdefault(slot.path, np.empty(shape, widest(dtypes[slot.path])))
+            leaf[slot.layer] = slot.split(tensor.read(), shape[1:])[owner]
     if owner != TRUNK:
         leaves = {path: np.zeros(spec[path].shape, np.float32) for path in ("router", "bias")} | leaves
     return unflatten(leaves)

@@ -7,8 +7,8 @@ from collections.abc import Mapping
 from typing import Any
 
 from flexmoe_jax.errors import ArtifactError, ConfigError
+from flexmoe_jax.foreign import short
 from flexmoe_jax.hf.architectures import SMOLLM3, Architecture
-from flexmoe_jax.hf.foreign import short
 from flexmoe_jax.model_config import ModelConfig, RopeScaling
 
 # {kind of scaling: {key of config.json: field of RopeScaling}}

@@ -17,10 +17,12 @@ from typing import Any
 import ml_dtypes  # noqa: F401 - registers bfloat16 with numpy
 import numpy as np
 
+from flexmoe_jax.artifacts.sealed import sha256_array
 from flexmoe_jax.errors import ArtifactError
 from flexmoe_jax.files import write_json
+from flexmoe_jax.foreign import open_file, short
 from flexmoe_jax.hf import foreign
-from flexmoe_jax.hf.foreign import FETCH, short
+from flexmoe_jax.hf.foreign import FETCH
 
 SINGLE, INDEX = "model.safetensors", "model.safetensors.index.json"
 # {code in a header: numpy dtype}, in the order in which the reference writer stores tensors.
@@ -32,12 +34,15 @@ _MAX_DIMENSIONS, _MAX_NAME = 8, 512
 
 @dataclasses.dataclass(frozen=True)
 class Tensor:
-    """One tensor of a checkpoint; `read` returns it as an array in memory, in C order. `file` is where it lies."""
+    """One tensor of a checkpoint; `read` returns it as an array in memory, in C order.
+
+    `stored` is the file in which it lies, or the type that it has in a GGUF file.
+    """
 
     dtype: str
     shape: tuple[int, ...]
     read: Callable[[], np.ndarray]
-    file: str = ""
+    stored: str = ""
 
     @property
     def nbytes(self) -> int:
@@ -48,6 +53,11 @@ def widest(dtypes: Iterable[str]) -> str:
     """The dtype of `DTYPES` that holds the values of all of `dtypes` exactly."""
     kinds = {*dtypes}
     return kinds.pop() if len(kinds) == 1 else "float32"
+
+
+def equal(a: Tensor, b: Tensor) -> bool:
+    """Whether two tensors are the same, bit for bit; one of them is in memory at a time."""
+    return (a.dtype, a.shape) == (b.dtype, b.shape) and sha256_array(a.read()) == sha256_array(b.read())
 
 
 def read_tensors(folder: pathlib.Path | str) -> dict[str, Tensor]:
@@ -83,12 +93,13 @@ def read_tensors(folder: pathlib.Path | str) -> dict[str, Tensor]:
 
 def read_file(path: pathlib.Path) -> dict[str, Tensor]:
     """{name: Tensor} of one safetensors file; reads the header only. Raises ArtifactError."""
-    with foreign.open_file(path) as file:
+    with open_file(path, ArtifactError) as file:
         size = os.fstat(file.fileno()).st_size
         length = int.from_bytes(file.read(8), "little")
-        if not 2 <= length <= min(size - 8, foreign.LIMITS["header of safetensors"]):
+        limit = foreign.LIMITS["header of safetensors"]
+        if not 2 <= length <= min(size - 8, limit):
             raise ArtifactError(f"{path} has {size} bytes and a header of {length}", FETCH)
-        header = foreign.parse(file.read(length).rstrip(b" "), path)
+        header = foreign.parse(file.read(length).rstrip(b" "), path, limit)
     header.pop("__metadata__", None)
     tensors, position = {}, 0
     for name, entry in sorted(header.items(), key=lambda item: _offsets(item[1])):
@@ -180,10 +191,12 @@ def _read_shards(folder: pathlib.Path, weight_map: Mapping[str, str]) -> dict[st
     for file in sorted({*weight_map.values()}):
         for name, tensor in read_file(folder / file).items():
             if name in tensors:
-                raise ArtifactError(f"{folder}: the tensor {name!r} is in both {tensors[name].file} and {file}", FETCH)
+                raise ArtifactError(
+                    f"{folder}: the tensor {name!r} is in both {tensors[name].stored} and {file}", FETCH
+                )
             tensors[name] = tensor
     for name in sorted({*weight_map, *tensors}):
-        place = tensors[name].file if name in tensors else None
+        place = tensors[name].stored if name in tensors else None
         if weight_map.get(name) != place:
             what = f"{folder}: the tensor {short(name)} is in {place}, the index names {weight_map.get(name)}"
             raise ArtifactError(what, FETCH)
@@ -197,7 +210,7 @@ def _difference(a: Mapping[str, Tensor], b: Mapping[str, Tensor]) -> str | None:
             return f"only one of them has the tensor {name!r}"
         if (a[name].dtype, a[name].shape) != (b[name].dtype, b[name].shape):
             return f"the tensor {name!r} is {a[name].dtype}{a[name].shape} and {b[name].dtype}{b[name].shape}"
-        if a[name].read().tobytes() != b[name].read().tobytes():
+        if not equal(a[name], b[name]):
             return f"they hold different numbers in the tensor {name!r}"
     return None
 

@@ -9,6 +9,7 @@ Inside `jax.set_mesh(mesh)` the model finds the mesh by itself (`current_mesh`);
 """
 
 import math
+import re
 from collections.abc import Sequence
 
 import jax
@@ -31,7 +32,7 @@ def parse_mesh(text: str) -> dict[str, int]:
         name, _, size = part.strip().partition("=")
         if name not in sizes:
             raise ConfigError(f"mesh {text!r}: there is no axis {name!r}", did_you_mean(name, AXES))
-        if not size.isdecimal() or int(size) < 1:
+        if not re.fullmatch("[1-9][0-9]{0,8}", size):
             raise ConfigError(f"mesh {text!r}: the size of {name} is {size!r}", "give a number of at least 1")
         sizes[name] = int(size)
     return sizes

@@ -2,11 +2,12 @@
 
 import dataclasses
 from collections.abc import Mapping
-from typing import Any
+from typing import Annotated, Any
 
 from flexmoe_jax.errors import ConfigError
 from flexmoe_jax.flexmix.build import DOMAINS
 from flexmoe_jax.model_config import ModelConfig
+from flexmoe_jax.ranges import Count, Positive, Range, check_numbers
 from flexmoe_jax.tree import PUBLIC
 
 
@@ -47,49 +48,49 @@ class StudyConfig:
     model: ModelConfig
     """Shape of the public model; a model given as `public` must have it."""
 
-    seeds: int = 3
+    seeds: Count = 3
     """Repetitions with other seeds. All start from the same public model, as in the paper."""
 
-    public_steps: int = 300
+    public_steps: Count = 300
     """Optimizer steps of the public model."""
 
-    owner_steps: int = 100
+    owner_steps: Count = 100
     """Optimizer steps of each owner's expert and of each dense expert."""
 
-    mix_steps: int = 100
+    mix_steps: Count = 100
     """Optimizer steps of the joint training of BTX on public text."""
 
-    tune_steps: int = 50
+    tune_steps: Count = 50
     """Optimizer steps of router tuning (paper section 3.3) and of the biases fitted on public text."""
 
-    batch_size: int = 8
+    batch_size: Count = 8
     """Sequences per optimizer step, in every run."""
 
-    seq_len: int = 256
+    seq_len: Count = 256
     """Tokens per sequence; at most `model.max_seq_len`."""
 
-    top_k: int = 2
+    top_k: Count = 2
     """Experts active per token in merged models; at most the number of owners and one."""
 
-    embed_count: int = 256
+    embed_count: Count = 256
     """Documents that a domain embedding is the mean of."""
 
-    classifier_documents: int = 256
+    classifier_documents: Count = 256
     """Documents per domain that the owners' classifiers and the classifier of prompt routing are trained on."""
 
-    proxies: int = 200
+    proxies: Count = 200
     """Public documents chosen as proxies of each owner's text."""
 
-    proxies_of: int = 2000
+    proxies_of: Count = 2000
     """Public documents that the proxies are chosen from."""
 
-    heldout_bytes: int = 40_000
+    heldout_bytes: Count = 40_000
     """Held-out text per domain, in bytes."""
 
-    document_chars: int = 2000
+    document_chars: Count = 2000
     """Characters taken from the start of each held-out document: intervals need many documents, not long ones."""
 
-    choice_items: int = 24
+    choice_items: Count = 24
     """Questions per domain of the four-way continuation task, at most."""
 
     ablations: str = "all"
@@ -101,34 +102,16 @@ class StudyConfig:
     public: str | None = None
     """Directory of an existing public model; None trains one."""
 
-    public_share: float = 0.08
+    public_share: Annotated[float, Range(float, 0, 0.5)] = 0.08
     """Fraction of each owner's domain that belongs to the public text instead, from 0 to 0.5."""
 
-    router_scale: float = 0.1
+    router_scale: Positive = 0.1
     """L2 norm that router rows start with."""
 
     def __post_init__(self) -> None:
-        positive = (
-            "seeds",
-            "public_steps",
-            "owner_steps",
-            "mix_steps",
-            "tune_steps",
-            "batch_size",
-            "heldout_bytes",
-            "document_chars",
-            "top_k",
-            "proxies",
-        )
-        for name in positive:
-            if getattr(self, name) < 1:
-                raise ConfigError(f"config.{name} is {getattr(self, name)}", "give a number of at least 1")
+        check_numbers(self, "config")
         if self.systems not in ("all", "method"):
             raise ConfigError(f"config.systems is {self.systems!r}", "choose from: all, method")
-        if not 0 <= self.public_share <= 0.5:
-            raise ConfigError(f"config.public_share is {self.public_share}", "give a fraction from 0 to 0.5")
-        if self.router_scale <= 0:
-            raise ConfigError(f"config.router_scale is {self.router_scale}", "give a norm above 0")
         for owner in self.owners:
             if owner == PUBLIC or owner not in DOMAINS:
                 raise ConfigError(f"config.domains names {owner!r}", f"choose from: {', '.join(DOMAINS[1:])}")

@@ -3,12 +3,14 @@
 `render` makes the page of a study, `render_quickstart` that of the quickstart; `templates/` holds what they look like.
 """
 
-import json
+import os
 import pathlib
 import re
 from typing import TYPE_CHECKING, Any
 
 from flexmoe_jax.errors import ArtifactError, ConfigError
+from flexmoe_jax.foreign import read_bytes
+from flexmoe_jax.json_files import MAX_TEXT_BYTES, parse_value
 from flexmoe_jax.study import figures
 from flexmoe_jax.study.results import RESULTS, SAMPLES, Kind, Results, SystemResult, read_results
 from flexmoe_jax.tree import PUBLIC
@@ -34,10 +36,12 @@ def read_study(path: pathlib.Path) -> tuple[Results, list[dict[str, Any]]]:
             f"{file} holds {len(studies)} studies: {names}", "give the folder or the lines of one study"
         )
     samples = file.with_name(SAMPLES)
-    try:
-        return studies[0], json.loads(samples.read_bytes()) if path.is_dir() and samples.exists() else []
-    except ValueError as error:
-        raise ArtifactError(f"{samples} is not valid JSON: {error}", "run `flexmoe reproduce` again") from error
+    if not path.is_dir() or not os.path.lexists(samples):
+        return studies[0], []
+    texts = parse_value(read_bytes(samples, MAX_TEXT_BYTES, ArtifactError), samples, MAX_TEXT_BYTES)
+    if not isinstance(texts, list) or not all(isinstance(text, dict) for text in texts):
+        raise ArtifactError(f"{samples} is not a list of texts", "run `flexmoe reproduce` again")
+    return studies[0], texts
 
 
 def render(results: Results, samples: list[dict[str, Any]]) -> str:

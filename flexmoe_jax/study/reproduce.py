@@ -5,10 +5,12 @@ import pathlib
 from collections.abc import Sequence
 
 from flexmoe_jax.api import load
-from flexmoe_jax.artifacts.sealed import differences, parse_json, read_bytes
+from flexmoe_jax.artifacts.sealed import differences
 from flexmoe_jax.config import to_mapping
 from flexmoe_jax.errors import ArtifactError, ConfigError, did_you_mean
 from flexmoe_jax.files import write_json
+from flexmoe_jax.json_files import parse_json, read_bytes
+from flexmoe_jax.ranges import ranges_of
 from flexmoe_jax.study import tables
 from flexmoe_jax.study.config import StudyConfig
 from flexmoe_jax.study.results import RESULTS, SAMPLES, Results, write_results
@@ -61,7 +63,7 @@ def vary(config: StudyConfig, key: str, values: Sequence[str]) -> dict[str, Resu
     Each is a study of its own in `config.out`/KEY-VALUE; `config.out`/KEY.jsonl has the results of all. They share the
     text and the public model where these do not depend on the number.
     """
-    kinds = {field.name: field.type for field in dataclasses.fields(StudyConfig) if field.type in (int, float)}
+    kinds = {name: allowed.kind for name, allowed in ranges_of(StudyConfig).items()}
     if key not in kinds:
         raise ConfigError(f"config.{key} cannot be varied", did_you_mean(key, kinds))
     if config.public is not None and key in ("public_steps", "public_share"):

@@ -16,9 +16,10 @@ import typing
 from collections.abc import Iterable
 from typing import Any
 
-from flexmoe_jax.artifacts.sealed import MAX_TEXT_BYTES, check_fields, check_format, parse_json, read_bytes
+from flexmoe_jax.artifacts.sealed import check_fields, check_format
 from flexmoe_jax.errors import ArtifactError, FlexMoEError
 from flexmoe_jax.files import write_bytes
+from flexmoe_jax.json_files import MAX_TEXT_BYTES, parse_json, read_bytes
 from flexmoe_jax.study.intervals import Interval
 from flexmoe_jax.tree import PUBLIC
 

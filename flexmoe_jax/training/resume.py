@@ -2,16 +2,18 @@
 
 import json
 import logging
+import os
 import pathlib
 from collections.abc import Collection
 
-from flexmoe_jax.artifacts.sealed import differences, parse_json, read_bytes, sha256_array, write_json
+from flexmoe_jax.artifacts.sealed import differences, sha256_array, write_json
 from flexmoe_jax.config import RunConfig, to_mapping
 from flexmoe_jax.data.records import Fields
 from flexmoe_jax.data.sources import content_digest
 from flexmoe_jax.data.store import TokenStore, kind_of
 from flexmoe_jax.errors import ArtifactError, ConfigError, did_you_mean
 from flexmoe_jax.files import remove_directory
+from flexmoe_jax.json_files import parse_json, read_bytes
 from flexmoe_jax.parallel.processes import barrier, is_lead
 from flexmoe_jax.training.start import Stage
 from flexmoe_jax.tree import flatten
@@ -59,7 +61,7 @@ def fields_of(run: RunConfig, key: str) -> Fields:
 
 def read_identity(path: pathlib.Path) -> dict:
     """The identity in the file `path` (`run.json`); {} if there is none, ArtifactError if it cannot be read."""
-    return parse_json(read_bytes(path), path) if path.exists() else {}
+    return parse_json(read_bytes(path), path) if os.path.lexists(path) else {}
 
 
 def documents_of(run: RunConfig) -> dict[str, str | None]:

@@ -9,9 +9,10 @@ import pytest
 from flexmoe_jax.artifacts.journal import append_entry, read_journal
 from flexmoe_jax.artifacts.model_checks import verify_model
 from flexmoe_jax.artifacts.model_dir import create_model, load_params, open_model
-from flexmoe_jax.artifacts.sealed import canonical_json, json_bytes, seal
+from flexmoe_jax.artifacts.sealed import json_bytes, seal
 from flexmoe_jax.compose.merge import merge
 from flexmoe_jax.errors import ArtifactError, FlexMoEError
+from flexmoe_jax.json_files import canonical_json
 from tests.tiny import (
     CONFIG,
     NO_RECORDS,

@@ -1,6 +1,7 @@
 """A package returns every bit that was written, and any alteration of it is detected."""
 
 import json
+import pathlib
 import shutil
 
 import jax.numpy as jnp
@@ -158,6 +159,19 @@ def test_an_extra_file_is_named(package, name):
     assert problems(package) == [name]
     with pytest.raises(ArtifactError, match="does not name"):
         load_package(package, verify=False)
+
+
+def test_files_of_file_browsers_are_named_and_the_remedy_is_to_delete_them(package):
+    surplus = [".DS_Store", "._manifest.json", "arrays/.DS_Store", "arrays/w_up/._0.0.0", "Thumbs.db"]
+    for name in surplus:
+        (package / name).write_bytes(b"Mac OS X")
+    with pytest.raises(ArtifactError) as refusal:
+        load_package(package)
+    remedy = refusal.value.remedy.removeprefix("delete ").removesuffix(": a file browser made them")
+    assert sorted(remedy.split(", ")) == sorted(str(package / name) for name in surplus)
+    for path in remedy.split(", "):
+        pathlib.Path(path).unlink()
+    load_package(package)
 
 
 def test_links_and_empty_directories_are_named(original, package):

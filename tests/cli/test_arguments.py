@@ -90,6 +90,7 @@ PATHS = {
     "tune": ["tune", "{}", "--proxies", "{}", "--public-data", "{}", "--out", "new"],
     "import-hf": ["import-hf", "{}", "--public", "{}", "--domain", "{}", "--out", "new"],
     "import-gguf": ["import-gguf", "{}", "--domain", "{}", "--out", "new"],
+    "export-gguf": ["export-gguf", "{}", "--out", "new"],
     "export-hf": ["export-hf", "{}", "--data", "{}", "--evaluation", "{}", "--out", "new"],
     "eval": ["eval", "{}", "--data", "{}"],
     "eval-suite": ["eval-suite", "{}", "--tasks", "mc9"],

@@ -1,13 +1,16 @@
 """With --json stdout holds one JSON object and nothing else; what is for people goes to stderr."""
 
 import json
+import math
 import pathlib
 import shutil
 
 import pytest
 
 from flexmoe_jax.artifacts.manifest import read_manifest
+from flexmoe_jax.cli.common import emit
 from flexmoe_jax.cli.main import main
+from flexmoe_jax.evaluate.tasks import Result
 
 EXPERIMENT = """
 from flexmoe_jax.experiment import run_config
@@ -50,7 +53,7 @@ def test_pretrain_prints_the_model(world, experiment, tmp_path, capsys):
 
 def test_keygen_and_sign_print_what_was_written(world, tmp_path, capsys):
     key = run(capsys, "keygen", tmp_path / "news.key", "--owner", "news")
-    assert key["trusted"] == pathlib.Path(key["public"]).read_text().strip()
+    assert key["trusted"] == pathlib.Path(key["public"]).read_text(encoding="utf-8").strip()
     assert key["trusted"].startswith("news ")
     package = shutil.copytree(world / "news" / "run" / "package", tmp_path / "package")
     signed = run(capsys, "sign", package, "--key", key["private"], "--version", 3)
@@ -81,3 +84,11 @@ def test_what_owners_compute_of_their_documents(world, tmp_path, capsys):
     [proxies] = run(capsys, "find-proxies", public, *given)["proxies"]
     assert (proxies["owner"], proxies["path"]) == ("news", str(tmp_path / "proxies" / "news"))
     assert proxies["log_odds"]["highest"] >= proxies["log_odds"]["lowest"]
+
+
+def test_numbers_that_json_does_not_have_are_null(capsys):
+    result = {"error": math.nan, "tasks": [Result("t", "accuracy", 0.5, math.nan, 1), -math.inf], "a": "NaN"}
+    emit(result, [], True)
+    printed = json.loads(capsys.readouterr().out, parse_constant=lambda word: pytest.fail(word))
+    task = {"task": "t", "metric": "accuracy", "score": 0.5, "error": None, "examples": 1}
+    assert printed == {"error": None, "tasks": [task, None], "a": "NaN"}

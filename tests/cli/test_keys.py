@@ -10,7 +10,7 @@ from flexmoe_jax.cli.main import main
 from flexmoe_jax.config import OptimizerConfig, RunConfig
 from flexmoe_jax.errors import ConfigError
 from flexmoe_jax.experiment import keys_of, read_config, read_values, run_config
-from flexmoe_jax.model_config import ModelConfig
+from flexmoe_jax.model_config import ModelConfig, RopeScaling
 
 EXPERIMENT = """
 from flexmoe_jax.experiment import run_config
@@ -41,10 +41,11 @@ def test_keys_are_all_fields_and_those_of_sections():
     keys = keys_of(RunConfig)
     expected = {field.name for field in dataclasses.fields(RunConfig)}
     expected |= {f"model.{field.name}" for field in dataclasses.fields(ModelConfig)}
+    expected |= {f"model.rope_scaling.{field.name}" for field in dataclasses.fields(RopeScaling)}
     expected |= {f"optimizer.{field.name}" for field in dataclasses.fields(OptimizerConfig)}
     assert set(keys) == expected
     assert all(key.text for key in keys.values())
-    assert [name for name, key in keys.items() if key.is_section] == ["model", "optimizer"]
+    assert [name for name, key in keys.items() if key.is_section] == ["model", "model.rope_scaling", "optimizer"]
 
 
 @pytest.mark.parametrize("verb", VERBS)

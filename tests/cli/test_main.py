@@ -1,10 +1,13 @@
 """The command line: lazy, helpful, exit codes that can be relied on, nothing half-written."""
 
+import errno
 import json
 import os
 import subprocess
 import sys
 
+import jax
+import pyarrow
 import pytest
 
 from flexmoe_jax.cli.main import VERBS, main
@@ -144,6 +147,50 @@ def test_generate_prints_prompt_and_continuation(world, capsys):
     command = ["generate", str(world / "model"), "--prompt", "the king", "--experts", "news", "--max-new-tokens", "4"]
     assert main(command) == 0
     assert capsys.readouterr().out.startswith("the king")
+
+
+def _raised(call) -> Exception:
+    with pytest.raises(Exception) as caught:
+        call()
+    return caught.value
+
+
+@pytest.mark.parametrize(
+    ("error", "what", "remedy"),
+    [
+        (OSError(errno.ENOSPC, "No space left", "out"), "[Errno 28] No space left: 'out'", "free some space"),
+        (OSError(errno.EROFS, "Read-only", "out"), "[Errno 30] Read-only: 'out'", "choose a place that you may"),
+        (ConnectionError("cannot reach the hub"), "cannot reach the hub", "check paths, permissions and the network"),
+        (MemoryError(), "there is not enough memory: MemoryError", "use smaller batches"),
+        (
+            ValueError("RESOURCE_EXHAUSTED: Out of memory"),
+            "there is not enough memory: RESOURCE",
+            "use smaller batches",
+        ),
+        (_raised(lambda: pyarrow.array([1, "a"])), "pyarrow: Could not convert", "FLEXMOE_DEBUG=1"),
+        (_raised(lambda: jax.devices("nothing")), "JAX cannot use the devices of this machine", "flexmoe doctor"),
+    ],
+)
+def test_errors_of_the_system_and_of_libraries_are_refusals(error, what, remedy, capsys, monkeypatch):
+    def fail(argv):
+        raise error
+
+    monkeypatch.setattr("flexmoe_jax.cli.keys.keys", fail)
+    assert main(["keys"]) == 1
+    first, second = capsys.readouterr().err.splitlines()
+    assert first.startswith(f"flexmoe keys: {what}")
+    assert second.startswith("  remedy: ")
+    assert remedy in second
+
+
+@pytest.mark.parametrize("error", [ValueError("ours"), RuntimeError("ours"), TypeError("any"), ZeroDivisionError()])
+def test_a_bug_keeps_its_traceback(error, monkeypatch):
+    def fail(argv):
+        raise error
+
+    monkeypatch.setattr("flexmoe_jax.cli.keys.keys", fail)
+    with pytest.raises(type(error)):
+        main(["keys"])
 
 
 def _job(monkeypatch, number: int) -> None:

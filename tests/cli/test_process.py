@@ -3,12 +3,14 @@
 import os
 import pathlib
 import pwd
+import shutil
 import subprocess
 import sys
 
 import pytest
 
 from flexmoe_jax import errors, files, progress
+from tests.tiny import contents
 
 FLEXMOE = f"{sys.executable} -m flexmoe_jax.cli.main"
 
@@ -18,6 +20,13 @@ def shell(command: str, **environment: str) -> tuple[int, str, str]:
     variables = {**os.environ, **environment, "FLEXMOE": FLEXMOE}
     done = subprocess.run(["bash", "-c", command], env=variables, capture_output=True, text=True, check=False)
     return done.returncode, done.stdout, done.stderr
+
+
+def last_lines(err: str) -> list[str]:
+    """The refusal: what was printed after the lines of progress. No library has printed a traceback before it."""
+    assert "Traceback" not in err, err
+    lines = err.splitlines()
+    return lines[[line.startswith("flexmoe ") for line in lines].index(True) :]
 
 
 @pytest.mark.parametrize("unbuffered", ["", "1"])
@@ -98,14 +107,22 @@ def test_twenty_refused_starts_print_two_lines_each_and_leave_no_thread(world, t
         assert len([line for line in done.stderr.splitlines() if line.startswith(said)]) == count, done.stderr[-3000:]
 
 
+def test_a_batch_that_the_devices_cannot_share_is_corrected_in_the_same_folder_as_its_remedy_says(world, tmp_path):
+    (tmp_path / "run.py").write_text(
+        "from flexmoe_jax.experiment import run_config\n"
+        "def get_config(arg):\n"
+        f"    return run_config(owner=arg, steps=1, batch_size=2, seq_len=16, public={str(world / 'model')!r},\n"
+        f"        data={str(world / 'public' / 'data')!r}, out={str(tmp_path / 'run')!r})"
+    )
+    command = f"$FLEXMOE pretrain --config={tmp_path / 'run.py'}:public"
+    devices = {"XLA_FLAGS": "--xla_force_host_platform_device_count=4"}
+    code, _, err = shell(command, **devices)
+    assert (code, last_lines(err)[1]) == (1, "  remedy: choose a batch that is a multiple of 4")
+    code, out, err = shell(f"{command} --config.batch_size=4", **devices)
+    assert (code, out) == (0, f"{tmp_path / 'run' / 'model'}\n"), err
+
+
 # -- disks and devices -------------------------------------------------------------------------------------------------
-
-
-def last_lines(err: str) -> list[str]:
-    """The refusal: what was printed after the lines of progress. No library has printed a traceback before it."""
-    assert "Traceback" not in err, err
-    lines = err.splitlines()
-    return lines[[line.startswith("flexmoe ") for line in lines].index(True) :]
 
 
 @pytest.mark.parametrize(
@@ -161,6 +178,56 @@ def test_the_traceback_of_a_refusal_is_shown_on_request():
     code, _, err = shell("$FLEXMOE inspect nowhere", FLEXMOE_DEBUG="1")
     assert (code, err.splitlines()[0]) == (1, "Traceback (most recent call last):")
     assert err.endswith("relative paths start at " + os.getcwd() + "\n")
+
+
+# -- the encoding of the locale ----------------------------------------------------------------------------------------
+
+
+@pytest.fixture(scope="module")
+def latin(tmp_path_factory) -> dict[str, str]:
+    """The environment of a process whose locale is ISO-8859-1."""
+    if shutil.which("localedef") is None:
+        pytest.skip("localedef is not here")
+    folder = tmp_path_factory.mktemp("locales")
+    command = ["localedef", "-i", "de_DE", "-f", "ISO-8859-1", str(folder / "de_DE.ISO-8859-1")]
+    if subprocess.run(command, capture_output=True, check=False).returncode:
+        pytest.skip("the system has no description of the locale")
+    variables = {"LOCPATH": str(folder), "LC_ALL": "de_DE.ISO-8859-1", "PYTHONUTF8": "0"}
+    name = subprocess.run(
+        [sys.executable, "-c", "import locale; print(locale.getpreferredencoding())"],
+        env={**os.environ, **variables},
+        capture_output=True,
+        text=True,
+        check=True,
+    )
+    assert name.stdout == "ISO-8859-1\n"
+    return variables
+
+
+def test_the_locale_changes_no_byte_of_what_is_written(world, tmp_path, latin):
+    """Records, documents and paths hold letters that ISO-8859-1 has, and others."""
+    data = tmp_path / "größe"
+    data.mkdir()
+    (data / "a.jsonl").write_text('{"text": "Zoë of 東京 said: the river and the city"}\n' * 40, encoding="utf-8")
+    (tmp_path / "run.py").write_text(
+        "import pathlib\nfrom flexmoe_jax.experiment import run_config\n"
+        f"here = pathlib.Path({str(tmp_path)!r})\n"
+        "def get_config(out):\n"
+        "    return run_config(owner='news', steps=2, batch_size=2, seq_len=16, out=str(here / out),\n"
+        "        data=str(next(here.glob('gr*'))), contact='Zoë, 東京 team', licence='©',\n"
+        f"        public={str(world / 'public' / 'run' / 'model')!r},\n"
+        f"        domain_vector={str(world / 'news' / 'domain.json')!r})\n",
+        encoding="utf-8",
+    )
+    written = {}
+    for name, environment in (("utf", {"LC_ALL": "C.UTF-8"}), ("latin", latin)):
+        code, _, err = shell(f"$FLEXMOE train --config={tmp_path / 'run.py'}:{name}", **environment)
+        assert code == 0, err
+        written[name] = contents(tmp_path / name / "package") | contents(tmp_path / name / "tokens")
+        code, out, err = shell(f"$FLEXMOE inspect {tmp_path / name / 'package'} --json", **environment)
+        assert code == 0, err
+        written[name]["inspect"] = out.replace(name, "")
+    assert written["utf"] == written["latin"]
 
 
 # -- no home directory -------------------------------------------------------------------------------------------------

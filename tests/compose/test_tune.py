@@ -175,6 +175,16 @@ def test_a_finished_tuning_is_reused_and_another_tuning_in_its_place_is_refused(
             tune(world / "model", public_data=world / "public" / "data", out=out, **arguments)
 
 
+@pytest.mark.parametrize("together", [False, True])
+def test_a_start_that_failed_before_its_first_checkpoint_binds_nothing(world, proxies, tmp_path, together):
+    public, few = world / "public" / "data", {"news": proxies["news"]}
+    with pytest.raises(FlexMoEError, match="seq_len is 99"):
+        tune(world / "model", proxies, public, tmp_path / "out", Tuning(together, **STEPS | {"seq_len": 99}))
+    corrected = tune(world / "model", few, public, tmp_path / "out", Tuning(together, **STEPS))
+    fresh = tune(world / "model", few, public, tmp_path / "fresh", Tuning(together, **STEPS))
+    assert corrected.digest == fresh.digest
+
+
 @pytest.mark.parametrize(
     ("names", "message"), [(["sport"], "there is no expert 'sport'"), ([], "there are no proxies")]
 )

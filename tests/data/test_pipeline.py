@@ -14,6 +14,7 @@ from flexmoe_jax.data.store import TokenStore
 from flexmoe_jax.data.tokenizer import load_tokenizer
 from flexmoe_jax.data.writer import write_store
 from flexmoe_jax.errors import DataError
+from tests.tokenizers import sentencepiece
 
 EOS, LENGTH, WINDOWS = 5, 8, 45
 DTYPES = {"tokens": np.int32, "targets": np.int32, "segments": np.int32, "weights": np.float32}
@@ -147,21 +148,35 @@ def test_targets_segments_and_weights_equal_those_of_a_loop():
     assert any((batches()[n].segments > 1).any() for n in range(12))  # the case is in the data
 
 
-def test_training_and_scoring_read_the_same_tokens_and_targets_of_a_document(tmp_path):
-    """Packed for training, a document is the segment from the preceding end token to its last token.
+@pytest.mark.parametrize("begins", [False, True])
+def test_training_and_scoring_read_the_same_tokens_and_targets_of_a_document(tmp_path, begins):
+    """Packed for training, a document is the segment from the token that starts it (its own, or the preceding end) on.
 
     These are the tokens and targets with which it is scored in a row of its own.
     """
+    words = load_tokenizer(sentencepiece(tmp_path / "t")) if begins else tokenizer()
     texts = ["one two three", "four", "five six"]
-    packed = write_store(iter(texts), tokenizer(), tmp_path / "store")
+    packed = write_store(iter(texts), words, tmp_path / "store")
     batch = make_batches(packed, seq_len=packed.num_tokens - 1, batch_size=1, seed=0)[0]
-    scored, _, _ = next(scoring_batches(texts, tokenizer(), 16, 8, len(texts)))
-    for document in (1, 2):  # no end token precedes the first document in the store
-        inside = batch.segments[0] == document
+    scored, _, _ = next(scoring_batches(texts, words, 32, 8, len(texts)))
+    first = 0 if begins else 1  # no end token precedes the first document in the store
+    for document in range(first, 3):
+        inside = (batch.segments[0] == document + begins) & (batch.weights[0] == 1)
         counted = scored.weights[document] == 1
         for name in ("tokens", "targets"):
             ours, theirs = getattr(batch, name)[0][inside], getattr(scored, name)[document][counted]
             np.testing.assert_array_equal(ours, theirs)
+        assert scored.tokens[document][0] == words.start_id
+
+
+def test_nothing_predicts_the_token_that_begins_texts(tmp_path):
+    words = load_tokenizer(sentencepiece(tmp_path / "t"))
+    packed = write_store(["the cat", "sat", "on the mat"], words, tmp_path / "store")
+    assert (packed.bos_id, packed.eos_id) == (1, 2)
+    batch = make_batches(packed, seq_len=packed.num_tokens - 1, batch_size=1, seed=0)[0]
+    np.testing.assert_array_equal(batch.weights == 0, batch.targets == 1)
+    assert (batch.targets == 1).sum() == 2
+    assert (batch.targets == 2).sum() == 3
 
 
 def test_too_few_windows_are_refused():
@@ -203,6 +218,28 @@ def test_every_token_of_every_document_is_scored_once_with_its_context(texts, se
         assert text_bytes[doc] == len(text.encode())
     assert text_bytes[-1] == 0
     assert set(scored) - {-1} == set(range(len(texts)))
+
+
+def test_a_long_window_costs_only_long_documents():
+    """Rows have the length that their document needs, and a batch has a bounded number of tokens."""
+    lengths = [3, 900, 1500, 1024, 10_000, 2100, 5, 1023, 3000]  # of the documents, in tokens: a letter is one
+    texts = ["".join("abcdefgh"[i % 8] + " " for i in range(n // 2)) + "x" * (n % 2) for n in lengths]
+    found = collections.defaultdict(list)
+    shapes = collections.Counter()
+    for batch, doc_B, _ in scoring_batches(texts, tokenizer(), 4096, 2048, batch_size=4):
+        shapes[batch.tokens.shape] += 1
+        for row, doc in enumerate(doc_B.tolist()):
+            found[doc].append((batch.tokens.shape[1], batch.targets[row][batch.weights[row] > 0]))
+    assert {T: B for B, T in shapes} == {1024: 4, 2048: 2, 4096: 1}  # 4,096 tokens in every batch
+    for doc, text in enumerate(texts):
+        ids = tokenizer().encode(text)
+        assert np.concatenate([targets for _, targets in found[doc]]).tolist() == [*ids, tokenizer().eos_id]
+        assert {T for T, _ in found[doc]} == {next(T for T in (1024, 2048, 4096) if min(len(ids) + 1, 4096) <= T)}
+
+
+def test_batches_divide_among_the_parts_of_a_mesh():
+    batches = list(scoring_batches(["a", "b " * 1500], tokenizer(), 8192, 4096, batch_size=1, parts=3))
+    assert [batch.tokens.shape for batch, _, _ in batches] == [(3, 1024), (3, 2048)]
 
 
 def test_a_stride_longer_than_the_window_is_refused():

@@ -12,8 +12,11 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from flexmoe_jax.data.cl100k import RANKS, SPLIT_PATTERN
+from flexmoe_jax.data.sources import read_documents
 from flexmoe_jax.data.tokenizer import DOLMA2_SPECIALS, Tokenizer, load_tokenizer
+from flexmoe_jax.data.writer import write_store
 from flexmoe_jax.errors import DataError
+from tests.tokenizers import begins_with, byte_level, sentencepiece, special, unigram, write
 
 SIZE = 1024
 PROSE = "\n".join(pydoc_data.topics.topics.values())[:200_000]
@@ -214,3 +217,135 @@ def test_the_split_pattern_is_that_of_cl100k():
         r"(?i:'s|'t|'re|'ve|'m|'ll|'d)|[^\r\n\p{L}\p{N}]?\p{L}+|\p{N}{1,3}| ?[^\s\p{L}\p{N}]+[\r\n]*|\s*[\r\n]+"
         r"|\s+(?!\S)|\s+"
     )
+
+
+@pytest.mark.parametrize("begins", [True, False])
+def test_texts_begin_with_bos_where_tokenizer_json_or_its_configuration_says_so(tmp_path, begins):
+    tokenizer = load_tokenizer(sentencepiece(tmp_path, begins=begins))
+    assert (tokenizer.bos_id, tokenizer.start_id, tokenizer.eos_id) == (1, 1, 2)
+    assert tokenizer.encode_prompt("the cat") == [1, *tokenizer.encode("the cat")]
+    assert tokenizer.encode_prompt("") == [1]
+    assert 1 not in tokenizer.encode("the <s>cat</s>")
+
+
+def test_a_bos_that_is_only_named_does_not_begin_texts(tmp_path):
+    folder = byte_level(tmp_path, bos_token="<|im_start|>")
+    tokenizer = load_tokenizer(folder)
+    assert (tokenizer.bos_id, tokenizer.start_id) == (None, tokenizer.eos_id)
+    assert tokenizer.named["bos_token"] == 298
+    assert tokenizer.encode_prompt("a") == tokenizer.encode("a")
+    assert tokenizer.encode_prompt("") == [tokenizer.eos_id]
+
+
+def test_a_tokenizer_that_begins_texts_with_two_tokens_is_refused(tmp_path):
+    content = json.loads(sentencepiece(tmp_path).joinpath("tokenizer.json").read_text())
+    first = begins_with("<s>", 1)["single"]
+    content["post_processor"]["single"] = [first[0], *first]
+    with pytest.raises(DataError, match=r"2 tokens before every text: \[1, 1\]"):
+        load_tokenizer(write(tmp_path / "two", content))
+
+
+@pytest.mark.parametrize(
+    ("declared", "added", "eos"),
+    [
+        ("<|im_end|>", ("<|endoftext|>", "<|im_end|>"), "<|endoftext|>"),
+        ("<|eot_id|>", ("<|eot_id|>", "<|end_of_text|>"), "<|end_of_text|>"),
+        ("<|im_end|>", ("</s>", "<|im_end|>"), "<|im_end|>"),  # `</s>` may mean something else
+        (None, ("<|im_end|>", "</s>", "<|endoftext|>"), "<|endoftext|>"),
+    ],
+)
+def test_a_document_ends_with_the_end_of_text_and_generation_also_at_the_end_of_a_turn(tmp_path, declared, added, eos):
+    config = None if declared is None else {"eos_token": declared}
+    tokenizer = _user_tokenizer(tmp_path, [(name, True) for name in added], config)
+    assert tokenizer.decode([tokenizer.eos_id]) == eos
+    assert {tokenizer.decode([i]) for i in tokenizer.stop_ids} == {eos, declared or eos}
+
+
+HTML = "page 777 was <s>five</s> three euro"
+
+
+def test_special_tokens_of_a_unigram_vocabulary_stay_text(tmp_path):
+    tokenizer = load_tokenizer(unigram(tmp_path))
+    ids = tokenizer.encode(HTML)
+    assert not {0, 1, 2} & {*ids}
+    assert tokenizer.decode(ids) == HTML
+    assert tokenizer.encode_batch([HTML, "a crawl"]) == [ids, tokenizer.encode("a crawl")]
+
+
+@pytest.mark.torch
+def test_other_text_of_a_unigram_model_is_encoded_as_transformers_does(tmp_path):
+    transformers = pytest.importorskip("transformers")
+    theirs = transformers.AutoTokenizer.from_pretrained(str(unigram(tmp_path)))
+    for text in ("a page of a web crawl", "", " two  spaces", "Ünknown letters Ü"):
+        assert load_tokenizer(tmp_path).encode(text) == theirs(text, add_special_tokens=False)["input_ids"]
+
+
+def test_a_word_model_does_not_find_special_tokens_in_text_either(tmp_path):
+    vocab = {"[UNK]": 0, "</s>": 1, "cat": 2}
+    model = {"type": "WordLevel", "vocab": vocab, "unk_token": "[UNK]"}
+    content = {"version": "1.0", "added_tokens": [special("[UNK]", 0), special("</s>", 1)], "model": model}
+    content |= {"truncation": None, "padding": None, "normalizer": None, "decoder": None, "post_processor": None}
+    tokenizer = load_tokenizer(write(tmp_path, content | {"pre_tokenizer": {"type": "WhitespaceSplit"}}))
+    assert tokenizer.encode("cat </s> dog") == [2, 0, 0]
+
+
+def _forging(folder):
+    """A BPE whose merges spell the name of its end token: no other ids can stand for that text."""
+    content = json.loads(sentencepiece(folder).joinpath("tokenizer.json").read_text())
+    model = content["model"]
+    model["vocab"] |= {"</": 400, "</s": 401, "<": 402, "/": 403, ">": 404}
+    model["merges"] += [["<", "/"], ["</", "s"], ["</s", ">"]]
+    return write(folder, content, {"bos_token": "<s>", "eos_token": "</s>"})
+
+
+def test_a_document_that_forges_a_boundary_is_named_by_file_and_line_and_the_remedy_works(tmp_path):
+    tokenizer = load_tokenizer(_forging(tmp_path / "t"))
+    lines = [json.dumps({"text": text}) for text in ("the cat", "was </s> sat", "on")]
+    (tmp_path / "a.jsonl").write_text("\n".join(lines))
+    with pytest.raises(DataError, match=r"a\.jsonl, line 2: the document that starts 'was </s> sat'.*'</s>'") as error:
+        write_store(read_documents(tmp_path / "a.jsonl"), tokenizer, tmp_path / "store")
+    assert "space inside" in error.value.remedy
+    (tmp_path / "a.jsonl").write_text("\n".join(lines).replace("</s>", "</ s>"))
+    assert write_store(read_documents(tmp_path / "a.jsonl"), tokenizer, tmp_path / "store").documents == 3
+
+
+CONTINUED = [
+    ("the cat", " sat on the mat"),
+    ("the", ""),
+    ("", "the cat"),
+    ("a", "👍🏽 日本 naïve x"),
+    ("👍", "👍"),
+]
+
+
+@pytest.mark.parametrize(("before", "after"), CONTINUED)
+@pytest.mark.parametrize("make", [sentencepiece, byte_level], ids=lambda make: make.__name__)
+def test_a_continuation_keeps_its_first_space_and_streams_whole_characters(tmp_path, make, before, after):
+    tokenizer = load_tokenizer(make(tmp_path))
+    first = tokenizer.encode(before)
+    rest = tokenizer.encode(before + after)[len(first) :]
+    pieces = list(tokenizer.pieces(rest, first))
+    assert before + "".join(pieces) == before + after == before + tokenizer.continuation(rest, first)
+    assert not any("\ufffd" in piece for piece in pieces)
+    assert len(pieces) >= len(rest)
+
+
+@settings(max_examples=60, deadline=None)
+@given(TEXTS, TEXTS)
+def test_streamed_pieces_join_to_the_text_however_long(tmp_path_factory, before, after):
+    """The text of a long stream is decoded in windows."""
+    tokenizer = _sentencepiece_once(tmp_path_factory)
+    first, rest = tokenizer.encode(before), tokenizer.encode(before + after * 9)
+    if rest[: len(first)] == first and (first or not before):
+        rest = rest[len(first) :]
+        whole = tokenizer.decode([*first, *rest])
+        assert tokenizer.decode(first) + "".join(tokenizer.pieces(rest, first)) == whole
+
+
+_made = []
+
+
+def _sentencepiece_once(tmp_path_factory):
+    if not _made:
+        _made.append(load_tokenizer(sentencepiece(tmp_path_factory.mktemp("t"))))
+    return _made[0]

@@ -2,6 +2,7 @@
 
 import json
 import os
+from dataclasses import replace
 
 import numpy as np
 import pytest
@@ -10,7 +11,9 @@ import flexmoe_jax as fm
 from flexmoe_jax.artifacts.model_dir import open_model
 from flexmoe_jax.errors import ConfigError
 from flexmoe_jax.hf.export import ExportOptions, export
-from tests.hf.tiny import our_model
+from flexmoe_jax.tokenizer_files import read_files
+from tests.hf.tiny import CONFIG, our_model
+from tests.tokenizers import sentencepiece
 
 os.environ.setdefault("HF_DATASETS_OFFLINE", "1")
 os.environ.setdefault("HF_HUB_OFFLINE", "1")
@@ -67,10 +70,19 @@ def tasks(tmp_path_factory):
     return folder
 
 
+def _bos(begins):
+    """A tokenizer whose begin-of-text token is not its end: tokenizer.json puts it before texts, or does not."""
+    return lambda folder: read_files(sentencepiece(folder, begins=begins))
+
+
+TOKENIZERS = {"no bos": lambda folder: None, "bos": _bos(True), "bos that is only named": _bos(False)}
+
+
 @pytest.fixture(scope="module")
-def exported(tmp_path_factory):
+def exported(request, tmp_path_factory):
     folder = tmp_path_factory.mktemp("ours")
-    our_model(folder, top_k=2)
+    files = TOKENIZERS[getattr(request, "param", "no bos")](folder / "tokenizer-files")
+    our_model(folder, top_k=2, files=files, config=CONFIG if files is None else replace(CONFIG, vocab_size=320))
     export(open_model(folder / "model"), folder / "hf", ExportOptions(experts=["public", "news"]))
     return folder
 
@@ -83,6 +95,7 @@ def answers(result):
     return {name: [[r[0] for r in s["resps"]] for s in result["samples"][name]] for name in NAMES}
 
 
+@pytest.mark.parametrize("exported", TOKENIZERS, indirect=True)
 def test_results_equal_those_of_the_hf_model(tasks, exported):
     import lm_eval
     from lm_eval.tasks import TaskManager

@@ -107,7 +107,9 @@ def test_quantized_tensors_and_logits_are_those_of_transformers(tmp_path):
     model = checkpoint(tmp_path / "hf", "llama")
     quantized = {"token_embd.weight", "blk.0.attn_q.weight", "blk.1.attn_k.weight", "blk.1.ffn_up.weight"}
     write_gguf(tmp_path / "x.gguf", model, quantized)
-    import_model(open_gguf(tmp_path / "x.gguf"), tmp_path / "model", licence="MIT")
+    source = open_gguf(tmp_path / "x.gguf")
+    assert source.notes[0].endswith("LlamaForCausalLM, 20 tensors (F32, Q8_0; what is quantized becomes float32)")
+    import_model(source, tmp_path / "model", licence="MIT")
     mine = fm.load(tmp_path / "model")
     theirs = transformers.AutoModelForCausalLM.from_pretrained(str(tmp_path), gguf_file="x.gguf", dtype=torch.float32)
     tokens = np.random.default_rng(0).integers(0, 300, (2, 30))
@@ -158,7 +160,9 @@ def test_a_scaled_rotary_embedding_and_a_head_size_of_its_own_are_read(tmp_path,
     model.save_pretrained(tmp_path / "hf")
     sizes = dict.fromkeys(("attention__key_length", "attention__value_length", "rope__dimension_count"), 24)
     write_gguf(tmp_path / "x.gguf", model, **{f"llama__{k}": v for k, v in sizes.items()}, **how)
-    found, params = read_tree(open_gguf(tmp_path / "x.gguf"))
+    source = open_gguf(tmp_path / "x.gguf")
+    assert any("rope_freqs.weight is read as RopeScaling(kind='llama3'" in n for n in source.notes) == ("extra" in how)
+    found, params = read_tree(source)
     expected, theirs = read_tree(open_folder(tmp_path / "hf"))
     assert found == expected == config
     assert all(np.array_equal(a, b) for a, b in zip(*(flatten(p).values() for p in (params, theirs)), strict=True))
@@ -167,7 +171,9 @@ def test_a_scaled_rotary_embedding_and_a_head_size_of_its_own_are_read(tmp_path,
 def test_frequencies_that_are_all_unchanged_are_no_scaling(tmp_path):
     ones = {"rope_freqs.weight": np.ones(LLAMA.head_dim // 2, np.float32)}
     write_gguf(tmp_path / "x.gguf", checkpoint(tmp_path / "hf", "llama"), extra=ones)
-    assert open_gguf(tmp_path / "x.gguf").config.model == LLAMA
+    source = open_gguf(tmp_path / "x.gguf")
+    assert source.config.model == LLAMA
+    assert "rope_freqs.weight is read as no scaling of the rotary embedding: its factors are 1" in source.notes
 
 
 @pytest.mark.parametrize(
@@ -185,7 +191,7 @@ def test_frequencies_that_are_all_unchanged_are_no_scaling(tmp_path):
         ({"llama__expert_count": 4}, "llama.expert_count is 4"),
         ({"llama__logit_scale": 2.0}, "llama.logit_scale is 2.0"),
         ({"llama__attention__key_length": [8, 8]}, "llama.attention.key_length is a list"),
-        ({"split__count": 2, "split__no": 1}, r"is part 1 \(from 0\) of 2 files(.|\n)*llama-gguf-split --merge"),
+        ({"split__count": 2, "split__no": 1}, r"is file 2 of 2(.|\n)*llama-gguf-split --merge"),
         ({"pre": "unheard-of"}, "has no tokenizer.json"),
         ({"without": ["add_token_merges"]}, "has no tokenizer.json"),
         ({"without": ["add_token_types"]}, "has no tokenizer.json"),

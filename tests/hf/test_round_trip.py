@@ -11,22 +11,22 @@ import flexmoe_jax as fm
 from flexmoe_jax.artifacts.model_checks import verify_model
 from flexmoe_jax.artifacts.model_dir import open_model
 from flexmoe_jax.artifacts.package import content_digest, load_package
-from flexmoe_jax.artifacts.sealed import canonical_json
 from flexmoe_jax.compose.merge import merge
 from flexmoe_jax.compose.optout import opt_out
+from flexmoe_jax.data.tokenizer import load_tokenizer
 from flexmoe_jax.errors import ArtifactError, FlexMoEError
 from flexmoe_jax.hf.architectures import ARCHITECTURES, FLEX_OLMO
 from flexmoe_jax.hf.check import TOLERANCE, compare_logits
 from flexmoe_jax.hf.checkpoint import open_folder
-from flexmoe_jax.hf.configuration import read_config, write_config
+from flexmoe_jax.hf.configuration import read_config
 from flexmoe_jax.hf.export import ExportOptions, _map_leaves, _tensor, export
 from flexmoe_jax.hf.load import import_expert, import_model, read_tree
 from flexmoe_jax.hf.mapping import slots
-from flexmoe_jax.hf.tensors import Tensor, read_tensors, write_tensors
+from flexmoe_jax.hf.tensors import read_tensors, write_tensors
 from flexmoe_jax.model.decoder import Decoder
 from flexmoe_jax.model.generate import generate
 from flexmoe_jax.parallel.mesh import mesh_of_one
-from tests.hf.tiny import CONFIG, SHAPES, checkpoint, edit_config, our_model, tokenizer
+from tests.hf.tiny import CONFIG, SHAPES, checkpoint, edit_config, our_model, tokenizer, write
 from tests.tiny import contents, jit_forward, stacked
 
 torch = pytest.importorskip("torch")
@@ -73,23 +73,26 @@ def test_theirs_to_ours_and_back_is_the_same_file(tmp_path, kind, dtype):
         assert back == theirs
 
 
-def test_a_tokenizer_of_several_megabytes_goes_both_ways(tmp_path):
-    """The tokenizer.json of OLMo-2 has 3 MB."""
-    names, theirs = ("public", "code"), tokenizer(tmp_path / "theirs")
-    path = theirs / "tokenizer.json"
-    fields = json.loads(path.read_text())
-    last = fields["added_tokens"][-1]
-    fields["added_tokens"] += [{**last, "id": 300 + i, "content": f"<{i}{'x' * 40_000}>"} for i in range(60)]
-    path.write_bytes(canonical_json(fields))
-    config = dataclasses.replace(CONFIG, vocab_size=360)
+def test_the_vocabulary_of_olmo2_goes_both_ways(tmp_path):
+    """100,278 ids in 100,352 rows, a tokenizer.json of 3 MB: as a public model, as an owner's package, and back."""
+    names, config = ("public", "code"), dataclasses.replace(CONFIG, vocab_size=100_352, d_model=8, num_layers=1)
     table = slots(config, FLEX_OLMO, names)
-    weights = {n: Tensor("float16", s.shape, lambda s=s: np.zeros(s.shape, np.float16)) for n, s in table.items()}
-    write_tensors(theirs, weights, 1 << 30)
-    (theirs / "config.json").write_text(json.dumps(write_config(FLEX_OLMO, config, 2, 2, "float16", {}, {}, {})))
+    rng = np.random.default_rng(0)
+    weights = {name: rng.standard_normal(slot.shape).astype(np.float32) for name, slot in table.items()}
+    theirs = write(tmp_path / "theirs", weights, config=config, experts=2)
+    dolma2 = load_tokenizer("dolma2")
+    dolma2.save(theirs / "tokenizer.json")
+    assert (theirs / "tokenizer.json").stat().st_size > 3e6
     public = import_model(open_folder(theirs), tmp_path / "public", names=names, keep=["public"])
     import_expert(open_folder(theirs), public, tmp_path / "package", expert="code")
-    export(public, tmp_path / "back")
-    assert (tmp_path / "back" / "tokenizer.json").read_bytes() == path.read_bytes()
+    merged = merge(tmp_path / "public", [tmp_path / "package"], tmp_path / "merged")
+    done = export(merged, tmp_path / "back", ExportOptions(check_logits=True))
+    assert done.logits_difference < 5e-6  # as in test_anchors.py
+    for name in ("model.safetensors", "tokenizer.json"):
+        assert (tmp_path / "back" / name).read_bytes() == (theirs / name).read_bytes(), name
+    text = "In 1984 the naïve owner\n\n  agreed: 東京."
+    ids = transformers.AutoTokenizer.from_pretrained(str(tmp_path / "back"))(text)["input_ids"]
+    assert ids == dolma2.encode(text) == load_tokenizer(merged.tokenizer_path).encode(text)
 
 
 def test_shards_are_read_and_written(tmp_path):

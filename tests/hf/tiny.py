@@ -59,7 +59,9 @@ def checkpoint(folder: pathlib.Path, kind: str, *, dtype="float32", experts: int
     return model
 
 
-def our_model(folder: pathlib.Path, owners=("code", "news"), *, biased=False, top_k=None, config=CONFIG) -> ModelDir:
+def our_model(
+    folder: pathlib.Path, owners=("code", "news"), *, biased=False, top_k=None, config=CONFIG, files=None
+) -> ModelDir:
     """`folder`/model: a public release and experts, random and merged; the parts are beside it."""
     params = random_params(config, (PUBLIC, *owners))
     params = jax.tree.map(np.asarray, params)
@@ -71,7 +73,7 @@ def our_model(folder: pathlib.Path, owners=("code", "news"), *, biased=False, to
         folder / "release",
         select(params, [PUBLIC]),
         config,
-        tokenizer(folder / "tokenizer"),
+        tokenizer(folder / "tokenizer") if files is None else files,
         {TRUNK: record, PUBLIC: record},
     )
     base = {name: release.manifests[name].content for name in (TRUNK, PUBLIC)} | {"tokenizer": release.tokenizer_digest}
@@ -99,10 +101,11 @@ def write(
     max_shard_bytes: int = 1 << 30,
     kind: Architecture = FLEX_OLMO,
     config: ModelConfig = CONFIG,
+    experts: int = 3,
 ) -> pathlib.Path:
     """A checkpoint folder made without transformers."""
     tokenizer(folder)
-    fields = write_config(kind, config, 3, 2, "float32", {}, {}, {})
+    fields = write_config(kind, config, experts, 2, "float32", {}, {}, {})
     (folder / "config.json").write_text(json.dumps(fields))
     write_tensors(folder, {name: tensor(array) for name, array in weights.items()}, max_shard_bytes)
     return folder
