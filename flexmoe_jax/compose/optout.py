@@ -93,6 +93,7 @@ def replace(model: pathlib.Path | str, package: pathlib.Path | str, *, trust: Tr
     FlexMoEError if the model has no expert of this name.
     """
     path, package = pathlib.Path(model), pathlib.Path(package)
+    check_outside(package, [path])  # what lies there may be deleted or moved
     with changing(path) as opened:
         _finish_interrupted(opened)
         new = read_expert(package, opened, trust=trust)

@@ -230,6 +230,16 @@ def test_a_replacement_is_byte_identical_to_a_merge_of_the_new_package(home, mod
     assert contents(replace(model, home / "code").path) == contents(home / "model")
 
 
+def test_a_replacement_by_a_package_in_the_model_is_refused_and_the_package_stays(home, model):
+    new = read_manifest(home / "code2")
+    left = staging_place(model, "code", new.digest)
+    copy_package(home / "code2", left, new)
+    before = contents(model, leave_out=())
+    with pytest.raises(ArtifactError, match=f"{left} is inside {model}"):
+        replace(model, left)
+    assert contents(model, leave_out=()) == before
+
+
 def test_a_replacement_that_a_merge_would_refuse_is_refused(home, model, tmp_path):
     other = make_release(tmp_path / "other", seed=5)
     make_expert(tmp_path / "code", "code", other)
