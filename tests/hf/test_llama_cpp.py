@@ -14,7 +14,8 @@ import flexmoe_jax as fm
 from flexmoe_jax.artifacts.model_dir import load_params, open_model
 from flexmoe_jax.artifacts.package import write_package
 from flexmoe_jax.compose.merge import merge
-from flexmoe_jax.data.tokenizer import SPLIT_PATTERN, load_tokenizer
+from flexmoe_jax.data.cl100k import SPLIT_PATTERN
+from flexmoe_jax.data.tokenizer import load_tokenizer
 from flexmoe_jax.data.wheels import fetch
 from flexmoe_jax.files import default_cache
 from flexmoe_jax.hf.gguf_export import export_gguf
