@@ -2,9 +2,9 @@
 
     python examples/your_own_documents.py FOLDER --steps 100
 
-needs 20 documents or more (a .txt file is one, and so is a line {"text": ..} of a .jsonl file), works on the public
-model that `make quickstart` left (`--public` names another), takes a minute or two, and prints held-out bits per byte,
-where lower is better; a tenth of the documents is held out:
+needs 20 documents or more: lines {"text": ..} of .jsonl files, or, where there is none, .txt files. It works on the
+public model that `make quickstart` left (`--public` names another), takes a minute or two, and prints held-out bits per
+byte, where lower is better; a tenth of the documents is held out:
 
     27 documents to train on, 3 held out
     package: runs/mine/run/package

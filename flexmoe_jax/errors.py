@@ -8,7 +8,7 @@ import dataclasses
 import unicodedata
 from collections.abc import Iterable
 
-_LONGEST = 2000  # characters of what a message says: it may quote a stranger
+_LONGEST = 10_000  # characters of what a message says: it may quote a stranger
 _CONTROL = ("Cc", "Cs", "Zl", "Zp")  # categories of Unicode: controls, surrogates, ends of lines and paragraphs
 LINE_ENDS = "\n\t"
 _BIDIRECTIONAL = "\u061c\u200e\u200f\u202a\u202b\u202c\u202d\u202e\u2066\u2067\u2068\u2069"

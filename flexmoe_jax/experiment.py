@@ -43,10 +43,12 @@ class Key:
     def parse(self, text: str) -> Any:
         """The value of the command-line text `text`; an empty text and `none` are None for an optional key.
 
-        ConfigError if the text is not of the key's type.
+        ConfigError if the text is not of the key's type; a section can only be None.
         """
         if self.optional and text.lower() in ("", "none"):
             return None
+        if self.is_section:
+            raise ConfigError(f"config.{self.name} is {text!r}", f"give none, or its keys (config.{self.name}.KEY)")
         try:
             return _WORDS[text.lower()] if self.kind is bool else self.kind(text)
         except (KeyError, ValueError) as error:
@@ -122,7 +124,7 @@ def read_values(cls: type, spec: str, overrides: Iterable[str] = ()) -> dict[str
 
     ConfigError for an experiment file that cannot be used, an unknown key, or a value of another type.
     """
-    keys = {name: key for name, key in keys_of(cls).items() if not key.is_section}
+    keys = {name: key for name, key in keys_of(cls).items() if key.optional or not key.is_section}
     values = load_experiment(spec).to_dict()
     for override in overrides:
         name, equals, text = override.partition("=")

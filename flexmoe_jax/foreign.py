@@ -28,8 +28,9 @@ def open_file(path: pathlib.Path, error: type[FlexMoEError]) -> BinaryIO:
         file = os.fdopen(os.open(path, os.O_RDONLY | os.O_NONBLOCK), "rb")
     except OSError as reason:
         what = f"{path} cannot be read: {reason.strerror}"
-        if reason.errno == errno.ENOENT and path.is_symlink():
-            what = f"{path} is a link to {os.readlink(path)}, which does not exist"
+        if reason.errno == errno.ENOENT:
+            link = f" is a link to {short(os.readlink(path))}, which" if path.is_symlink() else ""
+            what = f"{path}{link} does not exist"
         raise error(what, f"{_FETCH}, or repair its permissions") from reason
     try:
         status = os.fstat(file.fileno())

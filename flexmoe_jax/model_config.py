@@ -6,6 +6,7 @@ from typing import Annotated
 from flexmoe_jax.errors import ConfigError
 from flexmoe_jax.ranges import COUNT, MAX_FLOAT32, POSITIVE, Count, Positive, Range, check_numbers
 
+MAX_SEQ_LEN = 1 << 24  # the one size that no tensor has: a file may state any
 _ROPE_KINDS = ("linear", "llama3", "yarn")
 
 
@@ -87,7 +88,7 @@ class ModelConfig:
     d_ff: Count
     """Hidden width of every expert's feed-forward network."""
 
-    max_seq_len: Count
+    max_seq_len: Annotated[int, Range(int, 1, MAX_SEQ_LEN)]
     """Longest sequence in tokens that the model is trained for and run with."""
 
     rope_theta: Positive = 5e5

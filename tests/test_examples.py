@@ -58,9 +58,8 @@ def test_an_owner_leaves_and_every_check_passes(clone):
 
 
 def test_a_folder_of_ones_own_documents_becomes_an_expert(clone):
-    write_documents(clone / "mine", "code", count=30, split="documents")
-    for n in range(6):
-        (clone / "mine" / f"{n}.txt").write_text(f"minute {n} of the court: the vote fell today")
+    write_documents(clone / "mine", "code", count=36, split="documents")
+    (clone / "mine" / "LICENSE.txt").write_text("beside files of records, text is passed over")
     lines = run("your_own_documents.py", "mine", "--steps", "3")
     assert without_figures(lines) == without_figures(promised("your_own_documents.py"))
     assert lines[0] == "32 documents to train on, 4 held out"

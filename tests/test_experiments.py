@@ -111,25 +111,6 @@ def test_the_7b_training_steps_lower(name):
     assert trained == (every - held if run.is_public else expert)
 
 
-@pytest.mark.parametrize("part", ["smollm2", "smollm2-scores", "smollm2-expert"])
-def test_the_commands_of_smollm2_have_options_that_exist(part, tmp_path):
-    printed = subprocess.run(
-        [EXPERIMENTS / "smollm2.sh", part],
-        env=os.environ | {"DRY_RUN": "1", "ROOT": str(tmp_path)},
-        capture_output=True,
-        text=True,
-        check=True,
-    ).stdout
-    commands = [shlex.split(line)[1:] for line in printed.splitlines() if line.startswith("$ flexmoe ")]
-    assert len(commands) > 3
-    for _, verb, *words in commands:
-        action = words[:1] if verb == "data" else []
-        with contextlib.redirect_stdout(io.StringIO()) as out, pytest.raises(SystemExit):
-            main([verb, *action, "--help"])
-        options = {word.partition("=")[0] for word in words if word.startswith("--")}
-        assert {o for o in options if not o.startswith("--config.")} <= {*out.getvalue().replace("[", " ").split()}
-
-
 @pytest.mark.parametrize("arg", ["", ":news", ":10:13"])
 @pytest.mark.parametrize("folder", [".", "2026-11-25T20:20", "a b,c#?%20", "größe東京"])
 def test_a_path_may_hold_colons_and_so_may_the_argument(folder, arg, tmp_path, monkeypatch):
@@ -158,3 +139,33 @@ def test_an_experiment_file_that_fails_names_file_line_and_error(source, message
         load_experiment("exp.py:nws")
     assert message in refusal.value.what
     assert refusal.value.remedy
+
+
+@pytest.mark.parametrize("part", ["smollm2", "smollm2-scores", "smollm2-expert"])
+def test_the_commands_of_smollm2_have_options_that_exist(part, tmp_path):
+    printed = subprocess.run(
+        [EXPERIMENTS / "smollm2.sh", part],
+        env=os.environ | {"DRY_RUN": "1", "ROOT": str(tmp_path)},
+        capture_output=True,
+        text=True,
+        check=True,
+    ).stdout
+    commands = [shlex.split(line)[1:] for line in printed.splitlines() if line.startswith("$ flexmoe ")]
+    assert len(commands) > 3
+    for _, verb, *words in commands:
+        action = words[:1] if verb == "data" else []
+        with contextlib.redirect_stdout(io.StringIO()) as out, pytest.raises(SystemExit):
+            main([verb, *action, "--help"])
+        options = {word.partition("=")[0] for word in words if word.startswith("--")}
+        assert {o for o in options if not o.startswith("--config.")} <= {*out.getvalue().replace("[", " ").split()}
+
+
+def test_an_optional_section_can_be_left_out_by_the_command_line():
+    scaled = ["model.rope_scaling.kind=linear", "model.rope_scaling.factor=2"]
+    assert load("quickstart_public.py", *scaled).model.rope_scaling.factor == 2
+    assert load("quickstart_public.py", *scaled, "model.rope_scaling=none").model.rope_scaling is None
+    with pytest.raises(ConfigError, match=r"config\.model\.rope_scaling is 'linear'") as refusal:
+        load("quickstart_public.py", "model.rope_scaling=linear")
+    assert "give none, or its keys (config.model.rope_scaling.KEY)" in refusal.value.remedy
+    with pytest.raises(ConfigError, match=r"unknown key config\.optimizer"):  # it is not optional
+        load("quickstart_public.py", "optimizer=none")

@@ -3,12 +3,14 @@
 import errno
 import os
 import pathlib
+import subprocess
 
 import pytest
 
 from flexmoe_jax import files
 from flexmoe_jax.errors import ArtifactError
-from flexmoe_jax.files import new_directory, write_bytes, write_json
+from flexmoe_jax.files import list_files, new_directory, remove_directory, write_bytes, write_json
+from tests.artifacts.model_attacks import DEPTHS, deep
 
 
 def test_content_in_parts_is_written_as_their_concatenation(tmp_path):
@@ -39,6 +41,73 @@ def test_json_is_sorted_utf8_without_nan(tmp_path):
     assert (tmp_path / "a").read_bytes() == '{\n  "a": 1.5,\n  "b": "é日"\n}\n'.encode()
     with pytest.raises(ValueError, match="not JSON compliant"):
         write_json(tmp_path / "a", {"a": float("nan")})
+
+
+def test_content_is_on_the_disk_before_it_has_its_name(tmp_path, monkeypatch):
+    """After a loss of power a renamed file that was not synced may be empty."""
+    done = []
+    fsync = os.fsync
+    monkeypatch.setattr(os, "fsync", lambda fd: (done.append(os.fstat(fd).st_ino), fsync(fd)))
+    rename = os.rename
+    replace = os.replace
+    monkeypatch.setattr(os, "rename", lambda a, b, **how: (done.append(f"{b}"), rename(a, b, **how)))
+    monkeypatch.setattr(os, "replace", lambda a, b, **how: (done.append(f"{b}"), replace(a, b, **how)))
+    write_bytes(tmp_path / "a", b"content")
+    assert done.index((tmp_path / "a").stat().st_ino) < done.index("a") < done.index(tmp_path.stat().st_ino)
+    done.clear()
+    with new_directory(tmp_path / "b") as partial:
+        (partial / "c").mkdir()
+        (partial / "c" / "file").write_text("content")
+    renamed = done.index(str(tmp_path / "b"))
+    for path in (tmp_path / "b", tmp_path / "b" / "c", tmp_path / "b" / "c" / "file"):
+        assert done.index(path.stat().st_ino) < renamed
+    assert done.index(tmp_path.stat().st_ino, renamed) > renamed
+
+
+def test_a_link_or_file_under_the_name_of_a_partial_file_is_not_written_to(tmp_path, monkeypatch):
+    monkeypatch.setattr(files.secrets, "token_hex", lambda count: "0" * 2 * count)
+    (tmp_path / "victim").write_text("mine")
+    partial = tmp_path / ".a.partial-00000000"
+    for plant in (lambda: partial.symlink_to(tmp_path / "victim"), lambda: os.link(tmp_path / "victim", partial)):
+        plant()
+        with pytest.raises(ArtifactError, match="a cannot be written"):
+            write_bytes(tmp_path / "a", b"content")
+        assert (tmp_path / "victim").read_text() == "mine"
+        partial.unlink(missing_ok=True)
+    partial.symlink_to(tmp_path / "nowhere")  # O_EXCL alone follows no link, but other systems' O_CREAT does
+    with pytest.raises(ArtifactError, match="a cannot be written"):
+        write_bytes(tmp_path / "a", b"content")
+    assert not (tmp_path / "nowhere").exists()
+
+
+@pytest.mark.parametrize("depth", DEPTHS)
+def test_any_depth_is_listed_as_foreign_and_deleted(tmp_path, depth):
+    folder = tmp_path / "deep"
+    deep("deep", *DEPTHS[depth])(tmp_path)
+    (folder / "file").write_text("x")
+    try:
+        found, others = list_files(folder)
+        assert found == {"file": 1}
+        assert len(others) == 1
+        remove_directory(folder)
+        assert [*tmp_path.iterdir()] == []
+    finally:
+        subprocess.run(["rm", "-rf", folder], check=True)  # pytest cannot delete it
+
+
+def test_deletion_follows_no_link(tmp_path):
+    (tmp_path / "victim" / "inner").mkdir(parents=True)
+    (tmp_path / "victim" / "file").write_text("mine")
+    for place in ("gone/a", "gone/b/c"):
+        (tmp_path / place).mkdir(parents=True)
+        (tmp_path / place / "link").symlink_to(tmp_path / "victim")
+    (tmp_path / "gone" / "link").symlink_to(tmp_path / "victim")
+    remove_directory(tmp_path / "gone")
+    (tmp_path / "link").symlink_to(tmp_path / "victim")
+    with pytest.raises(ArtifactError, match="link cannot be deleted"):
+        remove_directory(tmp_path / "link")
+    remove_directory(tmp_path / "missing" / "folder")
+    assert sorted(path.name for path in tmp_path.rglob("*")) == ["file", "inner", "link", "victim"]
 
 
 def test_a_directory_that_another_process_has_made_but_not_yet_locked_is_not_removed(tmp_path, monkeypatch):

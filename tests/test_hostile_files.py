@@ -149,7 +149,7 @@ def refused(read: Callable[[pathlib.Path], object], path: pathlib.Path) -> str |
         return None
     assert refusal.what
     assert refusal.remedy
-    assert len(refusal.what) < 3000
+    assert len(refusal.what) < 11_000
     return refusal.what
 
 

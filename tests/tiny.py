@@ -267,7 +267,7 @@ def build_world(root: pathlib.Path) -> pathlib.Path:
 FASTER = {
     "pretrain": (
         "--config.tokenizer=cl100k:512",
-        *(f"--config.model.{key}={value}" for key, value in dataclasses.asdict(MODEL).items()),
+        *(f"--config.model.{key}={v}" for key, v in dataclasses.asdict(MODEL).items() if v is not None),
         *("--config.steps=4", "--config.batch_size=4", "--config.seq_len=32"),
     ),
     "train": ("--config.steps=4", "--config.batch_size=4", "--config.seq_len=32"),

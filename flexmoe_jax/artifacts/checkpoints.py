@@ -17,7 +17,7 @@ import dataclasses
 import functools
 import os
 import pathlib
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from typing import Any
 
 import jax
@@ -157,7 +157,8 @@ class RunCheckpoints:
         """
         self.wait()
         skipped: list[tuple[int, str]] = []
-        chosen = self._choose(step, skipped) if self._lead else None
+        steps = self._manager.all_steps()  # on every process: the manager starts on all of them together
+        chosen = self._choose(steps if step is None else [step], skipped) if self._lead else None
         # Process 0 chooses the step for all processes.
         number = from_lead(_NONE if chosen is None else chosen)
         if number != _NONE:
@@ -173,9 +174,9 @@ class RunCheckpoints:
             )
         return None
 
-    def _choose(self, step: int | None, skipped: list[tuple[int, str]]) -> int | None:
-        """The newest undamaged step (or `step`, if undamaged), or None; adds the others to `skipped`, with reasons."""
-        for candidate in sorted(self._manager.all_steps(), reverse=True) if step is None else [step]:
+    def _choose(self, steps: Sequence[int], skipped: list[tuple[int, str]]) -> int | None:
+        """The newest undamaged one of `steps`, or None; adds newer ones to `skipped`, with reasons."""
+        for candidate in sorted(steps, reverse=True):
             problem = self._problem(candidate)
             if problem is None:
                 return candidate

@@ -75,8 +75,10 @@ def opt_out(
             return assemble(out, leaving.model, leaving.rest, leaving.top_k, "opted_out", leaving.details)
     with changing(path) as opened:
         finished = _finish_interrupted(opened)
-        if name not in opened.experts and publish_pending(proof, name, opened, must=name in finished):
-            return opened
+        if name not in opened.experts:
+            remove_leftovers(path)
+            if publish_pending(proof, name, opened, must=name in finished):
+                return opened
         leaving = _departure(opened, name)
         with certified(opened, leaving.name, leaving.top_k, proof, path):
             return _erase_in_place(leaving)

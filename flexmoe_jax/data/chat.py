@@ -104,7 +104,7 @@ def render(tokenizer: Tokenizer, requests: Sequence[Mapping[str, Any]], places: 
             capture_output=True,
             timeout=seconds,
             check=True,
-            env={"PATH": os.defpath, "PYTHONPATH": os.pathsep.join(sys.path)},
+            env={"PATH": os.defpath, "PYTHONPATH": os.pathsep.join(filter(None, sys.path))},
         )
         answer = json.loads(done.stdout)
     except subprocess.TimeoutExpired as error:
@@ -140,7 +140,14 @@ def check_turns(turns: Sequence[Turn], where: str, tokenizer: Tokenizer | None =
 
 
 def _request(turns: Sequence[Turn], begin: bool) -> dict[str, Any]:
-    return {"messages": [dict(turn) for turn in turns], "add_generation_prompt": begin}
+    return {"messages": [_named_reasoning(turn) for turn in turns], "add_generation_prompt": begin}
+
+
+def _named_reasoning(turn: Turn) -> dict[str, Any]:
+    """The turn with its reasoning under the names that templates read, as in transformers."""
+    names = ("reasoning_content", "thinking", "reasoning")
+    given = next((turn[name] for name in names if turn.get(name) is not None), None)
+    return dict(turn) if given is None else {"thinking": given, **turn, "reasoning_content": given}
 
 
 def _documents(texts: Sequence[str], where: str) -> list[tuple[str, list[tuple[int, int]]]]:

@@ -14,10 +14,12 @@ import sys
 from typing import Any, NoReturn
 
 import jinja2
+import jinja2.exceptions
 import jinja2.ext
 import jinja2.nodes
 import jinja2.parser
 import jinja2.sandbox
+import jinja2.utils
 
 
 class Generation(jinja2.ext.Extension):
@@ -32,6 +34,21 @@ class Generation(jinja2.ext.Extension):
         return [jinja2.nodes.Scope(body, lineno=line)]
 
 
+class Namespace(jinja2.utils.Namespace):
+    """A namespace without names that start with an underscore, by which objects of Python are reached."""
+
+    def __init__(self, /, *args: Any, **names: Any) -> None:
+        values = dict(*args, **names)
+        super().__init__()
+        for name, value in values.items():
+            self[name] = value
+
+    def __setitem__(self, name: str, value: Any) -> None:
+        if str(name).startswith("_"):
+            raise jinja2.exceptions.SecurityError(f"the name {name!r} of a namespace")
+        super().__setitem__(name, value)
+
+
 def compiled(template: str) -> jinja2.Template:
     """The template in a sandbox that cannot change values nor reach Python's internals."""
     environment = jinja2.sandbox.ImmutableSandboxedEnvironment(
@@ -39,6 +56,8 @@ def compiled(template: str) -> jinja2.Template:
     )
     environment.filters["tojson"] = _to_json
     environment.globals["raise_exception"] = _raise
+    environment.globals["namespace"] = Namespace
+    environment.globals["dict"] = lambda *args, **items: dict(*args, **items)  # the class has methods that change it
     environment.globals["strftime_now"] = lambda form: datetime.datetime.now().strftime(form)
     return environment.from_string(template)
 

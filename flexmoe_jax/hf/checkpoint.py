@@ -89,7 +89,7 @@ def _notes(path: pathlib.Path, name: str, tensors: dict[str, Tensor], read: set[
         str((path / file).resolve().parent) for file in ("config.json", *files, *read) if (path / file).is_symlink()
     }
     if links:
-        lines.append(f"its files are links into {', '.join(sorted(links))}")
+        lines.append(f"its files are links into {short(sorted(links))}")
     entries = sorted(entry.name for entry in path.iterdir())
     if over := [entry for entry in entries if entry not in {"config.json", GENERATION_CONFIG, INDEX, *files, *read}]:
         lines.append(f"files passed over: {short(over)}")

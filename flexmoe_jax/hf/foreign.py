@@ -49,4 +49,4 @@ def parse(raw: bytes, where: object, limit: int) -> dict[str, Any]:
     try:
         return parse_json(raw, where, limit)
     except ArtifactError as error:
-        raise ArtifactError(error.what, FETCH) from error
+        raise ArtifactError(error.what, f"{FETCH}, or repair the file") from error

@@ -52,11 +52,14 @@ def read_owner(checkpoint: Checkpoint, names: tuple[str, ...], owner: str) -> Pa
     dtypes: dict[str, set[str]] = {}
     for name, tensor in tensors.items():
         dtypes.setdefault(table[name].path, set()).add(tensor.dtype)
-    leaves = {path: np.empty(spec[path].shape, widest(kinds)) for path, kinds in dtypes.items()}
+    leaves: dict[str, np.ndarray] = {}
     for name, tensor in tensors.items():
-        slot = table[name]
-        leaf, at = leaves[slot.path], ... if slot.layer is None else slot.layer
-        leaf[at] = slot.split(tensor.read(), leaf[at].shape)[owner]
+        slot, shape = table[name], spec[table[name].path].shape
+        if slot.layer is None:
+            leaves[slot.path] = np.ascontiguousarray(slot.split(tensor.read(), shape)[owner])
+        else:
+            leaf = leaves.setdefault(slot.path, np.empty(shape, widest(dtypes[slot.path])))
+            leaf[slot.layer] = slot.split(tensor.read(), shape[1:])[owner]
     if owner != TRUNK:
         leaves = {path: np.zeros(spec[path].shape, np.float32) for path in ("router", "bias")} | leaves
     return unflatten(leaves)

@@ -11,7 +11,7 @@ import numpy as np
 from flexmoe_jax.errors import ArtifactError
 from flexmoe_jax.foreign import short
 from flexmoe_jax.hf.architectures import Architecture
-from flexmoe_jax.hf.tensors import DTYPES, Tensor, widest
+from flexmoe_jax.hf.tensors import DTYPES, Tensor, equal, widest
 from flexmoe_jax.model import rope
 from flexmoe_jax.model_config import ModelConfig
 from flexmoe_jax.params import is_matrix, owner_leaves
@@ -108,7 +108,7 @@ def drop_surplus(found: Mapping[str, Tensor], model: ModelConfig, where: str) ->
         head = tensors.pop(_HEAD)
         if (embed := tensors.setdefault(_EMBED, head)) is head:
             notes.append(f"{_HEAD} is the embedding, too")
-        elif (embed.shape, embed.dtype) == (head.shape, head.dtype) and embed.read().tobytes() == head.read().tobytes():
+        elif equal(embed, head):
             notes.append(f"{_HEAD} passed over, equal to the embedding")
         else:
             raise ArtifactError(

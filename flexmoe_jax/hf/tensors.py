@@ -17,6 +17,7 @@ from typing import Any
 import ml_dtypes  # noqa: F401 - registers bfloat16 with numpy
 import numpy as np
 
+from flexmoe_jax.artifacts.sealed import sha256_array
 from flexmoe_jax.errors import ArtifactError
 from flexmoe_jax.files import write_json
 from flexmoe_jax.foreign import open_file, short
@@ -52,6 +53,11 @@ def widest(dtypes: Iterable[str]) -> str:
     """The dtype of `DTYPES` that holds the values of all of `dtypes` exactly."""
     kinds = {*dtypes}
     return kinds.pop() if len(kinds) == 1 else "float32"
+
+
+def equal(a: Tensor, b: Tensor) -> bool:
+    """Whether two tensors are the same, bit for bit; one of them is in memory at a time."""
+    return (a.dtype, a.shape) == (b.dtype, b.shape) and sha256_array(a.read()) == sha256_array(b.read())
 
 
 def read_tensors(folder: pathlib.Path | str) -> dict[str, Tensor]:
@@ -204,7 +210,7 @@ def _difference(a: Mapping[str, Tensor], b: Mapping[str, Tensor]) -> str | None:
             return f"only one of them has the tensor {name!r}"
         if (a[name].dtype, a[name].shape) != (b[name].dtype, b[name].shape):
             return f"the tensor {name!r} is {a[name].dtype}{a[name].shape} and {b[name].dtype}{b[name].shape}"
-        if a[name].read().tobytes() != b[name].read().tobytes():
+        if not equal(a[name], b[name]):
             return f"they hold different numbers in the tensor {name!r}"
     return None
 

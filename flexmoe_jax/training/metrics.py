@@ -24,7 +24,7 @@ from collections.abc import Callable, Iterator, Sequence
 import numpy as np
 
 from flexmoe_jax.config import RunConfig
-from flexmoe_jax.errors import DataError, FlexMoEError
+from flexmoe_jax.errors import ArtifactError, DataError, FlexMoEError
 from flexmoe_jax.files import write_bytes
 
 log = logging.getLogger(__name__)
@@ -52,16 +52,22 @@ class MetricsFile:
         self._file = path.open("a", buffering=1, encoding="utf-8")
 
     def write(self, values: dict) -> None:
-        """Writes one line of JSON values."""
-        if self._file:
+        """Writes one line of JSON values; ArtifactError if the system refuses it."""
+        if not self._file:
+            return
+        try:
             self._file.write(json.dumps(values) + "\n")
+        except OSError as error:
+            remedy = "free some space, then run the same command: it resumes at the last saved step"
+            raise ArtifactError(f"{self._file.name} cannot be written: {error.strerror}", remedy) from error
 
     def __enter__(self) -> "MetricsFile":
         return self
 
     def __exit__(self, *_) -> None:
         if self._file:
-            self._file.close()
+            with contextlib.suppress(OSError):  # every line is flushed: `write` has reported it
+                self._file.close()
 
 
 class Meter:

@@ -1,6 +1,7 @@
 """Run checkpoints restore every bit, skip damaged steps, and report failed saves."""
 
 import contextlib
+import os
 import shutil
 import subprocess
 import sys
@@ -13,6 +14,7 @@ import optax
 import pytest
 
 from flexmoe_jax.artifacts.checkpoints import RunCheckpoints, verify_run
+from flexmoe_jax.artifacts.sealed import write_sealed
 from flexmoe_jax.errors import ArtifactError
 from flexmoe_jax.files import list_files
 from tests.tiny import flip_bit, random_part
@@ -279,6 +281,51 @@ def test_verify_names_every_damaged_file_of_a_run(saved, tmp_path):
     (path / "checkpoints/4.orbax-checkpoint-tmp").mkdir()
     bad = {f.subject for f in verify_run(path) if not f.ok}
     assert bad == {"checkpoints/3/digests", "digests/2.json", "checkpoints/4.orbax-checkpoint-tmp"}
+
+
+@pytest.mark.parametrize("place", ["checkpoints", "digests", "damaged", "checkpoints/1", "digests/1.json", "damaged/1"])
+def test_a_run_with_links_is_refused_and_nothing_behind_them_changes(tmp_path, place):
+    victim = tmp_path / "victim"
+    victim.mkdir()
+    (victim / "settings.json").write_text("{}")
+    link = tmp_path / "run" / place
+    link.parent.mkdir(parents=True)
+    link.symlink_to(victim)
+    with pytest.raises(ArtifactError, match=f"{place} is a link"), RunCheckpoints(tmp_path / "run") as checkpoints:
+        save(checkpoints, 2, start())
+    assert [path.name for path in victim.iterdir()] == ["settings.json"]
+    assert [path.name for path in (tmp_path / "run").rglob("*") if path != link and path != link.parent] == []
+
+
+@pytest.mark.parametrize("kind", ["hard link", "pipe"])
+def test_a_lock_file_that_is_not_the_runs_own_is_refused(tmp_path, kind):
+    (tmp_path / "important").write_text("mine")
+    (tmp_path / "run").mkdir()
+    lock = tmp_path / "run" / ".lock"
+    os.link(tmp_path / "important", lock) if kind == "hard link" else os.mkfifo(lock)
+    with pytest.raises(ArtifactError, match=r"\.lock is a special file or has other hard links") as refusal:
+        RunCheckpoints(tmp_path / "run")
+    assert (tmp_path / "important").read_text() == "mine"
+    assert "delete it" in refusal.value.remedy
+    lock.unlink()
+    with RunCheckpoints(tmp_path / "run"):
+        pass
+
+
+def test_what_is_not_a_step_or_not_its_digests_fails_its_check(saved):
+    path, _ = saved
+    for row in (3, None, {}, {"size": "3", "sha256": "0" * 64}, {"size": 3, "sha256": ["x"]}):
+        write_sealed(path / "digests/3.json", {"step": 3, "files": {"x": row}})
+        for quick in (False, True):
+            bad = [check for check in verify_run(path, quick=quick) if not check.ok]
+            assert [check.subject for check in bad] == ["checkpoints/3/digests"]
+    shutil.rmtree(path / "digests")
+    for name in ("007", "5", "٣"):
+        (path / "checkpoints" / name).touch()
+    assert not any(check.ok for check in verify_run(path))
+    shutil.rmtree(path / "checkpoints")
+    (path / "checkpoints").mkdir()
+    assert [check.ok for check in verify_run(path)] == [False]
 
 
 def test_a_first_save_that_was_interrupted_before_its_digests_is_set_aside(tmp_path):

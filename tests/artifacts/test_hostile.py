@@ -4,6 +4,7 @@ import copy
 import json
 import pathlib
 import shutil
+import subprocess
 import tempfile
 
 import numpy as np
@@ -19,6 +20,7 @@ from flexmoe_jax.compose.merge import merge
 from flexmoe_jax.errors import FlexMoEError
 from flexmoe_jax.files import list_files
 from flexmoe_jax.tree import union
+from tests.artifacts.model_attacks import DEPTHS, deep
 from tests.faults.hostile import ATTACKS, limits, places, reseal, snapshot
 from tests.tiny import CONFIG, RECORDS, TOKENIZER, make_expert, make_release, random_part, same_tree
 
@@ -71,6 +73,23 @@ def test_a_trunk_altered_by_one_unit_in_the_last_place_is_another_trunk(home, tm
     write_package(release / "trunk", owner="trunk", params=trunk, config=CONFIG, base=base, record={})
     with limits(), pytest.raises(FlexMoEError, match="the package 'trunk' has the manifest digest"):
         merge(release, [home / "news"], tmp_path / "model")
+
+
+@pytest.mark.parametrize("depth", DEPTHS)
+def test_a_package_with_deep_directories_is_refused(home, tmp_path, depth):
+    package = shutil.copytree(home / "news", tmp_path / "news")
+    deep("arrays/deep", *DEPTHS[depth])(package)
+    try:
+        with limits():
+            bad = [check.subject for check in verify_package(package) if not check.ok]
+        assert [subject.startswith("arrays/deep/") for subject in bad] == [True]
+        with limits(), pytest.raises(FlexMoEError, match="too deep"):
+            load_package(package)
+        with limits(), pytest.raises(FlexMoEError, match="too deep"):
+            merge(home / "public", [package], tmp_path / "model")
+        assert {path.name for path in tmp_path.iterdir()} == {"news"}
+    finally:
+        subprocess.run(["rm", "-rf", package], check=True)  # pytest cannot delete it
 
 
 def test_a_linked_package_inside_a_model_is_refused(home, tmp_path):

@@ -21,6 +21,9 @@ BASE = dict.fromkeys(("trunk", "public", "tokenizer"), "ab" * 32)
 RECORD = {"licence": "Apache-2.0", "contact": "who@example.org", "training": {"steps": 3, "note": "é"}}
 
 
+ROUTER = {"encoder": "x", "encoder_digest": "e" * 64, "scale": 1.0, "projection_seed": 0}
+
+
 def write(path, owner="news", seed=0, **changes):
     params = changes.pop("params", random_part(owner, seed))
     base = BASE if owner not in ("trunk", "public") else {"tokenizer": BASE["tokenizer"]}
@@ -269,6 +272,8 @@ def first_tensor(**values):
         (lambda f: f["files"].update({"/etc/x": {"size": 0, "sha256": "0" * 64}}), "is not a file of a package"),
         (lambda f: f["files"].update({"arrays/../x": {"size": 0, "sha256": "0" * 64}}), "is not a file of a package"),
         (lambda f: f["tensors"].pop("w_up"), "'w_up' is missing"),
+        (lambda f: f["record"].update(router=ROUTER | {"projection_seed": -1}), "projection_seed is -1"),
+        (lambda f: f["config"].update(max_seq_len=2**36), "max_seq_len is 68719476736"),
     ],
 )
 def test_a_sealed_manifest_with_invalid_values_is_refused(package, change, message):

@@ -164,6 +164,11 @@ def test_a_signed_package_is_replaced_only_by_a_newer_one_of_the_same_key(home, 
         assert contents(model, leave_out=()) == before
     with pytest.raises(ArtifactError, match="a key not trusted"):
         replace(model, foreign, trust=trust(home))
+    same = make_expert(tmp_path / "same", "news", release, seed=5)
+    sign_package(same, home / "news.key", 2)
+    with pytest.raises(ArtifactError, match="is version 2, the package in its place is version 2"):
+        replace(model, same, trust=trust(home))
+    assert contents(model, leave_out=()) == before
     sign_package(unsigned, home / "news.key", 3)
     replace(model, unsigned, trust=trust(home))
     assert contents(model) == contents(merge(home / "public", [unsigned], tmp_path / "expected").path)
@@ -227,3 +232,72 @@ def test_the_commands_make_require_and_check_signatures(home, tmp_path, capsys):
     (tmp_path / "both").write_text((home / "public.key.pub").read_text() + (tmp_path / "code.key.pub").read_text())
     assert main([*merge_it, "--trusted", str(tmp_path / "both"), "--require-signature"]) == 0
     assert main(["verify", str(tmp_path / "model"), "--trusted", str(tmp_path / "both"), "--require-signature"]) == 0
+
+
+def swap_trunk(release, tmp_path):
+    other = make_release(tmp_path / "other", seed=7).path
+    shutil.rmtree(release / "trunk")
+    shutil.copytree(other / "trunk", release / "trunk")
+
+
+def flip(place):
+    return lambda path, _: flip_bit(path / place, 10)
+
+
+@pytest.mark.parametrize(
+    "damage",
+    [
+        swap_trunk,
+        flip("trunk/arrays/embed/0.0"),
+        flip("public/arrays/w_up/0.0.0"),
+        lambda path, _: (path / "public/x").touch(),
+        lambda path, _: (path / "tokenizer.json").write_bytes((path / "tokenizer.json").read_bytes() + b" "),
+        lambda path, _: ((path / "trunk").rename(path / f".trunk-{'0' * 64}"), swap_trunk_beside(path)),
+    ],
+)
+def test_a_damaged_release_is_not_signed(home, tmp_path, damage):
+    release = make_release(tmp_path / "public").path
+    damage(release, tmp_path)
+    assert not all(check.ok for check in verify_model(release))
+    before = contents(release, leave_out=())
+    with pytest.raises(FlexMoEError):
+        sign_release(release, home / "public.key", 1)
+    assert contents(release, leave_out=()) == before
+
+
+def swap_trunk_beside(path):
+    make_release(path.parent / "beside", seed=7)
+    shutil.copytree(path.parent / "beside" / "trunk", path / "trunk")
+
+
+@pytest.mark.parametrize("file", ["arrays/w_up/0.0.0", "card.md"])
+def test_a_damaged_package_is_not_signed(home, tmp_path, file):
+    package = shutil.copytree(home / "code", tmp_path / "code")
+    flip_bit(package / file, 10)
+    with pytest.raises(ArtifactError, match=f"is damaged:\n    {file}"):
+        sign_package(package, home / "code.key", 1)
+    assert not (package / FILE).exists()
+
+
+def test_signing_again_repairs_a_killed_signing(home, tmp_path):
+    package = shutil.copytree(home / "code", tmp_path / "code")
+    release = make_release(tmp_path / "public").path
+    for folder in (package, release / "trunk", release):
+        (folder / f".{FILE}.partial-01234567").write_text("")
+    (release / f".{FILE}.partial-01234567").rename(release / ".model.json.partial-01234567")
+    assert not all(check.ok for check in verify_model(release))
+    sign_package(package, home / "code.key", 1)
+    sign_release(release, home / "public.key", 1)
+    assert problems(package, trust(home)) == {}
+    assert all(check.ok for check in verify_model(release, trust=trust(home)))
+    merge(release, [package], tmp_path / "model", trust=trust(home))
+
+
+def test_a_package_in_a_model_is_not_signed_however_its_path_is_spelled(home, tmp_path):
+    model = merge(home / "public", [home / "code"], tmp_path / "model").path
+    (tmp_path / "link").symlink_to(model / "code")
+    before = contents(model, leave_out=())
+    for path in (model / "code", tmp_path / "link", model / "code/arrays/..", tmp_path / "model/../link"):
+        with pytest.raises(ArtifactError, match="is in a model"):
+            sign_package(path, home / "code.key", 1)
+    assert contents(model, leave_out=()) == before

@@ -72,6 +72,21 @@ def test_a_prompt_is_read_after_the_token_that_begins_texts(sentences):
     assert model.routing("the cat").weights_LTE.shape[1] == len(ids) - 1
 
 
+def test_generated_tokens_follow_the_token_that_begins_texts(tmp_path):
+    config = ModelConfig(
+        vocab_size=320, num_layers=2, d_model=32, num_heads=2, num_kv_heads=2, head_dim=8, d_ff=8, max_seq_len=64
+    )
+    folder = create_model(tmp_path / "m", random_params(config), config, sentencepiece(tmp_path / "t"), NO_RECORDS).path
+    model = fm.load(folder)
+    ids = model.tokenizer.encode("the cat sat")
+    row, without = [1, *ids], [*ids]
+    for tokens in (row, without):
+        for _ in range(8):
+            tokens.append(int(np.argmax(model.logits(tokens)[-1])))
+    assert model.generate("the cat sat", max_new_tokens=8) == model.tokenizer.continuation(row[-8:], ids)
+    assert row[-8:] != without[-8:]
+
+
 def test_a_conversation_goes_on_line_by_line(talker, capsys, monkeypatch):
     monkeypatch.setattr("sys.stdin", io.StringIO("hello\nand?\n"))
     assert main(["generate", str(talker), "--chat"]) == 0

@@ -22,6 +22,13 @@ def shell(command: str, **environment: str) -> tuple[int, str, str]:
     return done.returncode, done.stdout, done.stderr
 
 
+def last_lines(err: str) -> list[str]:
+    """The refusal: what was printed after the lines of progress. No library has printed a traceback before it."""
+    assert "Traceback" not in err, err
+    lines = err.splitlines()
+    return lines[[line.startswith("flexmoe ") for line in lines].index(True) :]
+
+
 @pytest.mark.parametrize("unbuffered", ["", "1"])
 @pytest.mark.parametrize("arguments", ["--help", "merge --help", "keys train"])
 def test_a_reader_that_leaves_or_a_closed_stream_gives_no_traceback(arguments, unbuffered):
@@ -100,14 +107,22 @@ def test_twenty_refused_starts_print_two_lines_each_and_leave_no_thread(world, t
         assert len([line for line in done.stderr.splitlines() if line.startswith(said)]) == count, done.stderr[-3000:]
 
 
+def test_a_batch_that_the_devices_cannot_share_is_corrected_in_the_same_folder_as_its_remedy_says(world, tmp_path):
+    (tmp_path / "run.py").write_text(
+        "from flexmoe_jax.experiment import run_config\n"
+        "def get_config(arg):\n"
+        f"    return run_config(owner=arg, steps=1, batch_size=2, seq_len=16, public={str(world / 'model')!r},\n"
+        f"        data={str(world / 'public' / 'data')!r}, out={str(tmp_path / 'run')!r})"
+    )
+    command = f"$FLEXMOE pretrain --config={tmp_path / 'run.py'}:public"
+    devices = {"XLA_FLAGS": "--xla_force_host_platform_device_count=4"}
+    code, _, err = shell(command, **devices)
+    assert (code, last_lines(err)[1]) == (1, "  remedy: choose a batch that is a multiple of 4")
+    code, out, err = shell(f"{command} --config.batch_size=4", **devices)
+    assert (code, out) == (0, f"{tmp_path / 'run' / 'model'}\n"), err
+
+
 # -- disks and devices -------------------------------------------------------------------------------------------------
-
-
-def last_lines(err: str) -> list[str]:
-    """The refusal: what was printed after the lines of progress. No library has printed a traceback before it."""
-    assert "Traceback" not in err, err
-    lines = err.splitlines()
-    return lines[[line.startswith("flexmoe ") for line in lines].index(True) :]
 
 
 @pytest.mark.parametrize(

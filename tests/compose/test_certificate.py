@@ -7,7 +7,7 @@ import numpy as np
 import pytest
 
 from flexmoe_jax.artifacts.model_checks import verify_model
-from flexmoe_jax.artifacts.model_dir import open_model
+from flexmoe_jax.artifacts.model_dir import open_model, staging_place
 from flexmoe_jax.artifacts.sealed import json_bytes, seal
 from flexmoe_jax.cli.main import main
 from flexmoe_jax.compose import certificate as certificates
@@ -151,6 +151,70 @@ def test_a_certificate_over_an_existing_file_or_inside_the_model_is_refused(home
     opt_out(model, "news")
     with pytest.raises(FlexMoEError, match="no expert 'news'"):
         opt_out(model, "news", certificate=tmp_path / "proof.json")
+
+
+def interrupted(model, proof, monkeypatch):
+    """An opt-out of news that ends after model.json is written."""
+    with monkeypatch.context() as patch:
+        patch.setattr("flexmoe_jax.compose.optout._erase", lambda *_: (_ for _ in ()).throw(Crash))
+        with pytest.raises(Crash):
+            opt_out(model, "news", certificate=proof)
+
+
+def test_a_finished_opt_out_does_not_overwrite_a_file_made_meanwhile(model, tmp_path, monkeypatch):
+    proof = tmp_path / "proof.json"
+    interrupted(model, proof, monkeypatch)
+    proof.write_text("mine")
+    with pytest.raises(ArtifactError, match="already exists") as refusal:
+        opt_out(model, "news", certificate=proof)
+    assert proof.read_text() == "mine"
+    assert "move the file away" in refusal.value.remedy
+    proof.rename(tmp_path / "mine")
+    opt_out(model, "news", certificate=proof)
+    assert bad(proof, model) == set()
+    assert all(check.ok for check in verify_model(model))
+
+
+def test_the_pending_certificate_of_another_model_is_not_published(home, model, tmp_path, monkeypatch):
+    proof = tmp_path / "proof.json"
+    other = merge(home / "public", [home / "code2", home / "news"], tmp_path / "other").path
+    interrupted(other, proof, monkeypatch)  # leaves .proof.json.pending, about `news` and `other`
+    with monkeypatch.context() as patch:
+        patch.setattr("flexmoe_jax.compose.optout._erase", lambda *_: (_ for _ in ()).throw(Crash))
+        with pytest.raises(Crash):
+            opt_out(model, "news")
+    with pytest.raises(ArtifactError, match="without a certificate"):
+        opt_out(model, "news", certificate=proof)
+    assert not proof.exists()
+
+
+@pytest.mark.parametrize("again", [False, True])
+def test_no_certificate_is_published_while_anything_else_is_in_the_model(home, model, tmp_path, monkeypatch, again):
+    """It would hold no matter what that holds."""
+    proof = tmp_path / "proof.json"
+    if again:
+        interrupted(model, proof, monkeypatch)
+    left = staging_place(model, "code", "0" * 64)
+    left.mkdir()
+    (left / "x").write_bytes(b"x" + (home / "news/arrays/w_up/0.0.0").read_bytes())
+    with monkeypatch.context() as patch:
+        patch.setattr("flexmoe_jax.compose.optout.remove_leftovers", lambda path: None)
+        with pytest.raises(ArtifactError, match=rf"{left} was left by an interrupted command"):
+            opt_out(model, "news", certificate=proof)
+    assert not proof.exists()
+    opt_out(model, "news", certificate=proof)
+    assert bad(proof, model) == set()
+    assert contents(model) == contents(home / "never")
+
+
+@pytest.mark.parametrize("where", ["code", "public", "news"])
+def test_a_certificate_is_refused_while_a_package_holds_a_file_that_nobody_checks(model, tmp_path, where):
+    (model / where / "x").write_bytes(b"x" + (model / "news/arrays/w_up/0.0.0").read_bytes())
+    before = contents(model, leave_out=())
+    with pytest.raises(ArtifactError, match="the manifest does not name this file"):
+        opt_out(model, "news", certificate=tmp_path / "proof.json")
+    assert contents(model, leave_out=()) == before
+    assert [path.name for path in tmp_path.iterdir()] == ["model"]
 
 
 def test_the_commands_write_and_check_certificates_and_show_the_journal(model, tmp_path, capsys):

@@ -6,10 +6,11 @@ import shutil
 
 import pytest
 
+from flexmoe_jax.artifacts import sealed
 from flexmoe_jax.artifacts.journal import read_journal
 from flexmoe_jax.artifacts.model_checks import verify_model
-from flexmoe_jax.artifacts.model_dir import load_model, load_params, open_model
-from flexmoe_jax.artifacts.package import load_package, read_manifest
+from flexmoe_jax.artifacts.model_dir import load_model, load_params, open_model, staging_place
+from flexmoe_jax.artifacts.package import copy_package, load_package, read_manifest
 from flexmoe_jax.compose.merge import merge
 from flexmoe_jax.compose.optout import opt_out, replace
 from flexmoe_jax.errors import ArtifactError, FlexMoEError
@@ -260,3 +261,75 @@ def test_a_replacement_that_crashes_anywhere_leaves_the_old_or_new_model_and_is_
     assert versions == [old] * versions.count(old) + [new] * versions.count(new)
     assert 0 < versions.count(old) < len(versions)
     assert any(name.startswith(".code-") for _, left in states for name in left)
+
+
+def test_digests_whose_first_digits_agree_do_not_meet(home, tmp_path, monkeypatch):
+    """An owner finds two manifests that agree in 48 bits within minutes: by the birthday paradox."""
+    digest = sealed.digest
+    monkeypatch.setattr(sealed, "digest", lambda value: "0" * 12 + digest(value)[12:])
+    release = make_release(tmp_path / "public")
+    packages = [make_expert(tmp_path / name, name, release) for name in ("code", "math")]
+    newer = make_expert(tmp_path / "code2", "code", release, seed=2)
+    model = merge(release.path, packages, tmp_path / "model").path
+    assert read_manifest(newer).digest[:12] == read_manifest(packages[0]).digest[:12]
+    replace(model, newer)
+    assert contents(model) == contents(merge(release.path, [newer, packages[1]], tmp_path / "expected").path)
+    opt_out(model, "code")
+    assert problems(model) == set()
+
+
+@pytest.mark.parametrize("change", ["replace", "opt_out", "opt_out of another"])
+@pytest.mark.parametrize("state", ["before", "after"])
+def test_a_change_that_an_earlier_version_left_under_short_names_is_completed(home, model, tmp_path, state, change):
+    """It staged packages under the first 12 digits; `before` and `after` model.json was written."""
+    old, new = (read_manifest(home / name) for name in ("code", "code2"))
+    if state == "after":
+        shutil.rmtree(model)
+        shutil.copytree(merged(home, ("code2", "math", "zebrafish"), tmp_path / "replaced"), model)
+    shutil.rmtree(model / "code")
+    for name, manifest in (("code", old), ("code2", new)):
+        copy_package(home / name, model / f".code-{manifest.digest[:12]}", manifest)
+    used, unused = (old, new) if state == "before" else (new, old)
+    assert open_model(model).manifests["code"].digest == used.digest
+    assert problems(model) == {f".code-{unused.digest[:12]}"}
+    left = {"replace": ("code2", "math", "zebrafish"), "opt_out": ("math", "zebrafish")}
+    left["opt_out of another"] = ("code" if state == "before" else "code2", "math")
+    if change == "replace":
+        replace(model, home / "code2")
+    else:
+        opt_out(model, "code" if change == "opt_out" else "zebrafish")
+    assert contents(model) == contents(merged(home, left[change], tmp_path / "expected"))
+    assert problems(model) == set()
+
+
+def test_an_opt_out_deletes_what_interrupted_changes_of_other_experts_left(home, model, tmp_path):
+    """A leftover may hold any bytes, also those of the expert that leaves."""
+    left = staging_place(model, "code", "0" * 64)
+    left.mkdir()
+    (left / "x").write_bytes(b"x" + (model / "math/arrays/w_up/0.0.0").read_bytes())
+    opt_out(model, "math", certificate=tmp_path / "proof.json")
+    assert contents(model) == contents(merged(home, ("code", "zebrafish"), tmp_path / "never"))
+
+
+def test_an_output_inside_a_source_is_refused_and_nothing_changes(home, model):
+    before = contents(model, leave_out=())
+    (model.parent / "link").symlink_to(model)
+    for out in (model / "inner", model / "math" / "a" / "b", model.parent / "link" / "inner"):
+        with pytest.raises(ArtifactError, match=r"is inside .*model"):
+            opt_out(model, "math", out, certificate=model.parent / "proof.json")
+    assert contents(model, leave_out=()) == before
+    assert {path.name for path in model.parent.iterdir()} == {"link", "model"}
+    before = contents(home / "public", leave_out=())
+    for out in (home / "public" / "inner", home / "public" / "trunk"):
+        with pytest.raises(ArtifactError, match=r"is inside .*public"):
+            merge(home / "public", [home / "code"], out)
+    with pytest.raises(ArtifactError, match=r"is inside .*code"):
+        merge(home / "public", [home / "code"], home / "code" / "inner")
+    assert contents(home / "public", leave_out=()) == before
+
+
+def test_a_package_whose_signature_is_not_valid_is_not_copied(home, tmp_path):
+    package = shutil.copytree(home / "code", tmp_path / "code")
+    (package / "signature.json").write_text("{}")
+    with pytest.raises(ArtifactError, match=r"signature\.json has the format None"):
+        copy_package(package, tmp_path / "copy", read_manifest(package))

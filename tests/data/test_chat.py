@@ -59,6 +59,19 @@ def test_text_and_ids_equal_those_of_apply_chat_template(tmp_path, kind, begin):
 
 
 @pytest.mark.torch
+@pytest.mark.parametrize("name", ["reasoning_content", "thinking", "reasoning"])
+def test_reasoning_beside_the_text_reaches_the_template_as_in_transformers(tmp_path, name):
+    transformers = pytest.importorskip("transformers")
+    template = "{% set ns = namespace(n=0, a={}) %}{% for m in messages %}{% set ns.n = ns.n + 1 %}{{ ns.n }} "
+    template += "{{ m.reasoning_content }}|{{ m.thinking }}|{{ dict(a=m.content).a }}|{{ m | tojson }}{% endfor %}"
+    turns = [TURNS[0], TURNS[1] | {name: "hm"}]
+    theirs = transformers.AutoTokenizer.from_pretrained(str(byte_level(tmp_path, template)))
+    (text,) = render(load_tokenizer(tmp_path), [chat._request(turns, False)])
+    assert text == theirs.apply_chat_template(turns, tokenize=False)
+    assert "hm|hm|sat" in text
+
+
+@pytest.mark.torch
 def test_the_assistants_tokens_are_those_that_the_template_marks_itself(tmp_path):
     """`{% generation %}` blocks, which transformers reads and this library does not need."""
     transformers = pytest.importorskip("transformers")
@@ -77,6 +90,17 @@ def test_a_conversation_is_one_document_and_only_the_assistant_counts(tmp_path):
     assert tokenizer.decode(marked.ids).startswith("<|im_start|>user\nthe cat<|im_end|>")
     counted = [i for i, counts in zip(marked.ids, marked.assistant, strict=True) if counts]
     assert tokenizer.decode(counted) == "sat on the mat<|im_end|>\nthe mat 👍<|im_end|>\n"
+
+
+def test_a_space_of_the_prompt_does_not_count_where_tokenizer_json_leaves_spaces_out_of_places(tmp_path):
+    """As Llama 3's does: a token that starts with the prompt's last space would count."""
+    template = "{% for m in messages %}{{ m.role }}: {{ m.content }}\n{% endfor %}"
+    folder = byte_level(tmp_path, template + "{% if add_generation_prompt %}assistant: {% endif %}")
+    content = json.loads((folder / "tokenizer.json").read_text())
+    trims = {"type": "ByteLevel", "add_prefix_space": False, "trim_offsets": True, "use_regex": False}
+    (folder / "tokenizer.json").write_text(json.dumps(content | {"post_processor": trims}))
+    (marked,) = encode_conversations(load_tokenizer(folder), [("here", TURNS[:2])])
+    assert "".join(text_of(load_tokenizer(folder), marked)) == "at on the mat\n"  # " s" is one token
 
 
 def test_reasoning_that_the_template_leaves_out_later_is_learned_where_it_is_shown(tmp_path):
@@ -135,6 +159,9 @@ def test_following_the_remedy_for_a_special_token_works(tmp_path):
         "{{ '%9999999999d' % 1 }}",
         "{{ ''.__class__.__mro__[1].__subclasses__() }}",
         "{{ messages.append(1) }}",
+        "{% set ns = namespace(_x=1) %}{{ ns._x }}",
+        "{% set ns = namespace() %}{% set ns.__init__ = 1 %}",
+        "{{ dict.__init__ }}{{ dict.fromkeys('a').update }}",
         "{% include 'x' %}",
         "{% if %}",
         "{{ messages[9].role.x }}",
@@ -147,6 +174,12 @@ def test_no_template_can_take_time_or_memory_or_reach_python(tmp_path, monkeypat
     with pytest.raises(DataError, match="chat template"):
         encode_prompt(tokenizer, TURNS)
     assert time.monotonic() - began < 30  # the limit is 2 seconds; the rest is for a machine with other work
+
+
+def test_the_memory_of_a_template_is_limited(tmp_path):
+    tokenizer = load_tokenizer(byte_level(tmp_path, "{% set x = messages[0].role[0] * 1500000000 %}small"))
+    with pytest.raises(DataError, match="MemoryError"):
+        encode_prompt(tokenizer, TURNS)
 
 
 def test_a_message_about_a_template_has_no_terminal_escapes(tmp_path):

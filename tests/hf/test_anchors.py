@@ -1,6 +1,7 @@
 """From an anchor of transformers to a mixture that transformers loads: import, owners' experts, merge, export."""
 
 import dataclasses
+import functools
 import json
 import pathlib
 
@@ -22,7 +23,7 @@ from flexmoe_jax.hf.load import import_model
 from flexmoe_jax.hf.tensors import read_tensors, write_tensors
 from flexmoe_jax.model_config import RopeScaling
 from flexmoe_jax.tree import PUBLIC, TRUNK
-from tests.hf.tiny import CONFIG, SHAPES, our_model, tokenizer
+from tests.hf.tiny import CONFIG, SHAPES, checkpoint, edit_config, our_model, tokenizer
 from tests.tiny import flip_bit, random_params
 
 transformers = pytest.importorskip("transformers")
@@ -64,6 +65,17 @@ def test_the_page_lists_every_class_that_comes_in_and_what_goes_out():
             assert name == expected, (kind, mixture)
 
 
+@pytest.fixture(scope="module")
+def built(tmp_path_factory):
+    """A function: the folder in which `build` made the model of an anchor, once; read only."""
+
+    @functools.cache
+    def folder(anchor: str, biased: bool = False) -> pathlib.Path:
+        return build(tmp_path_factory.mktemp(anchor), anchor, biased).path.parent
+
+    return folder
+
+
 def build(root: pathlib.Path, anchor: str, biased: bool = False) -> ModelDir:
     """`root`/model: the anchor's public model and three owners' experts, top-2 of 4."""
     from tests.model.hf_oracle import make_model
@@ -84,8 +96,8 @@ def build(root: pathlib.Path, anchor: str, biased: bool = False) -> ModelDir:
 
 
 @pytest.mark.parametrize("anchor", [name for name, (_, _, mixture, _) in ANCHORS.items() if mixture])
-def test_a_merged_anchor_is_a_mixture_of_transformers_with_the_same_logits(tmp_path, anchor):
-    model = build(tmp_path, anchor)
+def test_a_merged_anchor_is_a_mixture_of_transformers_with_the_same_logits(tmp_path, anchor, built):
+    model = open_model(built(anchor) / "model")
     done = export(model, tmp_path / "out", ExportOptions(check_logits=True))
     assert (done.architecture.name, done.top_k) == (f"{ANCHORS[anchor][2]}ForCausalLM", 2)
     assert done.logits_difference < TOLERANCE
@@ -97,22 +109,33 @@ def test_a_merged_anchor_is_a_mixture_of_transformers_with_the_same_logits(tmp_p
 
 
 @pytest.mark.parametrize("anchor", ANCHORS)
-def test_an_anchor_with_one_expert_left_is_dense_again(tmp_path, anchor):
+def test_an_anchor_with_one_expert_left_is_dense_again(tmp_path, anchor, built):
     """As the class that it came from, and to the byte."""
-    model = build(tmp_path, anchor)
+    model = open_model(built(anchor) / "model")
     for owner in OWNERS:
         model = opt_out(model.path, owner, tmp_path / f"without-{owner}")
     assert model.experts == (PUBLIC,)
     done = export(model, tmp_path / "out", ExportOptions(check_logits=True))
     assert done.architecture.name == f"{ANCHORS[anchor][3]}ForCausalLM"
     assert done.logits_difference < TOLERANCE
-    assert (tmp_path / "out" / "model.safetensors").read_bytes() == (tmp_path / "hf" / "model.safetensors").read_bytes()
+    assert (tmp_path / "out" / "model.safetensors").read_bytes() == (
+        built(anchor) / "hf/model.safetensors"
+    ).read_bytes()
+
+
+def test_a_smollm3_whose_layers_all_have_rope_is_not_exported_as_one(tmp_path):
+    """A class of that name without the list of layers leaves rope out of every fourth."""
+    checkpoint(tmp_path / "hf", "smollm3")
+    edit_config(tmp_path / "hf", no_rope_layers=[1, 1, 1, 1])
+    model = import_model(open_folder(tmp_path / "hf"), tmp_path / "model")
+    assert model.config.rope_skip is None
+    done = export(model, tmp_path / "out", ExportOptions(check_logits=True))
+    assert (done.architecture.name, done.logits_difference < TOLERANCE) == ("LlamaForCausalLM", True)
 
 
 @pytest.mark.parametrize("anchor", [name for name, (_, _, mixture, _) in ANCHORS.items() if not mixture])
-def test_a_mixture_that_no_class_holds_is_refused_and_the_remedy_works(tmp_path, anchor, capsys):
-    build(tmp_path, anchor)
-    command = ["export-hf", str(tmp_path / "model"), "--out", str(tmp_path / "out")]
+def test_a_mixture_that_no_class_holds_is_refused_and_the_remedy_works(tmp_path, anchor, built, capsys):
+    command = ["export-hf", str(built(anchor) / "model"), "--out", str(tmp_path / "out")]
     assert main(command) == 1
     printed = capsys.readouterr().err
     assert "transformers has no class of a mixture with" in printed
@@ -124,9 +147,9 @@ def test_a_mixture_that_no_class_holds_is_refused_and_the_remedy_works(tmp_path,
 
 
 @pytest.mark.parametrize("anchor", ["olmo2", "llama", "qwen3"])
-def test_a_bias_is_refused_and_only_remedies_that_work_are_named(tmp_path, anchor):
+def test_a_bias_is_refused_and_only_remedies_that_work_are_named(tmp_path, anchor, built):
     """The model file that adds a bias is FlexOlmo's."""
-    model = build(tmp_path, anchor, biased=True)
+    model = open_model(built(anchor, True) / "model")
     with pytest.raises(ArtifactError, match=f"{ANCHORS[anchor][2]}ForCausalLM has no expert bias.*math in") as error:
         export(model, tmp_path / "out")
     assert "--zero-bias" in error.value.remedy

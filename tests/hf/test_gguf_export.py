@@ -278,6 +278,14 @@ def test_chat_template_and_begin_token_travel(model, tmp_path):
     assert fields["tokenizer.ggml.token_type"][297:] == [1, 3, 3]
 
 
+def test_a_begin_token_of_the_configuration_and_the_end_of_turns_travel(model, tmp_path):
+    other = copy_of(model, tmp_path, bos_token="<|pad|>", add_bos_token=True, eos_token="<|pad|>")
+    export_gguf(other, tmp_path / "x.gguf")
+    fields, _ = read(tmp_path / "x.gguf")
+    assert (fields["tokenizer.ggml.bos_token_id"], fields["tokenizer.ggml.add_bos_token"]) == (299, True)
+    assert fields["tokenizer.ggml.eos_token_id"] == 299
+
+
 def test_a_pre_tokenizer_that_llama_cpp_does_not_know_is_refused_in_words(model, tmp_path):
     bpe = {**json.loads(model.tokenizer_path.read_bytes())["model"], "ignore_merges": False}
     step = {"type": "ByteLevel", "add_prefix_space": False, "trim_offsets": True, "use_regex": True}

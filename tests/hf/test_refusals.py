@@ -166,7 +166,7 @@ def test_an_index_that_disagrees_with_the_files_is_refused(tmp_path):
         refused(folder, message, tmp_path / "out")
     path.write_text(json.dumps(index))
     next(iter(folder.glob("model-00002*"))).unlink()
-    refused(folder, "cannot be read", tmp_path / "out")
+    refused(folder, "does not exist", tmp_path / "out")
 
 
 def test_pickled_weights_are_not_read(tmp_path):

@@ -23,7 +23,7 @@ from flexmoe_jax.config import OptimizerConfig
 from flexmoe_jax.data.sources import read_documents
 from flexmoe_jax.data.tokenizer import load_tokenizer
 from flexmoe_jax.data.writer import write_store
-from flexmoe_jax.errors import DataError, FlexMoEError
+from flexmoe_jax.errors import ArtifactError, DataError, FlexMoEError
 from flexmoe_jax.training import loop
 from flexmoe_jax.training.metrics import OF_TIME, MetricsFile
 from flexmoe_jax.tree import PUBLIC, TRUNK
@@ -276,6 +276,14 @@ def test_a_run_trains_in_a_thread_that_is_not_the_main_one(release, tmp_path):
     with concurrent.futures.ThreadPoolExecutor(1) as threads:
         package = threads.submit(loop.train, expert_run(tmp_path, "news", release)).result()
     assert read_manifest(package).owner == "news"
+
+
+def test_metrics_that_cannot_be_written_are_an_error_with_a_remedy(tmp_path):
+    with MetricsFile(tmp_path / "metrics.jsonl") as metrics:
+        metrics._file = open("/dev/full", "a", buffering=1, encoding="utf-8")  # noqa: SIM115
+        with pytest.raises(ArtifactError, match="/dev/full cannot be written: No space left") as refusal:
+            metrics.write({"step": 1})
+    assert "resumes at the last saved step" in refusal.value.remedy
 
 
 def test_metrics_of_a_resumed_run_are_rewritten_atomically(tmp_path, monkeypatch):
