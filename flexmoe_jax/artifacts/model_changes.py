@@ -26,6 +26,7 @@ from flexmoe_jax.tree import PUBLIC, TRUNK
 RUN_AGAIN = "run that command again"
 _INTERRUPTED = ("was left by an interrupted command", RUN_AGAIN)
 _UNKNOWN = ("was not made by a flexmoe command", "move it away")
+_ANOTHER = ("is not the package that model.json or the journal names", "move it away")
 _LINK = ("is a link", "do not use this directory, or replace the link with its target")
 _STAGED = re.compile(r"\.(.+)-([0-9a-f]{64}|[0-9a-f]{12})")  # 12 digits: by earlier versions
 
@@ -112,7 +113,8 @@ def strange_entries(path: pathlib.Path) -> list[Check]:
         elif entry.is_dir():
             staged = _STAGED.fullmatch(target)
             interrupted = staged[1] in {*digests, *left} if staged else _is_left(path, entry.name, left)
-            known, found = entry.name in folders, _INTERRUPTED if interrupted else _UNKNOWN
+            known, foreign = entry.name in folders, _ANOTHER if entry.name in {*digests, *left} else _UNKNOWN
+            found = _INTERRUPTED if interrupted else foreign
         checks += [] if known else [Check(entry.name, False, *found)]
     return checks
 
