@@ -42,9 +42,10 @@ class Range:
     def __str__(self) -> str:
         kind = "a whole number" if self.kind is int else "a number"
         least, most = (format(self.kind(bound), "d" if self.kind is int else "g") for bound in (self.least, self.most))
-        return (
-            f"{kind} {'above' if self.open_below else 'from'} {least} {'to below' if self.open_above else 'to'} {most}"
-        )
+        if not (self.open_below or self.open_above):
+            return f"{kind} from {least} to {most}"
+        lower, upper = "above" if self.open_below else "of at least", "below" if self.open_above else "at most"
+        return f"{kind} {lower} {least} and {upper} {most}"
 
     def __call__(self, text: str) -> Any:
         with contextlib.suppress(ValueError):

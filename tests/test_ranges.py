@@ -42,7 +42,8 @@ def test_a_range_holds_its_bounds_unless_they_are_excluded():
     ]
     assert [value in SHARE_BELOW_ONE for value in (0, 0.999, 1)] == [True, True, False]
     assert (str(COUNT), str(SEED)) == ("a whole number from 1 to 2147483647", "a whole number from 0 to 4294967295")
-    assert str(POSITIVE) == "a number above 0 to 3.4e+38"
+    assert str(POSITIVE) == "a number above 0 and at most 3.4e+38"
+    assert str(SHARE_BELOW_ONE) == "a number of at least 0 and below 1"
 
 
 # -- configurations ----------------------------------------------------------------------------------------------------

@@ -43,7 +43,7 @@ from flexmoe_jax.training.resume import (
     identity_of,
 )
 from flexmoe_jax.training.signals import EX_INTERRUPTED, EX_TEMPFAIL, StopSignals
-from flexmoe_jax.training.start import Stage, prepare
+from flexmoe_jax.training.start import Start, prepare
 from flexmoe_jax.training.state import TrainState, create_state, flops_per_token
 from flexmoe_jax.training.step import make_train_step
 from flexmoe_jax.tree import Params, canonical_order, combine, partition, split
@@ -77,30 +77,30 @@ def train(run: RunConfig, allow: Collection[str] = (), profile: str | None = Non
     product = out / ("model" if run.is_public else "package")
     mesh = mesh_of_all(run.mesh)
     check_rows(mesh, run.batch_size)
-    stage = prepare(run, mesh)
+    initial = prepare(run, mesh)
     with RunCheckpoints(out, keep=run.keep_checkpoints) as checkpoints:
         started = checkpoints.started or product.exists()
-        stores, documents = _open_data(run, stage, out, started)
-        identity = identity_of(run, stage, stores, documents)
+        stores, documents = _open_data(run, initial, out, started)
+        identity = identity_of(run, initial, stores, documents)
         check_identity(out / "run.json", identity, allow, started)
         if product.exists():
             log.info(f"{product} exists: nothing to do")
             return product
-        for pattern, trainable, leaves, count in freezing_table(stage.params, run.owner, run.freeze):
+        for pattern, trainable, leaves, count in freezing_table(initial.params, run.owner, run.freeze):
             log.info(f"{'trained' if trainable else 'frozen ':8} {pattern:34} {leaves:3} leaves {count:14,} parameters")
         with jax.set_mesh(mesh):
-            state = _fit(run, stage, mesh, stores, checkpoints, traced)
+            state = _fit(run, initial, mesh, stores, checkpoints, traced)
         check_skipped(run, int(state.skipped))
-        trained = _to_host(state.trainable, stage)
+        trained = _to_host(state.trainable, initial)
         if is_lead():
-            _write_product(product, run, stage, trained, int(state.skipped), identity)
+            _write_product(product, run, initial, trained, int(state.skipped), identity)
         barrier("product")
     return product
 
 
 def _fit(
     run: RunConfig,
-    stage: Stage,
+    initial: Start,
     mesh: Mesh,
     stores: list[TokenStore],
     checkpoints: RunCheckpoints,
@@ -108,14 +108,14 @@ def _fit(
 ) -> TrainState:
     out = checkpoints.path
     optimizer = make_optimizer(run.optimizer, run.steps)
-    state, frozen = create_state(mesh, stage.params, run.owner, optimizer, jnp.dtype(run.compute_dtype), run.freeze)
+    state, frozen = create_state(mesh, initial.params, run.owner, optimizer, jnp.dtype(run.compute_dtype), run.freeze)
     iterator = make_iterator(_batches(run, stores))
     shardings = (jax.tree.map(lambda leaf: leaf.sharding, state), replicated(mesh))
     state = _restore(checkpoints, state, iterator)
     first = int(state.step)
-    step = make_train_step(stage.model, run, shardings)
-    names = canonical_order(stage.params["experts"])
-    meter = _meter(run, stage, mesh)
+    step = make_train_step(initial.model, run, shardings)
+    names = canonical_order(initial.params["experts"])
+    meter = _meter(run, initial, mesh)
     if traced and first >= traced.stop:
         log.info(f"steps {traced[0]} to {traced[-1]} are done: there is nothing to profile")
     stop, agreement = StopSignals(), Agreement(mesh)
@@ -148,8 +148,8 @@ def _fit(
     return state
 
 
-def _meter(run: RunConfig, stage: Stage, mesh: Mesh) -> Meter:
-    flops, devices = flops_per_token(stage.model, run, stage.params), mesh.size
+def _meter(run: RunConfig, initial: Start, mesh: Mesh) -> Meter:
+    flops, devices = flops_per_token(initial.model, run, initial.params), mesh.size
     peak, kind = peak_flops(devices), jax.devices()[0].device_kind
     known = "its peak is not known" if peak is None else f"{peak / devices:.4g} bfloat16 FLOP/s at most each"
     log.info(f"{flops:.4g} FLOPs per token of a step on {devices} x {kind}, {known}")
@@ -161,11 +161,11 @@ def _nothing() -> Iterator[Advance]:
     yield lambda n=1, note="": None
 
 
-def _to_host(trainable: Params, stage: Stage) -> Params:
+def _to_host(trainable: Params, initial: Start) -> Params:
     """Trained leaves as NumPy arrays, experts by name."""
     whole = jax.tree.map(to_host, trainable)
     if STACKED in whole.get("experts", {}):
-        whole = {**whole, "experts": unstack_weights(whole["experts"], stage.params["experts"])}
+        whole = {**whole, "experts": unstack_weights(whole["experts"], initial.params["experts"])}
     return whole
 
 
@@ -198,7 +198,7 @@ def _batches(run: RunConfig, stores: list[TokenStore]) -> grain.MapDataset:
 
 
 def _open_data(
-    run: RunConfig, stage: Stage, out: pathlib.Path, started: bool
+    run: RunConfig, initial: Start, out: pathlib.Path, started: bool
 ) -> tuple[list[TokenStore], dict[str, str | None]]:
     """(token stores, digests of the documents) of the owner's and the public data; makes the tokens where missing."""
     for key in SOURCES.values():
@@ -206,33 +206,33 @@ def _open_data(
             raise DataError(f"config.{key} {path!r} does not exist", "give a folder of documents or a token store")
     documents = documents_of(run)
     if is_lead() and not started:
-        drop_stale_tokens(out, documents, stage.tokenizer.digest)
+        drop_stale_tokens(out, documents, initial.tokenizer.digest)
     barrier("stale tokens")
-    return [_open_tokens(run, SOURCES[name], stage, out / TOKENS[name]) for name in documents], documents
+    return [_open_tokens(run, SOURCES[name], initial, out / TOKENS[name]) for name in documents], documents
 
 
-def _open_tokens(run: RunConfig, key: str, stage: Stage, tokens: pathlib.Path) -> TokenStore:
+def _open_tokens(run: RunConfig, key: str, initial: Start, tokens: pathlib.Path) -> TokenStore:
     """The tokens of `config.key`: a token store, OLMo files, or documents, tokenized once into the store `tokens`."""
     folder = pathlib.Path(getattr(run, key))
     kind = kind_of(folder)
     if kind == "store":
-        return TokenStore.open(folder, stage.tokenizer)
+        return TokenStore.open(folder, initial.tokenizer)
     if kind == "olmo":
-        vocab_size = stage.tokenizer.vocab_size
+        vocab_size = initial.tokenizer.vocab_size
         dtype = run.token_dtype or ("uint16" if vocab_size <= 1 << 16 else "uint32")
-        bos_id = None if stage.tokenizer.bos_id == stage.tokenizer.eos_id else stage.tokenizer.bos_id
-        return TokenStore.from_olmo(folder, dtype, stage.tokenizer.eos_id, vocab_size, bos_id)
+        bos_id = None if initial.tokenizer.bos_id == initial.tokenizer.eos_id else initial.tokenizer.bos_id
+        return TokenStore.from_olmo(folder, dtype, initial.tokenizer.eos_id, vocab_size, bos_id)
     if not tokens.exists() and is_lead():
-        write_store(read_documents(folder, fields=fields_of(run, key)), stage.tokenizer, tokens)
+        write_store(read_documents(folder, fields=fields_of(run, key)), initial.tokenizer, tokens)
     barrier(f"tokens of {key}")
-    return TokenStore.open(tokens, stage.tokenizer)
+    return TokenStore.open(tokens, initial.tokenizer)
 
 
 def _write_product(
-    product: pathlib.Path, run: RunConfig, stage: Stage, trained: Params, skipped: int, identity: dict
+    product: pathlib.Path, run: RunConfig, initial: Start, trained: Params, skipped: int, identity: dict
 ) -> None:
     # Frozen leaves come from the start of the run, not from their copies in the compute dtype.
-    _, frozen = partition(stage.params, freezing_mask(stage.params, run.owner, run.freeze))
+    _, frozen = partition(initial.params, freezing_mask(initial.params, run.owner, run.freeze))
     params = jax.tree.map(np.asarray, combine(trained, frozen))
     record = {
         "training": {
@@ -243,14 +243,14 @@ def _write_product(
             "config_digest": digest(identity["config"]),
             "privacy_budget": None,
         },
-        **stage.history,
-        "router": stage.router,
+        **initial.history,
+        "router": initial.router,
         "licence": run.licence,
         "contact": run.contact,
     }
     if run.is_public:
         records = dict.fromkeys(split(params), record)
-        create_model(product, params, stage.model, stage.tokenizer.files, records, top_k=run.top_k)
+        create_model(product, params, initial.model, initial.tokenizer.files, records, top_k=run.top_k)
     else:
         expert = params["experts"][run.owner]
-        write_package(product, owner=run.owner, params=expert, config=stage.model, base=stage.base, record=record)
+        write_package(product, owner=run.owner, params=expert, config=initial.model, base=initial.base, record=record)

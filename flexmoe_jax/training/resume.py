@@ -15,7 +15,7 @@ from flexmoe_jax.errors import ArtifactError, ConfigError, did_you_mean
 from flexmoe_jax.files import remove_directory
 from flexmoe_jax.json_files import parse_json, read_bytes
 from flexmoe_jax.parallel.processes import barrier, is_lead
-from flexmoe_jax.training.start import Stage
+from flexmoe_jax.training.start import Start
 from flexmoe_jax.tree import flatten
 
 log = logging.getLogger(__name__)
@@ -41,16 +41,16 @@ SOURCES = {"own": "data", "public": "public_data"}  # {name in run.json: key of 
 TOKENS = {"own": "tokens", "public": "public_tokens"}  # their tokens, in the run directory
 
 
-def identity_of(run: RunConfig, stage: Stage, stores: list[TokenStore], documents: dict[str, str | None]) -> dict:
+def identity_of(run: RunConfig, initial: Start, stores: list[TokenStore], documents: dict[str, str | None]) -> dict:
     """What must not change when a run resumes. Paths may change: their contents are identified by digest."""
     config = {key: value for key, value in to_mapping(run).items() if key not in RESUMABLE}
     data = {
         name: {"tokens": store.digest, "documents": digest}
         for (name, digest), store in zip(documents.items(), stores, strict=True)
     }
-    router = stage.router | {"rows": sha256_array(stage.params["experts"][run.owner]["router"])}
-    digests = {"data": data, "tokenizer": stage.tokenizer.digest, "base": stage.base}
-    start = {"start": stage.history["start"]} if "start" in stage.history else {}
+    router = initial.router | {"rows": sha256_array(initial.params["experts"][run.owner]["router"])}
+    digests = {"data": data, "tokenizer": initial.tokenizer.digest, "base": initial.base}
+    start = {"start": initial.history["start"]} if "start" in initial.history else {}
     return {"config": config, "router": router, **digests, **start}
 
 

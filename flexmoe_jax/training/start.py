@@ -24,7 +24,7 @@ PROJECTION_SEED = 0
 
 
 @dataclasses.dataclass(frozen=True)
-class Stage:
+class Start:
     """`params` is the whole initial tree, float32; `base` holds the content digests that the product is bound to.
 
     `router` records the origin of the router row (`data.embedding.projection_record`). `history` goes into the
@@ -40,18 +40,18 @@ class Stage:
     history: dict = dataclasses.field(default_factory=dict)
 
 
-def prepare(run: RunConfig, mesh: Mesh) -> Stage:
+def prepare(run: RunConfig, mesh: Mesh) -> Start:
     """What `run` starts from, by its kind.
 
     No host holds all parameters: new ones are placed on the mesh as they are drawn, others are memory-mapped files.
     ConfigError, DataError or ArtifactError for a configuration, domain vector, model or package that does not fit.
     """
     if run.kind is Kind.JOINT:
-        return _continued_stage(run)
+        return _from_model(run)
     if run.kind is Kind.CONTINUED:
-        return _further_stage(run)
+        return _from_package(run)
     vector = DomainVector.load(_given(run.domain_vector))
-    return _public_stage(run, vector, mesh) if run.kind is Kind.PUBLIC else _new_expert_stage(run, vector)
+    return _fresh(run, vector, mesh) if run.kind is Kind.PUBLIC else _beside_public(run, vector)
 
 
 def _given(path: str | pathlib.Path | None) -> pathlib.Path:
@@ -60,7 +60,7 @@ def _given(path: str | pathlib.Path | None) -> pathlib.Path:
     return pathlib.Path(path)
 
 
-def _public_stage(run: RunConfig, vector: DomainVector, mesh: Mesh) -> Stage:
+def _fresh(run: RunConfig, vector: DomainVector, mesh: Mesh) -> Start:
     assert run.model is not None  # RunConfig refuses a public run without one
     tokenizer = load_tokenizer(run.tokenizer)
     if tokenizer.vocab_size > run.model.vocab_size:
@@ -73,10 +73,10 @@ def _public_stage(run: RunConfig, vector: DomainVector, mesh: Mesh) -> Stage:
     params = init_params(run.model, jax.random.key(run.seed), place=functools.partial(place_at, mesh))
     router = projection_record(vector, run.model.d_model, run.router_scale, PROJECTION_SEED)
     public = {**params["experts"][PUBLIC], "router": _rows(vector, run.model, router)}
-    return Stage(run.model, {**params, "experts": {PUBLIC: public}}, tokenizer, {}, router)
+    return Start(run.model, {**params, "experts": {PUBLIC: public}}, tokenizer, {}, router)
 
 
-def _continued_stage(run: RunConfig) -> Stage:
+def _from_model(run: RunConfig) -> Start:
     """All experts of an existing model, to be trained together."""
     model = open_model(_given(run.public))
     _check_length(run, model.config)
@@ -91,10 +91,10 @@ def _continued_stage(run: RunConfig) -> Stage:
     parts = {*model.experts, *(name for m in model.manifests.values() for name in m.record.tuned_with)} - {PUBLIC}
     history = {"tuned": {"with": sorted(parts)}} if parts else {}
     base |= {"tokenizer": model.tokenizer_digest}
-    return Stage(model.config, load_params(model, mapped=True), tokenizer, base, router, history)
+    return Start(model.config, load_params(model, mapped=True), tokenizer, base, router, history)
 
 
-def _new_expert_stage(run: RunConfig, vector: DomainVector) -> Stage:
+def _beside_public(run: RunConfig, vector: DomainVector) -> Start:
     """A copy of the public feed-forward network, with the router row of `vector`."""
     public = open_model(_given(run.public))
     theirs = public.manifests[PUBLIC].record.router
@@ -113,20 +113,20 @@ def _new_expert_stage(run: RunConfig, vector: DomainVector) -> Stage:
     # Scale and projection are the public model's: all router rows must be in the same space.
     router = projection_record(vector, public.config.d_model, theirs["scale"], theirs["projection_seed"])
     expert = {"router": _rows(vector, public.config, router), "bias": np.zeros(public.config.num_layers, np.float32)}
-    return _expert_stage(run, public, expert, router)
+    return _expert(run, public, expert, router)
 
 
-def _further_stage(run: RunConfig) -> Stage:
+def _from_package(run: RunConfig) -> Start:
     """The owner's package, beside the public model that it was trained beside."""
     public, path = open_model(_given(run.public)), _given(run.expert)
     manifest = read_manifest(path, run.owner)
     check_belongs(manifest, public, path)
     expert = load_package(path, digest=manifest.digest, mapped=True)
     tuned = {"tuned": {"with": list(manifest.record.tuned_with)}} if manifest.record.tuned_with else {}
-    return _expert_stage(run, public, expert, manifest.record.router or {}, {"start": manifest.digest} | tuned)
+    return _expert(run, public, expert, manifest.record.router or {}, {"start": manifest.digest} | tuned)
 
 
-def _expert_stage(run: RunConfig, public: ModelDir, expert: Params, router: dict, history: dict | None = None) -> Stage:
+def _expert(run: RunConfig, public: ModelDir, expert: Params, router: dict, history: dict | None = None) -> Start:
     """The pair {public, owner}; leaves that `expert` does not hold are copies of the public expert's."""
     if run.model not in (None, public.config):
         lines = differences(to_mapping(run.model), to_mapping(public.config))
@@ -140,7 +140,7 @@ def _expert_stage(run: RunConfig, public: ModelDir, expert: Params, router: dict
     params = {**params, "experts": {**beside, run.owner: params["experts"][PUBLIC] | expert}}
     tokenizer = load_tokenizer(public.tokenizer_files).for_rows(public.config.vocab_size)
     base = {name: public.manifests[name].content for name in (TRUNK, PUBLIC)} | {"tokenizer": public.tokenizer_digest}
-    return Stage(public.config, params, tokenizer, base, router, history or {})
+    return Start(public.config, params, tokenizer, base, router, history or {})
 
 
 def _rows(vector: DomainVector, model: ModelConfig, router: dict) -> np.ndarray:

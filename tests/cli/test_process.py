@@ -18,7 +18,7 @@ FLEXMOE = f"{sys.executable} -m flexmoe_jax.cli.main"
 def shell(command: str, **environment: str) -> tuple[int, str, str]:
     """(exit code, stdout, stderr) of a line of bash; FLEXMOE is the command."""
     variables = {**os.environ, **environment, "FLEXMOE": FLEXMOE}
-    done = subprocess.run(["bash", "-c", command], env=variables, capture_output=True, text=True, check=False)
+    done = subprocess.run(["bash", "-c", command], env=variables, capture_output=True, errors="replace", check=False)
     return done.returncode, done.stdout, done.stderr
 
 

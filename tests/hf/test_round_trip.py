@@ -315,10 +315,10 @@ def test_owners_can_train_beside_a_dense_public_model_given_a_domain_vector(tmp_
     source = open_folder(tmp_path / "theirs")
     domain = DomainVector.load(write_vector(tmp_path / "domain.json", 1))
     public = import_model(source, tmp_path / "public", domain=domain)
-    stage = prepare(expert_run(tmp_path, "news", tmp_path / "public"), mesh_of_one())
-    rows = [stage.params["experts"][name]["router"] for name in ("public", "news")]
+    initial = prepare(expert_run(tmp_path, "news", tmp_path / "public"), mesh_of_one())
+    rows = [initial.params["experts"][name]["router"] for name in ("public", "news")]
     np.testing.assert_allclose([np.linalg.norm(row[0]) for row in rows], 0.1, rtol=1e-5)
-    assert stage.base["trunk"] == public.manifests["trunk"].content
+    assert initial.base["trunk"] == public.manifests["trunk"].content
     import_model(source, tmp_path / "bare")
     with pytest.raises(FlexMoEError, match="no domain vector"):
         prepare(expert_run(tmp_path / "again", "news", tmp_path / "bare"), mesh_of_one())
