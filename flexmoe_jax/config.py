@@ -41,7 +41,7 @@ class OptimizerConfig:
     unknown choice.
     """
 
-    lr: Positive = 9e-4
+    lr: NotNegative = 9e-4
     """Peak learning rate. The paper's for a 7B expert; the quickstart's small models use 1.5e-3 to 3e-3."""
 
     warmup_steps: CountOrZero = 2000

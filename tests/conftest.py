@@ -1,6 +1,7 @@
 """Reproducible property tests, compiled programs shared by test processes, and the fixtures of several folders."""
 
 import os
+import signal
 
 from flexmoe_jax.cli.main import use_compilation_cache
 
@@ -17,6 +18,12 @@ from tests.tiny import TINY, build_quickstart, build_world
 # The same examples on every run: a failure is due to a change of the code. No deadline: the first example compiles.
 settings.register_profile("reproducible", derandomize=True, deadline=None)
 settings.load_profile("reproducible")
+
+
+# As in a terminal: a runner in the background ignores signals, and so would every process that a test starts.
+for number, handler in ((signal.SIGINT, signal.default_int_handler), (signal.SIGHUP, signal.SIG_DFL)):
+    if signal.getsignal(number) is signal.SIG_IGN:
+        signal.signal(number, handler)
 
 
 @pytest.fixture
