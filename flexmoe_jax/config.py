@@ -15,7 +15,7 @@ import textwrap
 import types
 import typing
 from collections.abc import Mapping
-from typing import Annotated, Any
+from typing import Annotated, Any, ClassVar
 
 from flexmoe_jax.errors import ConfigError, did_you_mean
 from flexmoe_jax.model_config import ModelConfig
@@ -121,6 +121,8 @@ class RunConfig:
     What it trains (`kind`) follows from `owner`, `public` and `expert`. A key that is off is None; a path becomes str.
     ConfigError for values that are impossible or do not belong together.
     """
+
+    LATER: ClassVar = ("text_field", "id_field", "token_dtype")
 
     owner: str
     """Whose parameters are trained: `public`, or a data owner's name (the expert's name in every merged model)."""
@@ -336,8 +338,17 @@ def from_mapping(cls, values: Mapping, where: str = "config") -> Any:
 
 
 def to_mapping(config: Any) -> dict:
-    """The inverse of `from_mapping`: plain nested dictionaries of JSON values."""
-    return dataclasses.asdict(config)
+    """The inverse of `from_mapping`: plain nested dictionaries of JSON values.
+
+    The keys `LATER` of a class are left out at their defaults: a configuration that uses none of them has the digest
+    that it had before they came, and what was written then still belongs to it.
+    """
+    later, found = getattr(type(config), "LATER", ()), {}
+    for field in dataclasses.fields(config):
+        value = getattr(config, field.name)
+        if field.name not in later or value != field.default:
+            found[field.name] = to_mapping(value) if dataclasses.is_dataclass(value) else value
+    return found
 
 
 def _convert(hint: Any, value: Any, where: str) -> Any:

@@ -1,7 +1,7 @@
 """The shape of a decoder: sizes, and the parts in which public models of different families differ."""
 
 import dataclasses
-from typing import Annotated
+from typing import Annotated, ClassVar
 
 from flexmoe_jax.errors import ConfigError
 from flexmoe_jax.ranges import COUNT, MAX_FLOAT32, POSITIVE, Count, Positive, Range, check_numbers
@@ -66,6 +66,8 @@ class ModelConfig:
     The defaults are the OLMo-2/FlexOlmo block. Llama: `pre_norm=True, norm_topk=True, qk_norm=False`.
     ConfigError for impossible sizes.
     """
+
+    LATER: ClassVar = ("rope_scaling", "rope_skip", "qk_norm_per_head", "qkv_bias", "norm_topk")  # see `to_mapping`
 
     vocab_size: Count
     """Rows of the embedding; at least the tokenizer's number of ids."""

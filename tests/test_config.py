@@ -12,8 +12,8 @@ from flexmoe_jax.artifacts.sealed import differences, digest
 from flexmoe_jax.config import OptimizerConfig, RunConfig, field_docs, from_mapping, to_mapping
 from flexmoe_jax.errors import ConfigError, FlexMoEError
 from flexmoe_jax.json_files import canonical_json
-from flexmoe_jax.model_config import ModelConfig
-from tests.tiny import TINY
+from flexmoe_jax.model_config import ModelConfig, RopeScaling
+from tests.tiny import CONFIG, TINY
 
 MODEL = to_mapping(TINY)
 RUN = {
@@ -217,3 +217,20 @@ def test_an_empty_value_of_an_optional_key_is_none():
     run = from_mapping(RunConfig, {**values, "mesh": "", "freeze": "", "expert": "", "top_k": None})
     assert run == from_mapping(RunConfig, values)
     assert (run.mesh, run.freeze, run.expert, run.top_k) == (None, None, None, None)
+
+
+def test_a_model_without_the_later_keys_has_the_digest_it_had_before_they_came():
+    """Packages hold this digest: those of the first version must stay readable. Pinned by that version."""
+    pinned = "b259f44ec4aabbf636a30da5ae93fba907fe3f4ddab4dfb4580f6bebff6f677d"
+    assert digest(CONFIG) == pinned
+    assert from_mapping(ModelConfig, to_mapping(CONFIG)) == CONFIG
+    scaled = dataclasses.replace(CONFIG, norm_topk=True, rope_scaling=RopeScaling("linear", 2.0))
+    assert digest(scaled) != pinned
+    assert from_mapping(ModelConfig, to_mapping(scaled)) == scaled
+
+
+@pytest.mark.parametrize("cls", [ModelConfig, RunConfig])
+def test_the_later_keys_are_optional_keys(cls):
+    defaults = {field.name: field.default for field in dataclasses.fields(cls)}
+    assert cls.LATER
+    assert all(defaults[name] is not dataclasses.MISSING for name in cls.LATER)
