@@ -162,8 +162,10 @@ def kind_of(path: pathlib.Path) -> str:
     DataError for a folder that holds raw token files beside files of documents.
     """
     index = path / "index.json"
-    if index.is_file() and b'"flexmoe-tokens-' in index.read_bytes()[:MAX_INDEX_BYTES]:
-        return "store"
+    if index.is_file():
+        with index.open("rb") as file:
+            if b'"flexmoe-tokens-' in file.read(MAX_INDEX_BYTES):
+                return "store"
     if not path.is_dir() or not any(path.glob("*.npy")):
         return "documents"
     if others := sorted(file.name for file in path.iterdir() if is_documents(file.name)):

@@ -10,10 +10,11 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from flexmoe_jax.data import writer
-from flexmoe_jax.data.store import TokenStore
+from flexmoe_jax.data.store import TokenStore, kind_of
 from flexmoe_jax.data.tokenizer import load_tokenizer
 from flexmoe_jax.data.writer import write_store
 from flexmoe_jax.errors import ArtifactError, DataError
+from tests.faults.hostile import limits
 from tests.tokenizers import sentencepiece
 
 TEXTS = ["The first document.\n", "Le deuxième, 日本語", "", "third <|endoftext|> not an end", "x = 1\n" * 50]
@@ -243,3 +244,18 @@ def test_raw_tokens_without_the_first_token_are_refused(tmp_path):
         TokenStore.from_olmo(tmp_path, "uint16", 2, bos_id=1)
     np.array([1, 5, 6, 2, 1, 7, 2], "<u2").tofile(tmp_path / "part-0.npy")
     assert TokenStore.from_olmo(tmp_path, "uint16", 2, bos_id=1).bos_id == 1
+
+
+def test_documents_beside_an_index_or_arrays_of_others(tmp_path):
+    """An index.json of another program is passed over; arrays beside documents are named, and neither is guessed at."""
+    (tmp_path / "a.jsonl").write_text('{"text": "a"}\n', encoding="utf-8")
+    (tmp_path / "index.json").write_text('{"version": 2, "shards": []}', encoding="utf-8")
+    assert kind_of(tmp_path) == "documents"
+    with (tmp_path / "index.json").open("wb") as file:
+        file.truncate(1 << 42)
+    with limits():
+        assert kind_of(tmp_path) == "documents"
+    np.save(tmp_path / "embeddings.npy", np.zeros(3))
+    with pytest.raises(DataError, match=r"both token files \(\*\.npy\) and documents \(a\.jsonl, \.\.\.\)") as refusal:
+        kind_of(tmp_path)
+    assert "move one kind" in refusal.value.remedy
