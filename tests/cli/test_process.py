@@ -76,11 +76,14 @@ def test_the_library_logs_a_line_once_whatever_the_root_logger_does(world, tmp_p
 # -- refused starts of a training --------------------------------------------------------------------------------------
 
 REFUSED_STARTS = """
-import sys, threading
+import sys, threading, time
 from flexmoe_jax.cli.main import main
 experiment, *starts = sys.argv[1:]
 for start in starts:
     assert main(["train", f"--config={experiment}:news", *start.split()]) == 1, start
+    until = time.monotonic() + 10  # a pool's thread that is told to end may need a moment on a busy machine
+    while len(threading.enumerate()) > 1 and time.monotonic() < until:
+        time.sleep(0.01)
     assert threading.enumerate() == [threading.main_thread()], start
 """
 
