@@ -108,24 +108,14 @@ class Model:
         impossible sampling, a prompt that exceeds `max_seq_len` together with `max_new_tokens`, and for turns without
         a chat template or that it cannot render.
         """
-        if experts is not None:
-            model = self.select(experts)
-            return model.stream(
-                prompt,
-                max_new_tokens=max_new_tokens,
-                temperature=temperature,
-                top_k=top_k,
-                top_p=top_p,
-                stop_ids=stop_ids,
-                seed=seed,
-            )
+        model = self if experts is None else self.select(experts)
         if isinstance(prompt, str):
             ids, before = self.tokenizer.encode_prompt(prompt), self.tokenizer.encode(prompt)
         else:  # the answer is a text of its own
             ids, before = encode_prompt(self.tokenizer, prompt), []
         steps = stream(
-            dataclasses.replace(self.decoder(), dispatch="sparse"),  # sparse decoding reads weights in place
-            self._stacked,
+            dataclasses.replace(model.decoder(), dispatch="sparse"),  # sparse decoding reads weights in place
+            model._stacked,
             [ids],
             max_new_tokens=max_new_tokens,
             stop_ids={*self.tokenizer.stop_ids, *stop_ids},

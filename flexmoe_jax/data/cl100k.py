@@ -6,7 +6,8 @@ import hashlib
 import importlib.metadata
 import json
 import pathlib
-from collections.abc import Iterator
+from collections.abc import Iterator, Mapping, Sequence
+from typing import Any
 
 from flexmoe_jax.errors import DataError
 
@@ -26,6 +27,8 @@ SPLIT_PATTERN = "|".join(
     )
 )
 
+TO_BYTES = {"type": "ByteLevel", "add_prefix_space": False, "trim_offsets": True, "use_regex": False}
+
 
 def build(count: int, specials: dict[str, int]) -> bytes:
     """A byte-level BPE `tokenizer.json` with the first `count` ranks of cl100k, then `specials` (name -> id)."""
@@ -33,33 +36,45 @@ def build(count: int, specials: dict[str, int]) -> bytes:
     letters = _byte_letters()
     spell = {token: "".join(letters[b] for b in token) for token in ranks}
     merges = [(spell[a], spell[b]) for a, b in _merges(ranks)]
-    flags = {"single_word": False, "lstrip": False, "rstrip": False, "normalized": False, "special": True}
     split = {"type": "Split", "pattern": {"Regex": SPLIT_PATTERN}, "behavior": "Isolated", "invert": False}
-    to_bytes = {"type": "ByteLevel", "add_prefix_space": False, "trim_offsets": True, "use_regex": False}
-    model = {
-        "type": "BPE",
-        "dropout": None,
-        "unk_token": None,
-        "continuing_subword_prefix": None,
-        "end_of_word_suffix": None,
-        "fuse_unk": False,
-        "byte_fallback": False,
-        "ignore_merges": True,  # a piece that is a token is used directly, as in tiktoken; merging gives the same
-        "vocab": {spell[token]: rank for token, rank in ranks.items()},
-        "merges": merges,
-    }
-    content = {
+    vocab = {spell[token]: rank for token, rank in ranks.items()}
+    # A piece that is a token is used directly, as in tiktoken; merging gives the same.
+    content = byte_level_bpe(vocab, merges, specials, [split, TO_BYTES], ignore_merges=True)
+    return json.dumps(content, ensure_ascii=False).encode()
+
+
+def byte_level_bpe(
+    vocab: Mapping[str, int],
+    merges: Sequence[Sequence[str]],
+    specials: Mapping[str, int],
+    steps: Sequence[Mapping[str, Any]],
+    *,
+    ignore_merges: bool,
+) -> dict[str, Any]:
+    """The content of a byte-level BPE `tokenizer.json`, whose pre-tokenizer takes `steps`."""
+    flags = {"single_word": False, "lstrip": False, "rstrip": False, "normalized": False, "special": True}
+    return {
         "version": "1.0",
         "truncation": None,
         "padding": None,
         "added_tokens": [{"id": i, "content": name, **flags} for name, i in specials.items()],
         "normalizer": None,
-        "pre_tokenizer": {"type": "Sequence", "pretokenizers": [split, to_bytes]},
+        "pre_tokenizer": {"type": "Sequence", "pretokenizers": steps},
         "post_processor": None,
-        "decoder": to_bytes,
-        "model": model,
+        "decoder": TO_BYTES,
+        "model": {
+            "type": "BPE",
+            "dropout": None,
+            "unk_token": None,
+            "continuing_subword_prefix": None,
+            "end_of_word_suffix": None,
+            "fuse_unk": False,
+            "byte_fallback": False,
+            "ignore_merges": ignore_merges,
+            "vocab": vocab,
+            "merges": merges,
+        },
     }
-    return json.dumps(content, ensure_ascii=False).encode()
 
 
 def _merges(ranks: dict[bytes, int]) -> Iterator[list[bytes]]:

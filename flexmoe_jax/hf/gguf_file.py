@@ -11,7 +11,7 @@ from typing import Any
 
 import numpy as np
 
-from flexmoe_jax.data.cl100k import SPLIT_PATTERN
+from flexmoe_jax.data.cl100k import SPLIT_PATTERN, TO_BYTES, byte_level_bpe
 from flexmoe_jax.errors import ArtifactError
 from flexmoe_jax.foreign import short
 from flexmoe_jax.hf import foreign
@@ -56,13 +56,13 @@ _PREFIX = "llama."
 # Of Llama 3.1 to 3.3, the models that have it; the file keeps only the factor of each frequency.
 _LLAMA3 = RopeScaling("llama3", 8.0, 8192, low_freq_factor=1.0, high_freq_factor=4.0)
 # {llama.cpp's name of a pre-tokenizer (llama-vocab.cpp): the same for the library `tokenizers`}.
-_BYTES: dict[str, Any] = {"type": "ByteLevel", "add_prefix_space": False, "trim_offsets": True, "use_regex": True}
+_BYTES = TO_BYTES | {"use_regex": True}
 _SPLIT = {
     "gpt-2": [_BYTES],
     "smollm": [{"type": "Digits", "individual_digits": True}, _BYTES],
     "llama-bpe": [
         {"type": "Split", "pattern": {"Regex": SPLIT_PATTERN}, "behavior": "Isolated", "invert": False},
-        {**_BYTES, "use_regex": False},
+        TO_BYTES,
     ],
 }
 _CONTROL = (3, 4)  # token types "control" and "user defined": matched as a whole, never merged
@@ -224,34 +224,11 @@ def _tokenizer(fields: dict[str, Any]) -> tuple[dict[str, bytes] | None, str]:
     }
     if any(type(i) is not int or not 0 <= i < len(tokens) for i in ids.values()):
         return None, f"it names the ids {short(ids)} of {len(tokens)} tokens"
-    flags = {"single_word": False, "lstrip": False, "rstrip": False, "normalized": False, "special": True}
-    added = [
-        {"id": i, "content": token, **flags}
-        for i, (token, kind) in enumerate(zip(tokens, types, strict=True))
-        if kind in _CONTROL
-    ]
-    content = {
-        "version": "1.0",
-        "truncation": None,
-        "padding": None,
-        "added_tokens": added,
-        "normalizer": None,
-        "pre_tokenizer": {"type": "Sequence", "pretokenizers": _SPLIT[split]},
-        "post_processor": None,
-        "decoder": _BYTES,
-        "model": {
-            "type": "BPE",
-            "dropout": None,
-            "unk_token": None,
-            "continuing_subword_prefix": None,
-            "end_of_word_suffix": None,
-            "fuse_unk": False,
-            "byte_fallback": False,
-            "ignore_merges": split == "llama-bpe",
-            "vocab": {token: i for i, token in enumerate(tokens)},
-            "merges": [merge.split(" ", 1) for merge in merges],
-        },
-    }
+    specials = {token: i for i, (token, kind) in enumerate(zip(tokens, types, strict=True)) if kind in _CONTROL}
+    vocab = {token: i for i, token in enumerate(tokens)}
+    pairs = [merge.split(" ", 1) for merge in merges]
+    content = byte_level_bpe(vocab, pairs, specials, _SPLIT[split], ignore_merges=split == "llama-bpe")
+    content |= {"decoder": _BYTES}
     named = {name: tokens[i] for name, i in ids.items()}
     if "bos_token" in named and fields.get("tokenizer.ggml.add_bos_token", split == "llama-bpe"):
         content["post_processor"] = _begin_with(named["bos_token"], ids["bos_token"])
