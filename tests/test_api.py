@@ -1,5 +1,6 @@
 """The library: experts by name, exact selection, and generation and scores that agree with the logits."""
 
+import dataclasses
 import math
 
 import jax
@@ -111,6 +112,18 @@ def test_streamed_pieces_are_whole_characters_and_join_to_the_text(model):
     assert not any("\ufffd" in piece for piece in pieces)
     cut = model.tokenizer.encode("日")[:-1]  # an incomplete last character is shown, not lost
     assert "".join(model.tokenizer.pieces(cut)) == model.tokenizer.decode(cut)
+
+
+def test_text_of_a_selection_is_that_of_a_model_without_the_others(model):
+    """With an expert of NaN beside it: what is not selected cannot reach the text."""
+    names = [name for name in model.experts if name != "news"]
+    broken = jax.tree.map(lambda leaf: np.full_like(leaf, np.nan), model.params["experts"]["news"])
+    poisoned = dataclasses.replace(
+        model, params={**model.params, "experts": {**model.params["experts"], "news": broken}}
+    )
+    expected = model.without("news").generate("the", max_new_tokens=8)
+    assert poisoned.generate("the", experts=names, max_new_tokens=8) == expected
+    assert poisoned.generate("the", max_new_tokens=8) != expected
 
 
 def test_the_seed_determines_sampled_text(model):
