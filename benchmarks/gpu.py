@@ -14,11 +14,12 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 
-from flexmoe_jax.config import OptimizerConfig, RunConfig
+from flexmoe_jax.config import RunConfig
 from flexmoe_jax.data.pipeline import Batch
 from flexmoe_jax.model.decoder import init_params
 from flexmoe_jax.model.flops import training_flops
 from flexmoe_jax.model_config import ModelConfig
+from flexmoe_jax.optimizer_config import OptimizerConfig
 from flexmoe_jax.parallel.mesh import mesh_of_one
 from flexmoe_jax.training.optimizer import make_optimizer
 from flexmoe_jax.training.state import create_state

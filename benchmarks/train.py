@@ -10,10 +10,11 @@ import numpy as np
 import torch
 
 from benchmarks.harness import Row, gemm, interleaved, require_close
-from flexmoe_jax.config import OptimizerConfig, RunConfig
+from flexmoe_jax.config import RunConfig
 from flexmoe_jax.data.pipeline import Batch
 from flexmoe_jax.model.flops import training_flops
 from flexmoe_jax.model_config import ModelConfig
+from flexmoe_jax.optimizer_config import OptimizerConfig
 from flexmoe_jax.parallel.mesh import mesh_of_one
 from flexmoe_jax.training.optimizer import make_optimizer
 from flexmoe_jax.training.state import create_state

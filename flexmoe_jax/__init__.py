@@ -17,9 +17,10 @@ Each of these names is imported when it is first used: importing this package do
 import importlib
 from typing import TYPE_CHECKING, Any
 
-from flexmoe_jax.config import OptimizerConfig, RunConfig
+from flexmoe_jax.config import RunConfig
 from flexmoe_jax.errors import Check, FlexMoEError
 from flexmoe_jax.model_config import ModelConfig
+from flexmoe_jax.optimizer_config import OptimizerConfig
 
 if TYPE_CHECKING:
     from flexmoe_jax.api import Model, load

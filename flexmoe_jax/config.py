@@ -1,84 +1,28 @@
-"""Frozen configurations, and how they are built from plain mappings.
+"""The configuration of a training run.
 
 This module does not import JAX, so that the command line can check a configuration before it starts anything.
 """
 
-import ast
 import dataclasses
 import enum
-import inspect
-import itertools
 import os
 import pathlib
 import re
-import textwrap
-import types
-import typing
-from collections.abc import Mapping
-from typing import Annotated, Any, ClassVar
+from typing import Annotated, ClassVar
 
-from flexmoe_jax.errors import ConfigError, did_you_mean
+from flexmoe_jax.errors import ConfigError
 from flexmoe_jax.model_config import ModelConfig
+from flexmoe_jax.optimizer_config import OptimizerConfig
 from flexmoe_jax.ranges import (
     COUNT,
     Count,
-    CountOrZero,
     NotNegative,
     Positive,
     Seed,
-    Share,
     ShareBelowOne,
     check_numbers,
 )
 from flexmoe_jax.tree import PUBLIC, check_owner_name
-
-
-@dataclasses.dataclass(frozen=True)
-class OptimizerConfig:
-    """AdamW with linear warm-up and cosine decay (paper section 4 and its published training scripts).
-
-    AdamW keeps 8 bytes per trained parameter; `first_moment` and `second_moment` can lower that. ConfigError for an
-    unknown choice.
-    """
-
-    lr: NotNegative = 9e-4
-    """Peak learning rate. The paper's for a 7B expert; the quickstart's small models use 1.5e-3 to 3e-3."""
-
-    warmup_steps: CountOrZero = 2000
-    """Steps of linear warm-up from 0 to `lr`; at most `steps - 1` are used. The paper's."""
-
-    end_lr_fraction: Share = 0.1
-    """Learning rate at the last step, as a fraction of `lr`. OLMo-2's schedule."""
-
-    b1: ShareBelowOne = 0.9
-    """Decay of the first moment. The paper's; 0 keeps no first moment where the second is factored."""
-
-    b2: ShareBelowOne = 0.95
-    """Decay of the second moment. The paper's. Not used where the second moment is factored."""
-
-    eps: Positive = 1e-8
-    """Added to the root of the second moment. Not used where the second moment is factored."""
-
-    weight_decay: NotNegative = 0.0
-    """Decoupled weight decay per unit of learning rate, of trained parameters only. The paper's is 0."""
-
-    clip_norm: Positive = 1.0
-    """Largest global norm of a step's gradient; larger ones are scaled down. The paper's."""
-
-    first_moment: str = "float32"
-    """Dtype in which the first moment is kept: float32, or bfloat16 for 6 bytes per parameter instead of 8."""
-
-    second_moment: str = "full"
-    """`full`, or `factored`: the means of a matrix's rows and of its columns instead of all its entries, with
-    Adafactor's decay and bound on an update (arXiv 1804.04235): 4 bytes per parameter, next to none with `b1=0`."""
-
-    def __post_init__(self):
-        check_numbers(self, "config.optimizer")
-        for name, known in (("first_moment", ("float32", "bfloat16")), ("second_moment", ("full", "factored"))):
-            if getattr(self, name) not in known:
-                raise ConfigError(
-                    f"config.optimizer.{name} is {getattr(self, name)!r}", f"use one of: {', '.join(known)}"
-                )
 
 
 class Kind(enum.Enum):
@@ -312,61 +256,3 @@ class RunConfig:
         if self.router_contrast and not self.coordinate:
             what = f"config.router_contrast is {self.router_contrast} and config.coordinate is False"
             raise ConfigError(what, _REMEDIES["router_contrast"])
-
-
-def field_docs(cls: type) -> dict[str, str]:
-    """{field: the docstring under it} of a dataclass; fields without one are left out."""
-    definition = ast.parse(textwrap.dedent(inspect.getsource(cls))).body[0]
-    docs: dict[str, str] = {}
-    for statement, after in itertools.pairwise(definition.body):  # type: ignore[attr-defined]
-        if isinstance(statement, ast.AnnAssign) and isinstance(after, ast.Expr):
-            docs[ast.unparse(statement.target)] = inspect.cleandoc(ast.literal_eval(after.value))
-    return docs
-
-
-def from_mapping(cls, values: Mapping, where: str = "config") -> Any:
-    """Builds the frozen dataclass `cls` from a nested mapping; unknown, missing and mistyped keys are ConfigErrors."""
-    fields = {f.name: f for f in dataclasses.fields(cls)}
-    hints = typing.get_type_hints(cls)
-    for key in values:
-        if key not in fields:
-            raise ConfigError(f"unknown key {where}.{key}", did_you_mean(key, fields))
-    for name, field in fields.items():
-        if name not in values and field.default is dataclasses.MISSING:
-            raise ConfigError(f"{where}.{name} is not set", f"add {where}.{name} ({_kind(hints[name]).__name__})")
-    return cls(**{key: _convert(hints[key], value, f"{where}.{key}") for key, value in values.items()})
-
-
-def to_mapping(config: Any) -> dict:
-    """The inverse of `from_mapping`: plain nested dictionaries of JSON values.
-
-    The keys `LATER` of a class are left out at their defaults: a configuration that uses none of them has the digest
-    that it had before they came, and what was written then still belongs to it.
-    """
-    later, found = getattr(type(config), "LATER", ()), {}
-    for field in dataclasses.fields(config):
-        value = getattr(config, field.name)
-        if field.name not in later or value != field.default:
-            found[field.name] = to_mapping(value) if dataclasses.is_dataclass(value) else value
-    return found
-
-
-def _convert(hint: Any, value: Any, where: str) -> Any:
-    if type(None) in typing.get_args(hint) and (value is None or value == ""):  # "" is None on the command line
-        return None
-    kind = _kind(hint)
-    if dataclasses.is_dataclass(kind):
-        if not isinstance(value, Mapping):
-            raise ConfigError(f"{where} is {value!r}", "give a nested section of keys")
-        return from_mapping(kind, value, where)
-    if kind is float and type(value) is int:
-        return float(value)
-    if type(value) is not kind:
-        raise ConfigError(f"{where} is {value!r} ({type(value).__name__})", f"give a value of type {kind.__name__}")
-    return value
-
-
-def _kind(hint: Any) -> type:
-    """The type of values in a mapping: str of `str | pathlib.Path | None`."""
-    options = typing.get_args(hint) if isinstance(hint, types.UnionType) else (hint,)
-    return next(option for option in options if option is not type(None))

@@ -16,8 +16,9 @@ from typing import Any
 
 from ml_collections import ConfigDict
 
-from flexmoe_jax.config import RunConfig, field_docs, from_mapping
+from flexmoe_jax.config import RunConfig
 from flexmoe_jax.errors import ConfigError, FlexMoEError, did_you_mean
+from flexmoe_jax.mapping import field_docs, from_mapping
 from flexmoe_jax.model_config import ModelConfig
 
 Config = typing.TypeVar("Config")

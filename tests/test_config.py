@@ -9,10 +9,12 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from flexmoe_jax.artifacts.sealed import differences, digest
-from flexmoe_jax.config import OptimizerConfig, RunConfig, field_docs, from_mapping, to_mapping
+from flexmoe_jax.config import RunConfig
 from flexmoe_jax.errors import ConfigError, FlexMoEError
 from flexmoe_jax.json_files import canonical_json
+from flexmoe_jax.mapping import field_docs, from_mapping, to_mapping
 from flexmoe_jax.model_config import ModelConfig, RopeScaling
+from flexmoe_jax.optimizer_config import OptimizerConfig
 from tests.tiny import CONFIG, TINY
 
 MODEL = to_mapping(TINY)

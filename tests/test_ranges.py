@@ -8,10 +8,12 @@ import pytest
 
 from flexmoe_jax.cli import common
 from flexmoe_jax.cli.main import VERBS, main
-from flexmoe_jax.config import OptimizerConfig, RunConfig, from_mapping, to_mapping
+from flexmoe_jax.config import RunConfig
 from flexmoe_jax.errors import ConfigError
 from flexmoe_jax.experiment import keys_of
+from flexmoe_jax.mapping import from_mapping, to_mapping
 from flexmoe_jax.model_config import ModelConfig, RopeScaling
+from flexmoe_jax.optimizer_config import OptimizerConfig
 from flexmoe_jax.parallel.mesh import check_mesh
 from flexmoe_jax.ranges import COUNT, POSITIVE, SEED, SHARE_BELOW_ONE, Range, ranges_of
 from flexmoe_jax.study.config import StudyConfig

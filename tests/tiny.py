@@ -15,11 +15,12 @@ import numpy as np
 
 from flexmoe_jax.artifacts.model_dir import ModelDir, create_model
 from flexmoe_jax.artifacts.package import write_package
-from flexmoe_jax.config import OptimizerConfig, RunConfig
+from flexmoe_jax.config import RunConfig
 from flexmoe_jax.data.embedding import DomainVector
 from flexmoe_jax.files import list_files
 from flexmoe_jax.model.decoder import Decoder, Output, decode, forward, logits
 from flexmoe_jax.model_config import ModelConfig
+from flexmoe_jax.optimizer_config import OptimizerConfig
 from flexmoe_jax.parallel.mesh import mesh_of_one
 from flexmoe_jax.parallel.specs import place
 from flexmoe_jax.parallel.stacked import stack_weights

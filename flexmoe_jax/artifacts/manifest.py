@@ -6,13 +6,13 @@ import pathlib
 from collections.abc import Mapping
 from typing import Any
 
-from flexmoe_jax import config as configs
 from flexmoe_jax.artifacts import sealed
 from flexmoe_jax.artifacts.arrays import ITEM_BYTES, MAX_HEADER_BYTES, METADATA_FILE, header_file, tensor_file
 from flexmoe_jax.artifacts.record import Record, read_record
 from flexmoe_jax.artifacts.sealed import check_fields, check_format, is_sha256, read_sealed
 from flexmoe_jax.errors import ArtifactError
 from flexmoe_jax.json_files import MAX_JSON_BYTES
+from flexmoe_jax.mapping import from_mapping
 from flexmoe_jax.model_config import ModelConfig
 from flexmoe_jax.params import owner_leaves
 from flexmoe_jax.tree import PUBLIC, TRUNK, check_owner_name
@@ -74,7 +74,7 @@ def read_manifest(path: pathlib.Path | str, owner: str | None = None) -> Manifes
         )
     check_owner(fields["owner"])
     check_base(fields["owner"], fields["base"])
-    config = configs.from_mapping(ModelConfig, fields["config"], f"{where}: config")
+    config = from_mapping(ModelConfig, fields["config"], f"{where}: config")
     tensors = {name: _read_tensor(name, value, where) for name, value in fields["tensors"].items()}
     files = {name: _read_file(name, value, where) for name, value in fields["files"].items()}
     for name, value in (("config_digest", sealed.digest(config)), ("content", sealed.digest(fields["tensors"]))):

@@ -18,7 +18,6 @@ import pathlib
 from collections.abc import Callable, Iterable, Mapping
 from typing import Any, TypeVar
 
-from flexmoe_jax import config as configs
 from flexmoe_jax.artifacts import sealed
 from flexmoe_jax.artifacts.journal import FILE as JOURNAL
 from flexmoe_jax.artifacts.journal import append_entry
@@ -28,6 +27,7 @@ from flexmoe_jax.artifacts.signature import FILE as SIGNATURE
 from flexmoe_jax.errors import ArtifactError
 from flexmoe_jax.files import check_outside, new_directory, sha256_file, write_bytes
 from flexmoe_jax.json_files import MAX_TEXT_BYTES, canonical_json, parse_json, read_bytes
+from flexmoe_jax.mapping import from_mapping, to_mapping
 from flexmoe_jax.model_config import ModelConfig
 from flexmoe_jax.tokenizer_files import TOKENIZER, TOKENIZER_CONFIG, limit_of, read_files, travels
 from flexmoe_jax.tree import PUBLIC, TRUNK, Params, canonical_order, check_known, expert_name, split, union
@@ -177,7 +177,7 @@ def seal_model(
     manifests = manifests or {name: read_manifest(path / name, name) for name in (TRUNK, *order)}
     fields = {
         "format": FORMAT,
-        "config": configs.to_mapping(manifests[TRUNK].config),
+        "config": to_mapping(manifests[TRUNK].config),
         "tokenizer": {p.name: sha256_file(p) for p in sorted(path.iterdir()) if limit_of(p.name) and p.is_file()},
         "trunk": manifests[TRUNK].digest,
         "experts": [{"name": name, "manifest": manifests[name].digest} for name in order],
@@ -284,7 +284,7 @@ def read_model_json(path: pathlib.Path) -> tuple[dict[str, Any], dict[str, str]]
 
 def _open(path: pathlib.Path, signatures: bool) -> ModelDir:
     fields, digests = read_model_json(path)
-    config = configs.from_mapping(ModelConfig, fields["config"], f"{path / 'model.json'}: config")
+    config = from_mapping(ModelConfig, fields["config"], f"{path / 'model.json'}: config")
     manifests = {}
     for name, digest in digests.items():
         if locate_package(path, name, digest).is_symlink():
@@ -318,7 +318,7 @@ def check_belongs(manifest: Manifest, model: ModelDir, where: object) -> None:
                 f"{manifest.owner!r} ({where}) was trained with the {part} {theirs}, this model's is {ours[name]}",
                 f"train {manifest.owner!r} beside this public model, or use the public model it was trained beside",
             )
-    lines = sealed.differences(configs.to_mapping(manifest.config), configs.to_mapping(model.config))
+    lines = sealed.differences(to_mapping(manifest.config), to_mapping(model.config))
     if lines:
         raise ArtifactError(
             f"{manifest.owner!r} ({where}) has another configuration than this model: {'; '.join(lines)}",

@@ -21,7 +21,6 @@ from typing import Any
 
 import numpy as np
 
-from flexmoe_jax import config as configs
 from flexmoe_jax.artifacts import sealed
 from flexmoe_jax.artifacts.arrays import (
     ITEM_BYTES,
@@ -62,6 +61,7 @@ from flexmoe_jax.files import (
 )
 from flexmoe_jax.foreign import is_sparse
 from flexmoe_jax.json_files import read_bytes
+from flexmoe_jax.mapping import to_mapping
 from flexmoe_jax.model_config import ModelConfig
 from flexmoe_jax.tree import Params, flatten, unflatten
 
@@ -95,7 +95,7 @@ def write_package(
         fields = {
             "format": FORMAT,
             "owner": owner,
-            "config": configs.to_mapping(config),
+            "config": to_mapping(config),
             "config_digest": sealed.digest(config),
             "tensors": table,
             "files": digest_files(folder),

@@ -12,10 +12,10 @@ from typing import Any
 
 import numpy as np
 
-from flexmoe_jax.config import to_mapping
 from flexmoe_jax.errors import ArtifactError
 from flexmoe_jax.files import json_bytes, write_json
 from flexmoe_jax.json_files import canonical_json, parse_json, read_bytes
+from flexmoe_jax.mapping import to_mapping
 
 
 def digest(value: Any) -> str:

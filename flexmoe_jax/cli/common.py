@@ -134,7 +134,7 @@ def check_path(text: str, option: str, what: str, must_exist: bool) -> None:
 
 def check_paths(config: Any) -> None:
     """Refuses a configuration whose paths are not on this machine, or whose inputs do not exist."""
-    from flexmoe_jax.config import field_docs
+    from flexmoe_jax.mapping import field_docs
 
     docs = field_docs(type(config))
     for name, must_exist in _PATH_KEYS.items():

@@ -7,9 +7,10 @@ import pathlib
 from typing import TYPE_CHECKING, Any
 
 from flexmoe_jax.cli.common import add_json, emit, parser, table
-from flexmoe_jax.config import RunConfig, from_mapping
+from flexmoe_jax.config import RunConfig
 from flexmoe_jax.errors import ConfigError, MachineError
 from flexmoe_jax.experiment import read_values
+from flexmoe_jax.mapping import from_mapping
 from flexmoe_jax.model_config import ModelConfig
 from flexmoe_jax.ranges import COUNT
 from flexmoe_jax.tree import PUBLIC, canonical_order

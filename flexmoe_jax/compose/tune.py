@@ -18,11 +18,12 @@ from flexmoe_jax.artifacts.manifest import Manifest
 from flexmoe_jax.artifacts.model_dir import ModelDir, assemble, open_model
 from flexmoe_jax.artifacts.package import load_package, read_manifest, write_package
 from flexmoe_jax.artifacts.sealed import differences
-from flexmoe_jax.config import OptimizerConfig, RunConfig
+from flexmoe_jax.config import RunConfig
 from flexmoe_jax.data.sources import blend, content_digest
 from flexmoe_jax.errors import ArtifactError, DataError
 from flexmoe_jax.files import remove_directory, write_json
 from flexmoe_jax.json_files import parse_json, read_bytes
+from flexmoe_jax.optimizer_config import OptimizerConfig
 from flexmoe_jax.params import is_matrix
 from flexmoe_jax.training.loop import train
 from flexmoe_jax.tree import PUBLIC, check_known

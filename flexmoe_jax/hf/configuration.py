@@ -5,12 +5,12 @@ import pathlib
 from collections.abc import Mapping
 from typing import Any
 
-from flexmoe_jax.config import from_mapping, to_mapping
 from flexmoe_jax.errors import ArtifactError
 from flexmoe_jax.foreign import short
 from flexmoe_jax.hf.architectures import ARCHITECTURES, BIASED, Architecture
 from flexmoe_jax.hf.rope import READ as ROPE_KEYS
 from flexmoe_jax.hf.rope import read_rope, read_skip, write_rope
+from flexmoe_jax.mapping import from_mapping, to_mapping
 from flexmoe_jax.model_config import ModelConfig
 
 PROVENANCE = "flexmoe"  # our key in config.json; unknown keys survive transformers

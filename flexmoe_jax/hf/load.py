@@ -14,7 +14,6 @@ from typing import Any
 
 import numpy as np
 
-from flexmoe_jax import config as configs
 from flexmoe_jax.artifacts import sealed
 from flexmoe_jax.artifacts.journal import append_entry
 from flexmoe_jax.artifacts.manifest import Manifest, TensorRecord
@@ -31,6 +30,7 @@ from flexmoe_jax.hf.configuration import PROVENANCE
 from flexmoe_jax.hf.mapping import check_tensors, slots
 from flexmoe_jax.hf.tensors import widest
 from flexmoe_jax.json_files import MAX_TEXT_BYTES, canonical_json, parse_json
+from flexmoe_jax.mapping import to_mapping
 from flexmoe_jax.model_config import ModelConfig
 from flexmoe_jax.params import owner_leaves
 from flexmoe_jax.tokenizer_files import TOKENIZER
@@ -212,7 +212,7 @@ def _write_public(
 
 def _check_public(checkpoint: Checkpoint, order: tuple[str, ...], public: ModelDir) -> None:
     """Raises ArtifactError unless everything but the checkpoint's other experts is that of the model `public`."""
-    lines = sealed.differences(configs.to_mapping(checkpoint.config.model), configs.to_mapping(public.config))
+    lines = sealed.differences(to_mapping(checkpoint.config.model), to_mapping(public.config))
     if lines:
         what = f"{checkpoint.where} has another configuration than {public.path}: {'; '.join(lines)}"
         raise ArtifactError(what, _OTHER_PUBLIC)

@@ -6,10 +6,10 @@ from collections.abc import Sequence
 
 from flexmoe_jax.api import load
 from flexmoe_jax.artifacts.sealed import differences
-from flexmoe_jax.config import to_mapping
 from flexmoe_jax.errors import ArtifactError, ConfigError, did_you_mean
 from flexmoe_jax.files import write_json
 from flexmoe_jax.json_files import parse_json, read_bytes
+from flexmoe_jax.mapping import to_mapping
 from flexmoe_jax.ranges import ranges_of
 from flexmoe_jax.study import tables
 from flexmoe_jax.study.config import StudyConfig

@@ -5,9 +5,9 @@ import functools
 import math
 from collections.abc import Callable, Mapping
 
-from flexmoe_jax.config import OptimizerConfig
 from flexmoe_jax.model.flops import forward_flops, training_flops
 from flexmoe_jax.model_config import ModelConfig
+from flexmoe_jax.optimizer_config import OptimizerConfig
 from flexmoe_jax.study.baselines import Nats, branch_train_merge, causal_branch_train_merge, oracle
 from flexmoe_jax.study.config import Experts, StudyConfig
 from flexmoe_jax.study.results import Kind

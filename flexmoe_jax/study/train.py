@@ -4,9 +4,10 @@ import pathlib
 
 from flexmoe_jax.artifacts.model_dir import open_model
 from flexmoe_jax.artifacts.sealed import differences
-from flexmoe_jax.config import OptimizerConfig, to_mapping
 from flexmoe_jax.data.sources import blend
 from flexmoe_jax.errors import ConfigError
+from flexmoe_jax.mapping import to_mapping
+from flexmoe_jax.optimizer_config import OptimizerConfig
 from flexmoe_jax.study.config import StudyConfig
 from flexmoe_jax.study.systems import systems
 from flexmoe_jax.study.workshop import ALL, Artifacts, Workshop

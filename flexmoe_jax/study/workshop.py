@@ -15,8 +15,9 @@ from flexmoe_jax.api import load
 from flexmoe_jax.artifacts.model_dir import create_model, open_model
 from flexmoe_jax.compose.merge import merge
 from flexmoe_jax.compose.tune import Tuning, tune
-from flexmoe_jax.config import OptimizerConfig, RunConfig
+from flexmoe_jax.config import RunConfig
 from flexmoe_jax.data.embedding import DomainVector
+from flexmoe_jax.optimizer_config import OptimizerConfig
 from flexmoe_jax.study.baselines import branch_train_mix
 from flexmoe_jax.study.config import Experts, StudyConfig
 from flexmoe_jax.training.loop import train

@@ -2,7 +2,7 @@
 
 import optax
 
-from flexmoe_jax.config import OptimizerConfig
+from flexmoe_jax.optimizer_config import OptimizerConfig
 
 
 def learning_rate(config: OptimizerConfig, steps: int) -> optax.Schedule:

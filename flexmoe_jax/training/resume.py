@@ -7,13 +7,14 @@ import pathlib
 from collections.abc import Collection
 
 from flexmoe_jax.artifacts.sealed import differences, sha256_array, write_json
-from flexmoe_jax.config import RunConfig, to_mapping
+from flexmoe_jax.config import RunConfig
 from flexmoe_jax.data.records import Fields
 from flexmoe_jax.data.sources import content_digest
 from flexmoe_jax.data.store import TokenStore, kind_of
 from flexmoe_jax.errors import ArtifactError, ConfigError, did_you_mean
 from flexmoe_jax.files import remove_directory
 from flexmoe_jax.json_files import parse_json, read_bytes
+from flexmoe_jax.mapping import to_mapping
 from flexmoe_jax.parallel.processes import barrier, is_lead
 from flexmoe_jax.training.start import Start
 from flexmoe_jax.tree import flatten

@@ -11,10 +11,11 @@ from jax.sharding import Mesh
 from flexmoe_jax.artifacts.model_dir import ModelDir, check_belongs, load_params, open_model
 from flexmoe_jax.artifacts.package import load_package, read_manifest
 from flexmoe_jax.artifacts.sealed import differences
-from flexmoe_jax.config import Kind, RunConfig, to_mapping
+from flexmoe_jax.config import Kind, RunConfig
 from flexmoe_jax.data.embedding import DomainVector, projection_record, router_row
 from flexmoe_jax.data.tokenizer import Tokenizer, load_tokenizer
 from flexmoe_jax.errors import ArtifactError, ConfigError
+from flexmoe_jax.mapping import to_mapping
 from flexmoe_jax.model.decoder import init_params
 from flexmoe_jax.model_config import ModelConfig
 from flexmoe_jax.parallel.specs import place_at

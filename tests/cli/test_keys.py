@@ -7,10 +7,11 @@ import pytest
 
 from flexmoe_jax.cli.keys import VERBS, configuration, markdown
 from flexmoe_jax.cli.main import main
-from flexmoe_jax.config import OptimizerConfig, RunConfig
+from flexmoe_jax.config import RunConfig
 from flexmoe_jax.errors import ConfigError
 from flexmoe_jax.experiment import keys_of, read_config, read_values, run_config
 from flexmoe_jax.model_config import ModelConfig, RopeScaling
+from flexmoe_jax.optimizer_config import OptimizerConfig
 
 EXPERIMENT = """
 from flexmoe_jax.experiment import run_config

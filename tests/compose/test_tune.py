@@ -13,8 +13,8 @@ from flexmoe_jax.compose.certificate import read_certificate, verify_certificate
 from flexmoe_jax.compose.merge import merge
 from flexmoe_jax.compose.optout import opt_out
 from flexmoe_jax.compose.tune import Tuning, tune
-from flexmoe_jax.config import OptimizerConfig
 from flexmoe_jax.errors import ArtifactError, DataError, FlexMoEError
+from flexmoe_jax.optimizer_config import OptimizerConfig
 from flexmoe_jax.training.loop import train
 from flexmoe_jax.tree import PUBLIC, TRUNK
 from tests.faults.hostile import reseal

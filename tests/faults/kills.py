@@ -269,7 +269,8 @@ TRAINING = """
 import json, sys
 from flexmoe_jax.cli.main import use_compilation_cache
 use_compilation_cache()
-from flexmoe_jax.config import RunConfig, from_mapping
+from flexmoe_jax.config import RunConfig
+from flexmoe_jax.mapping import from_mapping
 from flexmoe_jax.training.loop import Stopped, train
 try:
     train(from_mapping(RunConfig, json.loads(sys.argv[1])))

@@ -13,11 +13,12 @@ import jax.numpy as jnp
 import numpy as np
 
 from flexmoe_jax.cli.main import use_compilation_cache
-from flexmoe_jax.config import OptimizerConfig, RunConfig
+from flexmoe_jax.config import RunConfig
 from flexmoe_jax.data.pipeline import Batch
 from flexmoe_jax.model.decoder import Decoder, init_params
 from flexmoe_jax.model.generate import generate
 from flexmoe_jax.model_config import ModelConfig
+from flexmoe_jax.optimizer_config import OptimizerConfig
 from flexmoe_jax.parallel.chips import parse_topology
 from flexmoe_jax.parallel.mesh import make_mesh, mesh_of_one, parse_mesh
 from flexmoe_jax.parallel.specs import place, place_batch

@@ -4,8 +4,8 @@ import dataclasses
 
 import pytest
 
-from flexmoe_jax.config import field_docs, from_mapping, to_mapping
 from flexmoe_jax.errors import ConfigError
+from flexmoe_jax.mapping import field_docs, from_mapping, to_mapping
 from flexmoe_jax.study.config import ABLATIONS, StudyConfig
 from tests.study.tiny import CONFIG
 

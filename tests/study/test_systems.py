@@ -6,7 +6,7 @@ import pathlib
 import numpy as np
 import pytest
 
-from flexmoe_jax.config import from_mapping
+from flexmoe_jax.mapping import from_mapping
 from flexmoe_jax.study.config import StudyConfig
 from flexmoe_jax.study.results import Kind, read_results
 from flexmoe_jax.study.scoring import Bench, SystemScore, Texts

@@ -19,11 +19,11 @@ from flexmoe_jax.artifacts.manifest import read_manifest
 from flexmoe_jax.artifacts.model_dir import open_model
 from flexmoe_jax.artifacts.package import load_package
 from flexmoe_jax.compose.merge import merge
-from flexmoe_jax.config import OptimizerConfig
 from flexmoe_jax.data.sources import read_documents
 from flexmoe_jax.data.tokenizer import load_tokenizer
 from flexmoe_jax.data.writer import write_store
 from flexmoe_jax.errors import ArtifactError, DataError, FlexMoEError
+from flexmoe_jax.optimizer_config import OptimizerConfig
 from flexmoe_jax.training import loop
 from flexmoe_jax.training.metrics import OF_TIME, MetricsFile
 from flexmoe_jax.tree import PUBLIC, TRUNK
@@ -129,7 +129,8 @@ _RUN_IN_A_PROCESS = """
 import json, sys
 from flexmoe_jax.cli.main import use_compilation_cache
 use_compilation_cache()
-from flexmoe_jax.config import RunConfig, from_mapping
+from flexmoe_jax.config import RunConfig
+from flexmoe_jax.mapping import from_mapping
 from flexmoe_jax.training.loop import train
 train(from_mapping(RunConfig, json.loads(sys.argv[1])))
 """

@@ -6,8 +6,8 @@ import numpy as np
 import optax
 import pytest
 
-from flexmoe_jax.config import OptimizerConfig
 from flexmoe_jax.errors import ConfigError
+from flexmoe_jax.optimizer_config import OptimizerConfig
 from flexmoe_jax.training.optimizer import make_optimizer
 
 L, D, F = 3, 128, 256

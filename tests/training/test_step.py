@@ -9,10 +9,11 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 
-from flexmoe_jax.config import OptimizerConfig, RunConfig
+from flexmoe_jax.config import RunConfig
 from flexmoe_jax.data.pipeline import Batch
 from flexmoe_jax.model.decoder import Decoder, forward, hidden_states, init_params
 from flexmoe_jax.model.flops import products
+from flexmoe_jax.optimizer_config import OptimizerConfig
 from flexmoe_jax.parallel.mesh import mesh_of_one
 from flexmoe_jax.training import step as step_module
 from flexmoe_jax.training.freezing import freezing_mask, freezing_table
