@@ -17,8 +17,8 @@ from flexmoe_jax.artifacts.checkpoints import RunCheckpoints
 from flexmoe_jax.artifacts.model_dir import create_model
 from flexmoe_jax.artifacts.package import write_package
 from flexmoe_jax.artifacts.sealed import digest
-from flexmoe_jax.config import RunConfig
-from flexmoe_jax.data.pipeline import make_batches, make_iterator, mix_batches
+from flexmoe_jax.config import RunConfig, Source
+from flexmoe_jax.data.pipeline import Mixture, make_iterator
 from flexmoe_jax.data.sources import read_documents
 from flexmoe_jax.data.store import TokenStore, kind_of
 from flexmoe_jax.data.writer import write_store
@@ -31,16 +31,17 @@ from flexmoe_jax.parallel.stacked import STACKED, unstack_weights
 from flexmoe_jax.progress import Advance, track
 from flexmoe_jax.training.freezing import freezing_mask, freezing_table
 from flexmoe_jax.training.metrics import Meter, MetricsFile, Recorder, check_skipped
-from flexmoe_jax.training.optimizer import make_optimizer
+from flexmoe_jax.training.mixtures import batches_of, log_sources, mixtures_of
+from flexmoe_jax.training.optimizer import log_optimizer, make_optimizer
 from flexmoe_jax.training.profile import Profile, parse_steps
 from flexmoe_jax.training.resume import (
-    SOURCES,
-    TOKENS,
     check_identity,
     documents_of,
     drop_stale_tokens,
     fields_of,
     identity_of,
+    tokens_of,
+    with_schedule,
 )
 from flexmoe_jax.training.signals import EX_INTERRUPTED, EX_TEMPFAIL, StopSignals
 from flexmoe_jax.training.start import Start, prepare
@@ -80,7 +81,9 @@ def train(run: RunConfig, allow: Collection[str] = (), profile: str | None = Non
     initial = prepare(run, mesh)
     with RunCheckpoints(out, keep=run.keep_checkpoints) as checkpoints:
         started = checkpoints.started or product.exists()
+        run = with_schedule(run, out / "run.json", started)
         stores, documents = _open_data(run, initial, out, started)
+        mixtures = mixtures_of(run, stores)
         identity = identity_of(run, initial, stores, documents)
         check_identity(out / "run.json", identity, allow, started)
         if product.exists():
@@ -88,8 +91,10 @@ def train(run: RunConfig, allow: Collection[str] = (), profile: str | None = Non
             return product
         for pattern, trainable, leaves, count in freezing_table(initial.params, run.owner, run.freeze):
             log.info(f"{'trained' if trainable else 'frozen ':8} {pattern:34} {leaves:3} leaves {count:14,} parameters")
+        log_optimizer(run, initial.params)
+        log_sources(run, mixtures)
         with jax.set_mesh(mesh):
-            state = _fit(run, initial, mesh, stores, checkpoints, traced)
+            state = _fit(run, initial, mesh, mixtures, checkpoints, traced)
         check_skipped(run, int(state.skipped))
         trained = _to_host(state.trainable, initial)
         if is_lead():
@@ -102,14 +107,14 @@ def _fit(
     run: RunConfig,
     initial: Start,
     mesh: Mesh,
-    stores: list[TokenStore],
+    mixtures: list[Mixture],
     checkpoints: RunCheckpoints,
     traced: range,
 ) -> TrainState:
     out = checkpoints.path
     optimizer = make_optimizer(run.optimizer, run.steps)
     state, frozen = create_state(mesh, initial.params, run.owner, optimizer, jnp.dtype(run.compute_dtype), run.freeze)
-    iterator = make_iterator(_batches(run, stores))
+    iterator = make_iterator(batches_of(run, mixtures))
     shardings = (jax.tree.map(lambda leaf: leaf.sharding, state), replicated(mesh))
     state = _restore(checkpoints, state, iterator)
     first = int(state.step)
@@ -187,33 +192,25 @@ def _restore(checkpoints: RunCheckpoints, state: TrainState, iterator: grain.Dat
     return TrainState(trainable=own(restored.trainable), opt_state=own(restored.opt_state), **counters)
 
 
-def _batches(run: RunConfig, stores: list[TokenStore]) -> grain.MapDataset:
-    """The run's batches: its own data, with `public_sequences` rows of public data if it has any."""
-    sizes = (run.batch_size - run.public_sequences, run.public_sequences)
-    parts = [
-        make_batches(store, seq_len=run.seq_len, batch_size=size, seed=run.seed)
-        for store, size in zip(stores, sizes, strict=False)
-    ]
-    return mix_batches(*parts) if len(parts) == 2 else parts[0]
-
-
 def _open_data(
     run: RunConfig, initial: Start, out: pathlib.Path, started: bool
-) -> tuple[list[TokenStore], dict[str, str | None]]:
-    """(token stores, digests of the documents) of the owner's and the public data; makes the tokens where missing."""
-    for key in SOURCES.values():
-        if (path := getattr(run, key)) is not None and not pathlib.Path(path).exists():
-            raise DataError(f"config.{key} {path!r} does not exist", "give a folder of documents or a token store")
+) -> tuple[dict[str, TokenStore], dict[str, str | None]]:
+    """(token stores, digests of the documents) of all sources by name; makes the tokens where missing."""
+    for source in run.sources.values():
+        if not pathlib.Path(source.path).exists():
+            remedy = "give a folder of documents or a token store; of several sources, WEIGHT PATH; WEIGHT PATH"
+            raise DataError(f"config.{source.key} {source.path!r} does not exist", remedy)
     documents = documents_of(run)
     if is_lead() and not started:
         drop_stale_tokens(out, documents, initial.tokenizer.digest)
     barrier("stale tokens")
-    return [_open_tokens(run, SOURCES[name], initial, out / TOKENS[name]) for name in documents], documents
+    stores = {name: open_tokens(run, source, initial, tokens_of(out, name)) for name, source in run.sources.items()}
+    return stores, documents
 
 
-def _open_tokens(run: RunConfig, key: str, initial: Start, tokens: pathlib.Path) -> TokenStore:
-    """The tokens of `config.key`: a token store, OLMo files, or documents, tokenized once into the store `tokens`."""
-    folder = pathlib.Path(getattr(run, key))
+def open_tokens(run: RunConfig, source: Source, initial: Start, tokens: pathlib.Path) -> TokenStore:
+    """The tokens of a source: a token store, OLMo files, or documents, tokenized once into the store `tokens`."""
+    folder = pathlib.Path(source.path)
     kind = kind_of(folder)
     if kind == "store":
         return TokenStore.open(folder, initial.tokenizer)
@@ -223,8 +220,8 @@ def _open_tokens(run: RunConfig, key: str, initial: Start, tokens: pathlib.Path)
         bos_id = None if initial.tokenizer.bos_id == initial.tokenizer.eos_id else initial.tokenizer.bos_id
         return TokenStore.from_olmo(folder, dtype, initial.tokenizer.eos_id, vocab_size, bos_id)
     if not tokens.exists() and is_lead():
-        write_store(read_documents(folder, fields=fields_of(run, key)), initial.tokenizer, tokens)
-    barrier(f"tokens of {key}")
+        write_store(read_documents(folder, fields=fields_of(run, source.key)), initial.tokenizer, tokens)
+    barrier(f"tokens in {tokens.name}")
     return TokenStore.open(tokens, initial.tokenizer)
 
 

@@ -1,10 +1,11 @@
 """The identity of a run directory: the configuration and data that must not change when a run resumes."""
 
+import dataclasses
 import json
 import logging
 import os
 import pathlib
-from collections.abc import Collection
+from collections.abc import Collection, Mapping
 
 from flexmoe_jax.artifacts.sealed import differences, sha256_array, write_json
 from flexmoe_jax.config import RunConfig
@@ -38,21 +39,29 @@ RESUMABLE = (
     "licence",
     "contact",
 )
-SOURCES = {"own": "data", "public": "public_data"}  # {name in run.json: key of the configuration}
-TOKENS = {"own": "tokens", "public": "public_tokens"}  # their tokens, in the run directory
+TOKENS = {"own": "tokens", "public": "public_tokens"}  # in the run directory
 
 
-def identity_of(run: RunConfig, initial: Start, stores: list[TokenStore], documents: dict[str, str | None]) -> dict:
-    """What must not change when a run resumes. Paths may change: their contents are identified by digest."""
+def identity_of(
+    run: RunConfig, initial: Start, stores: Mapping[str, TokenStore], documents: dict[str, str | None]
+) -> dict:
+    """What must not change when a run resumes. Paths may change: their contents are identified by digest.
+
+    Of a mixture every source has its name, its digests and its weight.
+    """
     config = {key: value for key, value in to_mapping(run).items() if key not in RESUMABLE}
-    data = {
-        name: {"tokens": store.digest, "documents": digest}
-        for (name, digest), store in zip(documents.items(), stores, strict=True)
-    }
+    data: dict[str, dict] = {}
+    for name, source in run.sources.items():
+        side, mixed, part = name.partition(".")
+        digests = {"tokens": stores[name].digest, "documents": documents[name]}
+        if mixed:
+            data.setdefault(side, {})[part] = digests | {"weight": source.weight}
+        else:
+            data[side] = digests
     router = initial.router | {"rows": sha256_array(initial.params["experts"][run.owner]["router"])}
-    digests = {"data": data, "tokenizer": initial.tokenizer.digest, "base": initial.base}
+    known = {"data": data, "tokenizer": initial.tokenizer.digest, "base": initial.base}
     start = {"start": initial.history["start"]} if "start" in initial.history else {}
-    return {"config": config, "router": router, **digests, **start}
+    return {"config": config, "router": router, **known, **start}
 
 
 def fields_of(run: RunConfig, key: str) -> Fields:
@@ -61,18 +70,40 @@ def fields_of(run: RunConfig, key: str) -> Fields:
 
 
 def read_identity(path: pathlib.Path) -> dict:
-    """The identity in the file `path` (`run.json`); {} if there is none, ArtifactError if it cannot be read."""
-    return parse_json(read_bytes(path), path) if os.path.lexists(path) else {}
+    """The identity in the file `path` (`run.json`); {} if there is none, ArtifactError if it cannot be read.
+
+    The schedule of a run that recorded no length for it had that of its steps.
+    """
+    identity = parse_json(read_bytes(path), path) if os.path.lexists(path) else {}
+    config = identity.get("config", {})
+    if "steps" in config and "optimizer" in config:
+        config["optimizer"].setdefault("schedule_steps", config["steps"])
+    return identity
+
+
+def with_schedule(run: RunConfig, path: pathlib.Path, started: bool) -> RunConfig:
+    """`run` with the length of its schedule: where it gives none, that in the file `path` (`run.json`) of a run that
+    has `started`, else its steps."""
+    if run.optimizer.schedule_steps is None:
+        before = read_identity(path) if started else {}
+        steps = before.get("config", {}).get("optimizer", {}).get("schedule_steps", run.steps)
+        run = dataclasses.replace(run, optimizer=dataclasses.replace(run.optimizer, schedule_steps=steps))
+    return run
 
 
 def documents_of(run: RunConfig) -> dict[str, str | None]:
-    """{"own", "public"}: digests of the documents as they are now; None for token files. The whole data is read."""
+    """{source: digest of the documents as they are now, None for token files}. The whole data is read."""
     digests: dict[str, str | None] = {}
-    for name, key in SOURCES.items():
-        if (path := getattr(run, key)) is not None:
-            documents = kind_of(pathlib.Path(path)) == "documents"
-            digests[name] = content_digest(path, fields=fields_of(run, key)) if documents else None
+    for name, source in run.sources.items():
+        documents = kind_of(pathlib.Path(source.path)) == "documents"
+        digests[name] = content_digest(source.path, fields=fields_of(run, source.key)) if documents else None
     return digests
+
+
+def tokens_of(out: pathlib.Path, name: str) -> pathlib.Path:
+    """Where the run `out` keeps the tokens of the source `name`."""
+    side, mixed, part = name.partition(".")
+    return out / f"{TOKENS[side]}{mixed}{part}"
 
 
 def drop_stale_tokens(out: pathlib.Path, documents: dict[str, str | None], tokenizer: str) -> None:
@@ -82,9 +113,11 @@ def drop_stale_tokens(out: pathlib.Path, documents: dict[str, str | None], token
     """
     before = read_identity(out / "run.json")
     for name, digest in documents.items():
-        made_of = before.get("data", {}).get(name, {}).get("documents")
+        side, _, part = name.partition(".")
+        known = before.get("data", {}).get(side, {})
+        made_of = (known.get(part, {}) if part else known).get("documents")
         if (made_of, before.get("tokenizer")) != (digest, tokenizer):
-            remove_directory(out / TOKENS[name])
+            remove_directory(tokens_of(out, name))
 
 
 def check_identity(path: pathlib.Path, identity: dict, allow: Collection[str], started: bool) -> None:
