@@ -22,16 +22,19 @@ from flexmoe_jax.training.state import TrainState
 from flexmoe_jax.tree import Params, combine
 
 
-def make_train_step(model: ModelConfig, run: RunConfig, shardings: Any = None) -> Callable:
+def make_train_step(
+    model: ModelConfig, run: RunConfig, shardings: Any = None, optimizer: optax.GradientTransformation | None = None
+) -> Callable:
     """Returns jitted `step(state, frozen, batch) -> (state, metrics)`; `state` is donated.
 
-    `shardings` are (those of the state, that of the metrics), for a step that is called inside `jax.set_mesh`. `batch`
+    `shardings` are (those of the state, that of the metrics), for a step that is called inside `jax.set_mesh`. Without
+    an `optimizer` it is the run's. `batch`
     is a `data.pipeline.Batch` of [batch_size, seq_len]. Losses are sums over weighted tokens divided by the weights of
     the whole batch, not means over microbatches. A step whose loss or gradient is not finite changes neither parameters
     nor moments, and is counted. Metrics are scalars, and `share` [E], the mean routed weight of each expert in
     canonical order.
     """
-    optimizer, schedule = make_optimizer(run.optimizer, run.steps), learning_rate(run.optimizer, run.steps)
+    optimizer, schedule = optimizer or make_optimizer(run.optimizer, run.steps), learning_rate(run.optimizer, run.steps)
     grads_of = jax.grad(functools.partial(_losses, model, run), has_aux=True)
 
     def step(state: TrainState, frozen: Params, batch: Batch):

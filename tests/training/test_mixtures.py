@@ -75,7 +75,7 @@ def release(tmp_path_factory) -> pathlib.Path:
 
 def mixed_run(root: pathlib.Path, release: pathlib.Path, **changes) -> RunConfig:
     """Two own sources, 3 to 1, and two public ones, 1 to 1; the second own one is small."""
-    letters, minutes = write_documents(root / "letters", "news"), write_documents(root / "minutes", "code", count=4)
+    letters, minutes = write_documents(root / "letters", "news"), write_documents(root / "minutes", "code", count=2)
     web, math = write_documents(root / "web", "public"), write_documents(root / "math", "math")
     run = expert_run(root, "news", release, data=f"3 {letters}; 1 {minutes}")
     mixed = {"public_data": f"1 {web}; 1 {math}", "public_fraction": 0.25, "router_contrast": 0.1}
@@ -94,9 +94,13 @@ def test_a_mixed_run_binds_every_source_tells_its_epochs_and_resumes_exactly(rel
     digests = [source[kind] for side in data.values() for source in side.values() for kind in ("tokens", "documents")]
     assert len(set(digests)) == 8
     said = [line for line in caplog.messages if line.startswith("source ")]
-    assert [
-        line.split()[1].strip(":") for line in said
-    ] == ["own.letters", "own.minutes", "own.minutes", "public.web", "public.math"]
+    assert [line.split()[1].strip(":") for line in said] == [
+        "own.letters",
+        "own.minutes",
+        "own.minutes",
+        "public.web",
+        "public.math",
+    ]
     assert "56.2% of the rows" in said[0]  # three quarters of three quarters
     assert "over 4 times, repeated text teaches little" in said[2]
 
