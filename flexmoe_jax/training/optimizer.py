@@ -36,7 +36,7 @@ def learning_rate(config: OptimizerConfig, steps: int) -> optax.Schedule:
     lengths = [after - start for start, after in itertools.pairwise(starts) if after > start]
     return optax.sgdr_schedule(
         {
-            "init_value": 0.0 if i == 0 else peak,
+            "init_value": 0.0,
             "peak_value": peak,
             "warmup_steps": min(warmup, part - 1) if i == 0 else 0,
             "decay_steps": part,

@@ -133,6 +133,7 @@ def test_wsd_is_stable_and_then_linear_and_restarts_begin_at_the_peak_again():
     curve = rates(restarts, 100, 101)
     np.testing.assert_allclose(curve[[10, 25, 50, 75]], 1.0, atol=1e-6)
     assert (curve[[24, 49, 74]] < 0.12).all()
+    assert (curve[[26, 51, 76]] < 1).all()
     np.testing.assert_array_equal(curve[25:50], curve[50:75])
 
 
