@@ -32,7 +32,7 @@ from flexmoe_jax.progress import Advance, track
 from flexmoe_jax.training.freezing import freezing_mask, freezing_table
 from flexmoe_jax.training.metrics import Meter, MetricsFile, Recorder, check_skipped
 from flexmoe_jax.training.mixtures import batches_of, log_sources, mixtures_of
-from flexmoe_jax.training.optimizer import log_optimizer, make_optimizer
+from flexmoe_jax.training.optimizer import group_table, log_optimizer, make_optimizer
 from flexmoe_jax.training.profile import Profile, parse_steps
 from flexmoe_jax.training.resume import (
     check_identity,
@@ -79,6 +79,7 @@ def train(run: RunConfig, allow: Collection[str] = (), profile: str | None = Non
     mesh = mesh_of_all(run.mesh)
     check_rows(mesh, run.batch_size)
     initial = prepare(run, mesh)
+    groups = group_table(run, initial.params)  # refuses one that decides nothing before data is read
     with RunCheckpoints(out, keep=run.keep_checkpoints) as checkpoints:
         started = checkpoints.started or product.exists()
         run = with_schedule(run, out / "run.json", started)
@@ -91,7 +92,7 @@ def train(run: RunConfig, allow: Collection[str] = (), profile: str | None = Non
             return product
         for pattern, trainable, leaves, count in freezing_table(initial.params, run.owner, run.freeze):
             log.info(f"{'trained' if trainable else 'frozen ':8} {pattern:34} {leaves:3} leaves {count:14,} parameters")
-        log_optimizer(run, initial.params)
+        log_optimizer(run, groups)
         log_sources(run, mixtures)
         with jax.set_mesh(mesh):
             state = _fit(run, initial, mesh, mixtures, checkpoints, traced)

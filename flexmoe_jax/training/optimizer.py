@@ -85,8 +85,13 @@ def factors_of(config: OptimizerConfig, trainable: Params) -> dict[str, Group]:
     return {path: rule.of(path) for path, rule in chosen.items()}
 
 
-def group_table(config: OptimizerConfig, trainable: Params) -> list[tuple[Group, int, int]]:
-    """(group with both factors, number of leaves, number of parameters), in the order in which the groups decide."""
+def group_table(run: RunConfig, params: Params) -> list[tuple[Group, int, int]]:
+    """(group with both factors, number of leaves, number of parameters) of what `run` trains of the whole tree.
+
+    In the order in which the groups decide. ConfigError as of `factors_of`.
+    """
+    config = run.optimizer
+    trainable, _ = partition(params, freezing_mask(params, run.owner, run.freeze))
     flat = flatten(trainable)
     sizes: dict[Group, tuple[int, int]] = {}
     for path, group in factors_of(config, trainable).items():
@@ -96,11 +101,10 @@ def group_table(config: OptimizerConfig, trainable: Params) -> list[tuple[Group,
     return [(group, *size) for group, size in sorted(sizes.items(), key=lambda item: order.index(item[0].pattern))]
 
 
-def log_optimizer(run: RunConfig, params: Params) -> None:
-    """Logs the groups of the leaves of `params` that are trained, and the course of the learning rate."""
+def log_optimizer(run: RunConfig, groups: list[tuple[Group, int, int]]) -> None:
+    """Logs `groups`, the run's `group_table`, and the course of the learning rate."""
     config = run.optimizer
-    trainable, _ = partition(params, freezing_mask(params, run.owner, run.freeze))
-    for group, leaves, count in group_table(config, trainable):
+    for group, leaves, count in groups:
         factors = f"rate x {group.lr:g}, decay x {group.decay:g}"
         log.info(f"{factors:24} {group.pattern:18} {leaves:3} leaves {count:14,} parameters")
     length = config.schedule_steps or run.steps

@@ -11,6 +11,7 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
+from flexmoe_jax.config import RunConfig
 from flexmoe_jax.errors import ConfigError
 from flexmoe_jax.optimizer_config import SCHEDULES, Group, OptimizerConfig
 from flexmoe_jax.params import model_leaves
@@ -188,18 +189,20 @@ def test_clipping_is_over_all_groups_together():
 
 
 def test_the_table_shows_every_trained_leaf_once_by_the_group_that_decides_it():
-    params = leaves()
-    config = OptimizerConfig(groups="experts/.*/router lr=3; experts/.* lr=0.5")
-    table = group_table(config, params)
-    assert sum(count for _, _, count in table) == sum(leaf.size for leaf in flatten(params).values())
+    optimizer = OptimizerConfig(groups="experts/.*/router lr=3; experts/.* lr=0.5")
+    sizes = {"steps": 1, "batch_size": 1, "seq_len": 1}
+    run = RunConfig(owner=PUBLIC, data="d", out="o", public="p", optimizer=optimizer, **sizes)
+    params, table = leaves(), group_table(run, leaves())
+    trained = {path: leaf for path, leaf in flatten(params).items() if path != "experts/public/bias"}
+    assert sum(count for _, _, count in table) == sum(leaf.size for leaf in trained.values())
     assert [(group.pattern, group.lr, group.decay, number) for group, number, _ in table] == [
         ("experts/.*/router", 3.0, 0.0, 2),
-        ("experts/.*", 0.5, 0.0, 2),
+        ("experts/.*", 0.5, 0.0, 1),
         ("experts/.*", 0.5, 1.0, 6),
         (".*", 1.0, 0.0, 9),
         (".*", 1.0, 1.0, 5),
     ]
-    assert set(factors_of(config, params)) == set(flatten(params))
+    assert set(factors_of(optimizer, unflatten(trained))) == set(trained)
 
 
 def test_a_group_that_decides_no_trained_leaf_is_refused_by_name():

@@ -10,7 +10,7 @@ import pytest
 
 from flexmoe_jax.artifacts.manifest import read_manifest
 from flexmoe_jax.artifacts.package import load_package
-from flexmoe_jax.errors import FlexMoEError
+from flexmoe_jax.errors import ConfigError, FlexMoEError
 from flexmoe_jax.optimizer_config import SCHEDULES, OptimizerConfig
 from flexmoe_jax.training import loop
 from flexmoe_jax.training.metrics import OF_TIME
@@ -84,3 +84,11 @@ def test_a_new_experts_bias_starts_where_it_is_told_and_groups_are_said(release,
         ("3,", "0", "experts/.*/router"),
         ("1,", "1", ".*"),
     ]
+
+
+def test_a_group_that_decides_nothing_is_refused_before_data_is_read(release, tmp_path):
+    groups = OptimizerConfig(groups="experts/news/rooter lr=3")
+    run = expert_run(tmp_path, "news", release, optimizer=groups)
+    with pytest.raises(ConfigError, match=r"'experts/news/rooter' .* decides no trained parameter"):
+        loop.train(run)
+    assert not pathlib.Path(run.out).exists()
