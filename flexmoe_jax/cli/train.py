@@ -40,10 +40,10 @@ def train(argv: list[str]) -> int:
 
 def lr_find(argv: list[str]) -> int:
     """Compares learning rates in short runs; prints a table and the chosen one, and refuses if none helps."""
-    text = (
-        "Compares learning rates: a short run at each rate from the start of the configured run, on the same batches, "
-        "scored on\ntext that none of them has read. Nothing is written into config.out."
-    )
+    text = """Compares learning rates: short runs from the start of the configured run, on the same batches.
+
+Each is scored on held-out text (config.validation and so on), without any on text that no short run has read. Nothing
+is written into config.out."""
     example = "flexmoe lr-find --config=experiments/quickstart_expert.py:news --steps 20"
     p = parser("lr-find", text, example, config=RunConfig)
     what = "rates to compare, with commas; by default config.optimizer.lr times 0.1, 0.3, 1, 3 and 10"
@@ -51,8 +51,6 @@ def lr_find(argv: list[str]) -> int:
     p.add_argument(
         "--steps", type=COUNT, help="steps of each short run; a tenth of config.steps by default, at least 10"
     )
-    what = "bytes of held-out text that each rate is scored on, at most; 50000 by default"
-    p.add_argument("--max-bytes", type=COUNT, default=50_000, help=what)
     add_json(p)
     args = p.parse(argv)
     run = read_config(RunConfig, args.config, args.overrides)
@@ -61,7 +59,7 @@ def lr_find(argv: list[str]) -> int:
     steps = args.steps or min(max(run.steps // 10, 10), run.steps)
     from flexmoe_jax.training.lr_find import find_rate
 
-    sweep = find_rate(run, rates, steps, args.max_bytes)
+    sweep = find_rate(run, rates, steps)
     emit(dataclasses.asdict(sweep), _rate_lines(run, sweep), args.json)
     if sweep.chosen is None:
         raise ConfigError("no rate is better than no training", "give lower --rates, or more --steps")
@@ -85,10 +83,10 @@ def _rate_lines(run: RunConfig, sweep: "Sweep") -> list[str]:
     for trial in (sweep.before, *sweep.trials):
         name = f"{trial.rate:g}" if trial.rate else "untrained"
         said = [f"diverged: {trial.bad_steps} of {sweep.steps} steps not finite"] if trial.bad_steps else []
-        said += ["worse than untrained"] if not said and not trial.nats["own"] <= sweep.before.nats["own"] else []
-        rows.append([name, *trial.nats.values(), *(said or ["chosen" if trial.rate == sweep.chosen else ""])])
+        said += ["worse than untrained"] if not said and not trial.losses["own"] <= sweep.before.losses["own"] else []
+        rows.append([name, *trial.losses.values(), *(said or ["chosen" if trial.rate == sweep.chosen else ""])])
     lines = table(["rate", *(f"{side} loss" for side in sweep.scored), ""], rows)
-    lines += ["", *(f"{side} loss: nats per token of {text}" for side, text in sweep.scored.items())]
+    lines += ["", *(f"{side} loss: {sweep.unit} of {text}" for side, text in sweep.scored.items())]
     if sweep.chosen is None:
         return lines
     lines.append(f"chosen: --config.optimizer.lr={sweep.chosen:g}, the lowest own loss after {sweep.steps} steps")

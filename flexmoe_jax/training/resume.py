@@ -38,6 +38,13 @@ RESUMABLE = (
     "max_bad_steps",
     "licence",
     "contact",
+    "validation",
+    "public_validation",
+    "eval_every",
+    "eval_bytes",
+    "patience",
+    "publish",
+    "track",
 )
 TOKENS = {"own": "tokens", "public": "public_tokens"}  # in the run directory
 
@@ -75,18 +82,24 @@ def read_identity(path: pathlib.Path) -> dict:
     The schedule of a run that recorded no length for it had that of its steps.
     """
     identity = parse_json(read_bytes(path), path) if os.path.lexists(path) else {}
-    config = identity.get("config", {})
-    if "steps" in config and "optimizer" in config:
-        config["optimizer"].setdefault("schedule_steps", config["steps"])
+    if optimizer := _optimizer_of(identity):
+        optimizer.setdefault("schedule_steps", identity["config"].get("steps"))
     return identity
+
+
+def _optimizer_of(identity: dict) -> dict:
+    """The optimizer's configuration in an identity; {} where the file is damaged: `check_identity` tells."""
+    config = identity.get("config")
+    optimizer = config.get("optimizer") if isinstance(config, dict) else None
+    return optimizer if isinstance(optimizer, dict) else {}
 
 
 def with_schedule(run: RunConfig, path: pathlib.Path, started: bool) -> RunConfig:
     """`run` with the length of its schedule: where it gives none, that in the file `path` (`run.json`) of a run that
     has `started`, else its steps."""
     if run.optimizer.schedule_steps is None:
-        before = read_identity(path) if started else {}
-        steps = before.get("config", {}).get("optimizer", {}).get("schedule_steps", run.steps)
+        before = _optimizer_of(read_identity(path)).get("schedule_steps") if started else None
+        steps = before if isinstance(before, int) else run.steps
         run = dataclasses.replace(run, optimizer=dataclasses.replace(run.optimizer, schedule_steps=steps))
     return run
 
@@ -106,17 +119,20 @@ def tokens_of(out: pathlib.Path, name: str) -> pathlib.Path:
     return out / f"{TOKENS[side]}{mixed}{part}"
 
 
-def drop_stale_tokens(out: pathlib.Path, documents: dict[str, str | None], tokenizer: str) -> None:
+def drop_stale_tokens(
+    out: pathlib.Path, documents: dict[str, str | None], tokenizer: str, holdout: float = 0.0
+) -> None:
     """Deletes tokens that a failed start of the run `out` made of other `documents`, or by another tokenizer.
 
-    `tokenizer` is the digest of the run's.
+    `tokenizer` is the digest of the run's, `holdout` the share of documents that it holds out.
     """
     before = read_identity(out / "run.json")
+    held_out = before.get("config", {}).get("holdout", 0.0)
     for name, digest in documents.items():
         side, _, part = name.partition(".")
         known = before.get("data", {}).get(side, {})
         made_of = (known.get(part, {}) if part else known).get("documents")
-        if (made_of, before.get("tokenizer")) != (digest, tokenizer):
+        if (made_of, before.get("tokenizer"), held_out) != (digest, tokenizer, holdout):
             remove_directory(tokens_of(out, name))
 
 

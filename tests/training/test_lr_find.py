@@ -49,9 +49,9 @@ def test_an_absurd_rate_is_never_chosen_and_one_compiled_step_trains_all(release
     assert [trial.rate for trial in sweep.trials] == [1e-4, 1e-2, ABSURD]
     assert sweep.chosen == 1e-2
     absurd = sweep.trials[-1]
-    assert absurd.bad_steps or not absurd.nats["own"] < sweep.before.nats["own"]
-    assert set(absurd.nats) == {"own", "public"}
-    assert sweep.scored["own"] == "6 held-out documents"
+    assert absurd.bad_steps or not absurd.losses["own"] < sweep.before.losses["own"]
+    assert set(absurd.losses) == {"own", "public"}
+    assert (sweep.scored["own"], sweep.unit) == ("6 held-out documents", "bits per byte")
     [step] = steps
     assert step._cache_size() == 1
 
@@ -63,7 +63,7 @@ def test_an_absurd_rate_is_never_chosen_and_one_compiled_step_trains_all(release
     again = dataclasses.replace(run, expert=str(tmp_path / "news" / "run" / "package"), domain_vector=None)
     scored = find_rate(again, [1e-9], steps=1).before
     # Float32: the rate multiplies the update in another order.
-    assert scored.nats["own"] == pytest.approx(sweep.trials[1].nats["own"], rel=1e-5)
+    assert scored.losses["own"] == pytest.approx(sweep.trials[1].losses["own"], rel=1e-5)
     assert not np.array_equal(trained["w_up"], public["w_up"])
 
 
@@ -85,20 +85,21 @@ def test_without_held_out_text_windows_that_no_trial_reads_are_scored(release, t
 
     monkeypatch.setattr(module, "make_train_step", recording)
     monkeypatch.setattr(module, "_loss", scored)
-    run = expert_run(tmp_path, "news", release, steps=60)
-    sweep = find_rate(run, [1e-2], steps=3, max_bytes=1000)
-    assert "windows of the training text that the trials do not read" in sweep.scored["own"]
+    run = expert_run(tmp_path, "news", release, steps=60, eval_bytes=1000)
+    sweep = find_rate(run, [1e-2], steps=3)
+    assert sweep.scored["own"] == "8 windows of the training text that no trial reads"
+    assert sweep.unit == "nats per token"
     rows = {name: {tuple(row) for batch in batches for row in batch.tolist()} for name, batches in seen.items()}
     assert len(rows["trained"]) == 3 * 4
     assert rows["scored"]
     assert not rows["trained"] & rows["scored"]
-    with pytest.raises(DataError, match="leave no windows unread") as refusal:
-        find_rate(run, [1e-2], steps=400, max_bytes=1000)
-    assert "heldout" in refusal.value.remedy
+    with pytest.raises(DataError, match="leave too few windows of own unread: 8 are scored") as refusal:
+        find_rate(run, [1e-2], steps=400)
+    assert "config.holdout" in refusal.value.remedy
 
 
 def test_the_choice_is_the_lowest_own_loss_of_what_stayed_finite_and_helped():
-    def trial(rate, own, bad=0, public=1.0):
+    def trial(rate: float, own: float, bad: int = 0, public: float = 1.0) -> Trial:
         return Trial(rate, bad, {"own": own, "public": public})
 
     before = trial(0.0, 3.0)
