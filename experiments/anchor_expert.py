@@ -7,7 +7,8 @@
         --config.data=DOCUMENTS --config.public_data=PUBLIC --config.domain_vector=domain.json
 
 Needs one GPU of 24 GB, and 131 M tokens, of which 98 M are the owner's: with less text, set `config.steps` so that no
-source is read over four times (the start of the run says how often each is). PUBLIC is text like that which the anchor
+source is read over four times (the start of the run says how often each is). A fiftieth of the documents is held out:
+the weights that score best on it are published. PUBLIC is text like that which the anchor
 has read, or several sources with weights: `--config.public_data='6 web; 3 code; 1 math'`.
 
 Not run here. The shapes are those of the models' config.json files, and the steps lower in `tests/test_experiments.py`.
@@ -97,5 +98,8 @@ def get_config(arg: str = ""):
         },
         compute_dtype="bfloat16",
         remat=True,
+        holdout=0.02,
+        eval_every=100,
+        publish="best",
         save_every=100,
     )

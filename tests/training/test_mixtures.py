@@ -4,6 +4,7 @@ import dataclasses
 import json
 import pathlib
 import shutil
+from typing import Any
 
 import pytest
 
@@ -12,6 +13,7 @@ from flexmoe_jax.cli.common import check_paths
 from flexmoe_jax.config import RunConfig, Source, read_mixture
 from flexmoe_jax.errors import ArtifactError, ConfigError, DataError
 from flexmoe_jax.training import loop
+from flexmoe_jax.training.validation import Validation
 from tests.tiny import expert_run, public_run, write_documents
 
 OWNER = {"owner": "news", "out": "o", "steps": 3, "batch_size": 4, "seq_len": 8, "public": "p", "domain_vector": "v"}
@@ -104,11 +106,33 @@ def test_a_mixed_run_binds_every_source_tells_its_epochs_and_resumes_exactly(rel
     assert "56.2% of the rows" in said[0]  # three quarters of three quarters
     assert "over 4 times, repeated text teaches little" in said[2]
 
+    lines = (pathlib.Path(whole.out) / "metrics.jsonl").read_text(encoding="utf-8").splitlines()
+    seen = [json.loads(line) for line in lines if "seen" in line][-1]["seen"]
+    rows = {"own.letters": 2.25, "own.minutes": 0.75, "public.web": 0.5, "public.math": 0.5}  # of a step
+    assert set(seen) == set(rows)
+    assert all(abs(source["tokens"] / 32 - 30 * rows[name]) < 1 for name, source in seen.items())
+    assert seen["own.minutes"]["epochs"] > 4
+
     halved = mixed_run(tmp_path / "b", release, steps=11, save_every=30, log_every=30)
     halved = dataclasses.replace(halved, optimizer=dataclasses.replace(halved.optimizer, schedule_steps=30))
     shutil.rmtree(loop.train(halved))
     halved = dataclasses.replace(halved, steps=30)
     assert read_manifest(loop.train(halved, allow=["config.steps"])).content == expected
+
+
+def test_held_out_text_comes_from_every_source(release, tmp_path):
+    run = mixed_run(tmp_path, release)
+    for name, domain in (("letters", "news"), ("minutes", "code"), ("math", "math")):
+        write_documents(tmp_path / name, domain, count=6, split="heldout")
+    nothing: Any = None  # texts need no model
+    texts = {side: " ".join(found) for side, found in Validation(run, nothing, nothing).texts.items()}
+    assert {word in texts["own"] for word in ("minister", "lambda")} == {True}
+    assert "prime" in texts["public"]
+    assert "minister" not in texts["public"]
+    held = dataclasses.replace(run, holdout=0.9, eval_bytes=2000)
+    assert {word in " ".join(Validation(held, nothing, nothing).texts["own"]) for word in ("minister", "lambda")} == {
+        True
+    }
 
 
 def test_other_weights_and_another_source_are_refused_by_name(release, tmp_path):
