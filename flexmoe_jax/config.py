@@ -338,7 +338,8 @@ class RunConfig:
 def read_mixture(where: str, text: str) -> dict[str, tuple[str, int]]:
     """`3 letters; 1 minutes` -> {folder's name: (path, whole-number weight)}; any other text is one path of weight 1.
 
-    `where` names the key. A name that comes twice gets a number. ConfigError for a weight that is not a number above 0,
+    `where` names the key. A name that comes twice gets a number. The order is that of the names, however the text has
+    them: batches depend on it, and run.json does not record it. ConfigError for a weight that is not a number above 0,
     a path given twice, and weights that no `MOST_ROWS` rows are in proportion to.
     """
     parts = [_WEIGHTED.fullmatch(part) for part in text.split(";") if part.strip()]
@@ -371,7 +372,7 @@ def read_mixture(where: str, text: str) -> dict[str, tuple[str, int]]:
             number += 1
             name = f"{_name(path)}-{number}"
         found[name] = path, count
-    return found
+    return dict(sorted(found.items()))
 
 
 def _name(path: str) -> str:

@@ -89,7 +89,7 @@ class OptimizerConfig:
     groups: str | None = None
     """Parameters with a learning rate or weight decay of their own: `PATTERN lr=FACTOR decay=FACTOR; ...`, as
     `experts/.*/(router|bias) lr=3`. The first pattern (a regular expression) that matches a whole path decides; one
-    that matches no trained parameter is refused. A factor that is not given is that of all other parameters."""
+    that matches no trained parameter is refused. A factor that is not given is as without groups."""
 
     clip_norm: Positive = 1.0
     """Largest global norm of a step's gradient; larger ones are scaled down. The paper's."""

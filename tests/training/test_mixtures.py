@@ -52,6 +52,12 @@ def test_a_mixture_that_cannot_be_read_is_refused(text, words):
     assert refusal.value.remedy
 
 
+def test_the_order_in_which_sources_are_written_does_not_matter():
+    """Batches depend on the order of the sources, and a resumed run may write them in another one."""
+    for text in ("3 x/b; 1 a; 2 c", "2 c; 3 x/b; 1 a"):
+        assert list(read_mixture("config.data", text).items()) == [("a", ("a", 1)), ("b", ("x/b", 3)), ("c", ("c", 2))]
+
+
 def test_sources_are_named_by_side_and_folder():
     run = RunConfig(data="3 letters; 1 minutes", public_data="pub", public_fraction=0.5, **OWNER)
     assert run.sources == {
@@ -100,8 +106,8 @@ def test_a_mixed_run_binds_every_source_tells_its_epochs_and_resumes_exactly(rel
         "own.letters",
         "own.minutes",
         "own.minutes",
-        "public.web",
         "public.math",
+        "public.web",
     ]
     assert "56.2% of the rows" in said[0]  # three quarters of three quarters
     assert "over 4 times, repeated text teaches little" in said[2]
