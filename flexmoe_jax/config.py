@@ -124,8 +124,8 @@ class RunConfig:
     """See the keys of `optimizer`."""
 
     accumulation: Count = 1
-    """Equal microbatches that a step's batch is split into, to save memory. They change only rounding, the
-    load-balance loss (it is taken over a microbatch), and gradients of router biases that are not below 0."""
+    """Equal microbatches that a step's batch is split into, to save memory. They change only rounding, and the
+    load-balance loss, which is taken over a microbatch."""
 
     z_loss: NotNegative = 1e-5
     """Weight of the squared log-partition of the vocabulary logits, which keeps them small. The paper's."""

@@ -18,25 +18,13 @@ class Routing:
     index_Nk: jax.Array
 
 
-@jax.custom_vjp
 def negative_part(bias: jax.Array) -> jax.Array:
-    """min(bias, 0), with a derivative that cannot vanish for good.
+    """min(bias, 0), with the derivative of the identity (straight-through).
 
-    The plain derivative is 0 above zero: a bias above zero would never change again. Here the cotangent passes below
-    zero, and at or above zero where descent would lower the bias (projected gradient descent on bias <= 0).
+    The plain derivative is 0 above zero: a bias above zero would never change again. A training step projects its
+    biases to at most 0 after the update, so that only a bias that was stored before is ever above it.
     """
-    return jnp.minimum(bias, 0.0)
-
-
-def _negative_part_fwd(bias: jax.Array) -> tuple[jax.Array, jax.Array]:
-    return negative_part(bias), bias
-
-
-def _negative_part_bwd(bias: jax.Array, cotangent: jax.Array) -> tuple[jax.Array]:
-    return (jnp.where((bias < 0) | (cotangent > 0), cotangent, 0.0),)
-
-
-negative_part.defvjp(_negative_part_fwd, _negative_part_bwd)
+    return bias - jax.lax.stop_gradient(jnp.maximum(bias, 0.0))
 
 
 def router_logits(x_ND: jax.Array, router_ED: jax.Array, bias_E: jax.Array) -> jax.Array:

@@ -63,7 +63,7 @@ def make_train_step(model: ModelConfig, run: RunConfig, shardings: Any = None) -
         bad = 1 - good.astype(jnp.int32)
         state = TrainState(
             step=state.step + 1,
-            trainable=keep(optax.apply_updates(state.trainable, updates), state.trainable),
+            trainable=keep(_project(optax.apply_updates(state.trainable, updates)), state.trainable),
             opt_state=keep(opt_state, state.opt_state),
             bad_steps=(state.bad_steps + bad) * bad,
             skipped=state.skipped + bad,
@@ -71,6 +71,19 @@ def make_train_step(model: ModelConfig, run: RunConfig, shardings: Any = None) -
         return state, metrics | {"bad_steps": state.bad_steps, "skipped": state.skipped}
 
     return jax.jit(step, donate_argnums=0, out_shardings=shardings)
+
+
+def _project(trainable: Params) -> Params:
+    """The leaves with router biases above 0 set to 0: the model uses min(b, 0), so what is kept is what acts.
+
+    Only here does the bound b <= 0 act on training. The derivative of the loss does not know it (`negative_part`): the
+    gradients of microbatches add up to that of the batch also where biases are at the bound, as all are at the start.
+    """
+
+    def at_most_0(path, leaf):
+        return jnp.minimum(leaf, 0.0) if path[-1].key == "bias" else leaf
+
+    return jax.tree_util.tree_map_with_path(at_most_0, trainable)
 
 
 def _as_used(trainable: Params, dtype: jnp.dtype) -> Params:
