@@ -24,6 +24,7 @@ from flexmoe_jax.model_config import ModelConfig
 from flexmoe_jax.parallel.mesh import mesh_of_one
 from flexmoe_jax.parallel.specs import place
 from flexmoe_jax.parallel.stacked import stack_weights
+from flexmoe_jax.params import EXPERT
 
 
 @dataclasses.dataclass(frozen=True, eq=False)
@@ -165,7 +166,9 @@ class Model:
     @functools.cached_property
     def _stacked(self) -> tree.Params:
         """The parameters on the devices, experts stacked; made once per selection."""
-        return place(self.mesh, {**self.params, "experts": stack_weights(self.params["experts"])})
+        return place(
+            self.mesh, {**self.params, "experts": stack_weights(self.params["experts"], self.mesh.shape[EXPERT])}
+        )
 
 
 def load(path: str | pathlib.Path, mesh: Mesh | None = None) -> Model:

@@ -44,7 +44,14 @@ from flexmoe_jax.training.resume import (
 )
 from flexmoe_jax.training.signals import EX_INTERRUPTED, EX_TEMPFAIL, StopSignals
 from flexmoe_jax.training.start import Start, prepare
-from flexmoe_jax.training.state import TrainState, create_state, flops_per_token
+from flexmoe_jax.training.state import (
+    TrainState,
+    as_stacked,
+    by_name,
+    create_state,
+    flops_per_token,
+    shapes_by_name,
+)
 from flexmoe_jax.training.step import make_train_step
 from flexmoe_jax.tree import Params, canonical_order, combine, partition, split
 
@@ -111,10 +118,10 @@ def _fit(
     state, frozen = create_state(mesh, initial.params, run.owner, optimizer, jnp.dtype(run.compute_dtype), run.freeze)
     iterator = make_iterator(_batches(run, stores))
     shardings = (jax.tree.map(lambda leaf: leaf.sharding, state), replicated(mesh))
-    state = _restore(checkpoints, state, iterator)
+    names = canonical_order(initial.params["experts"])
+    state = _restore(checkpoints, state, iterator, names)
     first = int(state.step)
     step = make_train_step(initial.model, run, shardings)
-    names = canonical_order(initial.params["experts"])
     meter = _meter(run, initial, mesh)
     if traced and first >= traced.stop:
         log.info(f"steps {traced[0]} to {traced[-1]} are done: there is nothing to profile")
@@ -140,7 +147,7 @@ def _fit(
             if stopping or last or due or (n + 1) % run.save_every == 0:
                 with recorder.paused():
                     saved_at = time.monotonic()
-                    _save(checkpoints, state, iterator)
+                    _save(checkpoints, state, iterator, names)
             if stopping and not last:
                 checkpoints.wait()
                 raise Stopped(stop, f"after step {n + 1} of {run.steps}; the state is saved in {run.out}")
@@ -169,13 +176,19 @@ def _to_host(trainable: Params, initial: Start) -> Params:
     return whole
 
 
-def _save(checkpoints: RunCheckpoints, state: TrainState, iterator: grain.DatasetIterator) -> None:
+def _save(
+    checkpoints: RunCheckpoints, state: TrainState, iterator: grain.DatasetIterator, names: tuple[str, ...]
+) -> None:
     counters = {name: int(getattr(state, name)) for name in _COUNTERS}
-    checkpoints.save(counters["step"], state.trainable, state.opt_state, iterator.get_state(), counters)
+    trainable, opt_state = by_name((state.trainable, state.opt_state), names)
+    checkpoints.save(counters["step"], trainable, opt_state, iterator.get_state(), counters)
 
 
-def _restore(checkpoints: RunCheckpoints, state: TrainState, iterator: grain.DatasetIterator) -> TrainState:
-    restored = checkpoints.restore(state.trainable, state.opt_state)
+def _restore(
+    checkpoints: RunCheckpoints, state: TrainState, iterator: grain.DatasetIterator, names: tuple[str, ...]
+) -> TrainState:
+    like = state.trainable, state.opt_state
+    restored = checkpoints.restore(*shapes_by_name(like, names))
     if restored is None:
         return state
     for step, reason in restored.skipped:
@@ -184,7 +197,8 @@ def _restore(checkpoints: RunCheckpoints, state: TrainState, iterator: grain.Dat
     iterator.set_state(restored.data_state)
     counters = {name: jnp.full_like(getattr(state, name), restored.meta[name]) for name in _COUNTERS}
     own = lambda tree: jax.tree.map(jnp.array, tree)  # noqa: E731 - a copy: the state is donated
-    return TrainState(trainable=own(restored.trainable), opt_state=own(restored.opt_state), **counters)
+    trainable, opt_state = own(as_stacked((restored.trainable, restored.opt_state), like))
+    return TrainState(trainable=trainable, opt_state=opt_state, **counters)
 
 
 def _batches(run: RunConfig, stores: list[TokenStore]) -> grain.MapDataset:
