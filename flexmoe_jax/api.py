@@ -20,6 +20,7 @@ from flexmoe_jax.evaluate.perplexity import Score, half_window, score
 from flexmoe_jax.evaluate.routing import TokenRouting, route_text
 from flexmoe_jax.model.decoder import Decoder, forward
 from flexmoe_jax.model.generate import Sampling, stream
+from flexmoe_jax.model.precision import exact
 from flexmoe_jax.model_config import ModelConfig
 from flexmoe_jax.parallel.mesh import mesh_of_one
 from flexmoe_jax.parallel.specs import place
@@ -185,5 +186,6 @@ def load(path: str | pathlib.Path, mesh: Mesh | None = None) -> Model:
 
 
 @functools.partial(jax.jit, static_argnums=0)
+@exact
 def _logits(run: Decoder, params: tree.Params, tokens_BT: jax.Array) -> jax.Array:
     return forward(run, params, tokens_BT).logits_BTV

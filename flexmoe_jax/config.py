@@ -159,8 +159,8 @@ class RunConfig:
     """How devices share the work, as `data=2,fsdp=4`; axes: data, fsdp, expert, tensor. None: all devices by fsdp."""
 
     compute_dtype: str = "float32"
-    """Dtype of activations and of frozen weights: float32, or bfloat16 on accelerators. Trained weights and moments are
-    always float32."""
+    """Dtype of activations and of frozen matrices: float32, or bfloat16 on accelerators. Trained weights and moments are
+    always float32, and so are norms, router and loss (docs/guide/scaling.md, precision)."""
 
     remat: bool = False
     """Recompute each layer in the backward pass: activations take the memory of a layer's inputs, for a third more

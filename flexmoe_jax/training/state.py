@@ -21,7 +21,7 @@ from flexmoe_jax.model.flops import step_flops
 from flexmoe_jax.model_config import ModelConfig
 from flexmoe_jax.parallel.specs import leaf_spec, path_text, place, place_leaf, tree_shardings
 from flexmoe_jax.parallel.stacked import STACKED, restack_weights, stack_weights, unstack_weights
-from flexmoe_jax.params import EXPERT, FSDP
+from flexmoe_jax.params import EXPERT, FSDP, is_float32
 from flexmoe_jax.training.freezing import freezing_mask
 from flexmoe_jax.tree import Params, flatten, partition
 
@@ -71,12 +71,18 @@ def create_state(
 ) -> tuple[TrainState, Params]:
     """(TrainState, frozen leaves): trainable leaves are float32 and have moments, frozen ones are `frozen_dtype`.
 
+    Frozen leaves that the model rounds to no other dtype stay float32 (`params.is_float32`): scoring uses them so, too.
     Every leaf is a copy, since the state is donated, split over the mesh by the rules of parallel/specs.py. If the mesh
     splits experts, their weights are stacked (parallel/stacked.py) with equal numbers of slots on its devices.
     ConfigError if the mesh cannot split the model.
     """
     trainable, frozen = split_state(params, owner, freeze, mesh.shape[EXPERT])
-    trainable, frozen = place(mesh, trainable, jnp.float32), place(mesh, frozen, frozen_dtype)
+    trainable = place(mesh, trainable, jnp.float32)
+
+    def freeze_leaf(path, leaf, sharding):
+        return place_leaf(leaf, sharding, _frozen_dtype(path, frozen_dtype))
+
+    frozen = jax.tree_util.tree_map_with_path(freeze_leaf, frozen, tree_shardings(mesh, frozen))
     shardings = state_shardings(mesh, trainable, optimizer)
     moments = jax.jit(optimizer.init, out_shardings=shardings.opt_state)(trainable)
     counters = [place_leaf(np.zeros((), np.int32), shardings.step) for _ in range(3)]
@@ -97,7 +103,11 @@ def state_shapes(
     """
     trainable, frozen = split_state(params, owner, freeze, groups)
     trainable = jax.tree.map(lambda leaf: jax.ShapeDtypeStruct(leaf.shape, jnp.float32), trainable)
-    frozen = jax.tree.map(lambda leaf: jax.ShapeDtypeStruct(leaf.shape, frozen_dtype), frozen)
+
+    def freeze_leaf(path, leaf):
+        return jax.ShapeDtypeStruct(leaf.shape, _frozen_dtype(path, frozen_dtype))
+
+    frozen = jax.tree_util.tree_map_with_path(freeze_leaf, frozen)
     return _initial_shapes(trainable, optimizer), frozen
 
 
@@ -107,6 +117,10 @@ def state_shardings(mesh: Mesh, trainable: Any, optimizer: optax.GradientTransfo
     ConfigError if the mesh cannot split a leaf.
     """
     return tree_shardings(mesh, _initial_shapes(trainable, optimizer))
+
+
+def _frozen_dtype(path: tuple, dtype: npt.DTypeLike) -> npt.DTypeLike:
+    return jnp.float32 if is_float32(path_text(path)) else dtype
 
 
 def _initial_shapes(trainable: Any, optimizer: optax.GradientTransformation) -> TrainState:
