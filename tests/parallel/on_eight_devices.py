@@ -94,10 +94,10 @@ def resumed(run, monitored) -> dict[str, str]:
     """
     found, restore = {"saved": monitored}, loop._restore
 
-    def stop(checkpoints, state, iterator, names):
-        state = restore(checkpoints, state, iterator, names)
+    def stop(job, state, iterator):
+        state, _ = restore(job, state, iterator)
         assert int(state.step) == run.steps
-        found[mesh] = bits(by_name((state.trainable, state.opt_state), names))
+        found[mesh] = bits(by_name((state.trainable, state.opt_state), job.experts))
         raise Restored("restored", "")
 
     loop._restore = stop
