@@ -145,8 +145,8 @@ class RunConfig:
     """See the keys of `optimizer`."""
 
     accumulation: Count = 1
-    """Equal microbatches that a step's batch is split into, to save memory. They change only rounding, the
-    load-balance loss (it is taken over a microbatch), and gradients of router biases that are not below 0."""
+    """Equal microbatches that a step's batch is split into, to save memory. They change only rounding, and the
+    load-balance loss, which is taken over a microbatch."""
 
     z_loss: NotNegative = 1e-5
     """Weight of the squared log-partition of the vocabulary logits, which keeps them small. The paper's."""
@@ -184,8 +184,8 @@ class RunConfig:
     """How devices share the work, as `data=2,fsdp=4`; axes: data, fsdp, expert, tensor. None: all devices by fsdp."""
 
     compute_dtype: str = "float32"
-    """Dtype of activations and of frozen weights: float32, or bfloat16 on accelerators. Trained weights and moments are
-    always float32."""
+    """Dtype of activations and of frozen matrices: float32, or bfloat16 on accelerators. Trained weights and moments are
+    float32 in any case, and so is the arithmetic of norms, router and loss (see the guide, scaling)."""
 
     remat: bool = False
     """Recompute each layer in the backward pass: activations take the memory of a layer's inputs, for a third more

@@ -14,7 +14,7 @@ import jax.numpy as jnp
 import numpy as np
 from jax.sharding import Mesh
 
-from flexmoe_jax.artifacts.checkpoints import RunCheckpoints
+from flexmoe_jax.artifacts.checkpoints import Restored, RunCheckpoints
 from flexmoe_jax.artifacts.model_dir import create_model
 from flexmoe_jax.artifacts.package import write_package
 from flexmoe_jax.artifacts.sealed import digest
@@ -47,7 +47,14 @@ from flexmoe_jax.training.resume import (
 from flexmoe_jax.training.saves import Saves
 from flexmoe_jax.training.signals import EX_INTERRUPTED, EX_TEMPFAIL, StopSignals
 from flexmoe_jax.training.start import Start, prepare
-from flexmoe_jax.training.state import TrainState, create_state, flops_per_token
+from flexmoe_jax.training.state import (
+    TrainState,
+    as_stacked,
+    by_name,
+    create_state,
+    flops_per_token,
+    shapes_by_name,
+)
 from flexmoe_jax.training.step import make_train_step
 from flexmoe_jax.training.trackers import open_trackers
 from flexmoe_jax.training.validation import Validation, distance, held_out
@@ -127,6 +134,11 @@ class _Job:
     validation: Validation
     identity: dict
 
+    @property
+    def experts(self) -> tuple[str, ...]:
+        """Names of the experts in canonical order."""
+        return canonical_order(self.initial.params["experts"])
+
 
 def _fit(job: _Job, traced: range) -> TrainState:
     run, initial, mesh, checkpoints, validation = job.run, job.initial, job.mesh, job.checkpoints, job.validation
@@ -144,8 +156,7 @@ def _fit(job: _Job, traced: range) -> TrainState:
     profile = Profile(traced, out / "profile" / str(jax.process_index()))
     shown = track(f"train {run.owner}", run.steps, "steps", start=first) if is_lead() else _nothing()
     with saves, profile, shown as advance, _sinks(job, first) as sinks:
-        names = canonical_order(initial.params["experts"])
-        recorder = Recorder(run, names, sinks, advance, _meter(run, initial, mesh))
+        recorder = Recorder(run, job.experts, sinks, advance, _meter(run, initial, mesh))
         recorder.window = window
         for n in range(first, 0 if validation.exhausted else run.steps):
             with profile.step(n, recorder.paused):
@@ -235,12 +246,24 @@ def _save(job: _Job, state: TrainState, iterator: grain.DatasetIterator, window:
     meta: dict[str, Any] = {name: int(getattr(state, name)) for name in _COUNTERS}
     meta |= {"window": window.state, "validation": dataclasses.asdict(job.validation.progress)}
     _keep_best(job)
-    job.checkpoints.save(meta["step"], state.trainable, state.opt_state, iterator.get_state(), meta)
+    trainable, opt_state = by_name((state.trainable, state.opt_state), job.experts)
+    job.checkpoints.save(meta["step"], trainable, opt_state, iterator.get_state(), meta)
+
+
+def _read(job: _Job, state: TrainState, step: int | None = None) -> Restored | None:
+    """The newest checkpoint, or that of `step`, in the form and on the mesh of `state`; None where there is none."""
+    like = state.trainable, state.opt_state
+    trainable, opt_state = shapes_by_name(like, job.experts)
+    restored = job.checkpoints.restore(trainable, opt_state, step)
+    if restored is None:
+        return None
+    trainable, opt_state = as_stacked((restored.trainable, restored.opt_state), like)
+    return dataclasses.replace(restored, trainable=trainable, opt_state=opt_state)
 
 
 def _restore(job: _Job, state: TrainState, iterator: grain.DatasetIterator) -> tuple[TrainState, Window]:
     """The newest checkpoint's state, or `state` where there is none, and the sums of the steps since the last line."""
-    restored = job.checkpoints.restore(state.trainable, state.opt_state)
+    restored = _read(job, state)
     if restored is None:
         return state, Window()
     for step, reason in restored.skipped:
@@ -266,7 +289,7 @@ def _published(job: _Job, state: TrainState) -> tuple[int, Params]:
     if job.run.publish == "last" or best in (None, last):
         return last, state.trainable
     log.info(f"published are the weights after step {best}, the best on held-out text, not those after step {last}")
-    restored = job.checkpoints.restore(state.trainable, state.opt_state, step=best)
+    restored = _read(job, state, best)
     assert restored is not None  # `keep` kept it; damaged, it is an error
     return restored.step, restored.trainable
 

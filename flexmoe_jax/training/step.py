@@ -61,6 +61,7 @@ def make_train_step(
         grad_norm = optax.tree.norm(grads)
         good = jnp.isfinite(grad_norm) & jnp.isfinite(metrics["loss"])
         updates, opt_state = optimizer.update(grads, state.opt_state, state.trainable)
+        updates = _project(updates, state.trainable)
         keep = functools.partial(jax.tree.map, lambda new, old: jnp.where(good, new, old))
         updates_made = state.step - state.skipped
         metrics |= {"grad_norm": grad_norm, "lr": schedule(updates_made), "tokens": batch.weights.sum()}
@@ -76,6 +77,19 @@ def make_train_step(
         return state, metrics | {"bad_steps": state.bad_steps, "skipped": state.skipped}
 
     return jax.jit(step, donate_argnums=0, out_shardings=shardings)
+
+
+def _project(updates: Params, trainable: Params) -> Params:
+    """The updates, of which those of router biases b end at b <= 0: the model uses min(b, 0), so what is kept acts.
+
+    Only here does the bound act on training. The derivative of the loss does not know it (`negative_part`): the
+    gradients of microbatches add up to that of the batch also where biases are at the bound, as all are at the start.
+    """
+
+    def at_most_0(path, update, leaf):
+        return jnp.minimum(update, -leaf) if path[-1].key == "bias" else update
+
+    return jax.tree_util.tree_map_with_path(at_most_0, updates, trainable)
 
 
 def kind_of(path: str) -> str:
