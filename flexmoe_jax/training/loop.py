@@ -54,7 +54,7 @@ from flexmoe_jax.training.state import (
     flops_per_token,
     shapes_by_name,
 )
-from flexmoe_jax.training.step import make_train_step
+from flexmoe_jax.training.step import make_train_step, microbatches
 from flexmoe_jax.training.trackers import open_trackers
 from flexmoe_jax.training.validation import Validation, distance, held_out
 from flexmoe_jax.tree import Params, canonical_order, combine, partition, split
@@ -142,7 +142,9 @@ def _fit(job: _Job, traced: range) -> TrainState:
     shardings = (jax.tree.map(lambda leaf: leaf.sharding, state), replicated(mesh))
     state, window = _restore(job, state, iterator)
     first = int(state.step)
-    step = make_train_step(initial.model, run, shardings)
+    step, count = make_train_step(initial.model, run, shardings), microbatches(run)
+    how = "as config.accumulation says" if run.accumulation else "chosen: config.accumulation is not set"
+    log.info(f"a step has {count} microbatch(es) of {run.batch_size // count} sequences ({how})")
     if traced and first >= traced.stop:
         log.info(f"steps {traced[0]} to {traced[-1]} are done: there is nothing to profile")
     saves = Saves(run, mesh)
