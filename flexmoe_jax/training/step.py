@@ -22,22 +22,25 @@ from flexmoe_jax.training.optimizer import learning_rate, make_optimizer
 from flexmoe_jax.training.state import TrainState
 from flexmoe_jax.tree import Params, combine, flatten
 
-# Tokens of a microbatch on a CPU: its activations stay in the cache. At 5 M parameters and a batch of 16 x 256 a step of
-# 4 x 4 sequences takes 0.76 (dense) and 0.85 (hybrid) of the time of 1 x 16, and 0.3 of the memory; 8 x 2 is as fast.
+# Tokens of a microbatch on a CPU: its activations stay in the cache. At 5 M parameters and a batch of 16 x 256, a step
+# of 4 x 4 sequences takes 0.76 (dense) and 0.85 (hybrid) of the time of 1 x 16, 0.3 of its memory; 8 x 2 is as fast.
 CPU_TOKENS = 1024
 
 
-def make_train_step(model: ModelConfig, run: RunConfig, shardings: Any = None) -> Callable:
+def make_train_step(
+    model: ModelConfig, run: RunConfig, shardings: Any = None, optimizer: optax.GradientTransformation | None = None
+) -> Callable:
     """Returns jitted `step(state, frozen, batch) -> (state, metrics)`; `state` is donated.
 
-    `shardings` are (those of the state, that of the metrics), for a step that is called inside `jax.set_mesh`. `batch`
-    is a `data.pipeline.Batch` of [batch_size, seq_len]. Losses are sums over weighted tokens divided by the weights of
+    `shardings` are (those of the state, that of the metrics), for a step that is called inside `jax.set_mesh`, as this
+    function is. Without an `optimizer` it is the run's. `batch` is a `data.pipeline.Batch` of [batch_size, seq_len],
+    which is cut into `microbatches(run)`. Losses are sums over weighted tokens divided by the weights of
     the whole batch, not means over microbatches. A step whose loss or gradient is not finite changes neither parameters
     nor moments, and is counted. Metrics are scalars, `share` [L, E], the mean routed weight of each expert in canonical
     order, and where public text is mixed in `router_accuracy` [L]; `grad_norms` and `update_norms` hold a norm for each
     kind of parameter (`kind_of`).
     """
-    optimizer, schedule = make_optimizer(run.optimizer, run.steps), learning_rate(run.optimizer, run.steps)
+    optimizer, schedule = optimizer or make_optimizer(run.optimizer, run.steps), learning_rate(run.optimizer, run.steps)
     count = microbatches(run)
     grads_of = jax.grad(functools.partial(_losses, model, run), has_aux=True)
 
