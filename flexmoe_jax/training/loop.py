@@ -79,8 +79,8 @@ def train(run: RunConfig, allow: Collection[str] = (), profile: str | None = Non
     `allow` names keys of `run.json` (`config.steps`, `data.own.documents`) that may differ from the start of the run:
     it resumes with the new values, but with the tokens made at its start. `profile` ("10:13") selects the steps whose
     XLA trace every process writes into `profile/<process>/`. The run directory `run.out` holds `run.json` (identity),
-    `tokens/` (unless the data is a token store), `checkpoints/`, `metrics.jsonl`, and at the end `model/` or
-    `package/`. Progress is logged.
+    `hashed.json` (digests of its data), `tokens/` (unless the data is a token store), `checkpoints/`, `metrics.jsonl`,
+    and at the end `model/` or `package/`. Progress is logged.
 
     Raises `Stopped` after saving on SIGTERM, SIGHUP, SIGUSR1 and the first Ctrl-C (in the main thread), ArtifactError
     if `run.out` belongs to another run, and FlexMoEError for input that cannot be used, when the loss stays non-finite,
