@@ -5,6 +5,7 @@ import shutil
 import stat
 
 import pytest
+from cryptography.hazmat.primitives.serialization import load_pem_private_key
 
 from flexmoe_jax.artifacts.journal import read_journal
 from flexmoe_jax.artifacts.model_changes import sign_release
@@ -12,11 +13,12 @@ from flexmoe_jax.artifacts.model_checks import verify_model
 from flexmoe_jax.artifacts.model_dir import open_model
 from flexmoe_jax.artifacts.package import load_package, sign_package, verify_package
 from flexmoe_jax.artifacts.sealed import json_bytes
-from flexmoe_jax.artifacts.signature import FILE, generate_key, read_trusted
+from flexmoe_jax.artifacts.signature import FILE, generate_key, read_signature, read_trusted
 from flexmoe_jax.cli.main import main
 from flexmoe_jax.compose.merge import merge
 from flexmoe_jax.compose.optout import opt_out, replace
 from flexmoe_jax.errors import ArtifactError, FlexMoEError
+from flexmoe_jax.json_files import canonical_json
 from tests.tiny import contents, flip_bit, make_expert, make_release
 
 
@@ -94,6 +96,20 @@ def test_a_signature_with_an_altered_field_is_refused(package, change, message):
     fields = json.loads((package / FILE).read_bytes())
     (package / FILE).write_bytes(json_bytes(fields | change))
     assert message in problems(package)[FILE]
+
+
+def test_a_valid_signature_of_another_package_or_owner_is_refused(home, package):
+    """Both are signed with a key that is trusted for somebody."""
+    (package / FILE).write_bytes((home / "news2" / FILE).read_bytes())
+    assert "signs the manifest" in problems(package, trust(home))[FILE]
+    fields = json.loads((home / "news1" / FILE).read_bytes()) | {"owner": "code"}
+    key = load_pem_private_key((home / "code.key").read_bytes(), None)
+    fields["public_key"] = key.public_key().public_bytes_raw().hex()
+    del fields["signature"]
+    (package / FILE).write_bytes(json_bytes({**fields, "signature": key.sign(canonical_json(fields)).hex()}))
+    assert read_signature(package, fields["manifest"]).owner == "code"
+    for trusted in (None, trust(home)):
+        assert "is signed as 'code', not 'news'" in problems(package, trusted)[FILE]
 
 
 def test_a_key_that_is_not_trusted_for_the_owner_is_refused(home, package, tmp_path):

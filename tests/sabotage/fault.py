@@ -23,7 +23,7 @@ class Fault:
     """The pytest node that must fail: `tests/FILE.py::test_name`."""
 
     def applied(self, source: str) -> str:
-        """The content of the file with the fault; ValueError unless `old` occurs once and the result is Python."""
+        """The file's content with the fault; ValueError unless `old` occurs once, SyntaxError if that is not Python."""
         if (count := source.count(self.old)) != 1:
             raise ValueError(f"{self.file} has {count} times: {self.old}")
         broken = source.replace(self.old, self.new)

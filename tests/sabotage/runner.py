@@ -72,7 +72,7 @@ def try_fault(fault: Fault) -> Verdict:
             outcome = f"the test breaks down: {outcomes.said}"
         else:
             outcome = SURVIVED
-    except ValueError as error:
+    except (ValueError, SyntaxError) as error:
         outcome = f"does not apply: {error}"
     except subprocess.TimeoutExpired:
         outcome = f"the test takes over {SECONDS} seconds"
@@ -80,7 +80,7 @@ def try_fault(fault: Fault) -> Verdict:
 
 
 def tests_on_copy(tests: Sequence[str], fault: Fault | None) -> Outcomes:
-    """Runs `tests` on a copy of the package, which has the `fault`; ValueError if the fault does not apply."""
+    """Runs `tests` on a copy of the package, which has the `fault`; errors as of `Fault.applied`."""
     with tempfile.TemporaryDirectory(prefix="sabotage-") as name:
         copy = pathlib.Path(name).resolve()
         for part in COPIED:

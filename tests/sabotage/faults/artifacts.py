@@ -156,14 +156,14 @@ ARTIFACTS = (
         SIGNATURE,
         'if fields["manifest"] != manifest:',
         'if not fields["manifest"]:',
-        f"{OF_SIGNATURE}::test_a_signature_of_another_package_is_refused",
+        f"{OF_SIGNATURE}::test_a_valid_signature_of_another_package_or_owner_is_refused",
     ),
     Fault(
         "a signature of another owner counts",
         SIGNATURE,
         "if signature.owner != owner:",
         "if not signature.owner:",
-        f"{OF_SIGNATURE}::test_a_signature_of_another_owner_is_refused",
+        f"{OF_SIGNATURE}::test_a_valid_signature_of_another_package_or_owner_is_refused",
     ),
     Fault(
         "a key of anyone is trusted",
@@ -289,7 +289,7 @@ ARTIFACTS = (
         TUNE,
         "public_data=str(public_data),",
         "public_data=str(folder),",
-        f"{OF_TUNE}::test_each_owners_tuning_reads_its_proxies_and_public_text",
+        f"{OF_TUNE}::test_the_tuning_of_one_owner_reads_its_proxies_and_public_text",
     ),
     Fault(
         "experts that were trained together do not record one another",

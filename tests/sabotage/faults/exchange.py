@@ -143,7 +143,7 @@ EXCHANGE = (
         SPLITS,
         "if piece.group in heldout:",
         "if piece.marked:",
-        "tests/flexmix/test_build.py::test_a_group_is_in_one_place_only",
+        "tests/flexmix/test_splits.py::test_a_group_is_in_one_place",
     ),
     Fault(
         "a mix holds duplicates",

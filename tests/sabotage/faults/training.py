@@ -5,7 +5,8 @@ from tests.sabotage.fault import Fault
 STEP, LOOP, RESUME = "training/step.py", "training/loop.py", "training/resume.py"
 OPTIMIZER, START, FREEZING = "training/optimizer.py", "training/start.py", "training/freezing.py"
 OF_STEP, OF_LOOP = "tests/training/test_step.py", "tests/training/test_loop.py"
-OF_PROMISES = "tests/training/test_promises.py"
+OF_LOSSES, OF_DATA = "tests/training/test_losses.py", "tests/training/test_run_data.py"
+OF_START = "tests/training/test_start.py"
 
 TRAINING = (
     Fault(
@@ -13,42 +14,42 @@ TRAINING = (
         STEP,
         "batch.tokens, batch.segments",
         "batch.tokens, None",
-        f"{OF_PROMISES}::test_a_document_does_not_change_the_loss_of_another_in_its_row",
+        f"{OF_LOSSES}::test_a_document_does_not_change_the_loss_of_another_in_its_row",
     ),
     Fault(
         "the owner's text is marked as public text and the reverse",
         LOOP,
         "mix_batches(*parts)",
         "mix_batches(*parts[::-1])",
-        f"{OF_PROMISES}::test_rows_of_the_owner_are_marked_as_such_in_the_promised_number",
+        f"{OF_DATA}::test_rows_of_the_owner_are_marked_as_such_in_the_promised_number",
     ),
     Fault(
         "as many public rows as the owner should have",
         LOOP,
         "(run.batch_size - run.public_sequences, run.public_sequences)",
         "(run.public_sequences, run.batch_size - run.public_sequences)",
-        f"{OF_PROMISES}::test_rows_of_the_owner_are_marked_as_such_in_the_promised_number",
+        f"{OF_DATA}::test_rows_of_the_owner_are_marked_as_such_in_the_promised_number",
     ),
     Fault(
         "held-out text is trained on",
         LOOP,
         "write_store(read_documents(folder, ",
         'write_store(read_documents(folder, "heldout", ',
-        f"{OF_PROMISES}::test_a_run_trains_on_no_held_out_text",
+        f"{OF_DATA}::test_a_run_trains_on_no_held_out_text",
     ),
     Fault(
         "every seed has the same order of text",
         LOOP,
         "batch_size=size, seed=run.seed",
         "batch_size=size, seed=0",
-        f"{OF_PROMISES}::test_the_order_of_text_depends_on_the_seed",
+        f"{OF_DATA}::test_the_order_of_text_depends_on_the_seed",
     ),
     Fault(
         "every seed has the same initial weights",
         START,
         "jax.random.key(run.seed)",
         "jax.random.key(0)",
-        f"{OF_PROMISES}::test_initial_weights_depend_on_the_seed",
+        f"{OF_DATA}::test_initial_weights_depend_on_the_seed",
     ),
     Fault(
         "gradients are not clipped",
@@ -97,14 +98,14 @@ TRAINING = (
         STEP,
         "weights_BT, run.z_loss",
         "weights_BT, -run.z_loss",
-        f"{OF_PROMISES}::test_the_z_loss_pulls_the_partition_of_the_vocabulary_towards_1",
+        f"{OF_LOSSES}::test_a_z_loss_pulls_its_partition_towards_1",
     ),
     Fault(
         "the router's z-loss has the wrong sign",
         STEP,
         "total + run.router_z_loss * router_z",
         "total - run.router_z_loss * router_z",
-        f"{OF_PROMISES}::test_the_router_z_loss_pulls_the_partition_of_the_experts_towards_1",
+        f"{OF_LOSSES}::test_a_z_loss_pulls_its_partition_towards_1",
     ),
     Fault(
         "the contrast loss has the wrong sign",
@@ -132,7 +133,7 @@ TRAINING = (
         STEP,
         "Decoder(model, run.top_k, ",
         "Decoder(model, None, ",
-        f"{OF_PROMISES}::test_training_runs_only_the_top_k_experts",
+        f"{OF_LOSSES}::test_training_runs_only_the_top_k_experts",
     ),
     Fault(
         "accumulated gradients are not summed",
@@ -195,14 +196,14 @@ TRAINING = (
         START,
         'public.config.d_model, theirs["scale"], ',
         "public.config.d_model, 1.0, ",
-        f"{OF_PROMISES}::test_an_owners_row_starts_in_the_space_of_the_public_one",
+        f"{OF_START}::test_an_owners_row_starts_in_the_space_of_the_public_one",
     ),
     Fault(
         "an owner's router row is projected by another map than the public one",
         START,
         'theirs["projection_seed"])',
         'theirs["projection_seed"] + 1)',
-        f"{OF_PROMISES}::test_an_owners_row_starts_in_the_space_of_the_public_one",
+        f"{OF_START}::test_an_owners_row_starts_in_the_space_of_the_public_one",
     ),
     Fault(
         "the encoders of two domain vectors may differ",
@@ -216,7 +217,7 @@ TRAINING = (
         START,
         "check_belongs(manifest, public, path)",
         "pass",
-        f"{OF_PROMISES}::test_a_package_is_trained_further_only_beside_its_public_model",
+        f"{OF_START}::test_a_package_is_trained_further_only_beside_its_public_model",
     ),
     Fault(
         "an expert that is trained further starts anew",
