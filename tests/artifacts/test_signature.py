@@ -57,9 +57,12 @@ def test_a_signed_package_passes_and_signing_again_gives_the_same_bytes(home, pa
     sign_package(package, home / "news.key", 1)
     assert (package / FILE).read_bytes() == before
     load_package(package)
-    key = home / "news.key"
-    assert stat.S_IMODE(key.stat().st_mode) == 0o600
-    assert b"PRIVATE KEY" in key.read_bytes()
+    assert b"PRIVATE KEY" in (home / "news.key").read_bytes()
+
+
+def test_only_its_owner_can_read_a_private_key(tmp_path):
+    generate_key(tmp_path / "news.key", "news")
+    assert stat.S_IMODE((tmp_path / "news.key").stat().st_mode) == 0o600
 
 
 def test_a_missing_signature_is_refused_if_one_is_required(home, package):

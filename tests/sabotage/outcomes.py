@@ -3,8 +3,11 @@
 import json
 import os
 import pathlib
+import traceback
 
 import pytest
+
+TESTS = pathlib.Path(__file__).parent.parent
 
 # A test that fails by one of these has noticed a broken promise. NameError, TypeError, .. only say that code is broken.
 NOTICED = {"AssertionError", "Failed", "FlexMoEError"}
@@ -13,9 +16,15 @@ _passed: set[str] = set()
 
 
 def noticed(error: BaseException) -> bool:
-    """Whether an exception says that a promise is broken; of a group, whether all of its exceptions do."""
+    """Whether an exception says that a promise is broken; of a group, whether all of its exceptions do.
+
+    So does a LookupError in the test's own code, which looks for something that should be there.
+    """
     if isinstance(error, BaseExceptionGroup):
         return all(map(noticed, error.exceptions))
+    if isinstance(error, LookupError) and error.__traceback__ is not None:
+        *_, (frame, _) = traceback.walk_tb(error.__traceback__)
+        return pathlib.Path(frame.f_code.co_filename).is_relative_to(TESTS)
     return bool(NOTICED & {kind.__name__ for kind in type(error).__mro__})
 
 

@@ -72,3 +72,9 @@ def test_only_a_broken_promise_is_noticed():
         assert not noticed(BaseExceptionGroup("of hypothesis", [error, NameError()]))
     for other in (NameError(), TypeError(), ValueError(), ImportError(), SyntaxError()):
         assert not noticed(other)
+    with pytest.raises(KeyError) as here:
+        {}["not there"]
+    with pytest.raises(KeyError) as elsewhere:
+        collections.ChainMap({})["not there"]  # raised in code of Python
+    assert noticed(here.value)
+    assert not noticed(elsewhere.value)

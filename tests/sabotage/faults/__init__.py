@@ -4,7 +4,8 @@ from tests.sabotage.faults.artifacts import ARTIFACTS
 from tests.sabotage.faults.data import DATA
 from tests.sabotage.faults.evaluation import EVALUATION
 from tests.sabotage.faults.exchange import EXCHANGE
+from tests.sabotage.faults.machine import MACHINE
 from tests.sabotage.faults.model import MODEL
 from tests.sabotage.faults.training import TRAINING
 
-FAULTS = (*TRAINING, *MODEL, *DATA, *ARTIFACTS, *EVALUATION, *EXCHANGE)
+FAULTS = (*TRAINING, *MODEL, *DATA, *ARTIFACTS, *EVALUATION, *EXCHANGE, *MACHINE)

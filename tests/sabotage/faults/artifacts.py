@@ -191,7 +191,7 @@ ARTIFACTS = (
         SIGNATURE,
         "os.O_EXCL, 0o600)",
         "os.O_EXCL, 0o644)",
-        f"{OF_SIGNATURE}::test_a_signed_package_passes_and_signing_again_gives_the_same_bytes",
+        f"{OF_SIGNATURE}::test_only_its_owner_can_read_a_private_key",
     ),
     Fault(
         "a signed package is replaced by an older version",
