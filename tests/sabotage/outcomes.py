@@ -18,14 +18,15 @@ _passed: set[str] = set()
 def noticed(error: BaseException) -> bool:
     """Whether an exception says that a promise is broken; of a group, whether all of its exceptions do.
 
-    So does a LookupError in the test's own code, which looks for something that should be there.
+    So does one in the test's own code, which takes something for what it should be: a row that is not there.
     """
     if isinstance(error, BaseExceptionGroup):
         return all(map(noticed, error.exceptions))
-    if isinstance(error, LookupError) and error.__traceback__ is not None:
-        *_, (frame, _) = traceback.walk_tb(error.__traceback__)
-        return pathlib.Path(frame.f_code.co_filename).is_relative_to(TESTS)
-    return bool(NOTICED & {kind.__name__ for kind in type(error).__mro__})
+    if NOTICED & {kind.__name__ for kind in type(error).__mro__}:
+        return True
+    frames = [frame for frame, _ in traceback.walk_tb(error.__traceback__)]
+    own = bool(frames) and pathlib.Path(frames[-1].f_code.co_filename).is_relative_to(TESTS)
+    return own and isinstance(error, LookupError | ValueError)
 
 
 @pytest.hookimpl(wrapper=True)

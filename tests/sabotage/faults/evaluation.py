@@ -43,7 +43,7 @@ EVALUATION = (
         PERPLEXITY,
         "weights_LNE / weights_LNE.sum(-1, keepdims=True)",
         "weights_LNE",
-        "tests/evaluate/test_routing.py::test_pieces_join_to_the_text_and_weights_sum_to_one",
+        f"{OF_SCORES}::test_a_score_runs_only_the_top_k_experts",
     ),
     Fault(
         "documents of a score get one another's numbers",
