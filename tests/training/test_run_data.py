@@ -14,14 +14,14 @@ from flexmoe_jax.parallel.mesh import mesh_of_one
 from flexmoe_jax.training import loop
 from flexmoe_jax.training.start import prepare
 from flexmoe_jax.tree import PUBLIC
-from tests.tiny import WORDS, expert_run, public_run, same_tree, write_documents
+from tests.tiny import WORDS, expert_run, public_run, random_release, same_tree, write_documents
 
 TOKENIZER = load_tokenizer("cl100k:512")
 
 
 @pytest.fixture(scope="module")
 def release(tmp_path_factory) -> pathlib.Path:
-    return loop.train(public_run(tmp_path_factory.mktemp("world"), steps=1))
+    return random_release(tmp_path_factory.mktemp("world"))[0]
 
 
 def batches_of(run, monkeypatch) -> list[Batch]:

@@ -3,29 +3,19 @@
 import numpy as np
 import pytest
 
-from flexmoe_jax.artifacts.model_dir import create_model
 from flexmoe_jax.config import RunConfig
-from flexmoe_jax.data.embedding import DomainVector, projection_record, router_row
-from flexmoe_jax.data.tokenizer import load_tokenizer
 from flexmoe_jax.errors import ArtifactError
 from flexmoe_jax.parallel.mesh import mesh_of_one
 from flexmoe_jax.training.start import prepare
-from flexmoe_jax.tree import PUBLIC, TRUNK
-from tests.tiny import MODEL, expert_run, make_expert, make_release, random_params, same_tree, write_vector
+from flexmoe_jax.tree import PUBLIC
+from tests.tiny import expert_run, make_expert, make_release, random_release, same_tree
 
 SCALE, SEED = 0.37, 5  # neither is a default
 
 
 @pytest.fixture
 def release(tmp_path):
-    """(a public model whose row is its domain vector's at norm `SCALE`, projected by `SEED`; that vector's file)."""
-    vector = write_vector(tmp_path / "public.json", 1)
-    domain, params = DomainVector.load(vector), random_params(MODEL)
-    row = router_row(domain.vector, MODEL.d_model, SCALE, SEED)
-    params["experts"][PUBLIC]["router"] = np.tile(row, (MODEL.num_layers, 1))
-    record = {"router": projection_record(domain, MODEL.d_model, SCALE, SEED)}
-    tokenizer = load_tokenizer("cl100k:512").files
-    return create_model(tmp_path / "release", params, MODEL, tokenizer, {TRUNK: {}, PUBLIC: record}).path, vector
+    return random_release(tmp_path, SCALE, SEED)
 
 
 def test_an_owners_row_starts_in_the_space_of_the_public_one(release, tmp_path):
