@@ -55,7 +55,11 @@ _REMEDIES = {
     "expert": "set config.expert to the owner's package; a public run has none",
     "router_contrast": "only an owner's expert trained beside the public one has odds to train: set it to 0",
 }
-_PATHS = ("data", "out", "public", "public_data", "domain_vector", "expert", "tokenizer")
+_PATHS = (
+    *("data", "out", "public", "public_data", "domain_vector", "expert", "tokenizer"),
+    *("validation", "public_validation"),
+)
+TRACKERS = ("tensorboard", "wandb")
 
 
 @dataclasses.dataclass(frozen=True)
@@ -66,7 +70,7 @@ class RunConfig:
     ConfigError for values that are impossible or do not belong together.
     """
 
-    LATER: ClassVar = ("text_field", "id_field", "token_dtype")
+    LATER: ClassVar = ("text_field", "id_field", "token_dtype", "holdout")
 
     owner: str
     """Whose parameters are trained: `public`, or a data owner's name (the expert's name in every merged model)."""
@@ -170,7 +174,36 @@ class RunConfig:
     """Seed of initial weights and of the order of data."""
 
     log_every: Count = 10
-    """Steps between lines of `metrics.jsonl`."""
+    """Steps between lines of `metrics.jsonl`; a line has the means of the steps since the line before."""
+
+    validation: str | pathlib.Path | None = None
+    """Held-out text of the owner, scored while the run trains. None: files of `data` that are named for held-out text
+    (`heldout.jsonl`, `validation/`), or the share `holdout`."""
+
+    holdout: ShareBelowOne = 0.0
+    """Share of the documents in `data` that is not trained on, for validation; a hash of a document's group decides. 0:
+    none is held out."""
+
+    public_validation: str | pathlib.Path | None = None
+    """Held-out public text, scored beside the owner's. None: files of `public_data` that are named for it."""
+
+    eval_every: Annotated[int | None, COUNT] = 100
+    """Steps between validations; there is one after the last step, too. None: no validation."""
+
+    eval_bytes: Count = 50_000
+    """UTF-8 bytes of each held-out text that a validation scores: the first documents."""
+
+    patience: Annotated[int | None, COUNT] = None
+    """Validations in a row without a better score of the own text after which the run ends. None: it does not end
+    early."""
+
+    publish: str = "last"
+    """Weights of the product: those of the `last` step, or those that scored `best` on the own held-out text, which are
+    saved when they are found and kept."""
+
+    track: str | None = "tensorboard"
+    """Where metrics go beside `metrics.jsonl`: `tensorboard` (files in the run directory), `wandb` (Weights & Biases,
+    offline unless WANDB_MODE says otherwise; the extra `track`), or both, with a comma."""
 
     save_every: Count = 500
     """Steps between checkpoints: what a crash can cost at most."""
@@ -203,6 +236,11 @@ class RunConfig:
         return self.owner == PUBLIC
 
     @property
+    def trackers(self) -> tuple[str, ...]:
+        """The names in `track`."""
+        return tuple(name.strip() for name in self.track.split(",")) if self.track else ()
+
+    @property
     def public_sequences(self) -> int:
         """Sequences of each batch that come from `public_data`."""
         return round(self.public_fraction * self.batch_size)
@@ -232,10 +270,16 @@ class RunConfig:
                 "microbatches are equal: change one of the two",
             )
         choices = {"compute_dtype": ("float32", "bfloat16"), "token_dtype": (None, "uint16", "uint32")}
+        choices["publish"] = ("last", "best")
         for name, known in choices.items():
             if getattr(self, name) not in known:
                 words = " or ".join(repr(choice) for choice in known if choice)
                 raise ConfigError(f"config.{name} is {getattr(self, name)!r}", f"use {words}")
+        if unknown := [name for name in self.trackers if name not in TRACKERS]:
+            raise ConfigError(f"config.track names {unknown[0]!r}", f"use one of: {', '.join(TRACKERS)}, or none")
+        if self.holdout and self.validation is not None:
+            what = f"config.holdout is {self.holdout} and config.validation {self.validation!r}"
+            raise ConfigError(what, "set one of them: both say which text is held out")
         try:
             re.compile(self.freeze or "")
         except re.error as error:

@@ -103,7 +103,7 @@ def test_the_7b_training_steps_lower(name):
     assert jax.tree.map(lambda leaf: (leaf.shape, leaf.dtype), new_state) == jax.tree.map(
         lambda leaf: (leaf.shape, leaf.dtype), state
     )
-    assert metrics["share"].shape == (len(experts),)
+    assert metrics["share"].shape == (model.num_layers, len(experts))
     trained = sum(leaf.size for leaf in jax.tree.leaves(new_state.trainable))
     every = sum(leaf.size for leaf in jax.tree.leaves(params))
     expert = count_parameters(model, run.owner)

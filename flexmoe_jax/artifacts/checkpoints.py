@@ -44,6 +44,18 @@ class Restored:
     skipped: tuple[tuple[int, str], ...]
 
 
+@dataclasses.dataclass
+class _Preserved:
+    """Which steps stay on disk: the `newest`, and those in `kept` (a PreservationPolicy of Orbax)."""
+
+    newest: int
+    kept: set[int]
+
+    def should_preserve(self, checkpoints: Sequence[Any], *, context: Any) -> list[bool]:
+        first = len(checkpoints) - self.newest
+        return [i >= first or info.step in self.kept for i, info in enumerate(checkpoints)]
+
+
 class RunCheckpoints:
     """The checkpoints of the run directory `path`, locked for this process; use it in a `with` block.
 
@@ -53,7 +65,7 @@ class RunCheckpoints:
     """
 
     def __init__(self, path: pathlib.Path | str, keep: int = 2):
-        self.path, self._keep = pathlib.Path(path).absolute(), keep
+        self.path, self._keep, self._kept = pathlib.Path(path).absolute(), keep, set[int]()
         self._steps, self._digests = self.path / "checkpoints", self.path / "digests"
         self._lead = is_lead()
         for folder in map(self.path.joinpath, _FOLDERS):  # steps and digests are deleted and moved in these
@@ -89,7 +101,7 @@ class RunCheckpoints:
         return self._ocp.CheckpointManager(
             self._steps,
             item_names=("trainable", "optimizer", "data", "meta"),
-            options=self._ocp.CheckpointManagerOptions(max_to_keep=self._keep),
+            options=self._ocp.CheckpointManagerOptions(preservation_policy=_Preserved(self._keep, self._kept)),
         )
 
     def __enter__(self) -> "RunCheckpoints":
@@ -110,6 +122,15 @@ class RunCheckpoints:
                 if "_manager" in vars(self):
                     with contextlib.suppress(Exception):  # `wait` has reported it
                         self._manager.close()
+
+    def keep(self, step: int) -> None:
+        """Keeps `step` beside the newest ones, in place of the step that was kept so before.
+
+        That one stays until `step` is saved: a crash before finds what its checkpoints speak of.
+        """
+        if step in self._kept:
+            self._kept.intersection_update({step})
+        self._kept.add(step)
 
     def save(self, step: int, trainable: Any, opt_state: Any, data_state: dict, meta: dict) -> None:
         """Starts to save `step`; the arrays may be donated or changed when this returns.

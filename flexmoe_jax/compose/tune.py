@@ -89,6 +89,7 @@ def tune(
         "optimizer": OptimizerConfig(lr=tuning.lr, warmup_steps=min(100, tuning.steps // 10)),
         "seed": tuning.seed,
         "freeze": FROZEN,
+        "eval_every": None,
     }
     work = _tune_together if tuning.together else _tune_each
     tuned = work(opened, folders, pathlib.Path(public_data), out, options)

@@ -4,6 +4,7 @@ import dataclasses
 import functools
 import math
 import pathlib
+from collections.abc import Iterable
 
 import jax
 import numpy as np
@@ -12,7 +13,7 @@ from jax.sharding import Mesh
 from flexmoe_jax.data.corpus import HELDOUT
 from flexmoe_jax.data.pipeline import Batch, scoring_batches
 from flexmoe_jax.data.records import DEFAULT, Fields
-from flexmoe_jax.data.sources import read_documents
+from flexmoe_jax.data.sources import Document, read_documents
 from flexmoe_jax.data.tokenizer import Tokenizer
 from flexmoe_jax.errors import DataError
 from flexmoe_jax.model.decoder import Decoder, head, hidden_states
@@ -103,9 +104,17 @@ def heldout_texts(folder: pathlib.Path, max_bytes: int, split: str = HELDOUT, fi
 
     DataError if the folder has no document of the split.
     """
+    texts = first_texts(read_documents(folder, split, fields), max_bytes)
+    if not texts:
+        raise DataError(f"{folder} has no document of the split {split!r}", "give a folder with held-out documents")
+    return texts
+
+
+def first_texts(documents: Iterable[Document], max_bytes: int) -> list[str]:
+    """The texts of the first documents: at most `max_bytes` of UTF-8, but at least one. DataError for conversations."""
     texts: list[str] = []
     size = 0
-    for document in read_documents(folder, split, fields):
+    for document in documents:
         if document.messages:
             raise DataError(
                 f"{document.where} is a conversation, and only texts are scored",
@@ -115,8 +124,6 @@ def heldout_texts(folder: pathlib.Path, max_bytes: int, split: str = HELDOUT, fi
         if texts and size > max_bytes:
             break
         texts.append(document.text)
-    if not texts:
-        raise DataError(f"{folder} has no document of the split {split!r}", "give a folder with held-out documents")
     return texts
 
 

@@ -102,7 +102,7 @@ def curves(config: StudyConfig, root: pathlib.Path) -> list[Curve]:
 
 def _losses(metrics: pathlib.Path) -> list[list[float]]:
     rows = map(json.loads, metrics.read_text(encoding="utf-8").splitlines())
-    return [[row["step"], round(row["loss"], 4)] for row in rows if row["loss"] is not None]
+    return [[row["step"], round(row["loss"], 4)] for row in rows if row.get("loss") is not None]
 
 
 def samples(model: Model, heldout: Mapping[str, Sequence[str]]) -> list[dict[str, Any]]:

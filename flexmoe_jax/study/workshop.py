@@ -104,6 +104,7 @@ class Workshop:
             "seq_len": self.config.seq_len,
             "seed": self.seed,
             "save_every": 200,
+            "eval_every": None,  # the held-out text is for the study's own scores
         }
         product = train(RunConfig(owner=owner, data=str(folder), steps=steps, **options | changes))
         log.info(f"seed {self.seed}: {name}: {product}")

@@ -1,11 +1,12 @@
 """The loop around the step: data, checkpoints, metrics, and the model or package at the end."""
 
 import contextlib
+import dataclasses
 import logging
 import pathlib
 import signal
-import time
 from collections.abc import Collection, Iterator
+from typing import Any
 
 import grain
 import jax
@@ -25,12 +26,12 @@ from flexmoe_jax.data.writer import write_store
 from flexmoe_jax.errors import DataError, FlexMoEError
 from flexmoe_jax.parallel.chips import peak_flops
 from flexmoe_jax.parallel.mesh import mesh_of_all, replicated
-from flexmoe_jax.parallel.processes import Agreement, barrier, is_lead, to_host
+from flexmoe_jax.parallel.processes import barrier, is_lead, to_host
 from flexmoe_jax.parallel.specs import check_rows, place_batch
 from flexmoe_jax.parallel.stacked import STACKED, unstack_weights
 from flexmoe_jax.progress import Advance, track
 from flexmoe_jax.training.freezing import freezing_mask, freezing_table
-from flexmoe_jax.training.metrics import Meter, MetricsFile, Recorder, check_skipped
+from flexmoe_jax.training.metrics import Meter, MetricsFile, Recorder, Sink, Window, check_skipped
 from flexmoe_jax.training.optimizer import make_optimizer
 from flexmoe_jax.training.profile import Profile, parse_steps
 from flexmoe_jax.training.resume import (
@@ -42,10 +43,13 @@ from flexmoe_jax.training.resume import (
     fields_of,
     identity_of,
 )
+from flexmoe_jax.training.saves import Saves
 from flexmoe_jax.training.signals import EX_INTERRUPTED, EX_TEMPFAIL, StopSignals
 from flexmoe_jax.training.start import Start, prepare
 from flexmoe_jax.training.state import TrainState, create_state, flops_per_token
 from flexmoe_jax.training.step import make_train_step
+from flexmoe_jax.training.trackers import open_trackers
+from flexmoe_jax.training.validation import Validation, distance, held_out
 from flexmoe_jax.tree import Params, canonical_order, combine, partition, split
 
 log = logging.getLogger(__name__)
@@ -78,6 +82,10 @@ def train(run: RunConfig, allow: Collection[str] = (), profile: str | None = Non
     mesh = mesh_of_all(run.mesh)
     check_rows(mesh, run.batch_size)
     initial = prepare(run, mesh)
+    for key in SOURCES.values():
+        if (path := getattr(run, key)) is not None and not pathlib.Path(path).exists():
+            raise DataError(f"config.{key} {path!r} does not exist", "give a folder of documents or a token store")
+    validation = Validation(run, initial, mesh)
     with RunCheckpoints(out, keep=run.keep_checkpoints) as checkpoints:
         started = checkpoints.started or product.exists()
         stores, documents = _open_data(run, initial, out, started)
@@ -88,64 +96,113 @@ def train(run: RunConfig, allow: Collection[str] = (), profile: str | None = Non
             return product
         for pattern, trainable, leaves, count in freezing_table(initial.params, run.owner, run.freeze):
             log.info(f"{'trained' if trainable else 'frozen ':8} {pattern:34} {leaves:3} leaves {count:14,} parameters")
+        job = _Job(run, initial, mesh, stores, checkpoints, validation, identity)
         with jax.set_mesh(mesh):
-            state = _fit(run, initial, mesh, stores, checkpoints, traced)
-        check_skipped(run, int(state.skipped))
-        trained = _to_host(state.trainable, initial)
+            state = _fit(job, traced)
+            check_skipped(run, int(state.skipped))
+            steps, published = _published(job, state)
+        trained = _to_host(published, initial)
         if is_lead():
-            _write_product(product, run, initial, trained, int(state.skipped), identity)
+            _write_product(product, job, trained, steps, int(state.skipped))
         barrier("product")
     return product
 
 
-def _fit(
-    run: RunConfig,
-    initial: Start,
-    mesh: Mesh,
-    stores: list[TokenStore],
-    checkpoints: RunCheckpoints,
-    traced: range,
-) -> TrainState:
+@dataclasses.dataclass(frozen=True)
+class _Job:
+    """A run with what it works on."""
+
+    run: RunConfig
+    initial: Start
+    mesh: Mesh
+    stores: list[TokenStore]
+    checkpoints: RunCheckpoints
+    validation: Validation
+    identity: dict
+
+
+def _fit(job: _Job, traced: range) -> TrainState:
+    run, initial, mesh, checkpoints, validation = job.run, job.initial, job.mesh, job.checkpoints, job.validation
     out = checkpoints.path
     optimizer = make_optimizer(run.optimizer, run.steps)
     state, frozen = create_state(mesh, initial.params, run.owner, optimizer, jnp.dtype(run.compute_dtype), run.freeze)
-    iterator = make_iterator(_batches(run, stores))
+    iterator = make_iterator(_batches(run, job.stores))
     shardings = (jax.tree.map(lambda leaf: leaf.sharding, state), replicated(mesh))
-    state = _restore(checkpoints, state, iterator)
+    state, window = _restore(job, state, iterator)
     first = int(state.step)
     step = make_train_step(initial.model, run, shardings)
-    names = canonical_order(initial.params["experts"])
-    meter = _meter(run, initial, mesh)
     if traced and first >= traced.stop:
         log.info(f"steps {traced[0]} to {traced[-1]} are done: there is nothing to profile")
-    stop, agreement = StopSignals(), Agreement(mesh)
-    saved_at, answer = time.monotonic(), None
+    saves = Saves(run, mesh)
     profile = Profile(traced, out / "profile" / str(jax.process_index()))
     shown = track(f"train {run.owner}", run.steps, "steps", start=first) if is_lead() else _nothing()
-    with stop, profile, shown as advance, MetricsFile(out / "metrics.jsonl", first, written=is_lead()) as metrics_file:
-        recorder = Recorder(run, names, metrics_file, advance, meter)
-        for n in range(first, run.steps):
+    with saves, profile, shown as advance, _sinks(job, first) as sinks:
+        names = canonical_order(initial.params["experts"])
+        recorder = Recorder(run, names, sinks, advance, _meter(run, initial, mesh))
+        recorder.window = window
+        for n in range(first, 0 if validation.exhausted else run.steps):
             with profile.step(n, recorder.paused):
                 batch = next(iterator)
                 state, metrics = step(state, frozen, place_batch(mesh, batch))
+                if recorder.logs(n):
+                    metrics |= _watched(job, n, state, frozen)
                 recorder.add(n, metrics)
-            overdue = is_lead() and (time.monotonic() - saved_at) / 60 >= run.save_minutes
-            # Several processes agree on the request of a step one step later, when the answer costs no wait.
-            asked = agreement.ask(stop.received is not None, overdue)
-            stopping, due = agreement.read(answer if agreement.shared and answer is not None else asked)
-            answer = asked
-            last = n + 1 == run.steps
-            if stopping and not last:
-                log.info(f"{stop.name}: saving after step {n + 1}; Ctrl-C ends at once")
-            if stopping or last or due or (n + 1) % run.save_every == 0:
+            found = False
+            if validation.due(n + 1):
                 with recorder.paused():
-                    saved_at = time.monotonic()
-                    _save(checkpoints, state, iterator)
+                    found = _validate(job, n, state, frozen, recorder) and run.publish == "best"
+            last = n + 1 == run.steps or validation.exhausted
+            stopping, due = saves.due(n)
+            if stopping and not last:
+                log.info(f"{saves.stop.name}: saving after step {n + 1}; Ctrl-C ends at once")
+            if stopping or last or due or found:
+                with recorder.paused():
+                    _save(job, state, iterator, recorder.window)
+                    saves.saved()
             if stopping and not last:
                 checkpoints.wait()
-                raise Stopped(stop, f"after step {n + 1} of {run.steps}; the state is saved in {run.out}")
+                raise Stopped(saves.stop, f"after step {n + 1} of {run.steps}; the state is saved in {run.out}")
+            if last:
+                break
     checkpoints.wait()
     return state
+
+
+@contextlib.contextmanager
+def _sinks(job: _Job, first: int) -> Iterator[list[Sink]]:
+    """What takes the lines of metrics: nothing but in process 0."""
+    if not is_lead():
+        yield []
+        return
+    file = MetricsFile(job.checkpoints.path / "metrics.jsonl", first)
+    with file, open_trackers(job.run, job.identity, first) as trackers:
+        yield [file, *trackers]
+
+
+def _watched(job: _Job, n: int, state: TrainState, frozen: Params) -> dict:
+    """What a line of metrics has besides the metrics of steps: tokens and epochs of each source, the distance."""
+    run, sizes = job.run, {"own": job.run.batch_size - job.run.public_sequences, "public": job.run.public_sequences}
+    rows = {name: (store, (n + 1) * sizes[name]) for name, store in zip(sizes, job.stores, strict=False)}
+    seen = {
+        name: {"tokens": count * run.seq_len, "epochs": count / store.num_windows(run.seq_len)}
+        for name, (store, count) in rows.items()
+    }
+    if run.is_public or not run.coordinate:
+        return {"seen": seen}
+    return {"seen": seen, "distance": distance(state.trainable, frozen, run.owner)}
+
+
+def _validate(job: _Job, n: int, state: TrainState, frozen: Params, recorder: Recorder) -> bool:
+    """Scores the held-out texts after step `n`; whether the own text never had a better score."""
+    found = job.validation.measure(combine(state.trainable, frozen))
+    better = job.validation.progress.add(n + 1, found["own"])
+    recorder.write({"step": n, "validation": found})
+    words = ", ".join(f"{name} {bits:.4f}" for name, bits in found.items())
+    log.info(f"after step {n + 1}: held-out bits per byte: {words}{' (own: the best so far)' if better else ''}")
+    if job.validation.exhausted:
+        best, waited = job.validation.progress, job.run.patience
+        log.info(f"no better score in {waited} validations: training ends; the best is that after step {best.step}")
+    return better
 
 
 def _meter(run: RunConfig, initial: Start, mesh: Mesh) -> Meter:
@@ -158,7 +215,7 @@ def _meter(run: RunConfig, initial: Start, mesh: Mesh) -> Meter:
 
 @contextlib.contextmanager
 def _nothing() -> Iterator[Advance]:
-    yield lambda n=1, note="": None
+    yield lambda n=1, note=None, row=None: None
 
 
 def _to_host(trainable: Params, initial: Start) -> Params:
@@ -169,22 +226,44 @@ def _to_host(trainable: Params, initial: Start) -> Params:
     return whole
 
 
-def _save(checkpoints: RunCheckpoints, state: TrainState, iterator: grain.DatasetIterator) -> None:
-    counters = {name: int(getattr(state, name)) for name in _COUNTERS}
-    checkpoints.save(counters["step"], state.trainable, state.opt_state, iterator.get_state(), counters)
+def _save(job: _Job, state: TrainState, iterator: grain.DatasetIterator, window: Window) -> None:
+    meta: dict[str, Any] = {name: int(getattr(state, name)) for name in _COUNTERS}
+    meta |= {"window": window.state, "validation": dataclasses.asdict(job.validation.progress)}
+    _keep_best(job)
+    job.checkpoints.save(meta["step"], state.trainable, state.opt_state, iterator.get_state(), meta)
 
 
-def _restore(checkpoints: RunCheckpoints, state: TrainState, iterator: grain.DatasetIterator) -> TrainState:
-    restored = checkpoints.restore(state.trainable, state.opt_state)
+def _restore(job: _Job, state: TrainState, iterator: grain.DatasetIterator) -> tuple[TrainState, Window]:
+    """The newest checkpoint's state, or `state` where there is none, and the sums of the steps since the last line."""
+    restored = job.checkpoints.restore(state.trainable, state.opt_state)
     if restored is None:
-        return state
+        return state, Window()
     for step, reason in restored.skipped:
         log.info(f"skipped the damaged checkpoint {step}: {reason}")
     log.info(f"resumed at step {restored.step}")
     iterator.set_state(restored.data_state)
+    job.validation.resume(restored.meta.get("validation"))
+    _keep_best(job)
     counters = {name: jnp.full_like(getattr(state, name), restored.meta[name]) for name in _COUNTERS}
     own = lambda tree: jax.tree.map(jnp.array, tree)  # noqa: E731 - a copy: the state is donated
-    return TrainState(trainable=own(restored.trainable), opt_state=own(restored.opt_state), **counters)
+    state = TrainState(trainable=own(restored.trainable), opt_state=own(restored.opt_state), **counters)
+    return state, Window(restored.meta.get("window"))
+
+
+def _keep_best(job: _Job) -> None:
+    if job.run.publish == "best" and (best := job.validation.progress.step) is not None:
+        job.checkpoints.keep(best)
+
+
+def _published(job: _Job, state: TrainState) -> tuple[int, Params]:
+    """(number of steps, trained leaves) of what the run publishes."""
+    best, last = job.validation.progress.step, int(state.step)
+    if job.run.publish == "last" or best in (None, last):
+        return last, state.trainable
+    log.info(f"published are the weights after step {best}, the best on held-out text, not those after step {last}")
+    restored = job.checkpoints.restore(state.trainable, state.opt_state, step=best)
+    assert restored is not None  # `keep` kept it; damaged, it is an error
+    return restored.step, restored.trainable
 
 
 def _batches(run: RunConfig, stores: list[TokenStore]) -> grain.MapDataset:
@@ -201,12 +280,9 @@ def _open_data(
     run: RunConfig, initial: Start, out: pathlib.Path, started: bool
 ) -> tuple[list[TokenStore], dict[str, str | None]]:
     """(token stores, digests of the documents) of the owner's and the public data; makes the tokens where missing."""
-    for key in SOURCES.values():
-        if (path := getattr(run, key)) is not None and not pathlib.Path(path).exists():
-            raise DataError(f"config.{key} {path!r} does not exist", "give a folder of documents or a token store")
     documents = documents_of(run)
     if is_lead() and not started:
-        drop_stale_tokens(out, documents, initial.tokenizer.digest)
+        drop_stale_tokens(out, documents, initial.tokenizer.digest, run.holdout)
     barrier("stale tokens")
     return [_open_tokens(run, SOURCES[name], initial, out / TOKENS[name]) for name in documents], documents
 
@@ -214,7 +290,10 @@ def _open_data(
 def _open_tokens(run: RunConfig, key: str, initial: Start, tokens: pathlib.Path) -> TokenStore:
     """The tokens of `config.key`: a token store, OLMo files, or documents, tokenized once into the store `tokens`."""
     folder = pathlib.Path(getattr(run, key))
-    kind = kind_of(folder)
+    kind, holdout = kind_of(folder), run.holdout if key == "data" else 0.0
+    if holdout and kind != "documents":
+        what = f"config.holdout is {run.holdout} and config.data {run.data!r} holds tokens, not documents"
+        raise DataError(what, "give documents, or config.validation: documents that are not in these tokens")
     if kind == "store":
         return TokenStore.open(folder, initial.tokenizer)
     if kind == "olmo":
@@ -223,26 +302,29 @@ def _open_tokens(run: RunConfig, key: str, initial: Start, tokens: pathlib.Path)
         bos_id = None if initial.tokenizer.bos_id == initial.tokenizer.eos_id else initial.tokenizer.bos_id
         return TokenStore.from_olmo(folder, dtype, initial.tokenizer.eos_id, vocab_size, bos_id)
     if not tokens.exists() and is_lead():
-        write_store(read_documents(folder, fields=fields_of(run, key)), initial.tokenizer, tokens)
+        documents = read_documents(folder, fields=fields_of(run, key))
+        write_store((d for d in documents if not held_out(d, holdout)), initial.tokenizer, tokens)
     barrier(f"tokens of {key}")
     return TokenStore.open(tokens, initial.tokenizer)
 
 
-def _write_product(
-    product: pathlib.Path, run: RunConfig, initial: Start, trained: Params, skipped: int, identity: dict
-) -> None:
+def _write_product(product: pathlib.Path, job: _Job, trained: Params, steps: int, skipped: int) -> None:
+    run, initial, progress = job.run, job.initial, job.validation.progress
     # Frozen leaves come from the start of the run, not from their copies in the compute dtype.
     _, frozen = partition(initial.params, freezing_mask(initial.params, run.owner, run.freeze))
     params = jax.tree.map(np.asarray, combine(trained, frozen))
+    training = {
+        "steps": steps,
+        "tokens": steps * run.batch_size * run.seq_len,
+        "skipped_steps": skipped,
+        "config": job.identity["config"],
+        "config_digest": digest(job.identity["config"]),
+        "privacy_budget": None,
+    }
+    if progress.step == steps and run.publish == "best":
+        training |= {"published": "best", "heldout_bits_per_byte": progress.bits_per_byte}
     record = {
-        "training": {
-            "steps": run.steps,
-            "tokens": run.steps * run.batch_size * run.seq_len,
-            "skipped_steps": skipped,
-            "config": identity["config"],
-            "config_digest": digest(identity["config"]),
-            "privacy_budget": None,
-        },
+        "training": training,
         **initial.history,
         "router": initial.router,
         "licence": run.licence,

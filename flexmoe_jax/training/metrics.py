@@ -1,47 +1,64 @@
 """Metrics as one JSON object per line of `metrics.jsonl`, written by process 0.
 
-    step                 number of the step, from 0
-    loss, grad_norm, ..  metrics of the step (step.py); null if not finite
-    share                mean routed weight of each expert
+    step                 number of the step, from 0: the last of those that the line is about
+    steps                how many steps the means of the line are over
+    loss, grad_norm, ..  metrics of the steps (step.py): means over the steps since the previous line, but `lr` and the
+                         counters, which are the last step's
+    share                mean routed weight of each expert, and by layer in `share_by_layer`
+    distance             of the owner's expert from the public one (validation.py)
+    seen                 {source: tokens and epochs since the run's start}
     time                 seconds of a monotonic clock when the step was dispatched
     step_seconds         wall time of a step: mean over the steps since the previous line
     tokens_per_second    positions of a batch / `step_seconds`
     mfu, peak_flops      model FLOP/s / `peak_flops`, the peak of all devices together (parallel/chips.py); absent if
                          the peak is unknown, as for CPUs
 
+A step that is skipped has a line of its own, with the values that are not finite null, and is in no mean. A validation
+has one, too: `step` and `validation`, {source: bits per byte}.
+
 A step lasts from the end of the previous step until its metrics can be read. Waiting for data and for other processes
-counts. Saving and writing profiles do not count, and neither does the first step of a process, which compiles: a line
-without a step that counts has none of the last four keys.
+counts. Saving, validating and writing profiles do not count, and neither does the first step of a process, which
+compiles: a line without a step that counts has none of the last four keys.
 """
 
 import contextlib
 import json
 import logging
+import operator
 import pathlib
 import time
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Collection, Iterator, Sequence
+from typing import Any, Protocol
 
+import jax
 import numpy as np
 
 from flexmoe_jax.config import RunConfig
 from flexmoe_jax.errors import ArtifactError, DataError, FlexMoEError
 from flexmoe_jax.files import write_bytes
+from flexmoe_jax.progress import Advance
 
 log = logging.getLogger(__name__)
 MOST_SKIPPED = 0.01  # of a run's steps
+LAST = ("lr", "bad_steps", "skipped", "distance", "seen")  # of a line's last step, not means
+_COLUMNS = {"loss": "loss", "own_loss": "own", "public_loss": "public", "grad_norm": "grad norm", "lr": "lr"}
+_COLUMNS |= {"router_accuracy": "router right", "distance": "distance", "tokens_per_second": "tokens/s"}
+# As OLMo-core's SkipStepOptimizer tells spikes, with fewer steps at the start.
+SPIKE_STEPS, SPIKE_LEAST, SPIKE_DEVIATIONS = 128, 32, 6.0
 OF_TIME = ("time", "step_seconds", "tokens_per_second", "mfu", "peak_flops")  # keys that differ between equal runs
 
 
+class Sink(Protocol):
+    """Takes lines of metrics."""
+
+    def write(self, line: dict) -> None:
+        """Takes one line of JSON values; its `step` is the number of a step."""
+
+
 class MetricsFile:
-    """Appends to `path`; when a run resumes, drops the lines of step `resume_step` and later.
+    """Appends to `path`, without the lines of step `resume_step` and later; use it in a `with` block."""
 
-    Use it in a `with` block. `written` False: this process writes nothing.
-    """
-
-    def __init__(self, path: pathlib.Path, resume_step: int = 0, written: bool = True):
-        self._file = None
-        if not written:
-            return
+    def __init__(self, path: pathlib.Path, resume_step: int = 0):
         kept = []
         if path.exists() and resume_step:
             for line in path.read_text(encoding="utf-8").splitlines():
@@ -51,12 +68,10 @@ class MetricsFile:
         write_bytes(path, "".join(kept).encode())  # atomic: another crash must not lose these lines
         self._file = path.open("a", buffering=1, encoding="utf-8")
 
-    def write(self, values: dict) -> None:
+    def write(self, line: dict) -> None:
         """Writes one line of JSON values; ArtifactError if the system refuses it."""
-        if not self._file:
-            return
         try:
-            self._file.write(json.dumps(values) + "\n")
+            self._file.write(json.dumps(line) + "\n")
         except OSError as error:
             remedy = "free some space, then run the same command: it resumes at the last saved step"
             raise ArtifactError(f"{self._file.name} cannot be written: {error.strerror}", remedy) from error
@@ -65,9 +80,8 @@ class MetricsFile:
         return self
 
     def __exit__(self, *_) -> None:
-        if self._file:
-            with contextlib.suppress(OSError):  # every line is flushed: `write` has reported it
-                self._file.close()
+        with contextlib.suppress(OSError):  # every line is flushed: `write` has reported it
+            self._file.close()
 
 
 class Meter:
@@ -104,16 +118,54 @@ class Meter:
         return {"step_seconds": seconds / steps, "tokens_per_second": rate, **used}
 
 
+class Window:
+    """Sums of the metrics of the steps since the last line, and the losses that a new one is held against.
+
+    Its `state` is part of a checkpoint, so that the lines of a resumed run are those of an uninterrupted one.
+    """
+
+    def __init__(self, state: dict | None = None):
+        self.steps, self.losses, self.spikes = 0, list[float](), 0
+        self.sums: Any = None
+        vars(self).update(state or {})
+
+    def add(self, values: dict) -> float | None:
+        """Takes the metrics of a step; by how many standard deviations its loss is above those before, if a spike."""
+        self.steps += 1
+        self.sums = values if self.sums is None else jax.tree.map(operator.add, self.sums, values)
+        mean, deviation = np.mean(self.losses or [0]), np.std(self.losses or [0])
+        known, loss = len(self.losses) >= SPIKE_LEAST, values["loss"]
+        self.losses = [*self.losses, loss][-SPIKE_STEPS:]
+        above = (loss - mean) / max(deviation, 1e-6) if known else 0.0
+        self.spikes += int(above > SPIKE_DEVIATIONS)
+        return float(above) if above > SPIKE_DEVIATIONS else None
+
+    def means(self) -> dict:
+        """The means of the steps so far."""
+        return jax.tree.map(lambda total: total / self.steps, self.sums)
+
+    def close(self) -> None:
+        """Starts the next line."""
+        self.steps, self.sums = 0, None
+
+    @property
+    def state(self) -> dict:
+        """JSON values from which the window can be made again."""
+        return dict(vars(self))
+
+
 class Recorder:
     """Reads a step's metrics after the next step is dispatched, so that no device waits, and writes their lines.
 
-    Raises FlexMoEError after `max_bad_steps` steps in a row with a non-finite loss or gradient. `names` are the experts
-    in canonical order.
+    `names` are the experts in canonical order; `sinks` take the lines. Raises FlexMoEError after `max_bad_steps` steps
+    in a row with a non-finite loss or gradient.
     """
 
-    def __init__(self, run: RunConfig, names: Sequence[str], file: MetricsFile, advance: Callable, meter: Meter):
-        self._run, self._names, self._file, self._advance, self._meter = run, names, file, advance, meter
+    def __init__(self, run: RunConfig, names: Sequence[str], sinks: Collection[Sink], advance: Advance, meter: Meter):
+        self._run, self._names, self._sinks, self._advance, self._meter = run, names, sinks, advance, meter
         self._pending: tuple | None = None
+        self._shown: dict | None = None  # the means that the progress display shows
+        self.window = Window()
 
     def add(self, n: int, metrics: dict) -> None:
         """Takes the metrics of step `n`, just dispatched, and reads those of the previous step."""
@@ -127,31 +179,84 @@ class Recorder:
         yield
         self._meter.resume()
 
+    def logs(self, n: int) -> bool:
+        """Whether a line ends with step `n`."""
+        return (n + 1) % self._run.log_every == 0 or n + 1 == self._run.steps
+
     def settle(self) -> None:
         """Waits for the last step and reads its metrics."""
         if self._pending is None:
             return
-        (n, metrics, dispatched), self._pending, run = self._pending, None, self._run
-        values = {key: np.asarray(value).tolist() for key, value in metrics.items()}
+        (n, metrics, dispatched), self._pending = self._pending, None
+        values = jax.tree.map(lambda value: np.asarray(value).tolist(), metrics)
         self._meter.step_ended()
-        share = dict(zip(self._names, values.pop("share"), strict=True))
-        skipped = f", {values['skipped']} skipped" if values["skipped"] else ""
-        self._advance(1, f"loss {values['loss']:.3f}{skipped}")
-        if n % run.log_every == 0 or n + 1 == run.steps or values["bad_steps"]:
-            finite = {key: value if np.isfinite(value) else None for key, value in values.items()}
-            line = {"step": n, **finite, "share": share, "time": round(dispatched, 3), **self._meter.read()}
-            self._file.write(line)
-        if values["bad_steps"]:
-            rows = run.batch_size - run.public_sequences
-            cause = "gradient" if np.isfinite(values["loss"]) else "loss"
-            where = f"windows {n * rows} to {(n + 1) * rows - 1} of the data in the order of seed {run.seed}"
-            log.info(f"step {n} is skipped: its {cause} is not finite ({where})")
-        if values["bad_steps"] >= run.max_bad_steps:
+        last = {key: values.pop(key) for key in LAST if key in values}
+        if last["bad_steps"]:
+            self._skipped(n, values, last)
+        elif (above := self.window.add(values)) is not None:
+            log.info(
+                f"step {n}: the loss {values['loss']:.3f} is {above:.1f} standard deviations above the mean of (at "
+                f"most) {SPIKE_STEPS} steps before: a spike"
+            )
+        if self.window.steps:
+            means = self.window.means()
+            if self._shown is None or self.logs(n):
+                self._advance(0, note_of(means, last["skipped"]))
+            if self.logs(n):
+                self._shown = means
+                line = {"step": n, "steps": self.window.steps, **self._named(means), **last}
+                line |= {"spikes": self.window.spikes, "time": round(dispatched, 3), **self._meter.read()}
+                self.write(line)
+                self.window.close()
+        self._advance(1)
+
+    def write(self, line: dict) -> None:
+        """Writes a line, and shows it as a row."""
+        for sink in self._sinks:
+            sink.write(line)
+        self._advance(0, None, row_of(line))
+
+    def _named(self, values: dict) -> dict:
+        """Metrics with the experts' shares by name."""
+        by_layer = dict(zip(self._names, np.transpose(values["share"]).tolist(), strict=True))
+        means = {name: float(np.mean(layers)) for name, layers in by_layer.items()}
+        return {**values, "share": means, "share_by_layer": by_layer}
+
+    def _skipped(self, n: int, values: dict, last: dict) -> None:
+        """Writes and logs that step `n` is skipped; FlexMoEError where too many were in a row."""
+        run = self._run
+        finite = jax.tree.map(lambda value: value if np.isfinite(value) else None, self._named(values))
+        for sink in self._sinks:
+            sink.write({"step": n, **finite, **last})
+        self._advance(0, f"{last['skipped']} skipped")
+        rows = run.batch_size - run.public_sequences
+        cause = "gradient" if np.isfinite(values["loss"]) else "loss"
+        where = f"windows {n * rows} to {(n + 1) * rows - 1} of the data in the order of seed {run.seed}"
+        log.info(f"step {n} is skipped: its {cause} is not finite ({where})")
+        if last["bad_steps"] >= run.max_bad_steps:
             raise FlexMoEError(
-                f"the loss or its gradient was not finite for {values['bad_steps']} steps in a row, up to step {n}",
+                f"the loss or its gradient was not finite for {last['bad_steps']} steps in a row, up to step {n}",
                 "look at these documents, or lower config.optimizer.lr with --allow=config.optimizer.lr: the run "
                 "resumes at its last checkpoint",
             )
+
+
+def note_of(means: dict, skipped: int) -> str:
+    """Means of a window in a few words, for the progress display."""
+    apart = [f"{name} {means[f'{name}_loss']:.3f}" for name in ("own", "public") if f"{name}_loss" in means]
+    words = [f"loss {means['loss']:.3f}" + (f" ({', '.join(apart)})" if apart else "")]
+    return ", ".join([*words, f"{skipped} skipped"] if skipped else words)
+
+
+def row_of(line: dict) -> dict[str, str]:
+    """A line as a row of the live table: {column: text}."""
+    row = {"step": str(line["step"] + 1)}
+    for key, column in _COLUMNS.items():
+        if key in line:
+            row[column] = f"{float(np.mean(line[key])):.4g}"
+    row |= {f"{source} epochs": f"{seen['epochs']:.2f}" for source, seen in line.get("seen", {}).items()}
+    row |= {f"{source} bits/byte": f"{bits:.4f}" for source, bits in line.get("validation", {}).items()}
+    return row
 
 
 def check_skipped(run: RunConfig, skipped: int) -> None:

@@ -37,6 +37,13 @@ RESUMABLE = (
     "max_bad_steps",
     "licence",
     "contact",
+    "validation",
+    "public_validation",
+    "eval_every",
+    "eval_bytes",
+    "patience",
+    "publish",
+    "track",
 )
 SOURCES = {"own": "data", "public": "public_data"}  # {name in run.json: key of the configuration}
 TOKENS = {"own": "tokens", "public": "public_tokens"}  # their tokens, in the run directory
@@ -75,15 +82,18 @@ def documents_of(run: RunConfig) -> dict[str, str | None]:
     return digests
 
 
-def drop_stale_tokens(out: pathlib.Path, documents: dict[str, str | None], tokenizer: str) -> None:
+def drop_stale_tokens(
+    out: pathlib.Path, documents: dict[str, str | None], tokenizer: str, holdout: float = 0.0
+) -> None:
     """Deletes tokens that a failed start of the run `out` made of other `documents`, or by another tokenizer.
 
-    `tokenizer` is the digest of the run's.
+    `tokenizer` is the digest of the run's, `holdout` the share of documents that it holds out.
     """
     before = read_identity(out / "run.json")
+    held_out = before.get("config", {}).get("holdout", 0.0)
     for name, digest in documents.items():
         made_of = before.get("data", {}).get(name, {}).get("documents")
-        if (made_of, before.get("tokenizer")) != (digest, tokenizer):
+        if (made_of, before.get("tokenizer"), held_out) != (digest, tokenizer, holdout):
             remove_directory(out / TOKENS[name])
 
 

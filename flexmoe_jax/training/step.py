@@ -19,7 +19,7 @@ from flexmoe_jax.parallel.stacked import STACKED
 from flexmoe_jax.params import is_matrix
 from flexmoe_jax.training.optimizer import learning_rate, make_optimizer
 from flexmoe_jax.training.state import TrainState
-from flexmoe_jax.tree import Params, combine
+from flexmoe_jax.tree import Params, combine, flatten
 
 
 def make_train_step(model: ModelConfig, run: RunConfig, shardings: Any = None) -> Callable:
@@ -28,8 +28,9 @@ def make_train_step(model: ModelConfig, run: RunConfig, shardings: Any = None) -
     `shardings` are (those of the state, that of the metrics), for a step that is called inside `jax.set_mesh`. `batch`
     is a `data.pipeline.Batch` of [batch_size, seq_len]. Losses are sums over weighted tokens divided by the weights of
     the whole batch, not means over microbatches. A step whose loss or gradient is not finite changes neither parameters
-    nor moments, and is counted. Metrics are scalars, and `share` [E], the mean routed weight of each expert in
-    canonical order.
+    nor moments, and is counted. Metrics are scalars, `share` [L, E], the mean routed weight of each expert in canonical
+    order, and where public text is mixed in `router_accuracy` [L]; `grad_norms` and `update_norms` hold a norm for each
+    kind of parameter (`kind_of`).
     """
     optimizer, schedule = make_optimizer(run.optimizer, run.steps), learning_rate(run.optimizer, run.steps)
     grads_of = jax.grad(functools.partial(_losses, model, run), has_aux=True)
@@ -60,6 +61,7 @@ def make_train_step(model: ModelConfig, run: RunConfig, shardings: Any = None) -
         keep = functools.partial(jax.tree.map, lambda new, old: jnp.where(good, new, old))
         updates_made = state.step - state.skipped
         metrics |= {"grad_norm": grad_norm, "lr": schedule(updates_made), "tokens": batch.weights.sum()}
+        metrics |= {"grad_norms": _norms(grads), "update_norms": _norms(updates)}
         bad = 1 - good.astype(jnp.int32)
         state = TrainState(
             step=state.step + 1,
@@ -73,6 +75,23 @@ def make_train_step(model: ModelConfig, run: RunConfig, shardings: Any = None) -
     return jax.jit(step, donate_argnums=0, out_shardings=shardings)
 
 
+def kind_of(path: str) -> str:
+    """The kind of the parameter at `path`: what norms of gradients and updates are taken over."""
+    leaf = path.rpartition("/")[2]
+    kinds = {"router": "rows", "bias": "biases", "embed": "embeddings", "head": "embeddings"}
+    return kinds.get(leaf) or (
+        "matrices" if is_matrix(path) else "norms" if leaf.endswith("norm") else "attention biases"
+    )
+
+
+def _norms(tree: Params) -> dict[str, jax.Array]:
+    """{kind of parameter: L2 norm of its leaves together}."""
+    kinds: dict[str, list[jax.Array]] = {}
+    for path, leaf in flatten(tree).items():
+        kinds.setdefault(kind_of(path), []).append(leaf)
+    return {kind: optax.tree.norm(leaves) for kind, leaves in kinds.items()}
+
+
 def _as_used(trainable: Params, dtype: jnp.dtype) -> Params:
     """The leaves with matrices cast, once per step, to the `dtype` in which the model multiplies them.
 
@@ -83,6 +102,11 @@ def _as_used(trainable: Params, dtype: jnp.dtype) -> Params:
         return leaf.astype(dtype) if is_matrix(path[-1].key) else leaf
 
     return jax.tree_util.tree_map_with_path(cast, trainable)
+
+
+def decoder_of(model: ModelConfig, run: RunConfig, stacked: bool = False) -> Decoder:
+    """How the model runs in a step of `run`; `stacked` experts are run sparsely."""
+    return Decoder(model, run.top_k, "sparse" if stacked else "dense", dtype=run.compute_dtype, remat=run.remat)
 
 
 def _losses(
@@ -98,8 +122,7 @@ def _losses(
     Cross-entropy + `z_loss` * logsumexp(logits)^2 + `router_z_loss` * logsumexp(router logits)^2 (mean over layers).
     """
     params = combine(trainable, frozen)
-    dispatch = "sparse" if STACKED in params["experts"] else "dense"
-    decoder = Decoder(model, run.top_k, dispatch, dtype=run.compute_dtype, remat=run.remat)
+    decoder = decoder_of(model, run, STACKED in params["experts"])
     # On a CPU this saves 8% of a step of 4 layers and 6% of 8, for a copy of the weights.
     first_apart = not run.is_public and platform() == "cpu"
     x_BTD, router_logits_LNE = hidden_states(decoder, params, batch.tokens, batch.segments, first_apart=first_apart)
@@ -115,8 +138,10 @@ def _losses(
         "z_loss": (weights_BT * log_z_BT**2).sum(),
         "router_z_loss": router_z,
         "router_entropy": entropy,
-        "share": (weights_N[:, None] * probs_LNE).sum(1).mean(0),
+        "share": (weights_N[:, None] * probs_LNE).sum(1),
     }
+    if batch.own is not None:
+        metrics |= _by_source(nll_BT, router_logits_LNE, batch, totals)
     if run.load_balance:
         balance = _balance(router_logits_LNE, weights_N, run.top_k)
         total, metrics = total + run.load_balance * balance, metrics | {"load_balance": balance}
@@ -146,11 +171,37 @@ def _contrast(
 ) -> jax.Array:
     """Cross-entropy of every layer's router as a classifier "the owner's text or public text?", mean over layers.
 
-    Own and public tokens have half of the weight each, for any numbers of them. The log-odds of {public, owner} are the
-    difference of their two logits, and merging keeps pairwise odds.
+    Own and public tokens have half of the weight each. The log-odds of {public, owner} are the difference of their two
+    logits, and merging keeps pairwise odds.
     """
-    odds_LN = router_logits_LNE[..., 1] - router_logits_LNE[..., 0]
+    share_BT = _halves(weights_BT, own_BT, totals)
+    return (share_BT.reshape(-1) * jax.nn.softplus(-_signed_odds(router_logits_LNE, own_BT))).sum(-1).mean()
+
+
+def _halves(weights_BT: jax.Array, own_BT: jax.Array, totals: dict[str, jax.Array]) -> jax.Array:
+    """Weights of which the whole batch's own and public tokens have half each, for any numbers of them."""
     public_total = jnp.maximum(totals["all"] - totals["own"], 1.0)
-    share_BT = weights_BT * jnp.where(own_BT > 0, 0.5 / totals["own"], 0.5 / public_total)
-    sign_N = jnp.where(own_BT > 0, 1.0, -1.0).reshape(-1)
-    return (share_BT.reshape(-1) * jax.nn.softplus(-sign_N * odds_LN)).sum(-1).mean()
+    return weights_BT * jnp.where(own_BT > 0, 0.5 / totals["own"], 0.5 / public_total)
+
+
+def _signed_odds(router_logits_LNE: jax.Array, own_BT: jax.Array) -> jax.Array:
+    """The log-odds [L, N] of {public, owner}: those of the owner in rows of its text, of public in the others."""
+    odds_LN = router_logits_LNE[..., 1] - router_logits_LNE[..., 0]
+    return jnp.where(own_BT > 0, 1.0, -1.0).reshape(-1) * odds_LN
+
+
+def _by_source(
+    nll_BT: jax.Array, router_logits_LNE: jax.Array, batch: Batch, totals: dict[str, jax.Array]
+) -> dict[str, jax.Array]:
+    """`own_loss` and `public_loss`, nats per token; with two experts `router_accuracy` [L], the share of tokens whose
+    odds are right, own and public tokens having half of the weight each."""
+    assert batch.own is not None
+    halves_BT = _halves(batch.weights, batch.own, totals)
+    found = {
+        "own_loss": 2 * (halves_BT * batch.own * nll_BT).sum(),
+        "public_loss": 2 * (halves_BT * (1 - batch.own) * nll_BT).sum(),
+    }
+    if router_logits_LNE.shape[-1] == 2:
+        right_LN = _signed_odds(router_logits_LNE, batch.own) > 0
+        found["router_accuracy"] = (halves_BT.reshape(-1) * right_LN).sum(-1)
+    return found

@@ -31,8 +31,10 @@ STEPS = {"steps": 6, "batch_size": 8}
 
 
 def hybrid_run(root: pathlib.Path, world: pathlib.Path, **changes) -> RunConfig:
-    """An owner's run beside the release of `world`, half of its text public."""
+    """An owner's run beside the release of `world`, half of its text public, with held-out text of both."""
     sample = write_documents(root / "sample", "public")
+    for folder, domain in ((sample, "public"), (root / "news" / "data", "news")):
+        write_documents(folder, domain, count=5, split="heldout")
     return expert_run(
         root,
         "news",
@@ -40,7 +42,7 @@ def hybrid_run(root: pathlib.Path, world: pathlib.Path, **changes) -> RunConfig:
         public_data=str(sample),
         public_fraction=0.5,
         router_contrast=0.1,
-        **STEPS | changes,
+        **STEPS | {"eval_every": 3} | changes,
     )
 
 
@@ -50,7 +52,17 @@ def job(count: str, number: str, coordinator: str) -> dict[str, str]:
 
 
 def losses(run: RunConfig) -> list[float]:
-    return [json.loads(line)["loss"] for line in (pathlib.Path(run.out) / "metrics.jsonl").read_text().splitlines()]
+    """The loss of every step."""
+    return [line["loss"] for line in lines_of(run) if "loss" in line]
+
+
+def validations(run: RunConfig) -> list[list[float]]:
+    """Held-out bits per byte of own and public text at every validation."""
+    return [[*line["validation"].values()] for line in lines_of(run) if "validation" in line]
+
+
+def lines_of(run: RunConfig) -> list[dict]:
+    return [json.loads(line) for line in (pathlib.Path(run.out) / "metrics.jsonl").read_text().splitlines()]
 
 
 def contents(folder: pathlib.Path) -> dict[str, bytes]:
@@ -84,6 +96,8 @@ def test_several_processes_train_the_expert_that_one_trains(world, tmp_path, cou
     package = pathlib.Path(many.out) / "package"
     check_near(load_package(package), expected)
     np.testing.assert_allclose(losses(many), losses(one), atol=1e-5)
+    np.testing.assert_allclose(validations(many), validations(one), atol=1e-5)
+    assert np.shape(validations(one)) == (2, 2)
     assert contents(release) == before
     assert (pathlib.Path(many.out) / "writers").read_text() == "True\n"
     assert all(finding.ok for finding in verify_package(package, "news"))
@@ -100,7 +114,7 @@ def test_several_processes_train_the_expert_that_one_trains(world, tmp_path, cou
 def test_sigterm_to_one_process_stops_all_and_another_number_of_processes_resumes(world, tmp_path, kind, first, then):
     """SIGTERM to process 1; the losses are those of a run that is never stopped."""
     make = public_run if kind == "public" else lambda root, **changes: hybrid_run(root, world, **changes)
-    run, reference = (make(tmp_path / name, batch_size=8, steps=3000) for name in ("many", "one"))
+    run, reference = (make(tmp_path / name, batch_size=8, steps=3000, eval_every=None) for name in ("many", "one"))
     running = start_training(run, first)
     wait_for_step(run, 4)
     running[1].terminate()
