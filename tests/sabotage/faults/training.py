@@ -3,10 +3,11 @@
 from tests.sabotage.fault import Fault
 
 STEP, LOOP, RESUME = "training/step.py", "training/loop.py", "training/resume.py"
+VALIDATION, METRICS = "training/validation.py", "training/metrics.py"
 OPTIMIZER, START, FREEZING = "training/optimizer.py", "training/start.py", "training/freezing.py"
 OF_STEP, OF_LOOP = "tests/training/test_step.py", "tests/training/test_loop.py"
 OF_LOSSES, OF_DATA = "tests/training/test_losses.py", "tests/training/test_run_data.py"
-OF_START = "tests/training/test_start.py"
+OF_START, OF_VALIDATION = "tests/training/test_start.py", "tests/training/test_validation.py"
 
 TRAINING = (
     Fault(
@@ -33,8 +34,8 @@ TRAINING = (
     Fault(
         "held-out text is trained on",
         LOOP,
-        "write_store(read_documents(folder, ",
-        'write_store(read_documents(folder, "heldout", ',
+        "read_documents(folder, fields=fields_of(run, ",
+        'read_documents(folder, "heldout", fields=fields_of(run, ',
         f"{OF_DATA}::test_a_run_trains_on_no_held_out_text",
     ),
     Fault(
@@ -110,8 +111,8 @@ TRAINING = (
     Fault(
         "the contrast loss has the wrong sign",
         STEP,
-        "-sign_N * odds_LN",
-        "sign_N * odds_LN",
+        "softplus(-_signed_odds(",
+        "softplus(_signed_odds(",
         f"{OF_STEP}::test_the_contrast_loss_teaches_the_router_to_tell_own_text_from_public_text",
     ),
     Fault(
@@ -264,15 +265,92 @@ TRAINING = (
     Fault(
         "the record states a wrong number of trained tokens",
         LOOP,
-        '"tokens": run.steps * run.batch_size * run.seq_len',
-        '"tokens": run.steps * run.batch_size',
+        '"tokens": steps * run.batch_size * run.seq_len',
+        '"tokens": steps * run.batch_size',
         f"{OF_LOOP}::test_an_expert_run_writes_a_package_bound_to_the_release_and_does_not_change_the_release",
     ),
     Fault(
         "a product holds the initial values of what was trained",
         LOOP,
-        "trained = _to_host(state.trainable, initial)",
+        "trained = _to_host(published, initial)",
         "trained = partition(initial.params, freezing_mask(initial.params, run.owner, run.freeze))[0]",
         f"{OF_LOOP}::test_an_expert_run_writes_a_package_bound_to_the_release_and_does_not_change_the_release",
+    ),
+    Fault(
+        "documents that are held out are trained on",
+        LOOP,
+        "not held_out(d, holdout)",
+        "d",
+        f"{OF_VALIDATION}::test_held_out_documents_are_never_trained_on_and_are_those_that_are_scored",
+    ),
+    Fault(
+        "documents of one group are trained on and held out",
+        VALIDATION,
+        "document.group.encode()",
+        "document.text.encode()",
+        f"{OF_VALIDATION}::test_documents_of_one_group_are_held_out_together",
+    ),
+    Fault(
+        "the worst weights on held-out text are the best",
+        VALIDATION,
+        "bits_per_byte < self.bits_per_byte",
+        "bits_per_byte > self.bits_per_byte",
+        f"{OF_VALIDATION}::test_the_best_weights_are_published_and_outlive_the_newest_checkpoints",
+    ),
+    Fault(
+        "the checkpoint of the best weights is not kept",
+        LOOP,
+        "job.checkpoints.keep(best)",
+        "pass",
+        f"{OF_VALIDATION}::test_the_best_weights_are_published_and_outlive_the_newest_checkpoints",
+    ),
+    Fault(
+        "the last weights are published where the best are asked for",
+        LOOP,
+        'if job.run.publish == "last" or best in (None, last):',
+        "if best or not best:",
+        f"{OF_VALIDATION}::test_the_best_weights_are_published_and_outlive_the_newest_checkpoints",
+    ),
+    Fault(
+        "training goes on when its patience is at an end",
+        VALIDATION,
+        "self.progress.waited >= self._run.patience",
+        "self.progress.waited > 99",
+        f"{OF_VALIDATION}::test_training_ends_when_patience_does_and_a_resumed_run_knows",
+    ),
+    Fault(
+        "a line of metrics has sums of its steps, not means",
+        METRICS,
+        "total / self.steps",
+        "total",
+        f"{OF_VALIDATION}::test_a_line_has_the_means_of_its_steps_and_own_and_public_loss_apart",
+    ),
+    Fault(
+        "the owner's loss is that of public text",
+        STEP,
+        '"own_loss": 2 * (halves_BT * batch.own',
+        '"own_loss": 2 * (halves_BT * (1 - batch.own)',
+        f"{OF_VALIDATION}::test_a_line_has_the_means_of_its_steps_and_own_and_public_loss_apart",
+    ),
+    Fault(
+        "the router's accuracy is its error",
+        STEP,
+        "_signed_odds(router_logits_LNE, batch.own) > 0",
+        "_signed_odds(router_logits_LNE, batch.own) < 0",
+        f"{OF_VALIDATION}::test_router_accuracy_is_of_own_and_public_tokens_alike",
+    ),
+    Fault(
+        "the distance from the public expert is a squared one",
+        VALIDATION,
+        "jnp.sqrt(apart / ",
+        "(apart / ",
+        f"{OF_VALIDATION}::test_the_distance_is_that_of_the_matrices_from_the_public_ones",
+    ),
+    Fault(
+        "Weights & Biases is sent to without being asked",
+        "training/trackers.py",
+        '"WANDB_MODE", "offline"',
+        '"WANDB_MODE", "online"',
+        "tests/training/test_trackers.py::test_weights_and_biases_is_offline_and_has_the_same_numbers_under_one_id",
     ),
 )
