@@ -33,11 +33,15 @@ class Verdict:
 
 @dataclasses.dataclass(frozen=True)
 class Outcomes:
-    """Tests of one run of pytest: `passed`, and {failed: whether by a broken promise}. `said` is pytest's last line."""
+    """Tests of one run of pytest: `passed`, and {failed: whether by a broken promise}.
+
+    `said` is pytest's last line. `status` is its exit code: 0 if all passed, 1 if some failed.
+    """
 
     passed: frozenset[str]
     failed: dict[str, bool]
     said: str
+    status: int
 
     def of(self, test: str) -> tuple[list[str], dict[str, bool]]:
         """(passed, failed) of the node `test`, with all its parameters."""
@@ -68,7 +72,7 @@ def try_fault(fault: Fault) -> Verdict:
         passed, failed = outcomes.of(fault.test)
         if any(failed.values()):
             outcome = CAUGHT
-        elif failed or not passed:
+        elif failed or not passed or outcomes.status:
             outcome = f"the test breaks down: {outcomes.said}"
         else:
             outcome = SURVIVED
@@ -103,7 +107,7 @@ def tests_on_copy(tests: Sequence[str], fault: Fault | None) -> Outcomes:
         )
         lines = [line for line in (done.stdout + done.stderr).splitlines() if line.strip()]
         if not outcomes.exists():
-            return Outcomes(frozenset(), {}, lines[-1])
+            return Outcomes(frozenset(), {}, lines[-1], done.returncode)
         found = json.loads(outcomes.read_text())
         assert pathlib.Path(found["package"]).is_relative_to(copy), f"{found['package']} was tested, not {copy}"
-        return Outcomes(frozenset(found["passed"]), found["failed"], lines[-1])
+        return Outcomes(frozenset(found["passed"]), found["failed"], lines[-1], done.returncode)

@@ -59,7 +59,7 @@ def test_a_fault_that_no_test_notices_survives_and_code_that_does_not_run_is_not
 
 @pytest.mark.parametrize(("failed", "why"), [({}, "does not run (said)"), ({ORDER: True}, "fails")])
 def test_a_test_that_is_missing_or_fails_without_a_fault_catches_nothing(monkeypatch, failed, why):
-    clean, broken = Outcomes(frozenset(), failed, "said"), Outcomes(frozenset(), {ORDER: True}, "")
+    clean, broken = Outcomes(frozenset(), failed, "said", 1), Outcomes(frozenset(), {ORDER: True}, "", 1)
     monkeypatch.setattr(runner, "tests_on_copy", lambda tests, fault: broken if fault else clean)
     (verdict,) = run([dataclasses.replace(FAULTS[0], test=ORDER)])
     assert verdict.outcome == f"the test {why} without the fault"

@@ -80,7 +80,7 @@ MACHINE = (
         "plan/search.py",
         "(not choice.costs.fits, choice.costs.step_seconds)",
         "choice.costs.step_seconds",
-        f"{OF_PLAN}::test_the_search_finds_a_mesh_where_data_parallelism_does_not_fit",
+        f"{OF_PLAN}::test_what_fits_comes_first_even_where_it_is_slower",
     ),
     Fault(
         "every plan fits",
@@ -93,14 +93,14 @@ MACHINE = (
         "the doctor does not see old versions",
         "doctor/checks.py",
         '_numbers(facts.versions.get(name, "0")) < _numbers(least)',
-        '_numbers(facts.versions.get(name, "0")) < []',
+        '_numbers(facts.versions.get(name, "0")) > _numbers(least)',
         "tests/doctor/test_doctor.py::test_each_mistake_is_named_with_its_remedy",
     ),
     Fault(
-        "the first Ctrl-C ends a run without saving",
+        "a second signal hides the first",
         "training/signals.py",
-        "if self.received is not None and number == signal.SIGINT:",
-        "if number == signal.SIGINT:",
+        "self.received = self.received or signal.Signals(number)",
+        "self.received = signal.Signals(number)",
         "tests/training/test_signals.py::test_the_first_signal_is_noted_and_a_second_ctrl_c_interrupts",
     ),
     Fault(
