@@ -312,10 +312,10 @@ TRAINING = (
         f"{OF_VALIDATION}::test_the_best_weights_are_published_and_outlive_the_newest_checkpoints",
     ),
     Fault(
-        "training goes on when its patience is at an end",
+        "training ends before its patience does",
         VALIDATION,
         "self.progress.waited >= self._run.patience",
-        "self.progress.waited > 99",
+        "self.progress.waited + 1 >= self._run.patience",
         f"{OF_VALIDATION}::test_training_ends_when_patience_does_and_a_resumed_run_knows",
     ),
     Fault(
