@@ -20,10 +20,12 @@ from flexmoe_jax.evaluate.perplexity import Score, half_window, score
 from flexmoe_jax.evaluate.routing import TokenRouting, route_text
 from flexmoe_jax.model.decoder import Decoder, forward
 from flexmoe_jax.model.generate import Sampling, stream
+from flexmoe_jax.model.precision import exact
 from flexmoe_jax.model_config import ModelConfig
 from flexmoe_jax.parallel.mesh import mesh_of_one
 from flexmoe_jax.parallel.specs import place
 from flexmoe_jax.parallel.stacked import stack_weights
+from flexmoe_jax.params import EXPERT
 
 
 @dataclasses.dataclass(frozen=True, eq=False)
@@ -165,7 +167,9 @@ class Model:
     @functools.cached_property
     def _stacked(self) -> tree.Params:
         """The parameters on the devices, experts stacked; made once per selection."""
-        return place(self.mesh, {**self.params, "experts": stack_weights(self.params["experts"])})
+        return place(
+            self.mesh, {**self.params, "experts": stack_weights(self.params["experts"], self.mesh.shape[EXPERT])}
+        )
 
 
 def load(path: str | pathlib.Path, mesh: Mesh | None = None) -> Model:
@@ -182,5 +186,6 @@ def load(path: str | pathlib.Path, mesh: Mesh | None = None) -> Model:
 
 
 @functools.partial(jax.jit, static_argnums=0)
+@exact
 def _logits(run: Decoder, params: tree.Params, tokens_BT: jax.Array) -> jax.Array:
     return forward(run, params, tokens_BT).logits_BTV

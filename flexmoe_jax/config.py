@@ -5,6 +5,8 @@ This module does not import JAX, so that the command line can check a configurat
 
 import dataclasses
 import enum
+import fractions
+import math
 import os
 import pathlib
 import re
@@ -15,6 +17,7 @@ from flexmoe_jax.model_config import ModelConfig
 from flexmoe_jax.optimizer_config import OptimizerConfig
 from flexmoe_jax.ranges import (
     COUNT,
+    NOT_POSITIVE,
     Count,
     NotNegative,
     Positive,
@@ -42,10 +45,10 @@ _NEEDS = {
     Kind.CONTINUED: ("public", "expert"),
 }
 _FORBIDS = {
-    Kind.PUBLIC: ("expert", "router_contrast"),
-    Kind.JOINT: ("model", "domain_vector", "expert", "router_contrast"),
+    Kind.PUBLIC: ("expert", "router_contrast", "bias_init"),
+    Kind.JOINT: ("model", "domain_vector", "expert", "router_contrast", "bias_init"),
     Kind.EXPERT: (),
-    Kind.CONTINUED: ("domain_vector",),
+    Kind.CONTINUED: ("domain_vector", "bias_init"),
 }
 _REMEDIES = {
     "model": "a public run defines a model's shape, or trains the model in config.public further: set one of them",
@@ -54,12 +57,25 @@ _REMEDIES = {
     "a run that trains an existing model or package further keeps the rows it has",
     "expert": "set config.expert to the owner's package; a public run has none",
     "router_contrast": "only an owner's expert trained beside the public one has odds to train: set it to 0",
+    "bias_init": "only a new expert beside the public one has an initial bias to choose: set it to 0",
 }
+MOST_ROWS = 100_000  # the smallest whole-number weights of a mixture add up to at most this
+SIDES = {"own": "data", "public": "public_data"}  # {name in run.json: key of the configuration}
+_WEIGHTED = re.compile(r"\s*([-+]?\d[\d.e+-]*)\s+(\S.*?)\s*")
 _PATHS = (
     *("data", "out", "public", "public_data", "domain_vector", "expert", "tokenizer"),
     *("validation", "public_validation"),
 )
 TRACKERS = ("tensorboard", "wandb")
+
+
+@dataclasses.dataclass(frozen=True)
+class Source:
+    """One source of training text, of the configuration's `key`: its path, and its whole-number weight in the key."""
+
+    key: str
+    path: str
+    weight: int = 1
 
 
 @dataclasses.dataclass(frozen=True)
@@ -70,13 +86,14 @@ class RunConfig:
     ConfigError for values that are impossible or do not belong together.
     """
 
-    LATER: ClassVar = ("text_field", "id_field", "token_dtype", "holdout")
+    LATER: ClassVar = ("text_field", "id_field", "token_dtype", "bias_init", "holdout")
 
     owner: str
     """Whose parameters are trained: `public`, or a data owner's name (the expert's name in every merged model)."""
 
     data: str | pathlib.Path
-    """The owner's training data: a folder of documents, a token store, or OLMo token files."""
+    """The owner's training data: a folder of documents, a token store, or OLMo token files. Or several, each with its
+    weight: `3 letters; 1 minutes` takes three rows of `letters` for each row of `minutes`."""
 
     out: str | pathlib.Path
     """The run directory: checkpoints, metrics, and at the end `model/` (public runs) or `package/` (owners' runs)."""
@@ -98,7 +115,7 @@ class RunConfig:
     together."""
 
     public_data: str | pathlib.Path | None = None
-    """Public documents to mix into an owner's batches; needs `public_fraction`."""
+    """Public documents to mix into an owner's batches, or several sources as in `data`; needs `public_fraction`."""
 
     public_fraction: ShareBelowOne = 0.0
     """Share of each batch's sequences that come from `public_data`. Public text teaches an expert to do no harm outside
@@ -128,8 +145,8 @@ class RunConfig:
     """See the keys of `optimizer`."""
 
     accumulation: Count = 1
-    """Equal microbatches that a step's batch is split into, to save memory. They change only rounding, the
-    load-balance loss (it is taken over a microbatch), and gradients of router biases that are not below 0."""
+    """Equal microbatches that a step's batch is split into, to save memory. They change only rounding, and the
+    load-balance loss, which is taken over a microbatch."""
 
     z_loss: NotNegative = 1e-5
     """Weight of the squared log-partition of the vocabulary logits, which keeps them small. The paper's."""
@@ -148,6 +165,10 @@ class RunConfig:
     top_k: Annotated[int | None, COUNT] = None
     """Experts active per token in training; None: all."""
 
+    bias_init: Annotated[float, NOT_POSITIVE] = 0.0
+    """Initial router bias of a new expert in every layer, at most 0. Below 0 the expert starts with a smaller weight
+    than the public one where their rows agree."""
+
     freeze: str | None = None
     """Regular expression of parameter paths (`trunk/.*`) to freeze in addition to those that the run always freezes."""
 
@@ -163,8 +184,8 @@ class RunConfig:
     """How devices share the work, as `data=2,fsdp=4`; axes: data, fsdp, expert, tensor. None: all devices by fsdp."""
 
     compute_dtype: str = "float32"
-    """Dtype of activations and of frozen weights: float32, or bfloat16 on accelerators. Trained weights and moments are
-    always float32."""
+    """Dtype of activations and of frozen matrices: float32, or bfloat16 on accelerators. Trained weights and moments are
+    float32 in any case, and so is the arithmetic of norms, router and loss (see the guide, scaling)."""
 
     remat: bool = False
     """Recompute each layer in the backward pass: activations take the memory of a layer's inputs, for a third more
@@ -245,6 +266,17 @@ class RunConfig:
         """Sequences of each batch that come from `public_data`."""
         return round(self.public_fraction * self.batch_size)
 
+    @property
+    def sources(self) -> dict[str, Source]:
+        """The sources of text: `own` and `public`; of a mixture, every folder by its name, as `own.letters`."""
+        found: dict[str, Source] = {}
+        for side, key in SIDES.items():
+            if (value := getattr(self, key)) is not None:
+                mixed = read_mixture(f"config.{key}", str(value))
+                names = {f"{side}.{name}": Source(key, *part) for name, part in mixed.items()}
+                found |= names if len(mixed) > 1 else {side: Source(key, str(value))}
+        return found
+
     def __post_init__(self):
         if not self.owner:
             raise ConfigError("config.owner is empty", "add :OWNER to the experiment file, as in expert.py:news")
@@ -261,6 +293,7 @@ class RunConfig:
                 what = f"config.{name} is {getattr(self, name)!r}: this run trains {self.kind.value}"
                 raise ConfigError(what, _REMEDIES[name])
         self._check_public_text()
+        _ = self.sources  # refuses a mixture that cannot be read
 
     def _check_numbers(self) -> None:
         check_numbers(self, "config")
@@ -300,3 +333,47 @@ class RunConfig:
         if self.router_contrast and not self.coordinate:
             what = f"config.router_contrast is {self.router_contrast} and config.coordinate is False"
             raise ConfigError(what, _REMEDIES["router_contrast"])
+
+
+def read_mixture(where: str, text: str) -> dict[str, tuple[str, int]]:
+    """`3 letters; 1 minutes` -> {folder's name: (path, whole-number weight)}; any other text is one path of weight 1.
+
+    `where` names the key. A name that comes twice gets a number. The order is that of the names, however the text has
+    them: batches depend on it, and run.json does not record it. ConfigError for a weight that is not a number above 0,
+    a path given twice, and weights that no `MOST_ROWS` rows are in proportion to.
+    """
+    parts = [_WEIGHTED.fullmatch(part) for part in text.split(";") if part.strip()]
+    if len(parts) < 2 or parts[0] is None:
+        return {_name(text): (text, 1)}
+    weights: dict[str, fractions.Fraction] = {}
+    for part, given in zip(parts, filter(str.strip, text.split(";")), strict=True):
+        if part is None:
+            raise ConfigError(f"{where} holds {given.strip()!r}", "write WEIGHT PATH; WEIGHT PATH; ...")
+        weight, path = part.groups()
+        try:
+            share = fractions.Fraction(weight)
+        except ValueError:
+            share = fractions.Fraction(0)
+        if share <= 0:
+            raise ConfigError(f"{where} gives {path} the weight {weight}", "give a number above 0, or leave it out")
+        if os.path.realpath(path) in map(os.path.realpath, weights):
+            raise ConfigError(f"{where} names {path} twice", "give every source once, with all of its weight")
+        weights[path] = share
+    unit = math.lcm(*(share.denominator for share in weights.values()))
+    counts = [int(share * unit) for share in weights.values()]
+    counts = [count // math.gcd(*counts) for count in counts]
+    if sum(counts) > MOST_ROWS:
+        what = f"the weights of {where} are in proportion at {sum(counts):,} rows only"
+        raise ConfigError(what, f"round them, so that it is at most {MOST_ROWS:,}: three digits are enough")
+    found: dict[str, tuple[str, int]] = {}
+    for path, count in zip(weights, counts, strict=True):
+        name, number = _name(path), 1
+        while name in found:
+            number += 1
+            name = f"{_name(path)}-{number}"
+        found[name] = path, count
+    return dict(sorted(found.items()))
+
+
+def _name(path: str) -> str:
+    return pathlib.Path(os.path.abspath(path)).name

@@ -50,6 +50,11 @@ def is_matrix(path: str) -> bool:
     return path.rpartition("/")[2].startswith("w_")
 
 
+def is_float32(path: str) -> bool:
+    """Whether the leaf at `path` enters only float32 operations, whatever the compute dtype: norms, rows, biases."""
+    return path.endswith(("norm", "router", "bias"))
+
+
 # Normal(0, 0.02) everywhere, as in OLMo-2 (OLMo-core `InitMethod.normal`); norms are initially one.
 _STD = 0.02
 

@@ -59,6 +59,7 @@ COUNT_OR_ZERO = Range(int, 0, MAX_INT32)
 SEED = Range(int, 0, 2**32 - 1)  # JAX drops further bits: other seeds would not be other seeds
 POSITIVE = Range(float, 0, MAX_FLOAT32, open_below=True)
 NOT_NEGATIVE = Range(float, 0, MAX_FLOAT32)
+NOT_POSITIVE = Range(float, -MAX_FLOAT32, 0)
 SHARE = Range(float, 0, 1)
 SHARE_BELOW_ONE = Range(float, 0, 1, open_above=True)
 SHARE_ABOVE_ZERO = Range(float, 0, 1, open_below=True)

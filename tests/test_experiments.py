@@ -32,7 +32,7 @@ RUNS = sorted({*EXPERIMENTS.glob("*.py")} - {EXPERIMENTS / "reproduction.py"})
 
 def load(name: str, *overrides: str) -> RunConfig:
     """The run of an experiment file, completed with the keys that it leaves to the command line."""
-    open_keys = ["data=data"]
+    open_keys = ["data=data", *(["public_data=sample"] if "7b_expert" in name or "anchor" in name else [])]
     if "dense" not in name:  # that run trains an existing model further, which has router rows
         open_keys.append("domain_vector=domain.json")
     return read_config(RunConfig, f"{EXPERIMENTS / name}", [*open_keys, *overrides])
@@ -89,16 +89,48 @@ def test_the_7b_model_has_the_papers_size():
     assert round((trunk + 7 * expert) / 1e9, 2) == 33.27
 
 
-@pytest.mark.parametrize("name", ["olmo2_7b_public.py", "olmo2_7b_expert.py:news"])
-def test_the_7b_training_steps_lower(name):
+ANCHORS = {"olmo2-1b": 1.48, "llama3.2-1b": 1.24, "qwen3-0.6b": 0.60}  # billions of parameters, as published
+
+
+@pytest.mark.parametrize("anchor", ANCHORS)
+def test_every_anchor_has_its_published_size_and_is_named_in_the_file(anchor):
+    run = load(f"anchor_expert.py:news,anchor={anchor}", "public=public")
+    assert run.model is not None
+    count = count_parameters(run.model, TRUNK) + count_parameters(run.model, run.owner)
+    assert round(count / 1e9, 2) == ANCHORS[anchor]
+    assert f"\n    {anchor} " in (EXPERIMENTS / "anchor_expert.py").read_text()
+    with pytest.raises(ConfigError, match="no configuration for anchor=gpt"):
+        load("anchor_expert.py:news,anchor=gpt", "public=public")
+
+
+@pytest.mark.parametrize(
+    "name", [path.name for path in RUNS if path.name.endswith("_expert.py")], ids=lambda name: name.removesuffix(".py")
+)
+def test_every_owners_experiment_carries_the_recipe_that_works(name):
+    """Public text mixed in, and a router that learns to tell it from the owner's (docs/guide/router.md)."""
+    run = load(f"{name}:news", "public=public")
+    assert 0.2 <= run.public_sequences / run.batch_size <= 0.5
+    assert run.router_contrast == 0.1
+    if run.model is not None and run.model.d_model > 1000:  # rows' logits are sums over the width
+        [rows, _] = run.optimizer.rules
+        assert rows.lr * run.optimizer.lr * run.model.d_model == pytest.approx(1.5e-3 * 192, rel=0.05)
+
+
+@pytest.mark.parametrize(
+    "name", ["olmo2_7b_public.py", "olmo2_7b_expert.py:news", *(f"anchor_expert.py:news,anchor={a}" for a in ANCHORS)]
+)
+def test_the_large_training_steps_lower(name):
     """Traced and lowered from shapes only: no array of the model is allocated."""
     beside = ["public=public"] if ":" in name else []
-    run, model = load(name, *beside), model_7b()
+    run = load(name, *beside)
+    model = run.model
+    assert model is not None
     experts = canonical_order({PUBLIC, run.owner})
     params = jax.eval_shape(lambda: init_params(model, jax.random.key(0), experts))
     optimizer = make_optimizer(run.optimizer, run.steps)
     state, frozen = state_shapes(params, run.owner, optimizer, jnp.dtype(run.compute_dtype))
-    lowered = make_train_step(model, run).lower(state, frozen, Batch.shapes(run.batch_size, run.seq_len))
+    batch = Batch.shapes(run.batch_size, run.seq_len, own=run.public_sequences > 0)
+    lowered = make_train_step(model, run).lower(state, frozen, batch)
     new_state, metrics = lowered.out_info
     assert jax.tree.map(lambda leaf: (leaf.shape, leaf.dtype), new_state) == jax.tree.map(
         lambda leaf: (leaf.shape, leaf.dtype), state

@@ -6,6 +6,9 @@
       digests/<step>.json   sealed sha256 of every file of that step, written after Orbax commits it
       damaged/<step>/       damaged steps that a restore skipped
 
+Leaves have the names that they have in a model, whatever mesh wrote them: the caller stacks experts only in memory. Any
+mesh restores what another one saved.
+
 Orbax restores flipped bits without an error. A step therefore counts as saved only when its digests are written, and is
 checked against them before it is used. Frozen leaves are not in a checkpoint: they are those of the public model, which
 the caller identifies by digest in `meta` or in `run.json`.
@@ -217,7 +220,7 @@ class RunCheckpoints:
         except (ValueError, KeyError, TypeError, OSError) as error:
             raise ArtifactError(
                 f"step {step} of {self.path} does not fit this model and optimizer: {error}",
-                "resume with the configuration of the start of the run",
+                "resume with the configuration, and the version of this library, of the start of the run",
             ) from error
         return Restored(step, found.trainable, found.optimizer, found.data, found.meta, skipped)
 

@@ -140,7 +140,10 @@ def check_paths(config: Any) -> None:
     for name, must_exist in _PATH_KEYS.items():
         value: Any = getattr(config, name, None)
         if value != getattr(type(config), name, None):  # its default
-            check_path(value, f"config.{name}", docs.get(name, "").partition(". ")[0].rstrip("."), must_exist)
+            what = docs.get(name, "").partition(". ")[0].rstrip(".")
+            sources = [source.path for source in getattr(config, "sources", {}).values() if source.key == name]
+            for path in sources or [value]:
+                check_path(path, f"config.{name}", what, must_exist)
 
 
 def add_json(p: argparse.ArgumentParser) -> None:

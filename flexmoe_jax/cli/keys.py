@@ -7,7 +7,7 @@ from flexmoe_jax.config import RunConfig
 from flexmoe_jax.errors import ConfigError
 from flexmoe_jax.experiment import REQUIRED, Key, keys_of, suggest_key
 
-VERBS = ("train", "pretrain", "plan", "reproduce")
+VERBS = ("train", "pretrain", "lr-find", "plan", "reproduce")
 
 
 def keys(argv: list[str]) -> int:

@@ -29,6 +29,7 @@ ROLES = {
     },
     "a data owner (embed and sign: a public trainer too)": {
         "embed": ("data", "compute the domain embedding of documents, which a router row starts from"),
+        "lr-find": ("train", "compare learning rates in short runs"),
         "train": ("train", "train an expert beside the frozen public model"),
         "train-classifier": ("tune", "train a classifier that finds public documents like the owner's"),
         "keygen": ("models", "make a key that signs packages"),

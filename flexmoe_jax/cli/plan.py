@@ -74,6 +74,8 @@ def _planned_run(args: argparse.Namespace) -> RunConfig:
         values["public"] = values.get("public") or "-"
     if not values.get("expert") and (values.get("owner") != PUBLIC or not values.get("public")):
         values["domain_vector"] = values.get("domain_vector") or "-"
+    if values.get("public_fraction"):
+        values["public_data"] = values.get("public_data") or "-"
     return from_mapping(RunConfig, values)
 
 

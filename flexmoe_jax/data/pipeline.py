@@ -4,7 +4,8 @@ Legend: B batch, T tokens. Every batch is a dictionary of NumPy arrays with the 
 """
 
 import dataclasses
-from collections.abc import Iterable, Iterator
+import functools
+from collections.abc import Iterable, Iterator, Mapping, Sequence
 from typing import Any
 
 import grain
@@ -83,6 +84,81 @@ def mix_batches(own: grain.MapDataset, public: grain.MapDataset) -> grain.MapDat
     return grain.MapDataset.source(_Pairs(own, public))
 
 
+@dataclasses.dataclass(frozen=True)
+class Seen:
+    """What training has read of a source: positions, and how many times all of its windows."""
+
+    tokens: int
+    epochs: float
+
+
+@dataclasses.dataclass(frozen=True, eq=False)
+class Mixture:
+    """Sources that share `rows` rows of every batch by whole-number weights.
+
+    Of any number of rows from the start on, each source has given its share, less than one row more or fewer; every
+    source goes through its own windows in epochs, as in `make_batches`. DataError for a source without a window.
+    """
+
+    stores: Mapping[str, TokenStore]
+    """The sources' tokens by name."""
+
+    weights: Sequence[int]
+    """The weight of each source, at least 1, in the order of `stores`."""
+
+    rows: int
+    """Rows of each batch."""
+
+    seq_len: int
+    """Tokens per row."""
+
+    def __post_init__(self) -> None:
+        _ = self.windows
+
+    @functools.cached_property
+    def windows(self) -> dict[str, int]:
+        """The number of windows of each source."""
+        counts = {}
+        for name, store in self.stores.items():
+            try:
+                counts[name] = store.num_windows(self.seq_len)
+            except DataError as error:
+                raise DataError(f"the source {name!r}: {error.what}", error.remedy) from error
+        return counts
+
+    def rows_before(self, n: int) -> list[int]:
+        """The rows that each source has given in batches 0 to n - 1."""
+        periods, rest = divmod(n * self.rows, sum(self.weights))
+        return (periods * np.asarray(self.weights) + self._given[rest]).tolist()
+
+    def seen(self, n: int) -> dict[str, Seen]:
+        """What batches 0 to n - 1 hold of each source."""
+        counts = zip(self.windows.items(), self.rows_before(n), strict=True)
+        return {name: Seen(rows * self.seq_len, rows / windows) for (name, windows), rows in counts}
+
+    def batches(self, seed: int) -> grain.MapDataset:
+        """The batches, without end: `dataset[n]` depends only on the mixture, `seed` and n."""
+        if len(self.stores) == 1:
+            [store] = self.stores.values()
+            return make_batches(store, seq_len=self.seq_len, batch_size=self.rows, seed=seed)
+        return grain.MapDataset.source(_Mixed(self, seed))
+
+    @functools.cached_property
+    def _given(self) -> np.ndarray:
+        """int64 [W + 1, sources]: the rows that each source has given of the first 0 to W = sum(weights) rows.
+
+        Earliest deadline first: row j of a source of weight w becomes free at row floor(j W / w) and is due before row
+        ceil((j + 1) W / w). All deadlines are met, since the shares of the sources add up to one.
+        """
+        total, given = sum(self.weights), np.zeros(len(self.weights), np.int64)
+        weights, counts = np.asarray(self.weights), [given.copy()]
+        for row in range(total):
+            due = np.where(given * total // weights <= row, -(-(given + 1) * total // weights), total + 1)
+            given[due.argmin()] += 1
+            counts.append(given.copy())
+        return np.stack(counts)
+
+
 def make_iterator(dataset: grain.MapDataset, start_step: int = 0) -> grain.DatasetIterator:
     """Iterates over `dataset` from batch `start_step`, reading ahead in threads.
 
@@ -108,6 +184,24 @@ class _Pairs:
         pair = self.own[n], self.public[n]
         marked = [dataclasses.replace(b, own=np.full_like(b.weights, own)) for b, own in zip(pair, (1, 0), strict=True)]
         return jax.tree.map(lambda *parts: np.concatenate(parts), *marked)
+
+
+class _Mixed:
+    """The batches of a mixture as a grain source: rows of the first source, then of the second, and so on."""
+
+    def __init__(self, mixture: Mixture, seed: int) -> None:
+        self.mixture = mixture
+        self.rows = [
+            make_batches(store, seq_len=mixture.seq_len, batch_size=1, seed=seed) for store in mixture.stores.values()
+        ]
+
+    def __len__(self) -> int:
+        return min(map(len, self.rows)) // self.mixture.rows
+
+    def __getitem__(self, n: int) -> Batch:
+        ranges = zip(self.rows, self.mixture.rows_before(n), self.mixture.rows_before(n + 1), strict=True)
+        rows = [dataset[i] for dataset, first, end in ranges for i in range(first, end)]
+        return jax.tree.map(lambda *parts: np.concatenate(parts), *rows)
 
 
 class _Windows:

@@ -16,6 +16,7 @@ from flexmoe_jax.data.tokenizer import Tokenizer
 from flexmoe_jax.errors import DataError
 from flexmoe_jax.model.decoder import Decoder, decode, hidden_states, logits, prefill
 from flexmoe_jax.model.generate import stream
+from flexmoe_jax.model.precision import exact
 from flexmoe_jax.progress import track
 from flexmoe_jax.tree import Params
 
@@ -174,16 +175,19 @@ def cut(text: str, stops: Sequence[str]) -> str:
 
 
 @functools.partial(jax.jit, static_argnums=0)
+@exact
 def _whole(run: Decoder, params: Params, tokens_BT: jax.Array, targets_BT: jax.Array) -> tuple[jax.Array, jax.Array]:
     return _sums(run, params, hidden_states(run, params, tokens_BT)[0], targets_BT)
 
 
 @functools.partial(jax.jit, static_argnums=(0, 1))
+@exact
 def _prefill(run: Decoder, length: int, params: Params, tokens_1T: jax.Array) -> Params:
     return prefill(run, params, tokens_1T, length)[1]
 
 
 @functools.partial(jax.jit, static_argnums=0)
+@exact
 def _after(
     run: Decoder, params: Params, cache: Params, start: int, tokens_BT: jax.Array, targets_BT: jax.Array
 ) -> tuple[jax.Array, jax.Array]:

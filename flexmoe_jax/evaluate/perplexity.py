@@ -18,6 +18,7 @@ from flexmoe_jax.data.tokenizer import Tokenizer
 from flexmoe_jax.errors import DataError
 from flexmoe_jax.model.decoder import Decoder, head, hidden_states
 from flexmoe_jax.model.loss import next_token_loss
+from flexmoe_jax.model.precision import exact
 from flexmoe_jax.parallel.mesh import everywhere
 from flexmoe_jax.parallel.specs import batch_parts, place_batch
 from flexmoe_jax.tree import Params
@@ -141,6 +142,7 @@ def describe(experts: tuple[str, ...], score: Score) -> dict:
 
 
 @functools.partial(jax.jit, static_argnums=0)
+@exact
 def _score_batch(run: Decoder, params: Params, batch: Batch) -> tuple[jax.Array, jax.Array]:
     weights_BT = batch.weights
     x_BTD, router_logits_LNE = hidden_states(run, params, batch.tokens, batch.segments)

@@ -11,6 +11,7 @@ from flexmoe_jax.data.tokenizer import Tokenizer
 from flexmoe_jax.errors import DataError
 from flexmoe_jax.evaluate.perplexity import routed_share
 from flexmoe_jax.model.decoder import Decoder, hidden_states
+from flexmoe_jax.model.precision import exact
 from flexmoe_jax.tree import Params
 
 
@@ -42,5 +43,6 @@ def route_text(run: Decoder, params: Params, text: str, tokenizer: Tokenizer) ->
 
 
 @functools.partial(jax.jit, static_argnums=0)
+@exact
 def _weights(run: Decoder, params: Params, tokens_1T: jax.Array) -> jax.Array:
     return routed_share(run, hidden_states(run, params, tokens_1T)[1])

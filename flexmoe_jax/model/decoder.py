@@ -18,6 +18,7 @@ from flexmoe_jax.model import attention, cache, router
 from flexmoe_jax.model.expert_parallel import sparse_on_mesh
 from flexmoe_jax.model.experts import FFN_WEIGHTS, dense, is_stacked, sparse
 from flexmoe_jax.model.norm import rms_norm
+from flexmoe_jax.model.precision import EXACT
 from flexmoe_jax.model.rope import of_layer, rope_table
 from flexmoe_jax.model_config import ModelConfig
 from flexmoe_jax.parallel.mesh import split_batch, splits_work
@@ -32,8 +33,8 @@ class Decoder:
 
     `top_k` None runs every expert; `uniform` ignores the router and weights all experts equally. `dispatch` is `dense`
     (every expert on every token) or `sparse` (only the chosen experts; needs stacked experts). Activations are in
-    `dtype`; norms, softmax and router in float32. `remat` recomputes each layer in the backward pass: activations take
-    the memory of a layer's inputs, for a third more computation.
+    `dtype`; norms, softmax, router and logits in float32 (model/precision.py). `remat` recomputes each layer in the
+    backward pass: activations take the memory of a layer's inputs, for a third more computation.
     """
 
     config: ModelConfig
@@ -170,7 +171,8 @@ def forward(run: Decoder, params: Params, tokens_BT: jax.Array, **kwargs) -> Out
 
 def logits(run: Decoder, params: Params, x_D: jax.Array) -> jax.Array:
     """Hidden states [..., D] after the last norm -> float32 logits [..., V]."""
-    return jnp.matmul(x_D, head(run.config, params).astype(x_D.dtype), preferred_element_type=jnp.float32)
+    head_DV = head(run.config, params).astype(x_D.dtype)
+    return jnp.matmul(x_D, head_DV, precision=EXACT, preferred_element_type=jnp.float32)
 
 
 def head(config: ModelConfig, params: Params) -> jax.Array:

@@ -11,6 +11,7 @@ from typing import Any
 import jax
 import jax.numpy as jnp
 
+from flexmoe_jax.model.precision import EXACT
 from flexmoe_jax.parallel.mesh import platform
 
 CHUNK_LOGITS = 1 << 21  # logits in one chunk on a CPU: 8 MB in float32 stay in its cache
@@ -72,7 +73,7 @@ def _scan(
 
     def one(dhead_DV, chunk):
         x_BtD, targets_Bt, weights_Bt = chunk
-        logits_BtV = jnp.einsum("BtD,DV->BtV", x_BtD, head_DV, preferred_element_type=jnp.float32)
+        logits_BtV = jnp.einsum("BtD,DV->BtV", x_BtD, head_DV, precision=EXACT, preferred_element_type=jnp.float32)
         most_Bt1 = logits_BtV.max(-1, keepdims=True)
         exp_BtV = jnp.exp(logits_BtV - most_Bt1)
         sum_Bt1 = exp_BtV.sum(-1, keepdims=True)

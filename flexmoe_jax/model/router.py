@@ -8,6 +8,8 @@ import dataclasses
 import jax
 import jax.numpy as jnp
 
+from flexmoe_jax.model.precision import EXACT
+
 
 @jax.tree_util.register_dataclass
 @dataclasses.dataclass(frozen=True)
@@ -18,31 +20,40 @@ class Routing:
     index_Nk: jax.Array
 
 
-@jax.custom_vjp
 def negative_part(bias: jax.Array) -> jax.Array:
-    """min(bias, 0), with a derivative that cannot vanish for good.
+    """min(bias, 0), with the derivative of the identity (straight-through).
 
-    The plain derivative is 0 above zero: a bias above zero would never change again. Here the cotangent passes below
-    zero, and at or above zero where descent would lower the bias (projected gradient descent on bias <= 0).
+    The plain derivative is 0 above zero: a bias above zero would never change again. A training step projects its
+    biases to at most 0 after the update, so that only a bias that was stored before is ever above it.
     """
-    return jnp.minimum(bias, 0.0)
-
-
-def _negative_part_fwd(bias: jax.Array) -> tuple[jax.Array, jax.Array]:
-    return negative_part(bias), bias
-
-
-def _negative_part_bwd(bias: jax.Array, cotangent: jax.Array) -> tuple[jax.Array]:
-    return (jnp.where((bias < 0) | (cotangent > 0), cotangent, 0.0),)
-
-
-negative_part.defvjp(_negative_part_fwd, _negative_part_bwd)
+    return bias - jax.lax.stop_gradient(jnp.maximum(bias, 0.0))
 
 
 def router_logits(x_ND: jax.Array, router_ED: jax.Array, bias_E: jax.Array) -> jax.Array:
-    """s_i(x) = r_i . x + min(b_i, 0): x [N, D], router [E, D], bias [E] -> float32 [N, E] (paper section 3.3)."""
-    products = jnp.einsum("ND,ED->NE", x_ND, router_ED.astype(x_ND.dtype), preferred_element_type=jnp.float32)
-    return products + negative_part(bias_E.astype(jnp.float32))
+    """s_i(x) = r_i . x + min(b_i, 0): x [N, D], router [E, D], bias [E] -> float32 [N, E] (paper section 3.3).
+
+    Computed in float32 from the activations as they are; rows and biases are not rounded to the dtype of x.
+    """
+    return _products(x_ND, router_ED) + negative_part(bias_E.astype(jnp.float32))
+
+
+@jax.custom_vjp
+def _products(x_ND: jax.Array, router_ED: jax.Array) -> jax.Array:
+    """Its derivative keeps x in its own dtype: automatic differentiation would keep a float32 copy."""
+    return _dot("ND,ED->NE", x_ND, router_ED)
+
+
+def _products_bwd(residuals: tuple[jax.Array, jax.Array], d_NE: jax.Array) -> tuple[jax.Array, jax.Array]:
+    x_ND, router_ED = residuals
+    dx_ND, drouter_ED = _dot("NE,ED->ND", d_NE, router_ED), _dot("NE,ND->ED", d_NE, x_ND)
+    return dx_ND.astype(x_ND.dtype), drouter_ED.astype(router_ED.dtype)
+
+
+_products.defvjp(lambda x_ND, router_ED: (_products(x_ND, router_ED), (x_ND, router_ED)), _products_bwd)
+
+
+def _dot(axes: str, *operands: jax.Array) -> jax.Array:
+    return jnp.einsum(axes, *(operand.astype(jnp.float32) for operand in operands), precision=EXACT)
 
 
 def route(logits_NE: jax.Array, k: int, norm_topk: bool = False) -> Routing:

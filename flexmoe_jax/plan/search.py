@@ -5,7 +5,7 @@ from collections.abc import Iterator, Mapping
 
 from flexmoe_jax.errors import ConfigError, MachineError
 from flexmoe_jax.parallel.chips import Chip, Topology, meshes, slices_of
-from flexmoe_jax.params import AXES
+from flexmoe_jax.params import AXES, EXPERT
 from flexmoe_jax.plan.costs import Costs, estimate
 from flexmoe_jax.plan.work import Work
 
@@ -32,12 +32,14 @@ def mesh_text(sizes: Mapping[str, int]) -> str:
 def choices(work: Work, topology: Topology) -> list[Choice]:
     """One choice for each mesh that divides the model and the batch; those that fit come first, then the fastest.
 
-    Each has the fewest microbatches that fit, or the most possible. Raises MachineError where no mesh divides.
+    Each has the fewest microbatches that fit, or the most possible. An `expert` axis has no empty slot. Raises
+    MachineError where no mesh divides.
     """
+    tried = (dict(zip(AXES, parts, strict=True)) for parts in meshes(topology.count))
     found = [
         choice
-        for parts in meshes(topology.count)
-        if (choice := _fewest(work, topology, dict(zip(AXES, parts, strict=True)))) is not None
+        for sizes in tried
+        if len(work.experts) % sizes[EXPERT] == 0 and (choice := _fewest(work, topology, sizes)) is not None
     ]
     if not found:
         raise MachineError(

@@ -99,7 +99,7 @@ def _arguments(work: Work, groups: int) -> dict[str, Any]:
         )
         return {"state": state, "frozen": frozen, "batch": Batch.shapes(B, T, own=run.public_sequences > 0)}
     params = params_shapes(work)
-    params = {**params, "experts": stack_weights(params["experts"])}
+    params = {**params, "experts": stack_weights(params["experts"], groups)}
     params = jax.tree.map(lambda leaf: jax.ShapeDtypeStruct(leaf.shape, work.dtype), params)
     row = jax.ShapeDtypeStruct((B,), jnp.int32)
     if work.kind == "prefill":

@@ -14,12 +14,12 @@ import jax.numpy as jnp
 import numpy as np
 from jax.sharding import Mesh
 
-from flexmoe_jax.artifacts.checkpoints import RunCheckpoints
+from flexmoe_jax.artifacts.checkpoints import Restored, RunCheckpoints
 from flexmoe_jax.artifacts.model_dir import create_model
 from flexmoe_jax.artifacts.package import write_package
 from flexmoe_jax.artifacts.sealed import digest
-from flexmoe_jax.config import RunConfig
-from flexmoe_jax.data.pipeline import make_batches, make_iterator, mix_batches
+from flexmoe_jax.config import RunConfig, Source
+from flexmoe_jax.data.pipeline import Mixture, make_iterator
 from flexmoe_jax.data.sources import read_documents
 from flexmoe_jax.data.store import TokenStore, kind_of
 from flexmoe_jax.data.writer import write_store
@@ -32,21 +32,29 @@ from flexmoe_jax.parallel.stacked import STACKED, unstack_weights
 from flexmoe_jax.progress import Advance, track
 from flexmoe_jax.training.freezing import freezing_mask, freezing_table
 from flexmoe_jax.training.metrics import Meter, MetricsFile, Recorder, Sink, Window, check_skipped
-from flexmoe_jax.training.optimizer import make_optimizer
+from flexmoe_jax.training.mixtures import batches_of, log_sources, mixtures_of
+from flexmoe_jax.training.optimizer import group_table, log_optimizer, make_optimizer
 from flexmoe_jax.training.profile import Profile, parse_steps
 from flexmoe_jax.training.resume import (
-    SOURCES,
-    TOKENS,
     check_identity,
     documents_of,
     drop_stale_tokens,
     fields_of,
     identity_of,
+    tokens_of,
+    with_schedule,
 )
 from flexmoe_jax.training.saves import Saves
 from flexmoe_jax.training.signals import EX_INTERRUPTED, EX_TEMPFAIL, StopSignals
 from flexmoe_jax.training.start import Start, prepare
-from flexmoe_jax.training.state import TrainState, create_state, flops_per_token
+from flexmoe_jax.training.state import (
+    TrainState,
+    as_stacked,
+    by_name,
+    create_state,
+    flops_per_token,
+    shapes_by_name,
+)
 from flexmoe_jax.training.step import make_train_step
 from flexmoe_jax.training.trackers import open_trackers
 from flexmoe_jax.training.validation import Validation, distance, held_out
@@ -82,13 +90,17 @@ def train(run: RunConfig, allow: Collection[str] = (), profile: str | None = Non
     mesh = mesh_of_all(run.mesh)
     check_rows(mesh, run.batch_size)
     initial = prepare(run, mesh)
-    for key in SOURCES.values():
-        if (path := getattr(run, key)) is not None and not pathlib.Path(path).exists():
-            raise DataError(f"config.{key} {path!r} does not exist", "give a folder of documents or a token store")
+    groups = group_table(run, initial.params)  # refuses one that decides nothing before data is read
+    for source in run.sources.values():
+        if not pathlib.Path(source.path).exists():
+            remedy = "give a folder of documents or a token store; of several sources, WEIGHT PATH; WEIGHT PATH"
+            raise DataError(f"config.{source.key} {source.path!r} does not exist", remedy)
     validation = Validation(run, initial, mesh)
     with RunCheckpoints(out, keep=run.keep_checkpoints) as checkpoints:
         started = checkpoints.started or product.exists()
+        run = with_schedule(run, out / "run.json", started)
         stores, documents = _open_data(run, initial, out, started)
+        mixtures = mixtures_of(run, stores)
         identity = identity_of(run, initial, stores, documents)
         check_identity(out / "run.json", identity, allow, started)
         if product.exists():
@@ -96,7 +108,9 @@ def train(run: RunConfig, allow: Collection[str] = (), profile: str | None = Non
             return product
         for pattern, trainable, leaves, count in freezing_table(initial.params, run.owner, run.freeze):
             log.info(f"{'trained' if trainable else 'frozen ':8} {pattern:34} {leaves:3} leaves {count:14,} parameters")
-        job = _Job(run, initial, mesh, stores, checkpoints, validation, identity)
+        log_optimizer(run, groups)
+        log_sources(run, mixtures)
+        job = _Job(run, initial, mesh, mixtures, checkpoints, validation, identity)
         with jax.set_mesh(mesh):
             state = _fit(job, traced)
             check_skipped(run, int(state.skipped))
@@ -115,10 +129,15 @@ class _Job:
     run: RunConfig
     initial: Start
     mesh: Mesh
-    stores: list[TokenStore]
+    mixtures: list[Mixture]
     checkpoints: RunCheckpoints
     validation: Validation
     identity: dict
+
+    @property
+    def experts(self) -> tuple[str, ...]:
+        """Names of the experts in canonical order."""
+        return canonical_order(self.initial.params["experts"])
 
 
 def _fit(job: _Job, traced: range) -> TrainState:
@@ -126,7 +145,7 @@ def _fit(job: _Job, traced: range) -> TrainState:
     out = checkpoints.path
     optimizer = make_optimizer(run.optimizer, run.steps)
     state, frozen = create_state(mesh, initial.params, run.owner, optimizer, jnp.dtype(run.compute_dtype), run.freeze)
-    iterator = make_iterator(_batches(run, job.stores))
+    iterator = make_iterator(batches_of(run, job.mixtures))
     shardings = (jax.tree.map(lambda leaf: leaf.sharding, state), replicated(mesh))
     state, window = _restore(job, state, iterator)
     first = int(state.step)
@@ -137,8 +156,7 @@ def _fit(job: _Job, traced: range) -> TrainState:
     profile = Profile(traced, out / "profile" / str(jax.process_index()))
     shown = track(f"train {run.owner}", run.steps, "steps", start=first) if is_lead() else _nothing()
     with saves, profile, shown as advance, _sinks(job, first) as sinks:
-        names = canonical_order(initial.params["experts"])
-        recorder = Recorder(run, names, sinks, advance, _meter(run, initial, mesh))
+        recorder = Recorder(run, job.experts, sinks, advance, _meter(run, initial, mesh))
         recorder.window = window
         for n in range(first, 0 if validation.exhausted else run.steps):
             with profile.step(n, recorder.paused):
@@ -181,12 +199,10 @@ def _sinks(job: _Job, first: int) -> Iterator[list[Sink]]:
 
 def _watched(job: _Job, n: int, state: TrainState, frozen: Params) -> dict:
     """What a line of metrics has besides the metrics of steps: tokens and epochs of each source, the distance."""
-    run, sizes = job.run, {"own": job.run.batch_size - job.run.public_sequences, "public": job.run.public_sequences}
-    rows = {name: (store, (n + 1) * sizes[name]) for name, store in zip(sizes, job.stores, strict=False)}
-    seen = {
-        name: {"tokens": count * run.seq_len, "epochs": count / store.num_windows(run.seq_len)}
-        for name, (store, count) in rows.items()
-    }
+    run = job.run
+    seen: dict[str, dict] = {}
+    for mixture in job.mixtures:
+        seen |= {name: dataclasses.asdict(source) for name, source in mixture.seen(n + 1).items()}
     if run.is_public or not run.coordinate:
         return {"seen": seen}
     return {"seen": seen, "distance": distance(state.trainable, frozen, run.owner)}
@@ -230,12 +246,24 @@ def _save(job: _Job, state: TrainState, iterator: grain.DatasetIterator, window:
     meta: dict[str, Any] = {name: int(getattr(state, name)) for name in _COUNTERS}
     meta |= {"window": window.state, "validation": dataclasses.asdict(job.validation.progress)}
     _keep_best(job)
-    job.checkpoints.save(meta["step"], state.trainable, state.opt_state, iterator.get_state(), meta)
+    trainable, opt_state = by_name((state.trainable, state.opt_state), job.experts)
+    job.checkpoints.save(meta["step"], trainable, opt_state, iterator.get_state(), meta)
+
+
+def _read(job: _Job, state: TrainState, step: int | None = None) -> Restored | None:
+    """The newest checkpoint, or that of `step`, in the form and on the mesh of `state`; None where there is none."""
+    like = state.trainable, state.opt_state
+    trainable, opt_state = shapes_by_name(like, job.experts)
+    restored = job.checkpoints.restore(trainable, opt_state, step)
+    if restored is None:
+        return None
+    trainable, opt_state = as_stacked((restored.trainable, restored.opt_state), like)
+    return dataclasses.replace(restored, trainable=trainable, opt_state=opt_state)
 
 
 def _restore(job: _Job, state: TrainState, iterator: grain.DatasetIterator) -> tuple[TrainState, Window]:
     """The newest checkpoint's state, or `state` where there is none, and the sums of the steps since the last line."""
-    restored = job.checkpoints.restore(state.trainable, state.opt_state)
+    restored = _read(job, state)
     if restored is None:
         return state, Window()
     for step, reason in restored.skipped:
@@ -261,38 +289,29 @@ def _published(job: _Job, state: TrainState) -> tuple[int, Params]:
     if job.run.publish == "last" or best in (None, last):
         return last, state.trainable
     log.info(f"published are the weights after step {best}, the best on held-out text, not those after step {last}")
-    restored = job.checkpoints.restore(state.trainable, state.opt_state, step=best)
+    restored = _read(job, state, best)
     assert restored is not None  # `keep` kept it; damaged, it is an error
     return restored.step, restored.trainable
 
 
-def _batches(run: RunConfig, stores: list[TokenStore]) -> grain.MapDataset:
-    """The run's batches: its own data, with `public_sequences` rows of public data if it has any."""
-    sizes = (run.batch_size - run.public_sequences, run.public_sequences)
-    parts = [
-        make_batches(store, seq_len=run.seq_len, batch_size=size, seed=run.seed)
-        for store, size in zip(stores, sizes, strict=False)
-    ]
-    return mix_batches(*parts) if len(parts) == 2 else parts[0]
-
-
 def _open_data(
     run: RunConfig, initial: Start, out: pathlib.Path, started: bool
-) -> tuple[list[TokenStore], dict[str, str | None]]:
-    """(token stores, digests of the documents) of the owner's and the public data; makes the tokens where missing."""
+) -> tuple[dict[str, TokenStore], dict[str, str | None]]:
+    """(token stores, digests of the documents) of all sources by name; makes the tokens where missing."""
     documents = documents_of(run)
     if is_lead() and not started:
         drop_stale_tokens(out, documents, initial.tokenizer.digest, run.holdout)
     barrier("stale tokens")
-    return [_open_tokens(run, SOURCES[name], initial, out / TOKENS[name]) for name in documents], documents
+    stores = {name: open_tokens(run, source, initial, tokens_of(out, name)) for name, source in run.sources.items()}
+    return stores, documents
 
 
-def _open_tokens(run: RunConfig, key: str, initial: Start, tokens: pathlib.Path) -> TokenStore:
-    """The tokens of `config.key`: a token store, OLMo files, or documents, tokenized once into the store `tokens`."""
-    folder = pathlib.Path(getattr(run, key))
-    kind, holdout = kind_of(folder), run.holdout if key == "data" else 0.0
+def open_tokens(run: RunConfig, source: Source, initial: Start, tokens: pathlib.Path) -> TokenStore:
+    """The tokens of a source: a token store, OLMo files, or documents, tokenized once into the store `tokens`."""
+    folder = pathlib.Path(source.path)
+    kind, holdout = kind_of(folder), run.holdout if source.key == "data" else 0.0
     if holdout and kind != "documents":
-        what = f"config.holdout is {run.holdout} and config.data {run.data!r} holds tokens, not documents"
+        what = f"config.holdout is {run.holdout} and config.data {source.path!r} holds tokens, not documents"
         raise DataError(what, "give documents, or config.validation: documents that are not in these tokens")
     if kind == "store":
         return TokenStore.open(folder, initial.tokenizer)
@@ -302,9 +321,9 @@ def _open_tokens(run: RunConfig, key: str, initial: Start, tokens: pathlib.Path)
         bos_id = None if initial.tokenizer.bos_id == initial.tokenizer.eos_id else initial.tokenizer.bos_id
         return TokenStore.from_olmo(folder, dtype, initial.tokenizer.eos_id, vocab_size, bos_id)
     if not tokens.exists() and is_lead():
-        documents = read_documents(folder, fields=fields_of(run, key))
+        documents = read_documents(folder, fields=fields_of(run, source.key))
         write_store((d for d in documents if not held_out(d, holdout)), initial.tokenizer, tokens)
-    barrier(f"tokens of {key}")
+    barrier(f"tokens in {tokens.name}")
     return TokenStore.open(tokens, initial.tokenizer)
 
 

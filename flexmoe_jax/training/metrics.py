@@ -231,7 +231,8 @@ class Recorder:
         self._advance(0, f"{last['skipped']} skipped")
         rows = run.batch_size - run.public_sequences
         cause = "gradient" if np.isfinite(values["loss"]) else "loss"
-        where = f"windows {n * rows} to {(n + 1) * rows - 1} of the data in the order of seed {run.seed}"
+        data = "data" if "own" in run.sources else "mixture"
+        where = f"windows {n * rows} to {(n + 1) * rows - 1} of the {data} in the order of seed {run.seed}"
         log.info(f"step {n} is skipped: its {cause} is not finite ({where})")
         if last["bad_steps"] >= run.max_bad_steps:
             raise FlexMoEError(

@@ -1,34 +1,138 @@
-"""AdamW with clipping, warm-up and cosine decay, from optax; optionally with moments that take less memory."""
+"""AdamW with clipping, schedules and parameter groups, from optax; optionally with moments that take less memory."""
+
+import itertools
+import logging
+import math
+import re
 
 import optax
 
-from flexmoe_jax.optimizer_config import OptimizerConfig
+from flexmoe_jax.config import RunConfig
+from flexmoe_jax.errors import ConfigError
+from flexmoe_jax.optimizer_config import Group, OptimizerConfig
+from flexmoe_jax.training.freezing import freezing_mask
+from flexmoe_jax.tree import Params, flatten, match_rules, partition, unflatten
+
+log = logging.getLogger(__name__)
 
 
 def learning_rate(config: OptimizerConfig, steps: int) -> optax.Schedule:
-    """Linear warm-up from 0 to `lr`, then cosine decay to `end_lr_fraction * lr` at step `steps`."""
-    warmup = min(config.warmup_steps, max(steps - 1, 0))
-    return optax.warmup_cosine_decay_schedule(0.0, config.lr, warmup, max(steps, 1), config.lr * config.end_lr_fraction)
+    """Linear warm-up from 0 to `lr`, then the course that `config.schedule` names, to `end_lr_fraction * lr`.
+
+    It takes `config.schedule_steps`, or `steps` where that is None; the rate then stays what it is at their end.
+    """
+    length = max(config.schedule_steps or steps, 1)
+    warmup = min(config.warmup_steps, length - 1)
+    peak, end = config.lr, config.lr * config.end_lr_fraction
+    if config.schedule == "cosine":
+        return optax.warmup_cosine_decay_schedule(0.0, peak, warmup, length, end)
+    if config.schedule == "constant":
+        return optax.warmup_constant_schedule(0.0, peak, warmup)
+    if config.schedule == "wsd":
+        decay = min(round(config.decay_share * length), length - warmup)
+        parts = [optax.warmup_constant_schedule(0.0, peak, warmup), optax.linear_schedule(peak, end, decay)]
+        return optax.join_schedules(parts, [length - decay])
+    starts = [round(i * length / config.cycles) for i in range(config.cycles + 1)]
+    lengths = [after - start for start, after in itertools.pairwise(starts) if after > start]
+    return optax.sgdr_schedule(
+        {
+            "init_value": 0.0,
+            "peak_value": peak,
+            "warmup_steps": min(warmup, part - 1) if i == 0 else 0,
+            "decay_steps": part,
+            "end_value": end,
+        }
+        for i, part in enumerate(lengths)
+    )
 
 
 def make_optimizer(config: OptimizerConfig, steps: int) -> optax.GradientTransformation:
-    """Clips by global norm, then AdamW with decoupled weight decay; for trainable leaves only.
+    """Clips by global norm, then AdamW with decoupled weight decay and the groups' factors; for trainable leaves only.
 
     Moments are kept as `OptimizerConfig` says and computed in float32. The factored second moment is Adafactor's
-    (Shazeer and Stern, arXiv 1804.04235).
+    (Shazeer and Stern, arXiv 1804.04235). ConfigError, when it first sees the leaves, for a group that matches none.
     """
-    clip, schedule = optax.clip_by_global_norm(config.clip_norm), learning_rate(config, steps)
+    clip, rate = optax.clip_by_global_norm(config.clip_norm), optax.scale_by_learning_rate(learning_rate(config, steps))
     kept = None if config.first_moment == "float32" else config.first_moment
     if config.second_moment == "full":
-        adamw = optax.adamw(
-            schedule, b1=config.b1, b2=config.b2, eps=config.eps, mu_dtype=kept, weight_decay=config.weight_decay
-        )
-        return optax.chain(clip, adamw)
+        adam = optax.scale_by_adam(b1=config.b1, b2=config.b2, eps=config.eps, mu_dtype=kept)
+        return optax.chain(clip, optax.chain(adam, _by_group(config), rate))
     return optax.chain(
         clip,
         optax.scale_by_factored_rms(),
         optax.clip_by_block_rms(1.0),
         optax.ema(config.b1, accumulator_dtype=kept) if config.b1 else optax.identity(),
-        optax.add_decayed_weights(config.weight_decay),
-        optax.scale_by_learning_rate(schedule),
+        _by_group(config),
+        rate,
     )
+
+
+def factors_of(config: OptimizerConfig, trainable: Params) -> dict[str, Group]:
+    """{path: the group that decides it, with both its factors} of the leaves that are trained.
+
+    ConfigError for a group that decides none of them, except the last, which is for all others.
+    """
+    paths, rules = list(flatten(trainable)), config.rules
+    chosen = match_rules(paths, [(rule.pattern, rule) for rule in rules])
+    for rule in rules[:-1]:
+        if rule not in chosen.values():
+            taken = [path for path in paths if re.fullmatch(rule.pattern, path)]
+            why = f"earlier groups decide {', '.join(taken)}" if taken else f"trained are {', '.join(paths)}"
+            raise ConfigError(
+                f"the group {rule.pattern!r} of config.optimizer.groups decides no trained parameter: {why}",
+                "correct the pattern, leave the group out, or give it before the others",
+            )
+    return {path: rule.of(path) for path, rule in chosen.items()}
+
+
+def group_table(run: RunConfig, params: Params) -> list[tuple[Group, int, int]]:
+    """(group with both factors, number of leaves, number of parameters) of what `run` trains of the whole tree.
+
+    In the order in which the groups decide. ConfigError as of `factors_of`.
+    """
+    config = run.optimizer
+    trainable, _ = partition(params, freezing_mask(params, run.owner, run.freeze))
+    flat = flatten(trainable)
+    sizes: dict[Group, tuple[int, int]] = {}
+    for path, group in factors_of(config, trainable).items():
+        leaves, count = sizes.get(group, (0, 0))
+        sizes[group] = leaves + 1, count + math.prod(flat[path].shape)
+    order = [rule.pattern for rule in config.rules]
+    return [(group, *size) for group, size in sorted(sizes.items(), key=lambda item: order.index(item[0].pattern))]
+
+
+def log_optimizer(run: RunConfig, groups: list[tuple[Group, int, int]]) -> None:
+    """Logs `groups`, the run's `group_table`, and the course of the learning rate."""
+    config = run.optimizer
+    for group, leaves, count in groups:
+        factors = f"rate x {group.lr:g}, decay x {group.decay:g}"
+        log.info(f"{factors:24} {group.pattern:18} {leaves:3} leaves {count:14,} parameters")
+    length = config.schedule_steps or run.steps
+    warmup = min(config.warmup_steps, length - 1)
+    log.info(f"learning rate {config.lr:g}: {config.schedule} over {length:,} steps, {warmup:,} of them warm-up")
+    if run.steps > length:
+        end = float(learning_rate(config, length)(length))
+        log.info(
+            f"learning rate {end:g} from step {length:,} on, as at the end of its schedule; another schedule is asked "
+            f"for by config.optimizer.schedule_steps={run.steps} and --allow=config.optimizer.schedule_steps"
+        )
+
+
+def _by_group(config: OptimizerConfig) -> optax.GradientTransformation:
+    """Adds each leaf's weight decay to its update, and scales both by its factor on the rate."""
+
+    def labels(params: Params) -> Params:
+        return unflatten({path: _label(group) for path, group in factors_of(config, params).items()})
+
+    every = [rule.of(path) for rule in config.rules for path in ("trunk/head", "trunk/embed")]  # one decays by default
+    transforms = {
+        _label(group): optax.chain(
+            optax.add_decayed_weights(config.weight_decay * (group.decay or 0.0)), optax.scale(group.lr)
+        )
+        for group in every
+    }
+    return optax.partition(transforms, labels)
+
+
+def _label(group: Group) -> str:
+    return f"lr {group.lr} decay {group.decay}"

@@ -1,10 +1,11 @@
 """The identity of a run directory: the configuration and data that must not change when a run resumes."""
 
+import dataclasses
 import json
 import logging
 import os
 import pathlib
-from collections.abc import Collection
+from collections.abc import Collection, Mapping
 
 from flexmoe_jax.artifacts.sealed import differences, sha256_array, write_json
 from flexmoe_jax.config import RunConfig
@@ -45,21 +46,29 @@ RESUMABLE = (
     "publish",
     "track",
 )
-SOURCES = {"own": "data", "public": "public_data"}  # {name in run.json: key of the configuration}
-TOKENS = {"own": "tokens", "public": "public_tokens"}  # their tokens, in the run directory
+TOKENS = {"own": "tokens", "public": "public_tokens"}  # in the run directory
 
 
-def identity_of(run: RunConfig, initial: Start, stores: list[TokenStore], documents: dict[str, str | None]) -> dict:
-    """What must not change when a run resumes. Paths may change: their contents are identified by digest."""
+def identity_of(
+    run: RunConfig, initial: Start, stores: Mapping[str, TokenStore], documents: dict[str, str | None]
+) -> dict:
+    """What must not change when a run resumes. Paths may change: their contents are identified by digest.
+
+    Of a mixture every source has its name, its digests and its weight.
+    """
     config = {key: value for key, value in to_mapping(run).items() if key not in RESUMABLE}
-    data = {
-        name: {"tokens": store.digest, "documents": digest}
-        for (name, digest), store in zip(documents.items(), stores, strict=True)
-    }
+    data: dict[str, dict] = {}
+    for name, source in run.sources.items():
+        side, mixed, part = name.partition(".")
+        digests = {"tokens": stores[name].digest, "documents": documents[name]}
+        if mixed:
+            data.setdefault(side, {})[part] = digests | {"weight": source.weight}
+        else:
+            data[side] = digests
     router = initial.router | {"rows": sha256_array(initial.params["experts"][run.owner]["router"])}
-    digests = {"data": data, "tokenizer": initial.tokenizer.digest, "base": initial.base}
+    known = {"data": data, "tokenizer": initial.tokenizer.digest, "base": initial.base}
     start = {"start": initial.history["start"]} if "start" in initial.history else {}
-    return {"config": config, "router": router, **digests, **start}
+    return {"config": config, "router": router, **known, **start}
 
 
 def fields_of(run: RunConfig, key: str) -> Fields:
@@ -68,18 +77,46 @@ def fields_of(run: RunConfig, key: str) -> Fields:
 
 
 def read_identity(path: pathlib.Path) -> dict:
-    """The identity in the file `path` (`run.json`); {} if there is none, ArtifactError if it cannot be read."""
-    return parse_json(read_bytes(path), path) if os.path.lexists(path) else {}
+    """The identity in the file `path` (`run.json`); {} if there is none, ArtifactError if it cannot be read.
+
+    The schedule of a run that recorded no length for it had that of its steps.
+    """
+    identity = parse_json(read_bytes(path), path) if os.path.lexists(path) else {}
+    if optimizer := _optimizer_of(identity):
+        optimizer.setdefault("schedule_steps", identity["config"].get("steps"))
+    return identity
+
+
+def _optimizer_of(identity: dict) -> dict:
+    """The optimizer's configuration in an identity; {} where the file is damaged: `check_identity` tells."""
+    config = identity.get("config")
+    optimizer = config.get("optimizer") if isinstance(config, dict) else None
+    return optimizer if isinstance(optimizer, dict) else {}
+
+
+def with_schedule(run: RunConfig, path: pathlib.Path, started: bool) -> RunConfig:
+    """`run` with the length of its schedule: where it gives none, that in the file `path` (`run.json`) of a run that
+    has `started`, else its steps."""
+    if run.optimizer.schedule_steps is None:
+        before = _optimizer_of(read_identity(path)).get("schedule_steps") if started else None
+        steps = before if isinstance(before, int) else run.steps
+        run = dataclasses.replace(run, optimizer=dataclasses.replace(run.optimizer, schedule_steps=steps))
+    return run
 
 
 def documents_of(run: RunConfig) -> dict[str, str | None]:
-    """{"own", "public"}: digests of the documents as they are now; None for token files. The whole data is read."""
+    """{source: digest of the documents as they are now, None for token files}. The whole data is read."""
     digests: dict[str, str | None] = {}
-    for name, key in SOURCES.items():
-        if (path := getattr(run, key)) is not None:
-            documents = kind_of(pathlib.Path(path)) == "documents"
-            digests[name] = content_digest(path, fields=fields_of(run, key)) if documents else None
+    for name, source in run.sources.items():
+        documents = kind_of(pathlib.Path(source.path)) == "documents"
+        digests[name] = content_digest(source.path, fields=fields_of(run, source.key)) if documents else None
     return digests
+
+
+def tokens_of(out: pathlib.Path, name: str) -> pathlib.Path:
+    """Where the run `out` keeps the tokens of the source `name`."""
+    side, mixed, part = name.partition(".")
+    return out / f"{TOKENS[side]}{mixed}{part}"
 
 
 def drop_stale_tokens(
@@ -92,9 +129,11 @@ def drop_stale_tokens(
     before = read_identity(out / "run.json")
     held_out = before.get("config", {}).get("holdout", 0.0)
     for name, digest in documents.items():
-        made_of = before.get("data", {}).get(name, {}).get("documents")
+        side, _, part = name.partition(".")
+        known = before.get("data", {}).get(side, {})
+        made_of = (known.get(part, {}) if part else known).get("documents")
         if (made_of, before.get("tokenizer"), held_out) != (digest, tokenizer, holdout):
-            remove_directory(out / TOKENS[name])
+            remove_directory(tokens_of(out, name))
 
 
 def check_identity(path: pathlib.Path, identity: dict, allow: Collection[str], started: bool) -> None:

@@ -113,7 +113,10 @@ def _beside_public(run: RunConfig, vector: DomainVector) -> Start:
         )
     # Scale and projection are the public model's: all router rows must be in the same space.
     router = projection_record(vector, public.config.d_model, theirs["scale"], theirs["projection_seed"])
-    expert = {"router": _rows(vector, public.config, router), "bias": np.zeros(public.config.num_layers, np.float32)}
+    expert = {
+        "router": _rows(vector, public.config, router),
+        "bias": np.full(public.config.num_layers, run.bias_init, np.float32),
+    }
     return _expert(run, public, expert, router)
 
 

@@ -1,7 +1,9 @@
 """The state of a training run: trainable leaves with their moments, counters, and the frozen leaves beside it."""
 
+import functools
 import math
 import re
+from collections.abc import Sequence
 from typing import Any
 
 import flax.struct
@@ -10,15 +12,16 @@ import jax.numpy as jnp
 import numpy as np
 import numpy.typing as npt
 import optax
-from jax.sharding import Mesh
+from jax.sharding import Mesh, NamedSharding
+from jax.sharding import PartitionSpec as P
 
 from flexmoe_jax.config import RunConfig
 from flexmoe_jax.errors import ConfigError
 from flexmoe_jax.model.flops import step_flops
 from flexmoe_jax.model_config import ModelConfig
-from flexmoe_jax.parallel.specs import place, place_leaf, tree_shardings
-from flexmoe_jax.parallel.stacked import stack_weights
-from flexmoe_jax.params import EXPERT
+from flexmoe_jax.parallel.specs import leaf_spec, path_text, place, place_leaf, tree_shardings
+from flexmoe_jax.parallel.stacked import STACKED, restack_weights, stack_weights, unstack_weights
+from flexmoe_jax.params import EXPERT, FSDP, is_float32
 from flexmoe_jax.training.freezing import freezing_mask
 from flexmoe_jax.tree import Params, flatten, partition
 
@@ -68,11 +71,18 @@ def create_state(
 ) -> tuple[TrainState, Params]:
     """(TrainState, frozen leaves): trainable leaves are float32 and have moments, frozen ones are `frozen_dtype`.
 
+    Frozen leaves that the model rounds to no other dtype stay float32 (`params.is_float32`): scoring uses them so, too.
     Every leaf is a copy, since the state is donated, split over the mesh by the rules of parallel/specs.py. If the mesh
-    splits experts, their weights are stacked (parallel/stacked.py). ConfigError if the mesh cannot split the model.
+    splits experts, their weights are stacked (parallel/stacked.py) with equal numbers of slots on its devices.
+    ConfigError if the mesh cannot split the model.
     """
     trainable, frozen = split_state(params, owner, freeze, mesh.shape[EXPERT])
-    trainable, frozen = place(mesh, trainable, jnp.float32), place(mesh, frozen, frozen_dtype)
+    trainable = place(mesh, trainable, jnp.float32)
+
+    def freeze_leaf(path, leaf, sharding):
+        return place_leaf(leaf, sharding, _frozen_dtype(path, frozen_dtype))
+
+    frozen = jax.tree_util.tree_map_with_path(freeze_leaf, frozen, tree_shardings(mesh, frozen))
     shardings = state_shardings(mesh, trainable, optimizer)
     moments = jax.jit(optimizer.init, out_shardings=shardings.opt_state)(trainable)
     counters = [place_leaf(np.zeros((), np.int32), shardings.step) for _ in range(3)]
@@ -93,7 +103,11 @@ def state_shapes(
     """
     trainable, frozen = split_state(params, owner, freeze, groups)
     trainable = jax.tree.map(lambda leaf: jax.ShapeDtypeStruct(leaf.shape, jnp.float32), trainable)
-    frozen = jax.tree.map(lambda leaf: jax.ShapeDtypeStruct(leaf.shape, frozen_dtype), frozen)
+
+    def freeze_leaf(path, leaf):
+        return jax.ShapeDtypeStruct(leaf.shape, _frozen_dtype(path, frozen_dtype))
+
+    frozen = jax.tree_util.tree_map_with_path(freeze_leaf, frozen)
     return _initial_shapes(trainable, optimizer), frozen
 
 
@@ -103,6 +117,10 @@ def state_shardings(mesh: Mesh, trainable: Any, optimizer: optax.GradientTransfo
     ConfigError if the mesh cannot split a leaf.
     """
     return tree_shardings(mesh, _initial_shapes(trainable, optimizer))
+
+
+def _frozen_dtype(path: tuple, dtype: npt.DTypeLike) -> npt.DTypeLike:
+    return jnp.float32 if is_float32(path_text(path)) else dtype
 
 
 def _initial_shapes(trainable: Any, optimizer: optax.GradientTransformation) -> TrainState:
@@ -131,7 +149,59 @@ def split_state(params: Params, owner: str, freeze: str | None, groups: int) -> 
                 f"train all feed-forward networks or none, or set {EXPERT}=1: two experts need no expert axis",
             )
     trainable, frozen = (
-        {**part, **({"experts": stack_weights(part["experts"])} if "experts" in part else {})}
+        {**part, **({"experts": stack_weights(part["experts"], groups)} if "experts" in part else {})}
         for part in (trainable, frozen)
     )
     return trainable, frozen
+
+
+def shapes_by_name(tree: Any, names: Sequence[str]) -> Any:
+    """The shape, dtype and sharding of every leaf of `by_name(tree, names)`; leaves that are not stacked are arrays."""
+
+    def describe(path: tuple, leaf: jax.ShapeDtypeStruct, mesh: Mesh) -> jax.ShapeDtypeStruct:
+        text = f"experts/{path_text(path)}"
+        spec, parts = leaf_spec(text, leaf.shape), mesh.shape[FSDP] * mesh.shape[EXPERT]
+        # No device holds more of the named leaves than of the stacked one, where their size allows it.
+        wide = [(FSDP, EXPERT) if axes == FSDP and leaf.shape[i] % parts == 0 else axes for i, axes in enumerate(spec)]
+        return jax.ShapeDtypeStruct(leaf.shape, leaf.dtype, sharding=NamedSharding(mesh, P(*wide)))
+
+    def shapes(node: Any) -> Any:
+        if not _is_stacked(node):
+            return node
+        named = jax.eval_shape(functools.partial(unstack_weights, names=names), node)
+        mesh = jax.tree.leaves(node)[0].sharding.mesh
+        return jax.tree_util.tree_map_with_path(functools.partial(describe, mesh=mesh), named)
+
+    return jax.tree.map(shapes, tree, is_leaf=_is_stacked)
+
+
+def by_name(tree: Any, names: Sequence[str]) -> Any:
+    """Trainable leaves, or an optimizer's state that mirrors them, with experts by name: the same on every mesh.
+
+    This is the form of checkpoints. `names` are those of all experts of the run.
+    """
+
+    def unstack(node: Any, shapes: Any) -> Any:
+        if not _is_stacked(node):
+            return node
+        shardings = jax.tree.map(lambda leaf: leaf.sharding, shapes)
+        return jax.jit(unstack_weights, static_argnums=1, out_shardings=shardings)(node, tuple(names))
+
+    return jax.tree.map(unstack, tree, shapes_by_name(tree, names), is_leaf=_is_stacked)
+
+
+def as_stacked(named: Any, like: Any) -> Any:
+    """The inverse of `by_name`: `named` in the form of `like`, a tree of arrays with their shardings."""
+
+    def stack(node: Any, named: Any) -> Any:
+        if not _is_stacked(node):
+            return named
+        shardings = jax.tree.map(lambda leaf: leaf.sharding, node)
+        shapes = jax.tree.map(lambda leaf: jax.ShapeDtypeStruct(leaf.shape, leaf.dtype), node)
+        return jax.jit(functools.partial(restack_weights, like=shapes), out_shardings=shardings)(named)
+
+    return jax.tree.map(stack, like, named, is_leaf=_is_stacked)
+
+
+def _is_stacked(node: Any) -> bool:
+    return isinstance(node, dict) and STACKED in node

@@ -22,17 +22,20 @@ from flexmoe_jax.training.state import TrainState
 from flexmoe_jax.tree import Params, combine, flatten
 
 
-def make_train_step(model: ModelConfig, run: RunConfig, shardings: Any = None) -> Callable:
+def make_train_step(
+    model: ModelConfig, run: RunConfig, shardings: Any = None, optimizer: optax.GradientTransformation | None = None
+) -> Callable:
     """Returns jitted `step(state, frozen, batch) -> (state, metrics)`; `state` is donated.
 
-    `shardings` are (those of the state, that of the metrics), for a step that is called inside `jax.set_mesh`. `batch`
+    `shardings` are (those of the state, that of the metrics), for a step that is called inside `jax.set_mesh`. Without
+    an `optimizer` it is the run's. `batch`
     is a `data.pipeline.Batch` of [batch_size, seq_len]. Losses are sums over weighted tokens divided by the weights of
     the whole batch, not means over microbatches. A step whose loss or gradient is not finite changes neither parameters
     nor moments, and is counted. Metrics are scalars, `share` [L, E], the mean routed weight of each expert in canonical
     order, and where public text is mixed in `router_accuracy` [L]; `grad_norms` and `update_norms` hold a norm for each
     kind of parameter (`kind_of`).
     """
-    optimizer, schedule = make_optimizer(run.optimizer, run.steps), learning_rate(run.optimizer, run.steps)
+    optimizer, schedule = optimizer or make_optimizer(run.optimizer, run.steps), learning_rate(run.optimizer, run.steps)
     grads_of = jax.grad(functools.partial(_losses, model, run), has_aux=True)
 
     def step(state: TrainState, frozen: Params, batch: Batch):
@@ -58,6 +61,7 @@ def make_train_step(model: ModelConfig, run: RunConfig, shardings: Any = None) -
         grad_norm = optax.tree.norm(grads)
         good = jnp.isfinite(grad_norm) & jnp.isfinite(metrics["loss"])
         updates, opt_state = optimizer.update(grads, state.opt_state, state.trainable)
+        updates = _project(updates, state.trainable)
         keep = functools.partial(jax.tree.map, lambda new, old: jnp.where(good, new, old))
         updates_made = state.step - state.skipped
         metrics |= {"grad_norm": grad_norm, "lr": schedule(updates_made), "tokens": batch.weights.sum()}
@@ -73,6 +77,19 @@ def make_train_step(model: ModelConfig, run: RunConfig, shardings: Any = None) -
         return state, metrics | {"bad_steps": state.bad_steps, "skipped": state.skipped}
 
     return jax.jit(step, donate_argnums=0, out_shardings=shardings)
+
+
+def _project(updates: Params, trainable: Params) -> Params:
+    """The updates, of which those of router biases b end at b <= 0: the model uses min(b, 0), so what is kept acts.
+
+    Only here does the bound act on training. The derivative of the loss does not know it (`negative_part`): the
+    gradients of microbatches add up to that of the batch also where biases are at the bound, as all are at the start.
+    """
+
+    def at_most_0(path, update, leaf):
+        return jnp.minimum(update, -leaf) if path[-1].key == "bias" else update
+
+    return jax.tree_util.tree_map_with_path(at_most_0, updates, trainable)
 
 
 def kind_of(path: str) -> str:

@@ -121,36 +121,47 @@ def _texts(run: RunConfig) -> dict[str, list[str]]:
     """{source: held-out texts}, own text first; {} without own text."""
     if run.eval_every is None:
         return {}
-    fields, found = Fields(run.text_field, run.id_field), {}
+    fields = Fields(run.text_field, run.id_field)
+    found: dict[str, list[str]] = {}
     if run.holdout:
-        kept = (d for d in read_documents(run.data, fields=fields) if held_out(d, run.holdout))
-        found["own"] = first_texts(kept, run.eval_bytes)
+        paths = _paths(run, "data")
+        found["own"] = []
+        for path in paths:
+            kept = (d for d in read_documents(path, fields=fields) if held_out(d, run.holdout))
+            found["own"] += first_texts(kept, run.eval_bytes // len(paths))
         if not found["own"]:
             what = f"config.holdout is {run.holdout}, and no document of {run.data} falls in that share"
             raise DataError(what, "raise it, or give config.validation")
-    elif not (texts := _heldout(run.validation, run.data, fields, run.eval_bytes)):
+    elif not (texts := _heldout(run.validation, _paths(run, "data"), fields, run.eval_bytes)):
         log.info(f"nothing is validated: {run.data} has no files named for held-out text; set config.validation")
         return {}
     else:
         found["own"] = texts
-    if texts := _heldout(run.public_validation, run.public_data, Fields(), run.eval_bytes):
+    if texts := _heldout(run.public_validation, _paths(run, "public_data"), Fields(), run.eval_bytes):
         found["public"] = texts
     elif run.public_data:
         log.info(f"public text is not validated: {run.public_data} has no files named for held-out text")
     return found
 
 
-def _heldout(given: str | pathlib.Path | None, data: str | pathlib.Path | None, fields: Fields, size: int) -> list[str]:
-    """Texts of `given`: those marked as held-out, or all where none is; without it, those of files of `data` that are
-    named for held-out text. No other file of `data` is read: it may be large."""
+def _paths(run: RunConfig, key: str) -> list[pathlib.Path]:
+    """The sources of `config.key`."""
+    return [pathlib.Path(source.path) for source in run.sources.values() if source.key == key]
+
+
+def _heldout(given: str | pathlib.Path | None, sources: list[pathlib.Path], fields: Fields, size: int) -> list[str]:
+    """Texts of `given`: those marked as held-out, or all where none is; without it, those of files of the `sources`
+    that are named for held-out text, as many bytes of each source. No other file is read: it may be large."""
     if given is not None:
         marked = any(True for _, named in survey(given).files if named == HELDOUT)
         return heldout_texts(pathlib.Path(given), size, HELDOUT if marked else TRAIN, fields)
-    if data is None or kind_of(pathlib.Path(data)) != "documents":
-        return []
-    named = [file for file, split in survey(data).files if split == HELDOUT]
-    try:
-        return first_texts((d for file in named for d in read_documents(file, HELDOUT, fields)), size)
-    except DataError as error:
-        log.info(f"held-out text of {data} is not validated: {error.what}")
-        return []
+    texts: list[str] = []
+    for path in sources:
+        if kind_of(path) == "documents":
+            named = [file for file, split in survey(path).files if split == HELDOUT]
+            try:
+                documents = (d for file in named for d in read_documents(file, HELDOUT, fields))
+                texts += first_texts(documents, size // len(sources))
+            except DataError as error:
+                log.info(f"held-out text of {path} is not validated: {error.what}")
+    return texts

@@ -9,7 +9,15 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from flexmoe_jax.data.pipeline import Batch, make_batches, make_iterator, mix_batches, scoring_batches
+from flexmoe_jax.data.pipeline import (
+    Batch,
+    Mixture,
+    Seen,
+    make_batches,
+    make_iterator,
+    mix_batches,
+    scoring_batches,
+)
 from flexmoe_jax.data.store import TokenStore
 from flexmoe_jax.data.tokenizer import load_tokenizer
 from flexmoe_jax.data.writer import write_store
@@ -71,6 +79,77 @@ def test_a_mixed_batch_holds_own_rows_then_public_rows_and_marks_them():
         mixed = mix_batches(own, public)[n]
         assert windows_of(mixed) == windows_of(own[n]) + windows_of(public[n])
         np.testing.assert_array_equal(mixed.own, np.repeat(np.float32([1, 0]), [4, 2])[:, None].repeat(LENGTH, 1))
+
+
+# -- mixtures ----------------------------------------------------------------------------------------------------------
+
+
+def marked_store(first: int, windows: int) -> TokenStore:
+    """A store whose windows are known by their first tokens: `first`, `first` + 1, .."""
+    tokens = np.full(windows * LENGTH + 1, 7, "<u2")
+    tokens[::LENGTH] = first + np.arange(windows + 1)
+    return TokenStore((tokens,), np.array([0, len(tokens)]), EOS)
+
+
+def mixture(weights=(5, 3, 1), rows=4):
+    stores = {f"s{i}": marked_store(1000 * (i + 1), 10 + i) for i in range(len(weights))}
+    return Mixture(stores, weights, rows, LENGTH)
+
+
+def sources_of(batch) -> list[int]:
+    """The number of the source of each row."""
+    return (batch.tokens[:, 0] // 1000 - 1).tolist()
+
+
+@settings(max_examples=60, deadline=None)
+@given(st.lists(st.integers(1, 60), min_size=1, max_size=6), st.integers(1, 40), st.integers(0, 500))
+def test_every_source_has_given_its_share_within_a_row_after_any_number_of_batches(weights, rows, n):
+    mixed = mixture(weights, rows)
+    before, after = np.array(mixed.rows_before(n)), np.array(mixed.rows_before(n + 1))
+    shares = np.array(weights) / sum(weights)
+    assert before.sum() == n * rows
+    assert (after >= before).all()
+    assert (np.abs(before - n * rows * shares) < 1).all()
+
+
+def test_a_mixed_batch_holds_the_rows_that_are_counted_and_goes_through_every_source_in_epochs():
+    mixed, given = mixture(), collections.defaultdict(list)
+    dataset = mixed.batches(seed=3)
+    for n in range(60):
+        batch, (before, after) = dataset[n], (mixed.rows_before(n), mixed.rows_before(n + 1))
+        assert batch.tokens.shape == (4, LENGTH)
+        assert np.bincount(sources_of(batch), minlength=3).tolist() == np.subtract(after, before).tolist()
+        for source, first in zip(sources_of(batch), batch.tokens[:, 0].tolist(), strict=True):
+            given[source].append(first % 1000)
+    assert [len(given[source]) for source in range(3)] == mixed.rows_before(60)
+    for source, windows in enumerate((10, 11, 12)):
+        epochs = [given[source][i : i + windows] for i in range(0, len(given[source]) - windows + 1, windows)]
+        assert epochs
+        assert all(sorted(epoch) == list(range(windows)) for epoch in epochs)
+    seen = mixed.seen(60)
+    assert seen["s0"] == Seen(mixed.rows_before(60)[0] * LENGTH, mixed.rows_before(60)[0] / 10)
+    assert sum(source.tokens for source in seen.values()) == 60 * 4 * LENGTH
+
+
+def test_a_mixture_of_one_source_is_its_batches():
+    alone = Mixture({"own": store()}, (1,), 4, LENGTH).batches(seed=3)
+    for n in (0, 11, 30):
+        assert_same(alone[n], batches()[n])
+
+
+@settings(max_examples=10, deadline=None)
+@given(st.integers(0, 40))
+def test_a_mixture_continues_bit_identically_from_any_batch(start):
+    dataset, iterator = mixture().batches(seed=3), make_iterator(mixture().batches(seed=3))
+    next(iterator)
+    iterator.set_state(make_iterator(mixture().batches(seed=3), start_step=start).get_state())
+    for n in range(start, start + 3):
+        assert_same(next(iterator), dataset[n])
+
+
+def test_a_source_without_a_window_is_refused_by_name():
+    with pytest.raises(DataError, match="the source 'tiny': 1 tokens are too few for one window of 8"):
+        Mixture({"own": store(), "tiny": marked_store(0, 0)}, (1, 1), 4, LENGTH)
 
 
 @pytest.mark.parametrize("seed", [0, 1, 2**32 - 1])

@@ -67,34 +67,28 @@ def test_router_logits_of_bfloat16_activations_are_summed_in_float32():
     assert max_difference(ours, exact) < 1e-5
 
 
-@pytest.mark.parametrize(
-    ("bias", "cotangent", "passed"),
-    [(-0.5, 2.0, 2.0), (-0.5, -2.0, -2.0), (0.0, 2.0, 2.0), (0.0, -2.0, 0.0), (0.5, 2.0, 2.0), (0.5, -2.0, 0.0)],
-)
-def test_the_negative_part_passes_gradients_that_lead_to_allowed_biases(bias, cotangent, passed):
+@pytest.mark.parametrize("bias", [-0.5, 0.0, 0.5])
+@pytest.mark.parametrize("cotangent", [2.0, -2.0])
+def test_the_negative_part_passes_every_cotangent(bias, cotangent):
     value, pull = jax.vjp(negative_part, jnp.float32(bias))
     assert value == min(bias, 0.0)
-    assert pull(jnp.float32(cotangent)) == (passed,)
+    assert pull(jnp.float32(cotangent)) == (cotangent,)
 
 
 @given(start=st.floats(-3, 3, width=32), target=st.floats(-2, 2, width=32))
-def test_descent_recovers_from_any_start(start, target):
-    """Gradient descent on (min(b,0) - target)^2 finds the best allowed value, also from above zero."""
+def test_descent_finds_the_best_allowed_bias_from_any_start(start, target):
+    """Gradient descent on (min(b,0) - target)^2, projected to b <= 0 as a training step does, also from above zero."""
     final, effective = descend(jnp.float32(start), jnp.float32(target))
-    # 200 steps of rate 0.05 shrink the distance by 0.9^200 = 7e-10 below zero; from 3 above zero the slope is at least
-    # 2*|target|, so 3 / (0.1*|target|) steps reach zero: enough for targets below -0.5.
-    if target < -0.5 or start <= 0:
-        assert abs(min(float(final), 0.0) - min(target, 0.0)) < 1e-4
+    # 200 steps of rate 0.05 shrink the distance, at most 5, by 0.9^200 = 7e-10.
+    assert abs(float(final) - min(target, 0.0)) < 1e-6
     assert (np.asarray(effective) <= 0).all()
-    if target >= 0 and start > 0:
-        assert final == start  # no gradient raises it further
 
 
 @jax.jit
 def descend(bias, target):
     def step(bias, _):
         gradient = jax.grad(lambda b: (negative_part(b) - target) ** 2)(bias)
-        return bias - 0.05 * gradient, negative_part(bias)
+        return jnp.minimum(bias - 0.05 * gradient, 0.0), negative_part(bias)
 
     return jax.lax.scan(step, bias, length=200)
 

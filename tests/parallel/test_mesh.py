@@ -10,6 +10,7 @@ import subprocess
 import sys
 
 import jax
+import jax.numpy as jnp
 import numpy as np
 import pytest
 
@@ -17,7 +18,7 @@ from flexmoe_jax.errors import ConfigError, FlexMoEError
 from flexmoe_jax.model.decoder import init_params
 from flexmoe_jax.parallel.mesh import parse_mesh, platform
 from flexmoe_jax.parallel.specs import RULES, spec_of
-from flexmoe_jax.parallel.stacked import stack_weights, unstack_weights, with_stacked_rows
+from flexmoe_jax.parallel.stacked import restack_weights, stack_weights, unstack_weights, with_stacked_rows
 from flexmoe_jax.params import AXES
 from flexmoe_jax.tree import flatten, match_rules
 from tests.model.test_equal_experts import ANCHORS
@@ -36,10 +37,11 @@ def found(tmp_path_factory) -> dict:
     return json.loads(done.stdout.splitlines()[-1])
 
 
-@pytest.mark.parametrize("kind", ["public", "hybrid", "joint"])
+@pytest.mark.parametrize("kind", ["public", "hybrid", "joint", "three"])
 def test_ten_steps_on_a_mesh_equal_ten_steps_on_one_device(found, kind):
-    """Joint runs of four experts, two active: their experts are split over the `expert` axis."""
-    assert len(found[kind]) == 3
+    """Joint runs of four experts, two active: their experts are split over the `expert` axis. After an opt-out, three
+    of them are split over expert=4, too: one slot is empty."""
+    assert len(found[kind]) == (2 if kind == "three" else 3)
     for mesh, (parameters, losses) in found[kind].items():
         assert parameters < PARAMETERS, mesh
         assert losses < LOSSES, mesh
@@ -59,6 +61,29 @@ def test_a_model_split_over_a_mesh_scores_what_one_device_scores(found, top_k):
     assert found["scores"]["held"] == 1 / 8  # share of the experts' weights on each of 4 x 2 devices
 
 
+@pytest.mark.parametrize("top_k", ["2", "3"])
+def test_three_experts_on_a_mesh_that_splits_four_score_and_generate_what_one_device_does(found, top_k):
+    """Tolerances as above. Each device of expert=4,fsdp=2 holds an eighth of the four slots."""
+    scores = found["three scores"][top_k]
+    assert list(scores) == ["fsdp=8", "expert=4,fsdp=2"]
+    for mesh, (expected, bits, token, share) in scores.items():
+        assert bits == pytest.approx(expected, rel=1e-6), mesh
+        assert token < 1e-5, mesh
+        assert share < 1e-6, mesh
+    assert found["three scores"]["logits"] < 1e-5
+    one, many = found["three scores"]["texts"]
+    assert one == many != ""
+    assert found["three scores"]["held"] == 1 / 8
+
+
+def test_a_checkpoint_of_any_mesh_is_restored_bit_for_bit_on_any_other(found):
+    """Parameters and moments of three experts, saved on fsdp=8 and on expert=4,fsdp=2 (with an empty slot)."""
+    for restored in found["resumed"]:
+        assert {*restored} == {"saved", "", "fsdp=8", "expert=2,fsdp=4", "expert=8"}
+        assert len({*restored.values()}) == 1
+    assert found["resumed"][0]["saved"] != found["resumed"][1]["saved"]  # sums in another order
+
+
 def test_a_seed_gives_the_same_initial_bits_on_every_mesh(found):
     assert {*found["initial"]} == {"one", "fsdp=8", "data=2,fsdp=2,tensor=2", "data=8"}
     assert len({*found["initial"].values()}) == 1
@@ -76,7 +101,6 @@ def test_meshes_that_do_not_fit_are_refused_with_both_numbers(found):
     assert found["refused"] == {
         "fsdp=3": "the mesh 'fsdp=3' takes 3 devices, there are 8",
         "fsdp=16": "the mesh 'fsdp=16' takes 16 devices, there are 8",
-        "expert=8": "experts/stacked/w_down has an axis of 4, the mesh splits it into 8 (expert)",
         "pipe=8": "mesh 'pipe=8': there is no axis 'pipe'",
     }
 
@@ -102,8 +126,19 @@ def test_stacked_weights_are_the_named_weights_in_canonical_order():
     assert {*whole} == {*expected}
     for name, leaf in expected.items():
         np.testing.assert_array_equal(whole[name], leaf)
-    # A slice of the stacked leaf, as a device asks for it.
+    # Slices of the stacked leaf, as devices ask for them; slots behind the experts hold zeros.
     np.testing.assert_array_equal(stacked["stacked"]["w_up"][0:1, 1:3, 2:5, :], expected["w_up"][0:1, 1:3, 2:5])
+    uneven = stack_weights(experts, 4)["stacked"]["w_up"]
+    assert uneven.shape[1] == 4
+    np.testing.assert_array_equal(uneven[:, 2:4], np.pad(expected["w_up"][:, 2:], ((0, 0), (0, 1), (0, 0), (0, 0))))
+    assert not uneven[:, 3:4].any()
+    # As a checkpoint holds it, and back: an optimizer's state has the same form, and place-holders of one axis.
+    held = {**stack_weights(experts, 4), "stacked": {"w_up": jnp.asarray(uneven[:, :]), "w_down": jnp.zeros(1)}}
+    named = unstack_weights(held, experts)
+    assert named["news"]["w_down"].shape == (1,)
+    np.testing.assert_array_equal(named["news"]["w_up"], experts["news"]["w_up"])
+    for path, leaf in flatten(restack_weights(named, held)).items():
+        np.testing.assert_array_equal(leaf, flatten(held)[path])
     back = unstack_weights({**stacked, "stacked": {n: leaf[:, :] for n, leaf in stacked["stacked"].items()}}, experts)
     for path, leaf in flatten(back).items():
         np.testing.assert_array_equal(leaf, flatten(experts)[path])
