@@ -7,5 +7,6 @@ from tests.sabotage.faults.exchange import EXCHANGE
 from tests.sabotage.faults.machine import MACHINE
 from tests.sabotage.faults.model import MODEL
 from tests.sabotage.faults.training import TRAINING
+from tests.sabotage.faults.tuning import TUNING
 
-FAULTS = (*TRAINING, *MODEL, *DATA, *ARTIFACTS, *EVALUATION, *EXCHANGE, *MACHINE)
+FAULTS = (*TRAINING, *TUNING, *MODEL, *DATA, *ARTIFACTS, *EVALUATION, *EXCHANGE, *MACHINE)

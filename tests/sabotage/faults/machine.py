@@ -57,8 +57,8 @@ MACHINE = (
     Fault(
         "impossible runs are accepted",
         "config.py",
-        "if self.batch_size % self.accumulation:",
-        "if not self.batch_size:",
+        "if self.router_contrast and not self.public_sequences:",
+        "if self.router_contrast and self.public_sequences < 0:",
         f"{OF_CONFIG}::test_impossible_runs_are_refused",
     ),
     Fault(

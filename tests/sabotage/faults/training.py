@@ -3,6 +3,7 @@
 from tests.sabotage.fault import Fault
 
 STEP, LOOP, RESUME = "training/step.py", "training/loop.py", "training/resume.py"
+MIXTURES = "training/mixtures.py"
 VALIDATION, METRICS = "training/validation.py", "training/metrics.py"
 OPTIMIZER, START, FREEZING = "training/optimizer.py", "training/start.py", "training/freezing.py"
 OF_STEP, OF_LOOP = "tests/training/test_step.py", "tests/training/test_loop.py"
@@ -19,16 +20,16 @@ TRAINING = (
     ),
     Fault(
         "the owner's text is marked as public text and the reverse",
-        LOOP,
+        MIXTURES,
         "mix_batches(*parts)",
         "mix_batches(*parts[::-1])",
         f"{OF_DATA}::test_rows_of_the_owner_are_marked_as_such_in_the_promised_number",
     ),
     Fault(
         "as many public rows as the owner should have",
-        LOOP,
-        "(run.batch_size - run.public_sequences, run.public_sequences)",
-        "(run.public_sequences, run.batch_size - run.public_sequences)",
+        MIXTURES,
+        '"data": run.batch_size - run.public_sequences, "public_data": run.public_sequences',
+        '"public_data": run.batch_size - run.public_sequences, "data": run.public_sequences',
         f"{OF_DATA}::test_rows_of_the_owner_are_marked_as_such_in_the_promised_number",
     ),
     Fault(
@@ -40,9 +41,9 @@ TRAINING = (
     ),
     Fault(
         "every seed has the same order of text",
-        LOOP,
-        "batch_size=size, seed=run.seed",
-        "batch_size=size, seed=0",
+        MIXTURES,
+        "mixture.batches(run.seed)",
+        "mixture.batches(0)",
         f"{OF_DATA}::test_the_order_of_text_depends_on_the_seed",
     ),
     Fault(
@@ -62,16 +63,9 @@ TRAINING = (
     Fault(
         "no weight decays",
         OPTIMIZER,
-        "weight_decay=config.weight_decay",
-        "weight_decay=0.0",
+        "config.weight_decay * (group.decay or 0.0)",
+        "0.0 * (group.decay or 0.0)",
         "tests/training/test_optimizer.py::test_updates_equal_adamw_written_by_hand",
-    ),
-    Fault(
-        "no weight decays beside a factored second moment",
-        OPTIMIZER,
-        "optax.add_decayed_weights(config.weight_decay)",
-        "optax.identity()",
-        "tests/training/test_optimizer.py::test_a_weight_without_gradient_shrinks_by_its_decay",
     ),
     Fault(
         "the decays of the two moments are swapped",
@@ -251,7 +245,7 @@ TRAINING = (
     Fault(
         "a run resumes with other documents without a word",
         RESUME,
-        '"documents": digest}',
+        '"documents": documents[name]}',
         '"documents": ""}',
         f"{OF_LOOP}::test_another_configuration_or_other_data_is_refused_with_the_difference",
     ),
