@@ -26,7 +26,7 @@ TUNING = (
         OPTIMIZER,
         "config.schedule_steps or steps",
         "steps",
-        f"{OF_OPTIMIZER}::test_a_longer_run_follows_the_curve_of_its_start_and_stays_at_its_end",
+        f"{OF_SCHEDULES}::test_a_resumed_longer_run_follows_the_schedule_of_its_start",
     ),
     Fault(
         "a resumed longer run bends its schedule",
@@ -106,10 +106,10 @@ TUNING = (
         f"{OF_PRECISION}::test_all_products_of_scoring_are_float32",
     ),
     Fault(
-        "a run is scored in another dtype than it is trained in",
+        "a step runs in float32, whatever its compute dtype",
         "training/step.py",
         "dtype=run.compute_dtype, remat",
         'dtype="float32", remat',
-        f"{OF_PRECISION}::test_in_training_the_router_and_the_logits_are_float32_and_the_rest_is_as_configured",
+        f"{OF_PRECISION}::test_the_loss_of_a_bfloat16_step_is_the_score_of_its_float32_parameters",
     ),
 )
