@@ -184,8 +184,8 @@ class RunConfig:
     """How devices share the work, as `data=2,fsdp=4`; axes: data, fsdp, expert, tensor. None: all devices by fsdp."""
 
     compute_dtype: str = "float32"
-    """Dtype of activations and of frozen matrices: float32, or bfloat16 on accelerators. Trained weights and moments are
-    float32 in any case, and so is the arithmetic of norms, router and loss (see the guide, scaling)."""
+    """Dtype of activations and of frozen matrices: float32, or bfloat16 on accelerators. Trained weights and moments
+    are float32 in any case, and so is the arithmetic of norms, router and loss (see the guide, scaling)."""
 
     remat: bool = False
     """Recompute each layer in the backward pass: activations take the memory of a layer's inputs, for a third more

@@ -5,6 +5,7 @@ import functools
 import hashlib
 import json
 import logging
+import math
 import pathlib
 from typing import Any
 
@@ -42,8 +43,8 @@ class Progress:
     waited: int = 0
 
     def add(self, step: int, bits_per_byte: float) -> bool:
-        """Takes the validation after `step` steps; whether it is the best so far."""
-        best = self.step is None or bits_per_byte < self.bits_per_byte
+        """Takes the validation after `step` steps; whether it is the best so far. One that is not finite never is."""
+        best = math.isfinite(bits_per_byte) and (self.step is None or bits_per_byte < self.bits_per_byte)
         if best:
             self.step, self.bits_per_byte = step, bits_per_byte
         self.waited = 0 if best else self.waited + 1

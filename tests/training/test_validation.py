@@ -21,7 +21,7 @@ from flexmoe_jax.errors import ConfigError, DataError
 from flexmoe_jax.evaluate.perplexity import heldout_texts
 from flexmoe_jax.training import loop
 from flexmoe_jax.training.metrics import OF_TIME, SPIKE_LEAST, Window
-from flexmoe_jax.training.validation import held_out
+from flexmoe_jax.training.validation import Progress, held_out
 from tests.tiny import expert_run, public_run, write_documents
 
 
@@ -89,6 +89,16 @@ def test_the_best_weights_are_published_and_outlive_the_newest_checkpoints(relea
     last = dataclasses.replace(run, publish="last")  # the other choice, without training again
     shutil.rmtree(package)
     assert read_manifest(loop.train(last)).record.training["steps"] == 10
+
+
+def test_a_score_that_is_not_finite_is_never_the_best():
+    progress = Progress("")
+    assert [progress.add(step, bits) for step, bits in ((1, math.nan), (2, 3.0), (3, math.nan), (4, 2.0))] == [
+        False,
+        True,
+        False,
+        True,
+    ]
 
 
 def test_training_ends_when_patience_does_and_a_resumed_run_knows(release, tmp_path, monkeypatch, caplog):
