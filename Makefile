@@ -3,7 +3,7 @@ PYTHON ?= python3
 VENV ?= .venv
 BIN := $(VENV)/bin
 
-.PHONY: quickstart test check docs test-faults test-smollm2 test-llama-cpp test-study test-distributed test-latest-jax smollm2 smollm2-expert smollm2-scores bench lock clean
+.PHONY: quickstart test check docs test-faults sabotage test-smollm2 test-llama-cpp test-study test-distributed test-latest-jax smollm2 smollm2-expert smollm2-scores bench lock clean
 
 quickstart: $(VENV)/.installed
 	$(BIN)/flexmoe quickstart --out runs/quickstart
@@ -54,6 +54,11 @@ smollm2 smollm2-scores smollm2-expert: $(VENV)/.installed $(LLAMA_CPP)/node_modu
 # Kills, full disks, tampering, hostile packages, for real: prints what became of each. Full disks need root (tmpfs).
 test-faults: $(VENV)/.installed
 	$(BIN)/python -m tests.faults
+
+# Breaks promises of the package in a copy, one at a time: a named test must notice each. Fifteen minutes; words choose
+# faults by name: `make sabotage ONLY="merge opt-out"`.
+sabotage: $(VENV)/.installed
+	$(BIN)/python -m tests.sabotage $(ONLY)
 
 # Side by side with torch and the machine's limits; use a machine that does nothing else. `make bench ONLY="moe infer"`.
 bench: $(VENV)/.installed

@@ -145,6 +145,10 @@ def test_impossible_shapes_are_refused(change, what):
             {"router_contrast": 0.1, "public_data": "x", "public_fraction": 0.5, "batch_size": 4},
             "router_contrast is 0.1: this run trains a new public model",
         ),
+        (
+            {"router_contrast": 0.1, "owner": "news", "public": "p", "model": None},
+            "router_contrast is 0.1 and config.public_fraction 0.0",
+        ),
     ],
 )
 def test_impossible_runs_are_refused(change, what):

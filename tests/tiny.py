@@ -16,7 +16,8 @@ import numpy as np
 from flexmoe_jax.artifacts.model_dir import ModelDir, create_model
 from flexmoe_jax.artifacts.package import write_package
 from flexmoe_jax.config import RunConfig
-from flexmoe_jax.data.embedding import DomainVector
+from flexmoe_jax.data.embedding import DomainVector, projection_record, router_row
+from flexmoe_jax.data.tokenizer import load_tokenizer
 from flexmoe_jax.files import list_files
 from flexmoe_jax.model.decoder import Decoder, Output, decode, forward, logits
 from flexmoe_jax.model_config import ModelConfig
@@ -249,6 +250,20 @@ def expert_run(root: pathlib.Path, owner: str, public: pathlib.Path, **changes) 
         save_every=2,
     )
     return dataclasses.replace(run, **changes)
+
+
+def random_release(root: pathlib.Path, scale: float = 0.1, seed: int = 0) -> tuple[pathlib.Path, pathlib.Path]:
+    """(a public model of random weights beside which owners can train, the file of its domain vector), in `root`.
+
+    `scale` and `seed` are those of its router row.
+    """
+    vector = write_vector(root / "public.json", 1)
+    domain, params = DomainVector.load(vector), random_params(MODEL)
+    row = router_row(domain.vector, MODEL.d_model, scale, seed)
+    params["experts"][PUBLIC]["router"] = np.tile(row, (MODEL.num_layers, 1))
+    record = {"router": projection_record(domain, MODEL.d_model, scale, seed)}
+    tokenizer = load_tokenizer("cl100k:512").files
+    return create_model(root / "release", params, MODEL, tokenizer, {TRUNK: {}, PUBLIC: record}).path, vector
 
 
 def build_world(root: pathlib.Path) -> pathlib.Path:

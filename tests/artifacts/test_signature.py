@@ -5,6 +5,7 @@ import shutil
 import stat
 
 import pytest
+from cryptography.hazmat.primitives.serialization import load_pem_private_key
 
 from flexmoe_jax.artifacts.journal import read_journal
 from flexmoe_jax.artifacts.model_changes import sign_release
@@ -12,11 +13,12 @@ from flexmoe_jax.artifacts.model_checks import verify_model
 from flexmoe_jax.artifacts.model_dir import open_model
 from flexmoe_jax.artifacts.package import load_package, sign_package, verify_package
 from flexmoe_jax.artifacts.sealed import json_bytes
-from flexmoe_jax.artifacts.signature import FILE, generate_key, read_trusted
+from flexmoe_jax.artifacts.signature import FILE, generate_key, read_signature, read_trusted
 from flexmoe_jax.cli.main import main
 from flexmoe_jax.compose.merge import merge
 from flexmoe_jax.compose.optout import opt_out, replace
 from flexmoe_jax.errors import ArtifactError, FlexMoEError
+from flexmoe_jax.json_files import canonical_json
 from tests.tiny import contents, flip_bit, make_expert, make_release
 
 
@@ -55,9 +57,12 @@ def test_a_signed_package_passes_and_signing_again_gives_the_same_bytes(home, pa
     sign_package(package, home / "news.key", 1)
     assert (package / FILE).read_bytes() == before
     load_package(package)
-    key = home / "news.key"
-    assert stat.S_IMODE(key.stat().st_mode) == 0o600
-    assert b"PRIVATE KEY" in key.read_bytes()
+    assert b"PRIVATE KEY" in (home / "news.key").read_bytes()
+
+
+def test_only_its_owner_can_read_a_private_key(tmp_path):
+    generate_key(tmp_path / "news.key", "news")
+    assert stat.S_IMODE((tmp_path / "news.key").stat().st_mode) == 0o600
 
 
 def test_a_missing_signature_is_refused_if_one_is_required(home, package):
@@ -94,6 +99,20 @@ def test_a_signature_with_an_altered_field_is_refused(package, change, message):
     fields = json.loads((package / FILE).read_bytes())
     (package / FILE).write_bytes(json_bytes(fields | change))
     assert message in problems(package)[FILE]
+
+
+def test_a_valid_signature_of_another_package_or_owner_is_refused(home, package):
+    """Both are signed with a key that is trusted for somebody."""
+    (package / FILE).write_bytes((home / "news2" / FILE).read_bytes())
+    assert "signs the manifest" in problems(package, trust(home))[FILE]
+    fields = json.loads((home / "news1" / FILE).read_bytes()) | {"owner": "code"}
+    key = load_pem_private_key((home / "code.key").read_bytes(), None)
+    fields["public_key"] = key.public_key().public_bytes_raw().hex()
+    del fields["signature"]
+    (package / FILE).write_bytes(json_bytes({**fields, "signature": key.sign(canonical_json(fields)).hex()}))
+    assert read_signature(package, fields["manifest"]).owner == "code"
+    for trusted in (None, trust(home)):
+        assert "is signed as 'code', not 'news'" in problems(package, trusted)[FILE]
 
 
 def test_a_key_that_is_not_trusted_for_the_owner_is_refused(home, package, tmp_path):

@@ -101,11 +101,16 @@ def test_every_window_is_found_at_any_offset_and_nothing_else(tmp_path):
     assert found(big + raw[200:264]) == ["file holds bytes of w"]  # across two chunks
 
 
-def test_bytes_of_the_expert_that_remain_are_named_and_fail_the_certificate(home, tmp_path):
+@pytest.mark.parametrize(
+    ("stolen", "failing"), [(slice(8, 24), {"scan"}), (slice(0, None), {"scan", "tensors"})], ids=["64 bytes", "tensor"]
+)
+def test_bytes_of_the_expert_that_remain_are_named_and_fail_the_certificate(home, tmp_path, stolen, failing):
     release = open_model(home / "public")
     thief = shutil.copytree(home / "code", tmp_path / "code")
     params = random_part("code", 1)
-    params["w_down"].reshape(-1)[3:19] = random_part("news", 1)["w_down"].reshape(-1)[8:24]  # 64 bytes
+    bytes_of_news = random_part("news", 1)["w_down"].reshape(-1)[stolen]
+    at = 3 if len(bytes_of_news) == 16 else 0
+    params["w_down"].reshape(-1)[at : at + len(bytes_of_news)] = bytes_of_news
     from flexmoe_jax.artifacts.package import write_package
     from tests.tiny import CONFIG, base_of
 
@@ -116,7 +121,7 @@ def test_bytes_of_the_expert_that_remain_are_named_and_fail_the_certificate(home
     assert read_certificate(tmp_path / "proof.json")["scan"]["found"] == [
         "code/arrays/w_down/0.0.0 holds bytes of w_down"
     ]
-    assert bad(tmp_path / "proof.json", model) == {"scan"}
+    assert bad(tmp_path / "proof.json", model) == failing
 
 
 def test_a_crash_anywhere_leaves_no_certificate_or_a_true_one(home, tmp_path):

@@ -1,6 +1,7 @@
 """Router tuning changes only rows and biases, and determines whether later opt-outs are exact."""
 
 import dataclasses
+import json
 import shutil
 
 import numpy as np
@@ -13,6 +14,7 @@ from flexmoe_jax.compose.certificate import read_certificate, verify_certificate
 from flexmoe_jax.compose.merge import merge
 from flexmoe_jax.compose.optout import opt_out
 from flexmoe_jax.compose.tune import Tuning, tune
+from flexmoe_jax.data.sources import content_digest
 from flexmoe_jax.errors import ArtifactError, DataError, FlexMoEError
 from flexmoe_jax.optimizer_config import OptimizerConfig
 from flexmoe_jax.training.loop import train
@@ -57,6 +59,15 @@ def test_tuning_changes_only_the_owners_rows_and_biases(world, tuned):
         assert set(record["with"]) == ({"code", "news"} if together else {name})
         assert after.manifests[name].record.training == before.manifests[name].record.training
     assert [entry.event for entry in read_journal(out / "model")][-2:] == ["merged", "tuned"]
+
+
+def test_the_tuning_of_one_owner_reads_its_proxies_and_public_text(world, proxies, tuned):
+    out, together = tuned
+    for name in () if together else ("code", "news"):
+        data = json.loads((out / "runs" / name / "run.json").read_text())["data"]
+        read = {source: part["documents"] for source, part in data.items()}
+        public = content_digest(world / "public" / "data")
+        assert read == {"own": content_digest(proxies[name]), "public": public}
 
 
 def test_untuned_packages_are_unchanged_and_tuned_ones_merge(world, tuned, tmp_path):

@@ -173,6 +173,19 @@ def test_domain_vector_is_the_mean_of_unit_embeddings():
     np.testing.assert_array_equal(domain_vector(map(Document, CODE), seed=3).vector, domain.vector)
 
 
+def test_long_embeddings_of_an_encoder_count_no_more_than_short_ones(monkeypatch, tmp_path):
+    """The default encoder normalizes by itself; of another, documents have unit length in the mean all the same."""
+
+    class Encoder:
+        def encode(self, texts, normalize_embeddings=False, **_):
+            rows = np.float32([[3, 4] if text in CODE else [100, 0] for text in texts])
+            return rows / np.linalg.norm(rows, axis=1, keepdims=True) if normalize_embeddings else rows
+
+    monkeypatch.setattr(embedding, "_load_encoder", lambda folder: Encoder())
+    vector = domain_vector([*CODE, *FOOD], encoder=tmp_path).vector
+    np.testing.assert_allclose(vector, [0.8, 0.4], atol=1e-6)
+
+
 @pytest.mark.torch
 def test_domains_are_as_distinct_as_router_rows_as_they_are_as_vectors():
     pytest.importorskip("sentence_transformers")

@@ -6,6 +6,7 @@ import json
 import numpy as np
 import pytest
 
+from flexmoe_jax.data import proxies
 from flexmoe_jax.data.embedding import embed_documents
 from flexmoe_jax.data.proxies import Classifier, find_proxies, train_classifier
 from flexmoe_jax.data.sources import read_documents
@@ -72,3 +73,25 @@ def test_impossible_requests_are_refused_and_leave_nothing(classifier, tmp_path)
     find_proxies({"code": classifier}, FOOD, tmp_path / "p", count=5, of=100)
     with pytest.raises(DataError, match="already exists"):
         find_proxies({"code": classifier}, FOOD, tmp_path / "p", count=5, of=100)
+
+
+def test_the_stated_accuracy_is_that_on_held_out_documents(monkeypatch):
+    """Every fifth document is held out. Here these look like the other kind, and the classifier gets them all wrong."""
+    texts = [f"{n} {kind}" for kind in ("own", "public") for n in range(40)]
+
+    def embedded(some, encoder):
+        signs = [(1 if text.endswith("own") else -1) * (-1 if int(text.split()[0]) % 5 == 0 else 1) for text in some]
+        return np.float32([[sign] for sign in signs])
+
+    monkeypatch.setattr(proxies, "embed_documents", embedded)
+    classifier = train_classifier(texts[:40], texts[40:], count=40)
+    assert (classifier.accuracy, classifier.documents, classifier.held_out) == (0.0, 64, 16)
+
+
+def test_log_odds_are_positive_where_a_document_is_likelier_the_owners(monkeypatch):
+    """Between the two kinds they are 0, wherever these lie; three times as many documents of one change nothing."""
+    monkeypatch.setattr(proxies, "embed_documents", lambda some, encoder: np.float32([[float(t[:2])] for t in some]))
+    own, public = [f"07 {n}" for n in range(60)], [f"03 {n}" for n in range(20)]
+    odds = train_classifier(own, public, count=100).log_odds(np.float32([[3], [5], [7]]))
+    assert odds[0] < -1 < odds[1] < 1 < odds[2]
+    assert abs(odds[1]) < 0.1 * odds[2]

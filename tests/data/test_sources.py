@@ -73,6 +73,14 @@ def test_the_content_digest_depends_on_every_field_and_the_order(tmp_path):
     assert len(digests) == len(variants)
 
 
+def test_the_content_digest_covers_the_text_whatever_its_id(tmp_path):
+    digests = set()
+    for text in ("one", "two"):
+        (tmp_path / "a.jsonl").write_text(json.dumps({"text": text, "id": "1", "group": "1"}))
+        digests.add(content_digest(tmp_path))
+    assert len(digests) == 2
+
+
 def test_missing_fields_get_defaults_and_given_ones_are_kept(tmp_path):
     given_fields = {
         "text": "b",

@@ -49,6 +49,13 @@ def test_an_opened_store_states_its_documents_bytes_and_tokenizer(path):
     assert (store.eos_id, store.vocab_size, store.tokenizer_digest) == (1022, 1024, tokenizer().digest)
 
 
+def test_a_window_with_an_id_beyond_the_vocabulary_is_refused():
+    store = TokenStore((np.array([1, 2, 9, 3], "<u2"),), np.array([0, 4]), eos_id=1, vocab_size=10)
+    assert store.window(0, 3).tolist() == [1, 2, 9, 3]
+    with pytest.raises(DataError, match="hold the id 9, the tokenizer has 9 ids"):
+        TokenStore(store.parts, store.starts, eos_id=1, vocab_size=9).window(0, 3)
+
+
 def test_large_vocabularies_are_stored_in_four_bytes(tmp_path):
     big = load_tokenizer("dolma2")
     store = write_store(TEXTS, big, tmp_path / "store")

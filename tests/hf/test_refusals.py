@@ -194,6 +194,13 @@ def test_headers_that_misdescribe_their_file_are_refused(tmp_path, change, messa
     refused(folder, message, tmp_path / "out")
 
 
+def test_bytes_that_no_header_accounts_for_are_refused(tmp_path):
+    folder = write(tmp_path / "hf", arrays())
+    with (folder / "model.safetensors").open("ab") as file:
+        file.write(b"more")
+    refused(folder, "its header accounts for", tmp_path / "out")
+
+
 @pytest.mark.parametrize("cut", [4, 100, -4])
 def test_a_truncated_file_is_refused(tmp_path, cut):
     folder = write(tmp_path / "hf", arrays())

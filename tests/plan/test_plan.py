@@ -179,6 +179,18 @@ def test_the_search_finds_a_mesh_where_data_parallelism_does_not_fit():
     assert estimate(best.work, small, parse_mesh(best.mesh)) == best.costs
 
 
+def test_what_fits_comes_first_even_where_it_is_slower():
+    """On chips of several sizes; on some, the fastest mesh of all does not fit."""
+    work, slower = WORKS["public"], 0
+    whole = estimate(work, Topology(CHIPS["h100"], "8"), parse_mesh("data=8")).total
+    for share in (0.1, 0.2, 0.3, 0.4, 0.5, 0.7, 1.0, 2.0):
+        found = [choice.costs for choice in choices(work, Topology(chip_of(share * whole), "8"))]
+        fits = [costs.fits for costs in found]
+        assert fits == sorted(fits, reverse=True)
+        slower += fits[0] and found[0].step_seconds > min(costs.step_seconds for costs in found)
+    assert slower
+
+
 def test_the_smallest_slice_is_the_first_that_fits():
     work = WORKS["public"]
     needed = [choices(work, Topology(chip_of(1e-9), shape))[0].costs for shape in ("8", "16")]

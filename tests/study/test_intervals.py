@@ -19,6 +19,12 @@ def test_a_ratio_of_sums_not_a_mean_of_ratios():
     assert values[0] == 10 / 4
 
 
+def test_an_interval_leaves_out_a_fortieth_at_either_end():
+    """The first value is that of all documents; the others, here 0 to 1000 in any order, are its resamples."""
+    values = np.concatenate([[2000.0], np.random.default_rng(0).permutation(1001)])
+    assert summary(values) == Interval(2000.0, 25.0, 975.0)
+
+
 def test_differences_are_paired():
     """A system that is worse by a constant everywhere is worse by it in every resample, however documents vary."""
     rng = np.random.default_rng(0)

@@ -1,0 +1,197 @@
+"""Faults at the doors: checkpoints of `transformers`, GGUF files, the mix, plans, the machine, the command line."""
+
+from tests.sabotage.fault import Fault
+
+MAPPING, LOAD, EXPORT, CONFIGURATION = "hf/mapping.py", "hf/load.py", "hf/export.py", "hf/configuration.py"
+GGUF, GGUF_FILE, SPLITS = "hf/gguf_export.py", "hf/gguf_file.py", "flexmix/splits.py"
+OF_ROUND_TRIP, OF_REFUSALS = "tests/hf/test_round_trip.py", "tests/hf/test_refusals.py"
+OF_ANCHORS, OF_GGUF, OF_TOKENIZER = (
+    "tests/hf/test_anchors.py",
+    "tests/hf/test_gguf_export.py",
+    "tests/hf/test_tokenizer_files.py",
+)
+
+EXCHANGE = (
+    Fault(
+        "matrices are not transposed on their way in and out",
+        MAPPING,
+        "return len(self.shape) == 2 and not self.rows and",
+        "return len(self.shape) == 3 and not self.rows and",
+        f"{OF_ANCHORS}::test_a_merged_anchor_is_a_mixture_of_transformers_with_the_same_logits[olmo2]",
+    ),
+    Fault(
+        "experts of a checkpoint are numbered backwards",
+        MAPPING,
+        "architecture.expert_names(i).items()",
+        "architecture.expert_names(len(experts) - 1 - i).items()",
+        f"{OF_ANCHORS}::test_a_merged_anchor_is_a_mixture_of_transformers_with_the_same_logits[olmo2]",
+    ),
+    Fault(
+        "unknown tensors of a checkpoint are passed over",
+        MAPPING,
+        "sorted({*found} - {*table})",
+        "sorted({*found} - {*found})",
+        f"{OF_REFUSALS}::test_tensors_that_do_not_fit_are_refused",
+    ),
+    Fault(
+        "a head that differs from the embedding it is tied to is dropped",
+        MAPPING,
+        "elif equal(embed, head):",
+        "elif embed:",
+        "tests/hf/test_foreign.py::test_a_head_that_differs_from_the_embedding_is_refused_and_the_remedy_works",
+    ),
+    Fault(
+        "an import accepts options that the decoder lacks",
+        CONFIGURATION,
+        "not in allowed:",
+        "is None and None not in allowed:",
+        f"{OF_REFUSALS}::test_configurations_that_do_not_fit_are_refused",
+    ),
+    Fault(
+        "an export states more active experts than it has",
+        CONFIGURATION,
+        "min(top_k, experts)",
+        "top_k",
+        f"{OF_ROUND_TRIP}::test_top_k_is_clamped_to_what_is_exported",
+    ),
+    Fault(
+        "an export leaves a negative bias out without a word",
+        EXPORT,
+        "if biased and len(names) > 1 and not options.custom_code",
+        "if not biased and len(names) > 1 and not options.custom_code",
+        f"{OF_ROUND_TRIP}::test_a_bias_is_refused_by_name_and_layer",
+    ),
+    Fault(
+        "an export is not read back",
+        EXPORT,
+        "        _check_written(folder, model, table)\n",
+        "",
+        f"{OF_ANCHORS}::test_a_byte_that_changed_on_the_way_to_the_disk_never_becomes_an_export",
+    ),
+    Fault(
+        "an expert is imported beside another public model",
+        LOAD,
+        "if found != theirs:",
+        "if not found:",
+        f"{OF_ROUND_TRIP}::test_a_published_pair_needs_the_public_model_it_was_trained_beside",
+    ),
+    Fault(
+        "a record is kept for parameters that changed",
+        LOAD,
+        'kept.get("content") == content_digest(params)',
+        'kept.get("content")',
+        f"{OF_ROUND_TRIP}::test_a_record_is_not_kept_for_parameters_that_changed",
+    ),
+    Fault(
+        "keys that name code travel with a tokenizer",
+        "tokenizer_files.py",
+        "if key not in _CODE_KEYS}",
+        "if key}",
+        f"{OF_TOKENIZER}::test_a_key_that_names_code_stays_behind_and_is_said",
+    ),
+    Fault(
+        "bytes of a safetensors file are not accounted for",
+        "hf/tensors.py",
+        "if 8 + length + position != size:",
+        "if 8 + length + position > size:",
+        f"{OF_REFUSALS}::test_bytes_that_no_header_accounts_for_are_refused",
+    ),
+    Fault(
+        "heads in a GGUF file keep our order of the rotary embedding",
+        GGUF,
+        "halves.swapaxes(1, 2)",
+        "halves",
+        f"{OF_GGUF}::test_a_dense_file_comes_back_with_the_same_weights",
+    ),
+    Fault(
+        "matrices in a GGUF file are not transposed",
+        GGUF,
+        "leaf.reshape(_inputs(tensor.path, leaf.shape), -1).T",
+        "leaf.reshape(-1, _inputs(tensor.path, leaf.shape))",
+        f"{OF_GGUF}::test_a_dense_file_comes_back_with_the_same_weights",
+    ),
+    Fault(
+        "a GGUF file activates all experts",
+        GGUF,
+        "writer.add_expert_used_count(top_k)",
+        "writer.add_expert_used_count(len(names))",
+        f"{OF_GGUF}::test_a_mixture_has_the_names_shapes_and_values_that_llama_cpp_reads",
+    ),
+    Fault(
+        "the factors of llama3 in a GGUF file are inverted",
+        GGUF,
+        "plain / scaled",
+        "scaled / plain",
+        f"{OF_GGUF}::test_llama3_scaling_is_a_tensor_of_factors",
+    ),
+    Fault(
+        "a GGUF file leaves a negative bias out without a word",
+        GGUF,
+        "if any(layers.values()):",
+        "if not layers:",
+        f"{OF_GGUF}::test_what_llama_cpp_cannot_compute_is_refused_and_the_remedy_works",
+    ),
+    Fault(
+        "damaged weights stream into a GGUF file",
+        GGUF,
+        "if found.hexdigest() != expected:",
+        "if not expected:",
+        f"{OF_GGUF}::test_damaged_weights_are_found_while_they_stream",
+    ),
+    Fault(
+        "a group of documents is trained on and held out",
+        SPLITS,
+        "if piece.group in heldout:",
+        "if piece.marked:",
+        "tests/flexmix/test_splits.py::test_a_group_is_in_one_place",
+    ),
+    Fault(
+        "a mix holds duplicates",
+        SPLITS,
+        "seen.add(mark)",
+        "pass",
+        "tests/flexmix/test_splits.py::test_a_text_is_kept_once",
+    ),
+    Fault(
+        "a planned step forgets the derivatives of activations",
+        "model/flops.py",
+        "return 2 * forward_flops(model, T, active)",
+        "return forward_flops(model, T, active)",
+        "tests/model/test_flops.py::test_training_flops_count_weight_gradients_only_of_trained_weights",
+    ),
+    Fault(
+        "stacked experts have the order of their names in the file",
+        "parallel/stacked.py",
+        "[experts[name][leaf] for name in order]",
+        "[experts[name][leaf] for name in reversed(order)]",
+        "tests/parallel/test_mesh.py::test_stacked_weights_are_the_named_weights_in_canonical_order",
+    ),
+    Fault(
+        "an error of a user ends with exit code 0",
+        "errors.py",
+        "exit_code = 1",
+        "exit_code = 0",
+        "tests/cli/test_main.py::test_bad_input_is_refused_with_exit_code_1_and_a_remedy",
+    ),
+    Fault(
+        "a stranger's text acts in the terminal",
+        "errors.py",
+        "ascii(c)[1:-1] if bad else c",
+        "c",
+        "tests/cli/test_terminal.py::test_escapes_are_visible_and_text_of_every_language_stays",
+    ),
+    Fault(
+        "numbers of a configuration are not checked",
+        "ranges.py",
+        "value is not None and value not in allowed",
+        "value is not None and value in ()",
+        "tests/test_ranges.py::test_a_number_outside_its_range_is_refused_with_the_range",
+    ),
+    Fault(
+        "unknown keys of a configuration are passed over",
+        "mapping.py",
+        "    for key in values:\n        if key not in fields:",
+        "    for key in (values := {key: values[key] for key in values if key in fields}):\n        if key is None:",
+        "tests/test_config.py::test_unknown_keys_name_the_nearest_known_one",
+    ),
+)
