@@ -12,6 +12,7 @@ from flexmoe_jax.config import RunConfig
 from flexmoe_jax.data.pipeline import Batch
 from flexmoe_jax.model.decoder import Decoder, head, hidden_states
 from flexmoe_jax.model.loss import next_token_loss
+from flexmoe_jax.model.products import as_bits, cpu_form
 from flexmoe_jax.model.router import route
 from flexmoe_jax.model_config import ModelConfig
 from flexmoe_jax.parallel.mesh import current_mesh, platform
@@ -52,9 +53,10 @@ def make_train_step(
         micro = jax.tree.map(lambda x: x.reshape(count, -1, *x.shape[1:]), batch)
 
         used = _as_used(state.trainable, jnp.dtype(run.compute_dtype))
+        kept = jax.tree_util.tree_map_with_path(_as_kept, frozen)
 
         def gradients(microbatch):
-            grads, metrics = grads_of(used, frozen, microbatch, totals)
+            grads, metrics = grads_of(used, kept, microbatch, totals)
             return jax.tree.map(lambda grad, leaf: grad.astype(leaf.dtype), grads, state.trainable), metrics
 
         def accumulate(total, microbatch):
@@ -136,12 +138,20 @@ def _as_used(trainable: Params, dtype: jnp.dtype) -> Params:
     """The leaves with matrices cast, once per step, to the `dtype` in which the model multiplies them.
 
     Gradients of a microbatch then have this dtype too; in bfloat16 they take half the memory. Their sum is float32.
+    On a CPU they stay float32 until the product, which casts a layer at a time while it is in the cache.
     """
+    if cpu_form():
+        return trainable
 
     def cast(path, leaf):
         return leaf.astype(dtype) if is_matrix(path[-1].key) else leaf
 
     return jax.tree_util.tree_map_with_path(cast, trainable)
+
+
+def _as_kept(path: tuple, leaf: jax.Array) -> jax.Array:
+    """A frozen leaf in the form in which the model takes it: matrices may be bits (model/products.py)."""
+    return as_bits(leaf) if is_matrix(path[-1].key) or path[-1].key in ("embed", "head") else leaf
 
 
 def decoder_of(model: ModelConfig, run: RunConfig, stacked: bool = False) -> Decoder:
