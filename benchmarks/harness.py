@@ -2,6 +2,7 @@
 
 import dataclasses
 import datetime
+import functools
 import importlib.metadata
 import json
 import pathlib
@@ -50,10 +51,11 @@ def ready(call: Callable, *args) -> Callable[[], object]:
     return lambda: jax.block_until_ready(call(*args))
 
 
-def gemm(n: int, d: int, f: int) -> tuple[Callable[[], object], float]:
-    """(a plain float32 product [n, d] x [d, f], its FLOPs): the ceiling of compute, to be timed beside the rest."""
-    x, w = jnp.ones((n, d)), jnp.ones((d, f))
-    return ready(jax.jit(jnp.matmul), x, w), 2.0 * n * d * f
+def gemm(n: int, d: int, f: int, dtype: str = "float32") -> tuple[Callable[[], object], float]:
+    """(a plain product [n, d] x [d, f] -> float32, its FLOPs): the ceiling of compute, to be timed beside the rest."""
+    x, w = jnp.ones((n, d), dtype), jnp.ones((d, f), dtype)
+    product = jax.jit(functools.partial(jnp.matmul, preferred_element_type=jnp.float32))
+    return ready(product, x, w), 2.0 * n * d * f
 
 
 def copy(megabytes: int = 128) -> tuple[Callable[[], object], float]:

@@ -144,9 +144,10 @@ class RunConfig:
     optimizer: OptimizerConfig = OptimizerConfig()
     """See the keys of `optimizer`."""
 
-    accumulation: Count = 1
+    accumulation: Annotated[int | None, COUNT] = None
     """Equal microbatches that a step's batch is split into, to save memory. They change only rounding, and the
-    load-balance loss, which is taken over a microbatch."""
+    load-balance loss, which is taken over a microbatch. None: on a CPU, where it is also faster, as many as make
+    microbatches of about 1,024 tokens, else 1; 1 with `load_balance`. The run prints what it chose."""
 
     z_loss: NotNegative = 1e-5
     """Weight of the squared log-partition of the vocabulary logits, which keeps them small. The paper's."""
@@ -297,7 +298,7 @@ class RunConfig:
 
     def _check_numbers(self) -> None:
         check_numbers(self, "config")
-        if self.batch_size % self.accumulation:
+        if self.batch_size % (self.accumulation or 1):
             raise ConfigError(
                 f"config.batch_size {self.batch_size} is not a multiple of config.accumulation {self.accumulation}",
                 "microbatches are equal: change one of the two",

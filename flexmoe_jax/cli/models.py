@@ -126,9 +126,9 @@ def _show_journal(path: pathlib.Path, as_json: bool) -> int:
 
 def verify(argv: list[str]) -> int:
     """Checks every file and tensor against the manifests; exit code 1 when anything is wrong."""
-    what = "Checks every digest of a package, a model or a run directory."
+    what = "Checks every digest of a package, a model, a run directory or a token store."
     p = parser("verify", what, "flexmoe verify runs/quickstart/model")
-    p.add_argument("path", action=ExistingPath, help="a package, a model or a run directory")
+    p.add_argument("path", action=ExistingPath, help="a package, a model, a run directory or a token store")
     p.add_argument("--quick", action="store_true", help="check names, sizes and headers only; contents are not read")
     what = "an opt-out certificate; the model is checked against it too"
     p.add_argument("--certificate", action=ExistingPath, help=what)

@@ -155,7 +155,7 @@ def _gb(size: float) -> float:
 def _choice_row(choice: "Choice") -> list:
     costs = choice.costs
     numbers = [f"{_gb(costs.total):.1f}", f"{_gb(costs.usable):.1f}", f"{costs.step_seconds:.3g}"]
-    cut = choice.work.run.accumulation if choice.work.kind == "train" else "-"
+    cut = choice.work.accumulation if choice.work.kind == "train" else "-"
     return [choice.topology.name, choice.mesh, cut, *numbers]
 
 
@@ -164,7 +164,7 @@ def _choice(choice: "Choice") -> dict:
     return {
         "topology": choice.topology.name,
         "mesh": choice.mesh,
-        "accumulation": choice.work.run.accumulation,
+        "accumulation": choice.work.accumulation,
         "memory": dict(costs.memory),
         "total": costs.total,
         "usable": costs.usable,
@@ -228,7 +228,7 @@ def _lines(choice: "Choice") -> list[str]:
         for leaf in _leaves(choice)
     ]
     shown += table(["array", "shape", "split by", "MB a device"], rows)
-    cut = f", {run.accumulation} microbatches" if work.kind == "train" else ""
+    cut = f", {work.accumulation} microbatches" if work.kind == "train" else ""
     shown += ["", f"{choice.topology.name}, mesh {choice.mesh}{cut}; a device takes:"]
     shown += [f"  {part:18} {_gb(size):9.3f} GB" for part, size in costs.memory.items()]
     if work.kind == "train":

@@ -1,4 +1,4 @@
-"""Verification of a package, a model directory, or a run directory."""
+"""Verification of a package, a model directory, a run directory, or a token store."""
 
 import dataclasses
 import os
@@ -9,9 +9,11 @@ from flexmoe_jax.artifacts.model_checks import verify_model
 from flexmoe_jax.artifacts.package import verify_package
 from flexmoe_jax.artifacts.signature import Trust
 from flexmoe_jax.compose.certificate import verify_certificate
+from flexmoe_jax.data.store import verify_store
 from flexmoe_jax.errors import ArtifactError, Check
 
 _PRODUCTS = {"package": verify_package, "model": verify_model}  # what a training writes into its run directory
+_TOKENS = ("tokens*/", "public_tokens*/")
 
 
 def verify(
@@ -21,13 +23,14 @@ def verify(
     trust: Trust | None = None,
     certificate: pathlib.Path | str | None = None,
 ) -> list[Check]:
-    """Checks of the package, model or run directory at `path`, at least one; damage is never raised.
+    """Checks of the package, model, run directory or token store at `path`, at least one; damage is never raised.
 
-    Of a package and a model every file and tensor is checked; of a run the checkpoints and its package or model. A
-    directory with model.json is a model, one with manifest.json a package, and one with `checkpoints/` a run. `quick`
+    Of a package and a model every file and tensor is checked; of a run the checkpoints, its tokens, and its package or
+    model. A directory with model.json is a model, one with manifest.json a package, one with `checkpoints/` a run, and
+    one with index.json a token store. `quick`
     reads names, sizes and headers, not contents. `trust` holds the keys that signatures are checked against
     (`artifacts.signature.read_trusted`). A model is also checked against an opt-out `certificate`. ArtifactError if
-    `path` is none of the three, or a certificate or trust is given for something that has none.
+    `path` is none of these, or a certificate or trust is given for something that has none.
     """
     path = pathlib.Path(path)
     if not path.is_dir():
@@ -40,13 +43,22 @@ def verify(
         raise ArtifactError(what, "give the directory of the model that the certificate is about")
     if os.path.lexists(path / "manifest.json"):
         return verify_package(path, quick=quick, trust=trust)
-    if not (path / "checkpoints").is_dir():
-        what = f"{path} has no model.json, manifest.json or checkpoints"
-        raise ArtifactError(what, "give a package, a model or a run directory, or restore it from its source")
+    store = os.path.lexists(path / "index.json")
+    if not store and not (path / "checkpoints").is_dir():
+        what = f"{path} has no model.json, manifest.json, checkpoints or index.json"
+        remedy = "give a package, a model, a run directory or a token store, or restore it from its source"
+        raise ArtifactError(what, remedy)
     if trust is not None:
-        what = f"{path} is a run directory, which has no signature"
+        what = f"{path} is a {'token store' if store else 'run directory'}, which has no signature"
         raise ArtifactError(what, f"give what it made: {' or '.join(str(path / name) for name in _PRODUCTS)}")
+    if store:
+        return verify_store(path, quick=quick)
     checks = verify_run(path, quick=quick)
+    for tokens in sorted(entry for pattern in _TOKENS for entry in path.glob(pattern)):
+        checks += [
+            dataclasses.replace(row, subject=f"{tokens.name}/{row.subject}")
+            for row in verify_store(tokens, quick=quick)
+        ]
     for product, verify_it in _PRODUCTS.items():
         if os.path.lexists(path / product):
             rows = verify_it(path / product, quick=quick)

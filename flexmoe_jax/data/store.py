@@ -20,12 +20,13 @@ import numpy as np
 
 from flexmoe_jax.data.corpus import is_documents
 from flexmoe_jax.data.tokenizer import Tokenizer
-from flexmoe_jax.errors import DataError, FlexMoEError
+from flexmoe_jax.errors import Check, DataError, FlexMoEError
 from flexmoe_jax.files import sha256_file
 from flexmoe_jax.foreign import read_bytes
 from flexmoe_jax.json_files import MAX_JSON_BYTES, parse_json
 
 T = TypeVar("T")
+DigestOf = Callable[[pathlib.Path], str]
 
 FORMAT, FORMAT_2 = "flexmoe-tokens-1", "flexmoe-tokens-2"
 COUNTS, STARTS = 1, 2
@@ -33,11 +34,16 @@ EOS_SEARCH_TOKENS = 1 << 22
 MAX_INDEX_BYTES = 1 << 26
 
 
+def sha256_of(path: pathlib.Path) -> str:
+    """sha256 (hex) of the file `path`; a link to a file elsewhere is fine."""
+    return sha256_file(path.resolve())
+
+
 @dataclasses.dataclass(frozen=True, eq=False)
 class TokenStore:
     """Tokens of many documents, concatenated, in one or more memory-mapped files.
 
-    The fields from `documents` to `sha256` are None for OLMo files, which do not record them.
+    The fields from `documents` to `sha256` are None for OLMo files, which do not record them; `sha256` may be given.
     """
 
     parts: tuple[np.ndarray, ...]  # uint16 or uint32 [tokens of the file] each
@@ -52,11 +58,15 @@ class TokenStore:
     sha256: tuple[str, ...] | None = None
 
     @classmethod
-    def open(cls, path: str | pathlib.Path, tokenizer: Tokenizer | None = None, verify: bool = True) -> "TokenStore":
+    def open(
+        cls, path: str | pathlib.Path, tokenizer: Tokenizer | None = None, digest_of: DigestOf | None = sha256_of
+    ) -> "TokenStore":
         """The store that `writer.write_store` wrote at `path`.
 
-        The store must have been written with `tokenizer`, if given. `verify` also reads every byte and compares the
-        sha256 (sizes are always compared). Raises DataError for anything missing, altered or not matching.
+        The store must have been written with `tokenizer`, if given. `digest_of` gives the sha256 of a file, which is
+        compared with the index: by default every byte is read; a training run reads a file at its first start, and
+        again when it was changed (training/hashed.py); None compares sizes only. Raises DataError for anything missing,
+        altered or not matching.
         """
         path = pathlib.Path(path)
         index = _read_index(path)
@@ -67,10 +77,10 @@ class TokenStore:
         marks = tuple(_map_file(marks_of(path / file["name"]), "uint8") for file in index["files"]) if marked else None
         digests = [file["sha256"] for file in index["files"]]
         for number, (file, part) in enumerate(zip(index["files"], parts, strict=True)):
-            _check_file(path / file["name"], file["tokens"], file["sha256"], part, verify)
+            _check_file(path / file["name"], file["tokens"], file["sha256"], part, digest_of)
             if marks is not None:
                 digests.append(file["marks"])
-                _check_file(marks_of(path / file["name"]), file["tokens"], file["marks"], marks[number], verify)
+                _check_file(marks_of(path / file["name"]), file["tokens"], file["marks"], marks[number], digest_of)
         fields = {name: index[name] for name in ("eos_id", "documents", "text_bytes", "vocab_size", "tokenizer_digest")}
         return cls(parts, _starts(parts), marks=marks, bos_id=index.get("bos_id"), sha256=tuple(digests), **fields)
 
@@ -82,10 +92,12 @@ class TokenStore:
         eos_id: int,
         vocab_size: int | None = None,
         bos_id: int | None = None,
+        digest_of: DigestOf | None = None,
     ) -> "TokenStore":
         """OLMo token files without an index: a folder of `.npy` files (in name order) or a list of files.
 
-        The caller states `dtype` ("uint16" or "uint32") and `eos_id`, because the files record neither. Raises
+        The caller states `dtype` ("uint16" or "uint32") and `eos_id`, because the files record neither. `digest_of`
+        gives the sha256 of each file; without it `digest` reads them when it is asked for. Raises
         DataError for a missing file, and where the start of a file contradicts them: no end-of-document id, no `bos_id`
         (if given) or an id that `vocab_size` does not have, or two-byte tokens that are four-byte ones with zeros in
         between.
@@ -100,7 +112,8 @@ class TokenStore:
             raise DataError("an empty list of token files", "give at least one file")
         for path, part in zip(paths, parts, strict=True):
             _check_head(path, part[:EOS_SEARCH_TOKENS], dtype, (eos_id, bos_id), vocab_size)
-        return cls(parts, _starts(parts), eos_id, bos_id, vocab_size=vocab_size)
+        digests = None if digest_of is None else tuple(digest_of(pathlib.Path(path)) for path in paths)
+        return cls(parts, _starts(parts), eos_id, bos_id, vocab_size=vocab_size, sha256=digests)
 
     @functools.cached_property
     def digest(self) -> str:
@@ -154,6 +167,25 @@ class TokenStore:
             at = max(part_start - start, 0)
             entries[at : at + len(chunk)] = chunk
         return entries
+
+
+def verify_store(path: pathlib.Path, *, quick: bool = False) -> list[Check]:
+    """Checks of every file of the token store `path` against its index; `quick` compares sizes only."""
+    try:
+        index = _read_index(path)
+    except DataError as error:
+        return [Check("index.json", False, error.what, error.remedy)]
+    checks = []
+    for file in index["files"]:
+        rows = [(path / file["name"], index["dtype"], file["sha256"])]
+        rows += [(marks_of(path / file["name"]), "uint8", file["marks"])] if file.get("marks") else []
+        for name, dtype, sha256 in rows:
+            try:
+                _check_file(name, file["tokens"], sha256, _map_file(name, dtype), None if quick else sha256_of)
+                checks.append(Check(name.name, True, f"{file['tokens']} tokens"))
+            except DataError as error:
+                checks.append(Check(name.name, False, error.what, error.remedy))
+    return checks
 
 
 def kind_of(path: pathlib.Path) -> str:
@@ -283,10 +315,10 @@ def _check_tokenizer(path: pathlib.Path, index: dict[str, Any], tokenizer: Token
             )
 
 
-def _check_file(path: pathlib.Path, tokens: int, sha256: str, part: np.ndarray, verify: bool) -> None:
+def _check_file(path: pathlib.Path, tokens: int, sha256: str, part: np.ndarray, digest_of: DigestOf | None) -> None:
     if len(part) != tokens:
         raise DataError(f"{path} holds {len(part)} tokens, its index states {tokens}", "copy the store again")
-    if verify and (found := sha256_file(path.resolve())) != sha256:  # a link to a file elsewhere is fine
+    if digest_of is not None and (found := digest_of(path)) != sha256:
         raise DataError(f"{path} is altered: sha256 {found}, its index states {sha256}", "copy the store again")
 
 

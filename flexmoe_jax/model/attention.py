@@ -4,6 +4,14 @@ import jax
 import jax.numpy as jnp
 
 from flexmoe_jax.model.norm import rms_norm
+from flexmoe_jax.model.products import (
+    as_bits,
+    from_bits,
+    matmul,
+    matmul_transposed,
+    project,
+    row_sums,
+)
 from flexmoe_jax.model.rope import apply_rope
 from flexmoe_jax.model_config import ModelConfig
 from flexmoe_jax.tree import Params
@@ -24,9 +32,7 @@ def project_qkv(
 
     Then, as the configuration has it, a bias is added (Qwen2.5), q and k are normalized (OLMo-2, Qwen3) and rotated.
     """
-    q_BTHK = jnp.einsum("BTD,DHK->BTHK", x_BTD, block["w_q"].astype(x_BTD.dtype))
-    k_BTGK = jnp.einsum("BTD,DGK->BTGK", x_BTD, block["w_k"].astype(x_BTD.dtype))
-    v_BTGK = jnp.einsum("BTD,DGK->BTGK", x_BTD, block["w_v"].astype(x_BTD.dtype))
+    q_BTHK, k_BTGK, v_BTGK = project(x_BTD, block["w_q"], block["w_k"], block["w_v"])
     if config.qkv_bias:
         q_BTHK, k_BTGK, v_BTGK = (
             x + block[name].astype(x.dtype) for x, name in ((q_BTHK, "b_q"), (k_BTGK, "b_k"), (v_BTGK, "b_v"))
@@ -71,15 +77,11 @@ def _spans(T: int) -> list[tuple[int, int]]:
     return [(start, min(start + block, T)) for start in range(0, T, block)]
 
 
-def _scores(
-    q_BGRtK: jax.Array, k_BGsK: jax.Array, segments_Bt: jax.Array, segments_Bs: jax.Array, offset: int
-) -> jax.Array:
-    """float32 scores, -inf where masked; the first query is `offset` tokens after the first key."""
-    scores_BGRts = jnp.einsum("BGRtK,BGsK->BGRts", q_BGRtK, k_BGsK, preferred_element_type=jnp.float32)
-    t, s = scores_BGRts.shape[-2:]
-    seen_Bts = segments_Bt[:, :, None] == segments_Bs[:, None, :]
-    seen_Bts &= offset + jnp.arange(t)[:, None] >= jnp.arange(s)
-    return jnp.where(seen_Bts[:, None, None], scores_BGRts, -jnp.inf)
+def _seen(segments_Bt: jax.Array, segments_Bs: jax.Array, offset: int) -> jax.Array:
+    """bool [B, t, s]: the key is of the query's document and not later; the first query is `offset` after the key."""
+    t, s = segments_Bt.shape[1], segments_Bs.shape[1]
+    same_Bts = segments_Bt[:, :, None] == segments_Bs[:, None, :]
+    return same_Bts & (offset + jnp.arange(t)[:, None] >= jnp.arange(s))
 
 
 @jax.custom_vjp
@@ -93,33 +95,45 @@ def _blocks_fwd(
     """Each block of queries with all keys up to its end; the residuals are the inputs, the output and log-sum-exp."""
     outputs, log_sums = [], []
     for start, end in _spans(q_BGRTK.shape[3]):
-        k, v = k_BGTK[:, :, :end], v_BGTK[:, :, :end]
-        scores = _scores(q_BGRTK[:, :, :, start:end], k, segments_BT[:, start:end], segments_BT[:, :end], start)
+        q, k, v = q_BGRTK[:, :, :, start:end], k_BGTK[:, :, :end], v_BGTK[:, :, :end]
+        B, G, R, t, K = q.shape
+        scores = matmul_transposed(q.reshape(B, G, R * t, K), k, jnp.float32).reshape(B, G, R, t, end)
+        seen_Bts = _seen(segments_BT[:, start:end], segments_BT[:, :end], start)
+        scores = jnp.where(seen_Bts[:, None, None], scores, -jnp.inf)
         most = scores.max(-1, keepdims=True)
         weights = jnp.exp(scores - most)
         total = weights.sum(-1, keepdims=True)
-        y = jnp.einsum("BGRts,BGsK->BGRtK", weights.astype(v.dtype), v, preferred_element_type=jnp.float32) / total
+        y = matmul(weights.astype(v.dtype).reshape(B, G, R * t, end), v, jnp.float32).reshape(q.shape) / total
         outputs.append(y.astype(v.dtype))
         log_sums.append(most + jnp.log(total))
-    y_BGRTK, log_sum_BGRT1 = jnp.concatenate(outputs, axis=3), jnp.concatenate(log_sums, axis=3)
-    return y_BGRTK, (q_BGRTK, k_BGTK, v_BGTK, segments_BT, y_BGRTK, log_sum_BGRT1)
+    y_BGRTK, log_sum_BGRT = jnp.concatenate(outputs, axis=3), jnp.concatenate(log_sums, axis=3)[..., 0]
+    kept = map(as_bits, (q_BGRTK, k_BGTK, v_BGTK, y_BGRTK))
+    return y_BGRTK, (*kept, segments_BT, log_sum_BGRT)
 
 
 def _blocks_bwd(residuals: tuple, dy_BGRTK: jax.Array) -> tuple:
-    """Each block of keys with all queries from its start."""
-    q_BGRTK, k_BGTK, v_BGTK, segments_BT, y_BGRTK, log_sum_BGRT1 = residuals
-    product_BGRT1 = (dy_BGRTK.astype(jnp.float32) * y_BGRTK).sum(-1, keepdims=True)
+    """Each block of keys with all queries from its start. Scores are [s, R * t]: keys in rows, queries in columns.
+
+    So every product but that of dq has its operands in the order in which they lie in memory.
+    """
+    q_BGRTK, k_BGTK, v_BGTK, y_BGRTK = map(from_bits, residuals[:4])
+    segments_BT, log_sum_BGRT = residuals[4:]
+    product_BGRT = (dy_BGRTK.astype(jnp.float32) * y_BGRTK.astype(jnp.float32)).sum(-1)
     dq_BGRTK, dks, dvs = jnp.zeros(q_BGRTK.shape, jnp.float32), [], []
     for start, end in _spans(q_BGRTK.shape[3]):
-        q, dy = q_BGRTK[:, :, :, start:], dy_BGRTK[:, :, :, start:]
         k, v = k_BGTK[:, :, start:end], v_BGTK[:, :, start:end]
-        scores = _scores(q, k, segments_BT[:, start:], segments_BT[:, start:end], 0)
-        weights = jnp.exp(scores - log_sum_BGRT1[:, :, :, start:])
-        dvs.append(jnp.einsum("BGRts,BGRtK->BGsK", weights.astype(dy.dtype), dy))
-        dweights = jnp.einsum("BGRtK,BGsK->BGRts", dy, v, preferred_element_type=jnp.float32)
-        dscores = (weights * (dweights - product_BGRT1[:, :, :, start:])).astype(q.dtype)
-        dks.append(jnp.einsum("BGRts,BGRtK->BGsK", dscores, q))
-        dq = jnp.einsum("BGRts,BGsK->BGRtK", dscores, k, preferred_element_type=jnp.float32)
+        B, G, R, t, K = q_BGRTK[:, :, :, start:].shape
+        q, dy = (a[:, :, :, start:].reshape(B, G, R * t, K) for a in (q_BGRTK, dy_BGRTK))
+        log_sum, product = (a[:, :, None, :, start:] for a in (log_sum_BGRT, product_BGRT))
+        seen_Bst = _seen(segments_BT[:, start:], segments_BT[:, start:end], 0).swapaxes(1, 2)
+        scores, dweights = (
+            matmul_transposed(a, b, jnp.float32).reshape(B, G, end - start, R, t) for a, b in ((k, q), (v, dy))
+        )
+        weights = jnp.where(seen_Bst[:, None, :, None], jnp.exp(scores - log_sum), 0)
+        dscores = (weights * (dweights - product)).astype(q.dtype).reshape(B, G, end - start, R * t)
+        dvs.append(matmul(weights.astype(dy.dtype).reshape(dscores.shape), dy, v.dtype))
+        dks.append(matmul(dscores, q, k.dtype))
+        dq = row_sums(dscores, k, jnp.float32).reshape(B, G, R, t, K)
         dq_BGRTK = dq_BGRTK.at[:, :, :, start:].add(dq)
     return dq_BGRTK.astype(q_BGRTK.dtype), jnp.concatenate(dks, axis=2), jnp.concatenate(dvs, axis=2), None
 
@@ -129,7 +143,9 @@ _blocks.defvjp(_blocks_fwd, _blocks_bwd)
 
 def project_out(block: Params, y_BTHK: jax.Array) -> jax.Array:
     """Heads [B, T, H, K] -> [B, T, D]."""
-    return jnp.einsum("BTHK,HKD->BTD", y_BTHK, block["w_o"].astype(y_BTHK.dtype))
+    B, T, H, K = y_BTHK.shape
+    (x_BTD,) = project(y_BTHK.reshape(B, T, H * K), block["w_o"].reshape(H * K, -1))
+    return x_BTD
 
 
 def _norm_heads(x_BTHK: jax.Array, weight: jax.Array, eps: float) -> jax.Array:

@@ -19,6 +19,7 @@ from flexmoe_jax.model.expert_parallel import sparse_on_mesh
 from flexmoe_jax.model.experts import FFN_WEIGHTS, dense, is_stacked, sparse
 from flexmoe_jax.model.norm import rms_norm
 from flexmoe_jax.model.precision import EXACT
+from flexmoe_jax.model.products import from_bits, matmul
 from flexmoe_jax.model.rope import of_layer, rope_table
 from flexmoe_jax.model_config import ModelConfig
 from flexmoe_jax.parallel.mesh import split_batch, splits_work
@@ -171,13 +172,13 @@ def forward(run: Decoder, params: Params, tokens_BT: jax.Array, **kwargs) -> Out
 
 def logits(run: Decoder, params: Params, x_D: jax.Array) -> jax.Array:
     """Hidden states [..., D] after the last norm -> float32 logits [..., V]."""
-    head_DV = head(run.config, params).astype(x_D.dtype)
-    return jnp.matmul(x_D, head_DV, precision=EXACT, preferred_element_type=jnp.float32)
+    return matmul(x_D, head(run.config, params).astype(x_D.dtype), jnp.float32, EXACT)
 
 
 def head(config: ModelConfig, params: Params) -> jax.Array:
     """The output matrix [D, V]; the transposed embedding if the model ties them."""
-    return params["trunk"]["embed"].T if config.tie_embeddings else params["trunk"]["head"]
+    trunk = params["trunk"]
+    return from_bits(trunk["embed"]).T if config.tie_embeddings else from_bits(trunk["head"])
 
 
 def moe(run: Decoder, experts: Params, x_BTD: jax.Array, layer: jax.Array | None = None) -> tuple[jax.Array, jax.Array]:
@@ -265,7 +266,7 @@ class _Owner(nn.Module):
 
 
 def _embed(run: Decoder, params: Params, tokens_BT: jax.Array) -> jax.Array:
-    return split_batch(params["trunk"]["embed"][tokens_BT].astype(run.dtype))
+    return split_batch(from_bits(params["trunk"]["embed"][tokens_BT]).astype(run.dtype))
 
 
 def _last_norm(run: Decoder, params: Params, x_BTD: jax.Array) -> jax.Array:

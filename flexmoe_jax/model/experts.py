@@ -11,6 +11,15 @@ import jax
 import jax.numpy as jnp
 
 from flexmoe_jax.errors import FlexMoEError
+from flexmoe_jax.model.products import (
+    as_bits,
+    from_bits,
+    matmul,
+    matmul_transposed,
+    row_sums,
+    sum_dtype,
+    weight_gradient,
+)
 from flexmoe_jax.model.router import Routing
 from flexmoe_jax.parallel.mesh import platform
 from flexmoe_jax.tree import Params, canonical_order
@@ -21,40 +30,44 @@ FFN_WEIGHTS = ("w_gate", "w_up", "w_down")
 
 @jax.custom_vjp
 def ffn(x_ND: jax.Array, w_gate: jax.Array, w_up: jax.Array, w_down: jax.Array) -> jax.Array:
-    """W_down(silu(W_gate x) * (W_up x)) for x [N, D] -> [N, D]; weights are cast to x's dtype.
+    """W_down(silu(W_gate x) * (W_up x)) for x [N, D] -> [N, D]; weights (or their bits) are cast to x's dtype.
 
     The derivative is written by hand: it keeps the two projections, where automatic differentiation keeps four arrays
-    of their size, and computes the gradients of weights from transposed activations (`_transposed`).
+    of their size, and has one transposed copy of x.
     """
     return _ffn_fwd(x_ND, w_gate, w_up, w_down)[0]
 
 
-def _ffn_fwd(x_ND: jax.Array, w_gate: jax.Array, w_up: jax.Array, w_down: jax.Array) -> tuple[jax.Array, tuple]:
-    gate_NF = x_ND @ w_gate.astype(x_ND.dtype)
-    up_NF = x_ND @ w_up.astype(x_ND.dtype)
-    y_ND = (jax.nn.silu(gate_NF) * up_NF) @ w_down.astype(x_ND.dtype)
-    return y_ND, (x_ND, w_gate, w_up, w_down, gate_NF, up_NF)
+def _ffn_fwd(x_ND: jax.Array, *weights: jax.Array) -> tuple[jax.Array, tuple]:
+    w_gate, w_up, w_down = (from_bits(w).astype(x_ND.dtype) for w in weights)
+    gate_NF, up_NF = (matmul(x_ND, w, x_ND.dtype) for w in (w_gate, w_up))
+    y_ND = matmul(_gated(gate_NF, up_NF), w_down, x_ND.dtype)
+    return y_ND, (as_bits(x_ND), weights, as_bits(gate_NF), as_bits(up_NF))
 
 
 def _ffn_bwd(residuals: tuple, dy_ND: jax.Array) -> tuple:
-    x_ND, w_gate, w_up, w_down, gate_NF, up_NF = residuals
-    hidden_NF, dgate_NF, dup_NF = _gated_bwd(gate_NF, up_NF, dy_ND @ w_down.astype(dy_ND.dtype).T)
-    dx_ND = dgate_NF @ w_gate.astype(dy_ND.dtype).T + dup_NF @ w_up.astype(dy_ND.dtype).T
-    x_DN = _transposed(x_ND)
-    dweights = (x_DN @ dgate_NF, x_DN @ dup_NF, _transposed(hidden_NF) @ dy_ND)
-    return dx_ND, *(d.astype(w.dtype) for d, w in zip(dweights, (w_gate, w_up, w_down), strict=True))
+    bits, weights, *projections = residuals
+    x_ND, (gate_NF, up_NF) = from_bits(bits), map(from_bits, projections)
+    w_gate, w_up, w_down = (from_bits(w).astype(dy_ND.dtype) for w in weights)
+    dhidden_NF = matmul_transposed(dy_ND, w_down, sum_dtype(dy_ND))
+    hidden_NF, dgate_NF, dup_NF = _gated_bwd(gate_NF, up_NF, dhidden_NF)
+    dx_ND = matmul_transposed(dgate_NF, w_gate, sum_dtype(dy_ND)) + matmul_transposed(dup_NF, w_up, sum_dtype(dy_ND))
+    rows = ((x_ND, dgate_NF), (x_ND, dup_NF), (hidden_NF, dy_ND))
+    return dx_ND.astype(x_ND.dtype), *(weight_gradient(*pair, w) for pair, w in zip(rows, weights, strict=True))
 
 
-def _gated_bwd(gate: jax.Array, up: jax.Array, dhidden: jax.Array) -> tuple[jax.Array, jax.Array, jax.Array]:
-    """(hidden, dgate, dup) of hidden = silu(gate) * up."""
-    sigmoid = jax.nn.sigmoid(gate)
-    silu = gate * sigmoid
-    return silu * up, dhidden * up * (sigmoid + silu * (1 - sigmoid)), dhidden * silu
+def _gated(gate: jax.Array, up: jax.Array) -> jax.Array:
+    """silu(gate) * up, computed in float32, in gate's dtype."""
+    return (jax.nn.silu(gate.astype(jnp.float32)) * up.astype(jnp.float32)).astype(gate.dtype)
 
 
-def _transposed(x_NF: jax.Array) -> jax.Array:
-    """x^T as a separate array: on a CPU a product that contracts the leading axes is slower than this copy."""
-    return jax.lax.optimization_barrier(x_NF.T)
+def _gated_bwd(gate: jax.Array, up: jax.Array, dhidden: jax.Array) -> tuple[jax.Array, ...]:
+    """(hidden, dgate, dup) of hidden = silu(gate) * up, computed in float32, in gate's dtype."""
+    gate32, up32, dhidden32 = (x.astype(jnp.float32) for x in (gate, up, dhidden))
+    sigmoid = jax.nn.sigmoid(gate32)
+    silu = gate32 * sigmoid
+    results = silu * up32, dhidden32 * up32 * (sigmoid + silu * (1 - sigmoid)), dhidden32 * silu
+    return tuple(x.astype(gate.dtype) for x in results)
 
 
 ffn.defvjp(_ffn_fwd, _ffn_bwd)
@@ -69,12 +82,12 @@ def dense(x_ND: jax.Array, routing: Routing, experts: Params, layer: jax.Array |
     """Every expert runs on every token. An expert of weight zero cannot reach the output, even if it gives NaN."""
     if layer is not None:
         experts = {**experts, **{name: experts[name][layer] for name in FFN_WEIGHTS}}
-    weights_EN = routing.weights_NE.T.astype(x_ND.dtype)
+    weights_EN = routing.weights_NE.T
 
     def add(total_ND, weight_and_expert):
         weight_N, expert = weight_and_expert
         y_ND = ffn(x_ND, *(expert[name] for name in FFN_WEIGHTS))
-        return total_ND + weight_N[:, None] * jnp.where(weight_N[:, None] > 0, y_ND, 0), None
+        return total_ND + _weighted(y_ND, weight_N[:, None]), None
 
     total_ND = jnp.zeros_like(x_ND)
     if is_stacked(experts):
@@ -114,9 +127,25 @@ def run_slots(
     x_SD = _spread(x_ND, order_S, inverse_S)
     y_SD = GROUPED.get(platform(), _ragged)(x_SD, counts_E, weights, layer)
     y_NkD = _collect(y_SD, order_S, inverse_S).reshape(N, k, -1)
-    weights_Nk1 = weights_Nk[..., None].astype(x_ND.dtype)
-    # An expert of weight zero reaches neither the output nor, through the product's derivative, the router.
-    return (weights_Nk1 * jnp.where(weights_Nk1 > 0, y_NkD, 0)).sum(1)
+    return _weighted(y_NkD, weights_Nk[..., None]).sum(1)
+
+
+@jax.custom_vjp
+def _weighted(y_D: jax.Array, weight_1: jax.Array) -> jax.Array:
+    """float32 weight [..., 1] times y [..., D] -> [..., D] in y's dtype.
+
+    An expert of weight zero reaches neither the output nor, through the derivative, the router, even if it gives NaN.
+    """
+    return jnp.where(weight_1 > 0, weight_1 * y_D.astype(jnp.float32), 0).astype(y_D.dtype)
+
+
+def _weighted_bwd(residuals: tuple, dy_D: jax.Array) -> tuple[jax.Array, jax.Array]:
+    y_D, weight_1 = from_bits(residuals[0]), residuals[1]
+    dweight_1 = (dy_D.astype(jnp.float32) * y_D.astype(jnp.float32)).sum(-1, keepdims=True)
+    return _weighted(dy_D, weight_1), jnp.where(weight_1 > 0, dweight_1, 0)
+
+
+_weighted.defvjp(lambda y_D, weight_1: (_weighted(y_D, weight_1), (as_bits(y_D), weight_1)), _weighted_bwd)
 
 
 def _sort(index_Nk: jax.Array, E: int) -> tuple[jax.Array, jax.Array, jax.Array]:
@@ -159,7 +188,7 @@ def _ragged(
 ) -> jax.Array:
     """Grouped feed-forward network by `jax.lax.ragged_dot`."""
     gate, up, down = (w.astype(x_SD.dtype) if layer is None else w[layer].astype(x_SD.dtype) for w in weights)
-    hidden_SF = jax.nn.silu(jax.lax.ragged_dot(x_SD, gate, counts_E)) * jax.lax.ragged_dot(x_SD, up, counts_E)
+    hidden_SF = _gated(jax.lax.ragged_dot(x_SD, gate, counts_E), jax.lax.ragged_dot(x_SD, up, counts_E))
     return jax.lax.ragged_dot(hidden_SF, down, counts_E)
 
 
@@ -191,39 +220,40 @@ def _experts_in_use(counts_E: jax.Array) -> tuple[jax.Array, jax.Array, jax.Arra
 
 
 def _rows(array: jax.Array, start: jax.Array, count: int) -> jax.Array:
-    return jax.lax.dynamic_slice_in_dim(array, start, count)
+    return from_bits(jax.lax.dynamic_slice_in_dim(array, start, count))
 
 
 def _put(array: jax.Array, rows: jax.Array, start: jax.Array) -> jax.Array:
-    return jax.lax.dynamic_update_slice_in_dim(array, rows.astype(array.dtype), start, 0)
+    return jax.lax.dynamic_update_slice_in_dim(array, as_bits(rows), start, 0)
 
 
 def _tiled_forward(
     x_SD: jax.Array, counts_E: jax.Array, weights: tuple[jax.Array, ...], layer: jax.Array | None, keep: bool
 ) -> tuple[jax.Array, list[jax.Array]]:
-    """(y [S, D], gate and up projections [S + M, F] if `keep`)."""
+    """(y [S, D], gate and up projections [S + M, F] or their bits if `keep`)."""
     S, D = x_SD.shape
     F = weights[0].shape[-1]
     M = _tile_rows(S, counts_E.size)
     used_E, used, first_E = _experts_in_use(counts_E)
-    padded = jnp.pad(x_SD, ((0, M), (0, 0)))
+    padded = as_bits(jnp.pad(x_SD, ((0, M), (0, 0))))
 
     def one_expert(i, outputs):
         e = used_E[i]
-        gate, up, down = ((w[e] if layer is None else w[layer, e]).astype(x_SD.dtype) for w in weights)
+        own = (w[e] if layer is None else w[layer, e] for w in weights)
+        gate, up, down = (from_bits(w).astype(x_SD.dtype) for w in own)
 
         def one_tile(t, outputs):
             at = first_E[e] + t * M
             x_MD = _rows(padded, at, M)
-            gate_MF, up_MF = x_MD @ gate, x_MD @ up
-            tiles = ((jax.nn.silu(gate_MF) * up_MF) @ down, gate_MF, up_MF)
+            gate_MF, up_MF = (matmul(x_MD, w, x_SD.dtype) for w in (gate, up))
+            tiles = (matmul(_gated(gate_MF, up_MF), down, x_SD.dtype), gate_MF, up_MF)
             return tuple(_put(out, tile, at) for out, tile in zip(outputs, tiles, strict=False))
 
         return jax.lax.fori_loop(0, -(-counts_E[e] // M), one_tile, outputs)
 
-    outputs = tuple(jnp.zeros((S + M, width), x_SD.dtype) for width in ((D, F, F) if keep else (D,)))
+    outputs = tuple(as_bits(jnp.zeros((S + M, width), x_SD.dtype)) for width in ((D, F, F) if keep else (D,)))
     y, *kept = jax.lax.fori_loop(0, used, one_expert, outputs)
-    return y[:S], kept
+    return from_bits(y[:S]), kept
 
 
 @jax.custom_vjp
@@ -233,19 +263,19 @@ def _tiled_vjp(x_SD: jax.Array, counts_E: jax.Array, weights: tuple[jax.Array, .
 
 def _tiled_vjp_fwd(x_SD: jax.Array, counts_E: jax.Array, weights: tuple[jax.Array, ...]) -> tuple[jax.Array, tuple]:
     y_SD, kept = _tiled_forward(x_SD, counts_E, weights, None, keep=True)
-    return y_SD, (x_SD, counts_E, weights, kept)
+    return y_SD, (as_bits(x_SD), counts_E, weights, kept)
 
 
 def _tiled_vjp_bwd(residuals: tuple, dy_SD: jax.Array) -> tuple:
-    x_SD, counts_E, weights, (gate_SF, up_SF) = residuals
-    S, _ = x_SD.shape
-    M = _tile_rows(S, counts_E.size)
+    bits, counts_E, weights, (gate_SF, up_SF) = residuals
+    x_SD, S = from_bits(bits), len(bits)
+    M, wide = _tile_rows(S, counts_E.size), sum_dtype(x_SD)
     used_E, used, first_E = _experts_in_use(counts_E)
-    x_padded, dy_padded = (jnp.pad(a, ((0, M), (0, 0))) for a in (x_SD, dy_SD))
+    x_padded, dy_padded = (as_bits(jnp.pad(a, ((0, M), (0, 0)))) for a in (x_SD, dy_SD))
 
     def one_expert(i, carry):
         e = used_E[i]
-        gate, up, down = (w[e].astype(x_SD.dtype) for w in weights)
+        gate, up, down = (from_bits(w[e]).astype(x_SD.dtype) for w in weights)
 
         def one_tile(t, carry):
             dx, *dweights = carry
@@ -253,19 +283,23 @@ def _tiled_vjp_bwd(residuals: tuple, dy_SD: jax.Array) -> tuple:
             own_M1 = (jnp.arange(M) < counts_E[e] - t * M)[:, None]
             x_MD, gate_MF, up_MF = (_rows(a, at, M) for a in (x_padded, gate_SF, up_SF))
             dy_MD = jnp.where(own_M1, _rows(dy_padded, at, M), 0)
-            hidden_MF, dgate_MF, dup_MF = _gated_bwd(gate_MF, up_MF, dy_MD @ down.T)
-            dx = _put(dx, dgate_MF @ gate.T + dup_MF @ up.T, at)
+            dhidden_MF = matmul_transposed(dy_MD, down, wide)
+            hidden_MF, dgate_MF, dup_MF = _gated_bwd(gate_MF, up_MF, dhidden_MF)
+            dx_MD = matmul_transposed(dgate_MF, gate, wide) + matmul_transposed(dup_MF, up, wide)
+            dx = _put(dx, dx_MD.astype(x_SD.dtype), at)
             # Rows past the expert's last have dy = 0 and must add 0, even if their projections are not finite.
             hidden_MF = jnp.where(own_M1, hidden_MF, 0)
-            parts = (x_MD.T @ dgate_MF, x_MD.T @ dup_MF, hidden_MF.T @ dy_MD)
+            rows = ((x_MD, dgate_MF), (x_MD, dup_MF), (hidden_MF, dy_MD))
             # Added in place: separate sums would be written and read once more.
-            return dx, *(d.at[e].set(d[e] + part.astype(d.dtype)) for d, part in zip(dweights, parts, strict=True))
+            sums = (d.at[e].set(d[e] + row_sums(*pair, d.dtype)) for d, pair in zip(dweights, rows, strict=False))
+            return dx, *sums
 
         return jax.lax.fori_loop(0, -(-counts_E[e] // M), one_tile, carry)
 
-    initial = (jnp.zeros_like(x_padded), *(jnp.zeros_like(w) for w in weights))
+    frozen = weights[0].dtype == jnp.uint16
+    initial = (jnp.zeros_like(x_padded), *(() if frozen else map(jnp.zeros_like, weights)))
     dx, *dweights = jax.lax.fori_loop(0, used, one_expert, initial)
-    return dx[:S], None, tuple(dweights)
+    return from_bits(dx[:S]), None, tuple(dweights) or (None, None, None)
 
 
 _tiled_vjp.defvjp(_tiled_vjp_fwd, _tiled_vjp_bwd)

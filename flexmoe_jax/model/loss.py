@@ -12,6 +12,7 @@ import jax
 import jax.numpy as jnp
 
 from flexmoe_jax.model.precision import EXACT
+from flexmoe_jax.model.products import cpu_form, matmul, matmul_transposed, row_sums
 from flexmoe_jax.parallel.mesh import platform
 
 CHUNK_LOGITS = 1 << 21  # logits in one chunk on a CPU: 8 MB in float32 stay in its cache
@@ -26,7 +27,8 @@ def next_token_loss(
     total = sum(weights * (nll + z_loss * log_z^2)), nll = log_z - logits[target], log_z = logsumexp(logits),
     logits = x head; all in nats and float32. Only `total` has a derivative, and only with respect to x and the head.
     """
-    total, nll_BT, log_z_BT = _loss(x_BTD, head_DV.astype(x_BTD.dtype), targets_BT, weights_BT, z_loss)
+    head_DV = head_DV if cpu_form() else head_DV.astype(x_BTD.dtype)  # on a CPU its gradient is float32 as it is
+    total, nll_BT, log_z_BT = _loss(x_BTD, head_DV, targets_BT, weights_BT, z_loss)
     return total, jax.lax.stop_gradient(nll_BT), jax.lax.stop_gradient(log_z_BT)
 
 
@@ -44,7 +46,7 @@ def _loss_fwd(x_BTD: Any, head_DV: Any, targets_BT: Any, weights_BT: Any, z_loss
 
 
 def _loss_bwd(z_loss: float, residuals: tuple, cotangents: tuple) -> tuple:
-    scaled = [None if d is None else (d * cotangents[0]).astype(d.dtype) for d in residuals]
+    scaled = [None if d is None else (d.astype(jnp.float32) * cotangents[0]).astype(d.dtype) for d in residuals]
     return (*scaled, None, None)
 
 
@@ -62,10 +64,12 @@ def _scan(
 ) -> tuple:
     """((total, nll, log_z), dtotal/dx or None, dtotal/dhead or None); scans over chunks of tokens of every row."""
     B, T, D = x_BTD.shape
-    V = head_DV.shape[1]
+    V, head_dtype = head_DV.shape[1], head_DV.dtype
     chunks = -(-B * T * V // CHUNK_LOGITS) if platform() == "cpu" else ACCELERATOR_CHUNKS
     t = -(-T // min(chunks, T))
     count = -(-T // t)
+
+    head_DV = head_DV.astype(x_BTD.dtype)
 
     def cut(a):
         padded = jnp.pad(a, ((0, 0), (0, count * t - T), *((0, 0) for _ in a.shape[2:])))
@@ -73,7 +77,7 @@ def _scan(
 
     def one(dhead_DV, chunk):
         x_BtD, targets_Bt, weights_Bt = chunk
-        logits_BtV = jnp.einsum("BtD,DV->BtV", x_BtD, head_DV, precision=EXACT, preferred_element_type=jnp.float32)
+        logits_BtV = matmul(x_BtD, head_DV, jnp.float32, EXACT)
         most_Bt1 = logits_BtV.max(-1, keepdims=True)
         exp_BtV = jnp.exp(logits_BtV - most_Bt1)
         sum_Bt1 = exp_BtV.sum(-1, keepdims=True)
@@ -83,16 +87,15 @@ def _scan(
         if want_x or want_head:
             scale_Bt1 = (weights_Bt * (1 + 2 * z_loss * log_z_Bt))[..., None] / sum_Bt1
             target_BtV = jnp.arange(V) == targets_Bt[..., None]
-            # The barrier stops XLA from computing this once for each of the two products.
-            dlogits_BtV = jax.lax.optimization_barrier(
-                (exp_BtV * scale_Bt1 - jnp.where(target_BtV, weights_Bt[..., None], 0)).astype(x_BtD.dtype)
-            )
+            # The barrier stops XLA from computing this once for each of the two products, and from moving a transposed
+            # copy of the whole head out of the loop.
+            dlogits_BtV = exp_BtV * scale_Bt1 - jnp.where(target_BtV, weights_Bt[..., None], 0)
+            dlogits_BtV, w_DV = jax.lax.optimization_barrier((dlogits_BtV.astype(x_BtD.dtype), head_DV))
             if want_x:
-                dx_BtD = jnp.einsum("BtV,DV->BtD", dlogits_BtV, head_DV)
+                dx_BtD = matmul_transposed(dlogits_BtV, w_DV, x_BtD.dtype)
             if want_head:
-                # Transposed first: on a CPU a product that contracts both leading axes runs at half speed.
-                x_DN = jax.lax.optimization_barrier(x_BtD.reshape(-1, D).T)
-                dhead_DV = dhead_DV + jnp.matmul(x_DN, dlogits_BtV.reshape(-1, V), preferred_element_type=jnp.float32)
+                rows = x_BtD.reshape(-1, D), dlogits_BtV.reshape(-1, V)
+                dhead_DV = dhead_DV + row_sums(*rows, jnp.float32)
         return dhead_DV, (nll_Bt, log_z_Bt, dx_BtD)
 
     def join(a):
@@ -102,4 +105,4 @@ def _scan(
     dhead_DV, parts = jax.lax.scan(one, initial, (cut(x_BTD), cut(targets_BT), cut(weights_BT)))
     nll_BT, log_z_BT, dx_BTD = map(join, parts)
     total = (weights_BT * (nll_BT + z_loss * log_z_BT**2)).sum()
-    return (total, nll_BT, log_z_BT), dx_BTD, None if dhead_DV is None else dhead_DV.astype(head_DV.dtype)
+    return (total, nll_BT, log_z_BT), dx_BTD, None if dhead_DV is None else dhead_DV.astype(head_dtype)

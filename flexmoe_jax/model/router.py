@@ -9,6 +9,7 @@ import jax
 import jax.numpy as jnp
 
 from flexmoe_jax.model.precision import EXACT
+from flexmoe_jax.model.products import as_bits, from_bits
 
 
 @jax.tree_util.register_dataclass
@@ -44,12 +45,12 @@ def _products(x_ND: jax.Array, router_ED: jax.Array) -> jax.Array:
 
 
 def _products_bwd(residuals: tuple[jax.Array, jax.Array], d_NE: jax.Array) -> tuple[jax.Array, jax.Array]:
-    x_ND, router_ED = residuals
+    x_ND, router_ED = from_bits(residuals[0]), residuals[1]
     dx_ND, drouter_ED = _dot("NE,ED->ND", d_NE, router_ED), _dot("NE,ND->ED", d_NE, x_ND)
     return dx_ND.astype(x_ND.dtype), drouter_ED.astype(router_ED.dtype)
 
 
-_products.defvjp(lambda x_ND, router_ED: (_products(x_ND, router_ED), (x_ND, router_ED)), _products_bwd)
+_products.defvjp(lambda x_ND, router_ED: (_products(x_ND, router_ED), (as_bits(x_ND), router_ED)), _products_bwd)
 
 
 def _dot(axes: str, *operands: jax.Array) -> jax.Array:

@@ -94,6 +94,18 @@ def from_lead(value: int) -> int:
     return int(multihost_utils.broadcast_one_to_all(np.int64(value)))
 
 
+def digest_from_lead(digest: str) -> str:
+    """The sha256 (hex) `digest` of process 0, on every process; what the others give is ignored."""
+    import jax
+
+    if jax.process_count() == 1:
+        return digest
+    from jax.experimental import multihost_utils
+
+    given = np.frombuffer(bytes.fromhex(digest) if is_lead() else bytes(32), np.uint8)
+    return np.asarray(multihost_utils.broadcast_one_to_all(given)).astype(np.uint8).tobytes().hex()
+
+
 def to_host(leaf: "jax.Array | np.ndarray") -> np.ndarray:
     """The whole array on every process, however it is sharded; every process must call it."""
     import jax

@@ -12,7 +12,7 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 import numpy.typing as npt
-from jax.sharding import Mesh, NamedSharding
+from jax.sharding import AbstractMesh, Mesh, NamedSharding
 from jax.sharding import PartitionSpec as P
 
 from flexmoe_jax.errors import ConfigError
@@ -119,7 +119,7 @@ def check_rows(mesh: Mesh, rows: int) -> None:
         )
 
 
-def batch_parts(mesh: Mesh) -> int:
+def batch_parts(mesh: Mesh | AbstractMesh) -> int:
     """The number of parts into which the mesh splits the rows of a batch."""
     return math.prod(mesh.shape[name] for name in BATCH)
 

@@ -74,7 +74,7 @@ def estimate(work: Work, topology: Topology, sizes: Mapping[str, int]) -> Costs:
         trained = memory.get("trained", 0)
         half = trained * work.dtype.itemsize / 4
         memory["weights as used"] = half if work.dtype.itemsize < 4 else 0.0
-        memory["gradients"] = trained + half if work.run.accumulation > 1 else trained
+        memory["gradients"] = trained + half if work.accumulation > 1 else trained
     memory["gathered weights"] = 2 * weights / work.model.num_layers if sizes[FSDP] > 1 else 0.0
     memory["activations"] = activations(work, tokens, sizes)
     needed, computed = flops(work, sizes)
@@ -99,7 +99,7 @@ def tokens_of(work: Work, sizes: Mapping[str, int]) -> int:
     """n: the tokens of one microbatch on one device. Raises ConfigError where the mesh does not divide the rows."""
     rows, parts = work.run.batch_size, math.prod(sizes[name] for name in BATCH)
     if work.kind == "train":
-        rows //= work.run.accumulation
+        rows //= work.accumulation
     if rows % parts:
         raise ConfigError(
             f"a microbatch of {rows} rows is split over {parts} devices ({' x '.join(BATCH)})",
@@ -110,7 +110,7 @@ def tokens_of(work: Work, sizes: Mapping[str, int]) -> int:
 
 def weight_passes(work: Work) -> int:
     """How often a step goes through the layers' weights: forward, recomputation and backward, for each microbatch."""
-    return work.run.accumulation * (3 if work.run.remat else 2) if work.kind == "train" else 1
+    return work.accumulation * (3 if work.run.remat else 2) if work.kind == "train" else 1
 
 
 def gathered(work: Work, table: tuple[Leaf, ...], sizes: Mapping[str, int]) -> float:

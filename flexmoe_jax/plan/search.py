@@ -12,7 +12,7 @@ from flexmoe_jax.plan.work import Work
 
 @dataclasses.dataclass(frozen=True)
 class Choice:
-    """A mesh and a number of microbatches (`work.run.accumulation`) with their costs. Microbatches change no result."""
+    """A mesh and a number of microbatches (`work.accumulation`) with their costs. Microbatches change no result."""
 
     work: Work
     topology: Topology

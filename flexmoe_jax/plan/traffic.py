@@ -59,7 +59,7 @@ def transfers(
     `passes` how often a step goes through the layers' weights.
     """
     m, c, L = work.model, work.dtype.itemsize, work.model.num_layers
-    times = work.run.accumulation if work.kind == "train" else 1
+    times = work.accumulation if work.kind == "train" else 1
     found: list[Transfer] = []
 
     def add(kind: str, of: str, axes: tuple[str, ...], count: int, size: float) -> None:

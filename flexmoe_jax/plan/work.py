@@ -52,6 +52,11 @@ class Work:
         """Experts active per token."""
         return min(self.run.top_k or len(self.experts), len(self.experts))
 
+    @property
+    def accumulation(self) -> int:
+        """Microbatches of a step: plans are for accelerators, where the choice is 1."""
+        return self.run.accumulation or 1
+
     def computed(self, groups: int) -> int:
         """Experts that a token runs through: all in training without an `expert` axis (`groups` is its size)."""
         sparse = self.kind != "train" or groups > 1

@@ -31,6 +31,7 @@ from flexmoe_jax.parallel.specs import check_rows, place_batch
 from flexmoe_jax.parallel.stacked import STACKED, unstack_weights
 from flexmoe_jax.progress import Advance, track
 from flexmoe_jax.training.freezing import freezing_mask, freezing_table
+from flexmoe_jax.training.hashed import HashedFiles
 from flexmoe_jax.training.metrics import Meter, MetricsFile, Recorder, Sink, Window, check_skipped
 from flexmoe_jax.training.mixtures import batches_of, log_sources, mixtures_of
 from flexmoe_jax.training.optimizer import group_table, log_optimizer, make_optimizer
@@ -55,7 +56,7 @@ from flexmoe_jax.training.state import (
     flops_per_token,
     shapes_by_name,
 )
-from flexmoe_jax.training.step import make_train_step
+from flexmoe_jax.training.step import make_train_step, microbatches
 from flexmoe_jax.training.trackers import open_trackers
 from flexmoe_jax.training.validation import Validation, distance, held_out
 from flexmoe_jax.tree import Params, canonical_order, combine, partition, split
@@ -78,8 +79,8 @@ def train(run: RunConfig, allow: Collection[str] = (), profile: str | None = Non
     `allow` names keys of `run.json` (`config.steps`, `data.own.documents`) that may differ from the start of the run:
     it resumes with the new values, but with the tokens made at its start. `profile` ("10:13") selects the steps whose
     XLA trace every process writes into `profile/<process>/`. The run directory `run.out` holds `run.json` (identity),
-    `tokens/` (unless the data is a token store), `checkpoints/`, `metrics.jsonl`, and at the end `model/` or
-    `package/`. Progress is logged.
+    `hashed.json` (digests of its data), `tokens/` (unless the data is a token store), `checkpoints/`, `metrics.jsonl`,
+    and at the end `model/` or `package/`. Progress is logged.
 
     Raises `Stopped` after saving on SIGTERM, SIGHUP, SIGUSR1 and the first Ctrl-C (in the main thread), ArtifactError
     if `run.out` belongs to another run, and FlexMoEError for input that cannot be used, when the loss stays non-finite,
@@ -149,7 +150,9 @@ def _fit(job: _Job, traced: range) -> TrainState:
     shardings = (jax.tree.map(lambda leaf: leaf.sharding, state), replicated(mesh))
     state, window = _restore(job, state, iterator)
     first = int(state.step)
-    step = make_train_step(initial.model, run, shardings)
+    step, count = make_train_step(initial.model, run, shardings), microbatches(run)
+    how = "as config.accumulation says" if run.accumulation else "chosen: config.accumulation is not set"
+    log.info(f"a step has {count} microbatch(es) of {run.batch_size // count} sequences ({how})")
     if traced and first >= traced.stop:
         log.info(f"steps {traced[0]} to {traced[-1]} are done: there is nothing to profile")
     saves = Saves(run, mesh)
@@ -298,33 +301,41 @@ def _open_data(
     run: RunConfig, initial: Start, out: pathlib.Path, started: bool
 ) -> tuple[dict[str, TokenStore], dict[str, str | None]]:
     """(token stores, digests of the documents) of all sources by name; makes the tokens where missing."""
-    documents = documents_of(run)
+    hashed = HashedFiles(out / "hashed.json")
+    documents = documents_of(run, hashed)
     if is_lead() and not started:
         drop_stale_tokens(out, documents, initial.tokenizer.digest, run.holdout)
     barrier("stale tokens")
-    stores = {name: open_tokens(run, source, initial, tokens_of(out, name)) for name, source in run.sources.items()}
+    stores = {
+        name: open_tokens(run, source, initial, tokens_of(out, name), hashed) for name, source in run.sources.items()
+    }
     return stores, documents
 
 
-def open_tokens(run: RunConfig, source: Source, initial: Start, tokens: pathlib.Path) -> TokenStore:
-    """The tokens of a source: a token store, OLMo files, or documents, tokenized once into the store `tokens`."""
+def open_tokens(
+    run: RunConfig, source: Source, initial: Start, tokens: pathlib.Path, hashed: HashedFiles
+) -> TokenStore:
+    """The tokens of a source: a token store, OLMo files, or documents, tokenized once into the store `tokens`.
+
+    Process 0 checks files that `hashed` does not know as unchanged.
+    """
     folder = pathlib.Path(source.path)
     kind, holdout = kind_of(folder), run.holdout if source.key == "data" else 0.0
     if holdout and kind != "documents":
         what = f"config.holdout is {run.holdout} and config.data {source.path!r} holds tokens, not documents"
         raise DataError(what, "give documents, or config.validation: documents that are not in these tokens")
     if kind == "store":
-        return TokenStore.open(folder, initial.tokenizer)
+        return TokenStore.open(folder, initial.tokenizer, hashed.file)
     if kind == "olmo":
         vocab_size = initial.tokenizer.vocab_size
         dtype = run.token_dtype or ("uint16" if vocab_size <= 1 << 16 else "uint32")
         bos_id = None if initial.tokenizer.bos_id == initial.tokenizer.eos_id else initial.tokenizer.bos_id
-        return TokenStore.from_olmo(folder, dtype, initial.tokenizer.eos_id, vocab_size, bos_id)
+        return TokenStore.from_olmo(folder, dtype, initial.tokenizer.eos_id, vocab_size, bos_id, hashed.file)
     if not tokens.exists() and is_lead():
         documents = read_documents(folder, fields=fields_of(run, source.key))
         write_store((d for d in documents if not held_out(d, holdout)), initial.tokenizer, tokens)
     barrier(f"tokens in {tokens.name}")
-    return TokenStore.open(tokens, initial.tokenizer)
+    return TokenStore.open(tokens, initial.tokenizer, hashed.file)
 
 
 def _write_product(product: pathlib.Path, job: _Job, trained: Params, steps: int, skipped: int) -> None:

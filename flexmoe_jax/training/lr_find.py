@@ -27,6 +27,7 @@ from flexmoe_jax.parallel.mesh import mesh_of_all, replicated
 from flexmoe_jax.parallel.specs import batch_parts, check_rows, place_batch
 from flexmoe_jax.parallel.stacked import STACKED
 from flexmoe_jax.progress import track
+from flexmoe_jax.training.hashed import HashedFiles
 from flexmoe_jax.training.loop import open_tokens
 from flexmoe_jax.training.mixtures import batches_of, mixtures_of
 from flexmoe_jax.training.optimizer import make_optimizer
@@ -82,7 +83,11 @@ def find_rate(run: RunConfig, rates: Sequence[float], steps: int) -> Sweep:
     initial = prepare(run, mesh)
     validation = Validation(run, initial, mesh)
     with tempfile.TemporaryDirectory() as folder, jax.set_mesh(mesh):
-        stores = {n: open_tokens(run, source, initial, pathlib.Path(folder, n)) for n, source in run.sources.items()}
+        hashed = HashedFiles(pathlib.Path(folder, "hashed.json"))
+        stores = {
+            name: open_tokens(run, source, initial, pathlib.Path(folder, name), hashed)
+            for name, source in run.sources.items()
+        }
         mixtures = mixtures_of(run, stores)
         if validation.texts:
             unit, scorer = "bits per byte", lambda *parts: validation.measure(combine(*parts))

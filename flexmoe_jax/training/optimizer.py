@@ -5,11 +5,15 @@ import logging
 import math
 import re
 
+import jax
+import jax.numpy as jnp
 import optax
 
 from flexmoe_jax.config import RunConfig
 from flexmoe_jax.errors import ConfigError
 from flexmoe_jax.optimizer_config import Group, OptimizerConfig
+from flexmoe_jax.parallel.specs import path_text
+from flexmoe_jax.parallel.stacked import STACKED
 from flexmoe_jax.training.freezing import freezing_mask
 from flexmoe_jax.tree import Params, flatten, match_rules, partition, unflatten
 
@@ -60,11 +64,25 @@ def make_optimizer(config: OptimizerConfig, steps: int) -> optax.GradientTransfo
     return optax.chain(
         clip,
         optax.scale_by_factored_rms(),
-        optax.clip_by_block_rms(1.0),
+        optax.stateless(lambda updates, _: _clip_by_rms(updates)),
         optax.ema(config.b1, accumulator_dtype=kept) if config.b1 else optax.identity(),
         _by_group(config),
         rate,
     )
+
+
+def _clip_by_rms(updates: Params) -> Params:
+    """Updates with a root mean square of at most 1 in every leaf (Adafactor), of stacked experts in each one's part.
+
+    `optax.clip_by_block_rms` would bound all experts of a stack together, and a mesh would change what a run trains.
+    """
+
+    def clip(path: tuple, update: jax.Array) -> jax.Array:
+        stacked = f"/{STACKED}/" in path_text(path)
+        axes = [axis for axis in range(update.ndim) if not (stacked and axis == 1)]
+        return update / jnp.maximum(1.0, jnp.sqrt(jnp.mean(jnp.square(update), axes, keepdims=True)))
+
+    return jax.tree_util.tree_map_with_path(clip, updates)
 
 
 def factors_of(config: OptimizerConfig, trainable: Params) -> dict[str, Group]:

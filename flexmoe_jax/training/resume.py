@@ -1,6 +1,7 @@
 """The identity of a run directory: the configuration and data that must not change when a run resumes."""
 
 import dataclasses
+import functools
 import json
 import logging
 import os
@@ -9,6 +10,7 @@ from collections.abc import Collection, Mapping
 
 from flexmoe_jax.artifacts.sealed import differences, sha256_array, write_json
 from flexmoe_jax.config import RunConfig
+from flexmoe_jax.data.corpus import survey
 from flexmoe_jax.data.records import Fields
 from flexmoe_jax.data.sources import content_digest
 from flexmoe_jax.data.store import TokenStore, kind_of
@@ -17,6 +19,7 @@ from flexmoe_jax.files import remove_directory
 from flexmoe_jax.json_files import parse_json, read_bytes
 from flexmoe_jax.mapping import to_mapping
 from flexmoe_jax.parallel.processes import barrier, is_lead
+from flexmoe_jax.training.hashed import HashedFiles
 from flexmoe_jax.training.start import Start
 from flexmoe_jax.tree import flatten
 
@@ -104,12 +107,16 @@ def with_schedule(run: RunConfig, path: pathlib.Path, started: bool) -> RunConfi
     return run
 
 
-def documents_of(run: RunConfig) -> dict[str, str | None]:
-    """{source: digest of the documents as they are now, None for token files}. The whole data is read."""
+def documents_of(run: RunConfig, hashed: HashedFiles) -> dict[str, str | None]:
+    """{source: digest of the documents as they are now, None for token files}; `hashed` knows unchanged ones."""
     digests: dict[str, str | None] = {}
     for name, source in run.sources.items():
-        documents = kind_of(pathlib.Path(source.path)) == "documents"
-        digests[name] = content_digest(source.path, fields=fields_of(run, source.key)) if documents else None
+        digests[name] = None
+        if kind_of(pathlib.Path(source.path)) == "documents":
+            fields, files = fields_of(run, source.key), [file for file, _ in survey(source.path).files]
+            what = f"documents {pathlib.Path(source.path).absolute()} {fields}"
+            compute = functools.partial(content_digest, source.path, fields=fields)
+            digests[name] = hashed.digest(what, files, compute)
     return digests
 
 

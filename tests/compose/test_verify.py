@@ -51,9 +51,9 @@ def test_folders_of_a_run_do_not_switch_the_checks_off(home, tmp_path, what):
     assert main(["verify", str(path)]) == 1
 
 
-def test_a_directory_that_is_none_of_the_three_is_refused(home, tmp_path):
+def test_a_directory_that_is_none_of_these_is_refused(home, tmp_path):
     for path in (tmp_path, home, home / "news" / "arrays"):
-        with pytest.raises(ArtifactError, match=r"has no model\.json, manifest\.json or checkpoints"):
+        with pytest.raises(ArtifactError, match=r"has no model\.json, manifest\.json, checkpoints or index\.json"):
             verify(path)
 
 

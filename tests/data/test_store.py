@@ -174,7 +174,7 @@ def test_every_flipped_bit_and_every_changed_size_is_detected(path):
     for bad in (good[:-1], good[:-2], good + b"\0\0", b""):
         file.write_bytes(bad)
         with pytest.raises(DataError):
-            TokenStore.open(path, verify=False)
+            TokenStore.open(path, digest_of=None)
     file.unlink()
     with pytest.raises(DataError, match="not a file"):
         TokenStore.open(path)

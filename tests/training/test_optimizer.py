@@ -300,3 +300,28 @@ def test_groups_are_read_in_their_order():
 def test_unknown_choices_are_refused(name, value):
     with pytest.raises(ConfigError, match=f"{name} is {value!r}"):
         OptimizerConfig(**{name: value})
+
+
+def test_stacked_experts_get_the_updates_of_named_ones_with_factored_moments():
+    """A mesh that splits experts stacks them, here with an empty slot; their updates are bounded each by itself."""
+    names, rng = ("public", "code", "news"), np.random.default_rng(0)
+    grads = {name: {"w_up": jnp.asarray(rng.normal(size=(L, D, F)), jnp.float32)} for name in names}
+    optimizer = make_optimizer(OptimizerConfig(lr=1.0, warmup_steps=0, b1=0.0, **FACTORED), 10)
+
+    def stacked(experts):
+        stack = jnp.stack([experts[name]["w_up"] for name in names], 1)
+        return {"stacked": {"w_up": jnp.pad(stack, ((0, 0), (0, 1), (0, 0), (0, 0)))}}
+
+    def last_update(form):
+        zeros = jax.tree.map(jnp.zeros_like, {"experts": form(grads)})
+        state = optimizer.init(zeros)
+        for factors in ((1.0, 1.0, 1.0), (0.5, 0.5, 9.0)):  # at last one expert is over the bound, the others are not
+            scaled = {n: {"w_up": f * grads[n]["w_up"]} for n, f in zip(names, factors, strict=True)}
+            updates, state = optimizer.update({"experts": form(scaled)}, state, zeros)
+        return updates["experts"]
+
+    named, stack = last_update(lambda experts: experts), last_update(stacked)["stacked"]["w_up"]
+    for i, name in enumerate(names):
+        # float32 means in another order; updates are of order 1.
+        np.testing.assert_allclose(stack[:, i], named[name]["w_up"], rtol=1e-4, atol=1e-6)
+    assert not np.asarray(stack[:, 3]).any()

@@ -15,11 +15,12 @@ from flexmoe_jax.model.decoder import Decoder, forward, hidden_states, init_para
 from flexmoe_jax.model.flops import products
 from flexmoe_jax.optimizer_config import OptimizerConfig
 from flexmoe_jax.parallel.mesh import mesh_of_one
+from flexmoe_jax.params import AXES
 from flexmoe_jax.training import step as step_module
 from flexmoe_jax.training.freezing import freezing_mask, freezing_table
 from flexmoe_jax.training.optimizer import learning_rate, make_optimizer
 from flexmoe_jax.training.state import create_state
-from flexmoe_jax.training.step import make_train_step
+from flexmoe_jax.training.step import make_train_step, microbatches
 from flexmoe_jax.tree import PUBLIC, combine, flatten, partition
 from tests.tiny import MODEL
 
@@ -124,8 +125,12 @@ def test_frozen_weights_cost_no_product():
     assert step.cost_analysis()["flops"] / (8 * 64) <= 1.05 * (forward + p["scores"] + backward)
 
 
-def test_matrices_cast_once_per_step_have_the_gradients_of_float32_matrices():
-    """Rounded to bfloat16, which has 8 bits. Leaves that the model does not cast stay in float32."""
+def test_matrices_cast_once_per_step_have_the_gradients_of_float32_matrices(monkeypatch):
+    """Rounded to bfloat16, which has 8 bits. Leaves that the model does not cast stay in float32.
+
+    On a CPU none is cast: a product casts the layer that it multiplies, and its gradient is not rounded.
+    """
+    monkeypatch.setattr(step_module, "cpu_form", lambda: False)
     run = dataclasses.replace(RUN, compute_dtype="bfloat16")
     trainable, frozen = partition(hybrid(), freezing_mask(hybrid(), "news"))
     used = step_module._as_used(trainable, jnp.bfloat16)
@@ -217,6 +222,42 @@ def test_accumulation_changes_only_rounding_also_of_biases_that_microbatches_pul
             # by 1e-5 of it. Values around 1 (norms) are themselves rounded by 1.2e-7.
             rounding = 1.2e-7 if path.endswith("norm") else 1.5e-8
             np.testing.assert_allclose(leaf, trained[0][path], rtol=0, atol=rounding, err_msg=path)
+
+
+@pytest.mark.parametrize(
+    ("changes", "expected"),
+    [
+        ({"batch_size": 16, "seq_len": 256}, 4),
+        ({"batch_size": 16, "seq_len": 64}, 1),
+        ({"batch_size": 6, "seq_len": 512}, 3),
+        ({"batch_size": 6, "seq_len": 4096}, 6),
+        ({"batch_size": 16, "seq_len": 256, "accumulation": 2}, 2),
+        ({"batch_size": 16, "seq_len": 256, "load_balance": 0.01}, 1),
+    ],
+)
+def test_microbatches_on_a_cpu_have_1024_tokens_of_a_device_unless_told(changes, expected):
+    run = dataclasses.replace(RUN, **changes)
+    assert microbatches(run) == expected
+
+    def on_two(platform: str) -> int:
+        device = jax.sharding.AbstractDevice(platform, 1, platform)
+        with jax.sharding.use_abstract_mesh(jax.sharding.AbstractMesh((1, 2, 1, 1), AXES, abstract_device=device)):
+            return microbatches(run)
+
+    assert on_two("tpu") == (run.accumulation or 1)
+    # Half of a microbatch is on each device, and its rows are a multiple of two.
+    assert on_two("cpu") == (run.accumulation or {4: 2, 1: 1, 3: 3, 6: 3}[expected])
+
+
+def test_the_chosen_microbatches_are_those_of_the_step(monkeypatch):
+    """The program is that of the number given by hand."""
+    state, frozen = start(RUN, hybrid())
+
+    def program(**changes) -> str:
+        return make_train_step(MODEL, dataclasses.replace(RUN, **changes)).lower(state, frozen, batch()).as_text()
+
+    monkeypatch.setattr(step_module, "CPU_TOKENS", 16)
+    assert program() == program(accumulation=4) != program(accumulation=1)
 
 
 def test_a_step_keeps_router_biases_at_0_or_below():
