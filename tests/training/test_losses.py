@@ -85,7 +85,9 @@ def test_training_runs_only_the_top_k_experts():
     assert losses[None, 1.0] != losses[None, 5.0]
 
 
-@pytest.mark.parametrize(("name", "run"), [("z_loss", PUBLIC_RUN), ("router_z_loss", OWN_RUN)])
+@pytest.mark.parametrize(
+    ("name", "run"), [("z_loss", PUBLIC_RUN), ("router_z_loss", OWN_RUN)], ids=["vocabulary", "router"]
+)
 def test_a_z_loss_pulls_its_partition_towards_1(name, run):
     """Its value, the squared log of the partition, falls by more than half when it dominates the loss; it does not
     fall so far without the z-loss.

@@ -110,8 +110,8 @@ DATA = (
     Fault(
         "the bytes of a store are not compared with its digests",
         STORE,
-        "if verify and (found",
-        "if not verify and (found",
+        "(found := digest_of(path)) != sha256",
+        "not (found := digest_of(path))",
         f"{OF_STORE}::test_every_flipped_bit_and_every_changed_size_is_detected",
     ),
     Fault(

@@ -116,15 +116,15 @@ MODEL = (
     Fault(
         "an expert of weight zero reaches the output",
         EXPERTS,
-        "jnp.where(weight_N[:, None] > 0, y_ND, 0)",
-        "y_ND",
+        "jnp.where(weight_1 > 0, weight_1 * y_D.astype(jnp.float32), 0)",
+        "(weight_1 * y_D.astype(jnp.float32))",
         "tests/model/test_experts.py::test_nan_in_an_expert_of_weight_zero_cannot_reach_the_output",
     ),
     Fault(
         "sparse dispatch mixes the experts of a token with equal weights",
         EXPERTS,
-        "weights_Nk[..., None].astype(x_ND.dtype)",
-        "(jnp.ones_like(weights_Nk) / k)[..., None].astype(x_ND.dtype)",
+        "_weighted(y_NkD, weights_Nk[..., None])",
+        "_weighted(y_NkD, (jnp.ones_like(weights_Nk) / k)[..., None])",
         "tests/model/test_experts.py::test_sparse_equals_dense_in_values_and_gradients",
     ),
     Fault(
@@ -137,8 +137,8 @@ MODEL = (
     Fault(
         "a tied head is not the embedding",
         DECODER,
-        'params["trunk"]["embed"].T if config.tie_embeddings',
-        'params["trunk"]["embed"][::-1].T if config.tie_embeddings',
+        'from_bits(trunk["embed"]).T if config.tie_embeddings',
+        'from_bits(trunk["embed"])[::-1].T if config.tie_embeddings',
         "tests/model/test_golden.py::test_logits_equal_transformers[smollm3-named-dense]",
     ),
     Fault(

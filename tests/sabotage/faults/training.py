@@ -93,14 +93,14 @@ TRAINING = (
         STEP,
         "weights_BT, run.z_loss",
         "weights_BT, -run.z_loss",
-        f"{OF_LOSSES}::test_a_z_loss_pulls_its_partition_towards_1",
+        f"{OF_LOSSES}::test_a_z_loss_pulls_its_partition_towards_1[vocabulary]",
     ),
     Fault(
         "the router's z-loss has the wrong sign",
         STEP,
         "total + run.router_z_loss * router_z",
         "total - run.router_z_loss * router_z",
-        f"{OF_LOSSES}::test_a_z_loss_pulls_its_partition_towards_1",
+        f"{OF_LOSSES}::test_a_z_loss_pulls_its_partition_towards_1[router]",
     ),
     Fault(
         "the contrast loss has the wrong sign",
