@@ -145,13 +145,13 @@ class _Job:
 def _fit(job: _Job, traced: range) -> TrainState:
     run, initial, mesh, checkpoints, validation = job.run, job.initial, job.mesh, job.checkpoints, job.validation
     out = checkpoints.path
-    optimizer = make_optimizer(run.optimizer, run.steps)
+    optimizer = make_optimizer(run.optimizer, run.steps, job.experts)
     state, frozen = create_state(mesh, initial.params, run.owner, optimizer, jnp.dtype(run.compute_dtype), run.freeze)
     iterator = make_iterator(batches_of(run, job.mixtures))
     shardings = (jax.tree.map(lambda leaf: leaf.sharding, state), replicated(mesh))
     state, window = _restore(job, state, iterator)
     first = int(state.step)
-    step, count = make_train_step(initial.model, run, shardings), microbatches(run)
+    step, count = make_train_step(initial.model, run, shardings, optimizer), microbatches(run)
     how = "as config.accumulation says" if run.accumulation else "chosen: config.accumulation is not set"
     log.info(f"a step has {count} microbatch(es) of {run.batch_size // count} sequences ({how})")
     if traced and first >= traced.stop:
