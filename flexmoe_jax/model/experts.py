@@ -149,14 +149,15 @@ def _weighted(y_D: jax.Array, weight_1: jax.Array) -> jax.Array:
     """float32 weight [..., 1] times y [..., D] -> [..., D] in y's dtype.
 
     An expert of weight zero reaches neither the output nor, through the derivative, the router, even if it gives NaN.
+    A weight that is NaN does: a broken router must show.
     """
-    return jnp.where(weight_1 > 0, weight_1 * y_D.astype(jnp.float32), 0).astype(y_D.dtype)
+    return jnp.where(weight_1 != 0, weight_1 * y_D.astype(jnp.float32), 0).astype(y_D.dtype)
 
 
 def _weighted_bwd(residuals: tuple, dy_D: jax.Array) -> tuple[jax.Array, jax.Array]:
     y_D, weight_1 = from_bits(residuals[0]), residuals[1]
     dweight_1 = (dy_D.astype(jnp.float32) * y_D.astype(jnp.float32)).sum(-1, keepdims=True)
-    return _weighted(dy_D, weight_1), jnp.where(weight_1 > 0, dweight_1, 0)
+    return _weighted(dy_D, weight_1), jnp.where(weight_1 != 0, dweight_1, 0)
 
 
 _weighted.defvjp(lambda y_D, weight_1: (_weighted(y_D, weight_1), (as_bits(y_D), weight_1)), _weighted_bwd)
