@@ -60,7 +60,7 @@ def _table(rows: collections.deque[dict[str, str]]) -> Any:
     """The rows under all their columns."""
     from rich.table import Table
 
-    columns = list(dict.fromkeys(column for row in rows for column in row))
+    columns = list(dict.fromkeys(column for row in sorted(rows, key=len, reverse=True) for column in row))
     table = Table(*columns, box=None, header_style="bold", pad_edge=False)
     for row in rows:
         table.add_row(*(row.get(column, "") for column in columns))
