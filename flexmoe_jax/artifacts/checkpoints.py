@@ -133,7 +133,15 @@ class RunCheckpoints:
         """
         if step in self._kept:
             self._kept.intersection_update({step})
-        self._kept.add(step)
+        else:
+            self._kept.difference_update(sorted(self._kept)[:-1])
+            self._kept.add(step)
+
+    def holds(self, step: int) -> bool:
+        """Whether all files of `step` are there with their sizes; process 0 looks for all."""
+        self.wait()
+        found = self._lead and all(check.ok for check in _check_step(self.path, step, quick=True))
+        return bool(from_lead(int(found)))
 
     def save(self, step: int, trainable: Any, opt_state: Any, data_state: dict, meta: dict) -> None:
         """Starts to save `step`; the arrays may be donated or changed when this returns.

@@ -18,6 +18,7 @@ from flexmoe_jax.tree import Params
 
 BLOCKS = 8  # at most 1/16 of the products is above the diagonal
 MIN_BLOCK = 128  # shorter blocks save less time than they take to compile
+MAX_BLOCK, MOST_BLOCKS = 512, 16  # the scores of longer blocks take more memory than the rest of a layer
 
 
 def cache_mask(positions_BT: jax.Array, length: int) -> jax.Array:
@@ -72,8 +73,13 @@ def attend(q_BTHK: jax.Array, k_BGSK: jax.Array, v_BGSK: jax.Array, mask_BTS: ja
     return jnp.einsum("BGRTS,BGSK->BTGRK", weights_BGRTS, v_BGSK).reshape(B, T, H, K)
 
 
+def block_length(T: int) -> int:
+    """Queries of a block of a sequence of T tokens."""
+    return min(max(-(-T // MOST_BLOCKS), min(-(-T // BLOCKS), MAX_BLOCK), MIN_BLOCK), T)
+
+
 def _spans(T: int) -> list[tuple[int, int]]:
-    block = max(-(-T // BLOCKS), MIN_BLOCK)
+    block = block_length(T)
     return [(start, min(start + block, T)) for start in range(0, T, block)]
 
 

@@ -33,7 +33,8 @@ def ffn(x_ND: jax.Array, w_gate: jax.Array, w_up: jax.Array, w_down: jax.Array) 
     """W_down(silu(W_gate x) * (W_up x)) for x [N, D] -> [N, D]; weights (or their bits) are cast to x's dtype.
 
     The derivative is written by hand: it keeps the two projections, where automatic differentiation keeps four arrays
-    of their size, and has one transposed copy of x.
+    of their size, and has one transposed copy of x. A row whose dy is 0 adds 0 to every gradient, even if weights or
+    projections are not finite.
     """
     return _ffn_fwd(x_ND, w_gate, w_up, w_down)[0]
 
@@ -50,8 +51,10 @@ def _ffn_bwd(residuals: tuple, dy_ND: jax.Array) -> tuple:
     x_ND, (gate_NF, up_NF) = from_bits(bits), map(from_bits, projections)
     w_gate, w_up, w_down = (from_bits(w).astype(dy_ND.dtype) for w in weights)
     dhidden_NF = matmul_transposed(dy_ND, w_down, sum_dtype(dy_ND))
-    hidden_NF, dgate_NF, dup_NF = _gated_bwd(gate_NF, up_NF, dhidden_NF)
+    used_N1 = _used(dy_ND)
+    hidden_NF, dgate_NF, dup_NF = _gated_bwd(gate_NF, up_NF, dhidden_NF, used_N1)
     dx_ND = matmul_transposed(dgate_NF, w_gate, sum_dtype(dy_ND)) + matmul_transposed(dup_NF, w_up, sum_dtype(dy_ND))
+    dx_ND = jnp.where(used_N1, dx_ND, 0)
     rows = ((x_ND, dgate_NF), (x_ND, dup_NF), (hidden_NF, dy_ND))
     return dx_ND.astype(x_ND.dtype), *(weight_gradient(*pair, w) for pair, w in zip(rows, weights, strict=True))
 
@@ -61,13 +64,21 @@ def _gated(gate: jax.Array, up: jax.Array) -> jax.Array:
     return (jax.nn.silu(gate.astype(jnp.float32)) * up.astype(jnp.float32)).astype(gate.dtype)
 
 
-def _gated_bwd(gate: jax.Array, up: jax.Array, dhidden: jax.Array) -> tuple[jax.Array, ...]:
-    """(hidden, dgate, dup) of hidden = silu(gate) * up, computed in float32, in gate's dtype."""
+def _used(dy: jax.Array) -> jax.Array:
+    """Whether a row of dy [..., D] is not 0, [..., 1]. An expert's output of weight 0 has dy = 0 (`_weighted`)."""
+    return (dy != 0).any(-1, keepdims=True)
+
+
+def _gated_bwd(gate: jax.Array, up: jax.Array, dhidden: jax.Array, used: jax.Array) -> tuple[jax.Array, ...]:
+    """(hidden, dgate, dup) of hidden = silu(gate) * up, computed in float32, in gate's dtype; 0 in rows not `used`.
+
+    `used` is bool [..., 1]: 0 times what is not finite would be NaN.
+    """
     gate32, up32, dhidden32 = (x.astype(jnp.float32) for x in (gate, up, dhidden))
     sigmoid = jax.nn.sigmoid(gate32)
     silu = gate32 * sigmoid
     results = silu * up32, dhidden32 * up32 * (sigmoid + silu * (1 - sigmoid)), dhidden32 * silu
-    return tuple(x.astype(gate.dtype) for x in results)
+    return tuple(jnp.where(used, x, 0).astype(gate.dtype) for x in results)
 
 
 ffn.defvjp(_ffn_fwd, _ffn_bwd)
@@ -79,7 +90,10 @@ def is_stacked(experts: Params) -> bool:
 
 
 def dense(x_ND: jax.Array, routing: Routing, experts: Params, layer: jax.Array | None = None) -> jax.Array:
-    """Every expert runs on every token. An expert of weight zero cannot reach the output, even if it gives NaN."""
+    """Every expert runs on every token.
+
+    An expert of weight zero reaches neither the output nor any gradient, even if it gives NaN.
+    """
     if layer is not None:
         experts = {**experts, **{name: experts[name][layer] for name in FFN_WEIGHTS}}
     weights_EN = routing.weights_NE.T
@@ -135,14 +149,15 @@ def _weighted(y_D: jax.Array, weight_1: jax.Array) -> jax.Array:
     """float32 weight [..., 1] times y [..., D] -> [..., D] in y's dtype.
 
     An expert of weight zero reaches neither the output nor, through the derivative, the router, even if it gives NaN.
+    A weight that is NaN does: a broken router must show.
     """
-    return jnp.where(weight_1 > 0, weight_1 * y_D.astype(jnp.float32), 0).astype(y_D.dtype)
+    return jnp.where(weight_1 != 0, weight_1 * y_D.astype(jnp.float32), 0).astype(y_D.dtype)
 
 
 def _weighted_bwd(residuals: tuple, dy_D: jax.Array) -> tuple[jax.Array, jax.Array]:
     y_D, weight_1 = from_bits(residuals[0]), residuals[1]
     dweight_1 = (dy_D.astype(jnp.float32) * y_D.astype(jnp.float32)).sum(-1, keepdims=True)
-    return _weighted(dy_D, weight_1), jnp.where(weight_1 > 0, dweight_1, 0)
+    return _weighted(dy_D, weight_1), jnp.where(weight_1 != 0, dweight_1, 0)
 
 
 _weighted.defvjp(lambda y_D, weight_1: (_weighted(y_D, weight_1), (as_bits(y_D), weight_1)), _weighted_bwd)
@@ -186,7 +201,11 @@ _collect.defvjp(
 def _ragged(
     x_SD: jax.Array, counts_E: jax.Array, weights: tuple[jax.Array, ...], layer: jax.Array | None = None
 ) -> jax.Array:
-    """Grouped feed-forward network by `jax.lax.ragged_dot`."""
+    """Grouped feed-forward network by `jax.lax.ragged_dot`.
+
+    Whether an expert that is not finite stays out of other experts' rows and gradients is up to XLA's kernel: where
+    that is a masked dense product, as on a CPU, it does not.
+    """
     gate, up, down = (w.astype(x_SD.dtype) if layer is None else w[layer].astype(x_SD.dtype) for w in weights)
     hidden_SF = _gated(jax.lax.ragged_dot(x_SD, gate, counts_E), jax.lax.ragged_dot(x_SD, up, counts_E))
     return jax.lax.ragged_dot(hidden_SF, down, counts_E)
@@ -284,11 +303,12 @@ def _tiled_vjp_bwd(residuals: tuple, dy_SD: jax.Array) -> tuple:
             x_MD, gate_MF, up_MF = (_rows(a, at, M) for a in (x_padded, gate_SF, up_SF))
             dy_MD = jnp.where(own_M1, _rows(dy_padded, at, M), 0)
             dhidden_MF = matmul_transposed(dy_MD, down, wide)
-            hidden_MF, dgate_MF, dup_MF = _gated_bwd(gate_MF, up_MF, dhidden_MF)
+            # Rows of weight 0 and rows past the expert's last have dy = 0 and add 0, even if their projections or the
+            # expert's weights are not finite.
+            used_M1 = _used(dy_MD)
+            hidden_MF, dgate_MF, dup_MF = _gated_bwd(gate_MF, up_MF, dhidden_MF, used_M1)
             dx_MD = matmul_transposed(dgate_MF, gate, wide) + matmul_transposed(dup_MF, up, wide)
-            dx = _put(dx, dx_MD.astype(x_SD.dtype), at)
-            # Rows past the expert's last have dy = 0 and must add 0, even if their projections are not finite.
-            hidden_MF = jnp.where(own_M1, hidden_MF, 0)
+            dx = _put(dx, jnp.where(used_M1, dx_MD, 0).astype(x_SD.dtype), at)
             rows = ((x_MD, dgate_MF), (x_MD, dup_MF), (hidden_MF, dy_MD))
             # Added in place: separate sums would be written and read once more.
             sums = (d.at[e].set(d[e] + row_sums(*pair, d.dtype)) for d, pair in zip(dweights, rows, strict=False))

@@ -10,7 +10,7 @@ import math
 from collections.abc import Mapping
 
 from flexmoe_jax.errors import ConfigError
-from flexmoe_jax.model.attention import BLOCKS, MIN_BLOCK
+from flexmoe_jax.model.attention import block_length
 from flexmoe_jax.model.flops import products, step_flops
 from flexmoe_jax.model.loss import ACCELERATOR_CHUNKS
 from flexmoe_jax.parallel.chips import Topology
@@ -141,7 +141,7 @@ def activations(work: Work, n: int, sizes: Mapping[str, int]) -> float:
     heads = (3 * m.num_heads + 2 * m.num_kv_heads) * m.head_dim / t
     wide = 4 if work.kind == "train" and sizes[EXPERT] > 1 else 2
     layer = n * c * (6 * m.d_model + heads + E * (m.d_model + wide * m.d_ff / t))
-    block = 1 if work.kind == "decode" else max(T // BLOCKS, min(MIN_BLOCK, T))
+    block = 1 if work.kind == "decode" else block_length(T)
     scores = 12.0 * rows * m.num_heads / t * block * T
     if work.kind != "train":
         logits = 8.0 * rows * m.vocab_size / t

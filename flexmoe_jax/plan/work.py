@@ -12,6 +12,7 @@ from typing import Any
 import jax
 import jax.numpy as jnp
 import numpy as np
+import optax
 from jax.sharding import Mesh, NamedSharding
 from jax.sharding import PartitionSpec as P
 
@@ -95,13 +96,15 @@ def _whole(work: Work) -> Work:
     return dataclasses.replace(work, run=dataclasses.replace(work.run, accumulation=1))
 
 
+def _optimizer(work: Work) -> optax.GradientTransformation:
+    return make_optimizer(work.run.optimizer, work.run.steps, work.experts)
+
+
 @functools.lru_cache
 def _arguments(work: Work, groups: int) -> dict[str, Any]:
     run, B, T = work.run, work.run.batch_size, work.run.seq_len
     if work.kind == "train":
-        state, frozen = state_shapes(
-            params_shapes(work), run.owner, make_optimizer(run.optimizer, run.steps), work.dtype, run.freeze, groups
-        )
+        state, frozen = state_shapes(params_shapes(work), run.owner, _optimizer(work), work.dtype, run.freeze, groups)
         return {"state": state, "frozen": frozen, "batch": Batch.shapes(B, T, own=run.public_sequences > 0)}
     params = params_shapes(work)
     params = {**params, "experts": stack_weights(params["experts"], groups)}
@@ -145,7 +148,7 @@ def lower(work: Work, mesh: Mesh) -> jax.stages.Lowered:
     }
     with jax.set_mesh(mesh):
         if work.kind == "train":
-            step: Any = make_train_step(work.model, work.run, (shardings["state"], everywhere))
+            step: Any = make_train_step(work.model, work.run, (shardings["state"], everywhere), _optimizer(work))
             return step.lower(given["state"], given["frozen"], given["batch"])
         run = Decoder(work.model, work.run.top_k, "sparse", dtype=work.run.compute_dtype)
         key = jax.eval_shape(lambda: jax.random.key(0))

@@ -3,6 +3,7 @@
 import contextlib
 import dataclasses
 import logging
+import math
 import pathlib
 import signal
 from collections.abc import Collection, Iterator
@@ -23,7 +24,7 @@ from flexmoe_jax.data.pipeline import Mixture, make_iterator
 from flexmoe_jax.data.sources import read_documents
 from flexmoe_jax.data.store import TokenStore, kind_of, sha256_of
 from flexmoe_jax.data.writer import write_store
-from flexmoe_jax.errors import DataError, FlexMoEError
+from flexmoe_jax.errors import ArtifactError, DataError, FlexMoEError
 from flexmoe_jax.parallel.chips import peak_flops
 from flexmoe_jax.parallel.mesh import mesh_of_all, replicated
 from flexmoe_jax.parallel.processes import barrier, is_lead, to_host
@@ -116,7 +117,7 @@ def train(run: RunConfig, allow: Collection[str] = (), profile: str | None = Non
         job = _Job(run, initial, mesh, mixtures, checkpoints, validation, identity)
         with jax.set_mesh(mesh):
             state = _fit(job, traced)
-            check_skipped(run, int(state.skipped))
+            check_skipped(run, int(state.skipped), int(state.step))
             steps, published = _published(job, state)
         trained = _to_host(published, initial)
         if is_lead():
@@ -146,13 +147,13 @@ class _Job:
 def _fit(job: _Job, traced: range) -> TrainState:
     run, initial, mesh, checkpoints, validation = job.run, job.initial, job.mesh, job.checkpoints, job.validation
     out = checkpoints.path
-    optimizer = make_optimizer(run.optimizer, run.steps)
+    optimizer = make_optimizer(run.optimizer, run.steps, job.experts)
     state, frozen = create_state(mesh, initial.params, run.owner, optimizer, jnp.dtype(run.compute_dtype), run.freeze)
     iterator = make_iterator(batches_of(run, job.mixtures))
     shardings = (jax.tree.map(lambda leaf: leaf.sharding, state), replicated(mesh))
     state, window = _restore(job, state, iterator)
     first = int(state.step)
-    step, count = make_train_step(initial.model, run, shardings), microbatches(run)
+    step, count = make_train_step(initial.model, run, shardings, optimizer), microbatches(run)
     how = "as config.accumulation says" if run.accumulation else "chosen: config.accumulation is not set"
     log.info(f"a step has {count} microbatch(es) of {run.batch_size // count} sequences ({how})")
     if traced and first >= traced.stop:
@@ -175,6 +176,8 @@ def _fit(job: _Job, traced: range) -> TrainState:
                 with recorder.paused():
                     found = _validate(job, n, state, frozen, recorder) and run.publish == "best"
             last = n + 1 == run.steps or validation.exhausted
+            if last:
+                recorder.finish()
             stopping, due = saves.due(n)
             if stopping and not last:
                 log.info(f"{saves.stop.name}: saving after step {n + 1}; Ctrl-C ends at once")
@@ -217,7 +220,8 @@ def _validate(job: _Job, n: int, state: TrainState, frozen: Params, recorder: Re
     """Scores the held-out texts after step `n`; whether the own text never had a better score."""
     found = job.validation.measure(combine(state.trainable, frozen))
     better = job.validation.progress.add(n + 1, found["own"])
-    recorder.write({"step": n, "validation": found})
+    finite = {name: bits if math.isfinite(bits) else None for name, bits in found.items()}
+    recorder.write({"step": n, "validation": finite})
     words = ", ".join(f"{name} {bits:.4f}" for name, bits in found.items())
     log.info(f"after step {n + 1}: held-out bits per byte: {words}{' (own: the best so far)' if better else ''}")
     if job.validation.exhausted:
@@ -268,7 +272,7 @@ def _read(job: _Job, state: TrainState, step: int | None = None) -> Restored | N
 
 def _restore(job: _Job, state: TrainState, iterator: grain.DatasetIterator) -> tuple[TrainState, Window]:
     """The newest checkpoint's state, or `state` where there is none, and the sums of the steps since the last line."""
-    restored = _read(job, state)
+    run, restored = job.run, _read(job, state)
     if restored is None:
         return state, Window()
     for step, reason in restored.skipped:
@@ -276,6 +280,10 @@ def _restore(job: _Job, state: TrainState, iterator: grain.DatasetIterator) -> t
     log.info(f"resumed at step {restored.step}")
     iterator.set_state(restored.data_state)
     job.validation.resume(restored.meta.get("validation"))
+    best = job.validation.progress.step
+    if run.publish == "best" and best is not None and not job.checkpoints.holds(best):
+        log.info(f"the best weights so far, of step {best}, are not kept: the search for the best step starts again")
+        job.validation.forget()
     _keep_best(job)
     counters = {name: jnp.full_like(getattr(state, name), restored.meta[name]) for name in _COUNTERS}
     own = lambda tree: jax.tree.map(jnp.array, tree)  # noqa: E731 - a copy: the state is donated
@@ -291,11 +299,16 @@ def _keep_best(job: _Job) -> None:
 def _published(job: _Job, state: TrainState) -> tuple[int, Params]:
     """(number of steps, trained leaves) of what the run publishes."""
     best, last = job.validation.progress.step, int(state.step)
-    if job.run.publish == "last" or best in (None, last):
+    if job.run.publish == "last" or best == last:
         return last, state.trainable
+    remedy = "--config.publish=last publishes the weights of the last step"
+    if best is None:
+        raise ArtifactError("config.publish is 'best', and of no step are a finite score and its weights known", remedy)
+    if not job.checkpoints.holds(best):
+        raise ArtifactError(f"the best weights, of step {best}, are not in {job.checkpoints.path} any more", remedy)
     log.info(f"published are the weights after step {best}, the best on held-out text, not those after step {last}")
     restored = _read(job, state, best)
-    assert restored is not None  # `keep` kept it; damaged, it is an error
+    assert restored is not None  # damaged files are an error
     return restored.step, restored.trainable
 
 

@@ -30,7 +30,7 @@ from flexmoe_jax.progress import track
 from flexmoe_jax.training.hashed import HashedFiles
 from flexmoe_jax.training.loop import open_tokens
 from flexmoe_jax.training.mixtures import batches_of, mixtures_of
-from flexmoe_jax.training.optimizer import make_optimizer
+from flexmoe_jax.training.optimizer import group_table, make_optimizer
 from flexmoe_jax.training.start import Start, prepare
 from flexmoe_jax.training.state import create_state
 from flexmoe_jax.training.step import decoder_of, make_train_step
@@ -81,6 +81,7 @@ def find_rate(run: RunConfig, rates: Sequence[float], steps: int) -> Sweep:
     mesh = mesh_of_all(run.mesh)
     check_rows(mesh, run.batch_size)
     initial = prepare(run, mesh)
+    group_table(run, initial.params)  # refuses one that decides nothing before data is read
     validation = Validation(run, initial, mesh)
     with tempfile.TemporaryDirectory() as folder, jax.set_mesh(mesh):
         hashed = HashedFiles(pathlib.Path(folder, "hashed.json"))
@@ -120,7 +121,7 @@ class _Trainer:
         self._run, self._initial, self._mesh = dataclasses.replace(run, steps=steps, optimizer=short), initial, mesh
         self._batches, self._scorer, self._steps = batches_of(run, mixtures), scorer, steps
         scale = optax.inject_hyperparams(optax.scale)(step_size=1.0)
-        self._optimizer = optax.chain(make_optimizer(short, steps), scale)
+        self._optimizer = optax.chain(make_optimizer(short, steps, initial.params["experts"]), scale)
         self._step: Any = None
 
     def trial(self, rate: float, advance: Any) -> Trial:

@@ -61,10 +61,10 @@ class MetricsFile:
     def __init__(self, path: pathlib.Path, resume_step: int = 0):
         kept = []
         if path.exists() and resume_step:
-            for line in path.read_text(encoding="utf-8").splitlines():
+            for line in path.read_text(encoding="utf-8").splitlines(keepends=True):
                 # Only the last line can be cut short by a crash, and it is of a step after the checkpoint.
-                if line.endswith("}") and json.loads(line)["step"] < resume_step:
-                    kept.append(line + "\n")
+                if line.endswith("\n") and json.loads(line)["step"] < resume_step:
+                    kept.append(line)
         write_bytes(path, "".join(kept).encode())  # atomic: another crash must not lose these lines
         self._file = path.open("a", buffering=1, encoding="utf-8")
 
@@ -165,6 +165,7 @@ class Recorder:
         self._run, self._names, self._sinks, self._advance, self._meter = run, names, sinks, advance, meter
         self._pending: tuple | None = None
         self._shown: dict | None = None  # the means that the progress display shows
+        self._end: dict = {}  # what a line that ends with the last step has besides means
         self.window = Window()
 
     def add(self, n: int, metrics: dict) -> None:
@@ -198,17 +199,22 @@ class Recorder:
                 f"step {n}: the loss {values['loss']:.3f} is {above:.1f} standard deviations above the mean of (at "
                 f"most) {SPIKE_STEPS} steps before: a spike"
             )
-        if self.window.steps:
-            means = self.window.means()
-            if self._shown is None or self.logs(n):
-                self._advance(0, note_of(means, last["skipped"]))
-            if self.logs(n):
-                self._shown = means
-                line = {"step": n, "steps": self.window.steps, **self._named(means), **last}
-                line |= {"spikes": self.window.spikes, "time": round(dispatched, 3), **self._meter.read()}
-                self.write(line)
-                self.window.close()
+        self._end = {"step": n, **last, "time": round(dispatched, 3)}
+        if self.window.steps and self._shown is None:
+            self._advance(0, note_of(self.window.means(), last["skipped"]))
+        if self.logs(n):
+            self.finish()
         self._advance(1)
+
+    def finish(self) -> None:
+        """Ends the line with the last step, where there are steps since the line before."""
+        self.settle()
+        if self.window.steps:
+            self._shown = self.window.means()
+            self._advance(0, note_of(self._shown, self._end["skipped"]))
+            counted = {"steps": self.window.steps, "spikes": self.window.spikes}
+            self.write(self._named(self._shown) | self._end | counted | self._meter.read())
+            self.window.close()
 
     def write(self, line: dict) -> None:
         """Writes a line, and shows it as a row."""
@@ -256,16 +262,18 @@ def row_of(line: dict) -> dict[str, str]:
         if key in line:
             row[column] = f"{float(np.mean(line[key])):.4g}"
     row |= {f"{source} epochs": f"{seen['epochs']:.2f}" for source, seen in line.get("seen", {}).items()}
-    row |= {f"{source} bits/byte": f"{bits:.4f}" for source, bits in line.get("validation", {}).items()}
+    row |= {
+        f"{source} bits/byte": f"{bits:.4f}" for source, bits in line.get("validation", {}).items() if bits is not None
+    }
     return row
 
 
-def check_skipped(run: RunConfig, skipped: int) -> None:
-    """DataError if the run skipped more than `MOST_SKIPPED` of its steps: its product would not be what it states."""
-    if skipped > MOST_SKIPPED * run.steps:
+def check_skipped(run: RunConfig, skipped: int, steps: int) -> None:
+    """DataError if the run skipped more than `MOST_SKIPPED` of its `steps`: its product would not be what it states."""
+    if skipped > MOST_SKIPPED * steps:
         raise DataError(
-            f"{skipped} of {run.steps} steps were skipped, since their loss or gradient was not finite: more than "
+            f"{skipped} of {steps} steps were skipped, since their loss or gradient was not finite: more than "
             f"{MOST_SKIPPED:.0%}, and nothing is published from {run.out}; its checkpoints remain",
             "look at the documents of these steps, or lower config.optimizer.lr, and train in another config.out; or "
-            "train on with more config.steps and --allow=config.steps",
+            "train on with more config.steps and --allow=config.steps (and no config.patience)",
         )

@@ -4,18 +4,19 @@ import itertools
 import logging
 import math
 import re
+from collections.abc import Iterable, Sequence
 
 import jax
 import jax.numpy as jnp
 import optax
 
 from flexmoe_jax.config import RunConfig
-from flexmoe_jax.errors import ConfigError
+from flexmoe_jax.errors import ConfigError, FlexMoEError
 from flexmoe_jax.optimizer_config import Group, OptimizerConfig
 from flexmoe_jax.parallel.specs import path_text
 from flexmoe_jax.parallel.stacked import STACKED
 from flexmoe_jax.training.freezing import freezing_mask
-from flexmoe_jax.tree import Params, flatten, match_rules, partition, unflatten
+from flexmoe_jax.tree import Params, canonical_order, flatten, match_rules, partition
 
 log = logging.getLogger(__name__)
 
@@ -28,14 +29,15 @@ def learning_rate(config: OptimizerConfig, steps: int) -> optax.Schedule:
     length = max(config.schedule_steps or steps, 1)
     warmup = min(config.warmup_steps, length - 1)
     peak, end = config.lr, config.lr * config.end_lr_fraction
+    # optax's warm-up of 0 steps stays at 0.
+    stable = optax.warmup_constant_schedule(0.0, peak, warmup) if warmup else optax.constant_schedule(peak)
     if config.schedule == "cosine":
         return optax.warmup_cosine_decay_schedule(0.0, peak, warmup, length, end)
     if config.schedule == "constant":
-        return optax.warmup_constant_schedule(0.0, peak, warmup)
+        return stable
     if config.schedule == "wsd":
         decay = min(round(config.decay_share * length), length - warmup)
-        parts = [optax.warmup_constant_schedule(0.0, peak, warmup), optax.linear_schedule(peak, end, decay)]
-        return optax.join_schedules(parts, [length - decay])
+        return optax.join_schedules([stable, optax.linear_schedule(peak, end, decay)], [length - decay])
     starts = [round(i * length / config.cycles) for i in range(config.cycles + 1)]
     lengths = [after - start for start, after in itertools.pairwise(starts) if after > start]
     return optax.sgdr_schedule(
@@ -50,23 +52,26 @@ def learning_rate(config: OptimizerConfig, steps: int) -> optax.Schedule:
     )
 
 
-def make_optimizer(config: OptimizerConfig, steps: int) -> optax.GradientTransformation:
+def make_optimizer(config: OptimizerConfig, steps: int, experts: Iterable[str] = ()) -> optax.GradientTransformation:
     """Clips by global norm, then AdamW with decoupled weight decay and the groups' factors; for trainable leaves only.
 
     Moments are kept as `OptimizerConfig` says and computed in float32. The factored second moment is Adafactor's
-    (Shazeer and Stern, arXiv 1804.04235). ConfigError, when it first sees the leaves, for a group that matches none.
+    (Shazeer and Stern, arXiv 1804.04235). `experts` are the names of all experts of the run: stacked leaves, which a
+    mesh with an `expert` axis has, need them. The state does not depend on the groups. ConfigError as of `factors_of`,
+    when it first sees the leaves.
     """
+    by_group = _by_group(config, canonical_order(experts))
     clip, rate = optax.clip_by_global_norm(config.clip_norm), optax.scale_by_learning_rate(learning_rate(config, steps))
     kept = None if config.first_moment == "float32" else config.first_moment
     if config.second_moment == "full":
         adam = optax.scale_by_adam(b1=config.b1, b2=config.b2, eps=config.eps, mu_dtype=kept)
-        return optax.chain(clip, optax.chain(adam, _by_group(config), rate))
+        return optax.chain(clip, optax.chain(adam, by_group, rate))
     return optax.chain(
         clip,
         optax.scale_by_factored_rms(),
         optax.stateless(lambda updates, _: _clip_by_rms(updates)),
         optax.ema(config.b1, accumulator_dtype=kept) if config.b1 else optax.identity(),
-        _by_group(config),
+        by_group,
         rate,
     )
 
@@ -85,12 +90,13 @@ def _clip_by_rms(updates: Params) -> Params:
     return jax.tree_util.tree_map_with_path(clip, updates)
 
 
-def factors_of(config: OptimizerConfig, trainable: Params) -> dict[str, Group]:
-    """{path: the group that decides it, with both its factors} of the leaves that are trained.
+def factors_of(config: OptimizerConfig, trained: Iterable[str]) -> dict[str, Group]:
+    """{path: the group that decides it, with both its factors} of the paths of the leaves that are trained.
 
-    ConfigError for a group that decides none of them, except the last, which is for all others.
+    Experts' leaves are known by their names (`experts/news/w_up`). ConfigError for a group that decides none of them,
+    except the last, which is for all others.
     """
-    paths, rules = list(flatten(trainable)), config.rules
+    paths, rules = list(trained), config.rules
     chosen = match_rules(paths, [(rule.pattern, rule) for rule in rules])
     for rule in rules[:-1]:
         if rule not in chosen.values():
@@ -112,7 +118,7 @@ def group_table(run: RunConfig, params: Params) -> list[tuple[Group, int, int]]:
     trainable, _ = partition(params, freezing_mask(params, run.owner, run.freeze))
     flat = flatten(trainable)
     sizes: dict[Group, tuple[int, int]] = {}
-    for path, group in factors_of(config, trainable).items():
+    for path, group in factors_of(config, flat).items():
         leaves, count = sizes.get(group, (0, 0))
         sizes[group] = leaves + 1, count + math.prod(flat[path].shape)
     order = [rule.pattern for rule in config.rules]
@@ -136,21 +142,42 @@ def log_optimizer(run: RunConfig, groups: list[tuple[Group, int, int]]) -> None:
         )
 
 
-def _by_group(config: OptimizerConfig) -> optax.GradientTransformation:
-    """Adds each leaf's weight decay to its update, and scales both by its factor on the rate."""
+def _by_group(config: OptimizerConfig, experts: Sequence[str]) -> optax.GradientTransformation:
+    """Adds each leaf's weight decay to its update, and scales both by its factor on the rate; without a state.
 
-    def labels(params: Params) -> Params:
-        return unflatten({path: _label(group) for path, group in factors_of(config, params).items()})
+    Every expert of a stacked leaf has factors of its own.
+    """
 
-    every = [rule.of(path) for rule in config.rules for path in ("trunk/head", "trunk/embed")]  # one decays by default
-    transforms = {
-        _label(group): optax.chain(
-            optax.add_decayed_weights(config.weight_decay * (group.decay or 0.0)), optax.scale(group.lr)
-        )
-        for group in every
-    }
-    return optax.partition(transforms, labels)
+    def init(trainable: Params) -> optax.EmptyState:
+        factors_of(config, (name for path in flatten(trainable) for name in _named(path, experts)))
+        return optax.EmptyState()
+
+    def scale(updates: Params, trainable: Params) -> Params:
+        groups = factors_of(config, (name for path in flatten(trainable) for name in _named(path, experts)))
+
+        def scaled(path: tuple, update: jax.Array, leaf: jax.Array) -> jax.Array:
+            own = [groups[name] for name in _named(path_text(path), experts)]
+            decay = _factor([config.weight_decay * (group.decay or 0.0) for group in own], leaf)
+            rate = _factor([group.lr for group in own], leaf)
+            return (update + decay * leaf) * rate
+
+        return jax.tree_util.tree_map_with_path(scaled, updates, trainable)
+
+    return optax.GradientTransformation(init, optax.stateless(scale).update)
 
 
-def _label(group: Group) -> str:
-    return f"lr {group.lr} decay {group.decay}"
+def _named(path: str, experts: Sequence[str]) -> list[str]:
+    """The paths of the leaves that `path` holds: itself, or of a stacked leaf that of each expert, in their order."""
+    if f"/{STACKED}/" not in path:
+        return [path]
+    if not experts:
+        raise FlexMoEError(f"the optimizer does not know whose {path} is", "give make_optimizer the experts' names")
+    return [path.replace(f"/{STACKED}/", f"/{name}/") for name in experts]
+
+
+def _factor(values: list[float], leaf: jax.Array) -> float | jax.Array:
+    """The value, or of a stacked leaf [L, E, ...] whose experts' values differ [E, 1, ...]; empty slots get 1."""
+    if len({*values}) == 1:
+        return values[0]
+    slots = [*values, *[1.0] * (leaf.shape[1] - len(values))]
+    return jnp.asarray(slots, leaf.dtype).reshape(-1, *[1] * (leaf.ndim - 2))

@@ -38,5 +38,5 @@ class Saves:
         return stopping, due or (n + 1) % self._run.save_every == 0
 
     def saved(self) -> None:
-        """Counts the minutes from now."""
-        self._saved_at = time.monotonic()
+        """Counts the minutes from now; requests made before are met."""
+        self._saved_at, self._answer = time.monotonic(), None

@@ -81,6 +81,10 @@ class Validation:
         else:
             log.info("the held-out text is not that of the steps before: the search for the best step starts again")
 
+    def forget(self) -> None:
+        """Starts the search for the best step again."""
+        self.progress = Progress(self.progress.texts)
+
     @property
     def exhausted(self) -> bool:
         """Whether `config.patience` validations in a row found nothing better."""

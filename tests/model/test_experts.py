@@ -12,7 +12,7 @@ from hypothesis import strategies as st
 from flexmoe_jax.errors import FlexMoEError
 from flexmoe_jax.model import experts as experts_module
 from flexmoe_jax.model.decoder import Decoder, moe
-from flexmoe_jax.model.experts import dense, sparse
+from flexmoe_jax.model.experts import FFN_WEIGHTS, dense, sparse
 from flexmoe_jax.model.router import Routing, route
 from tests.tiny import TINY, max_difference
 
@@ -167,6 +167,40 @@ def test_sparse_keeps_nan_out_of_the_other_experts_gradients():
     routing = route(logits_NE, 2)
     dx = jax.jit(jax.grad(lambda x: sparse(x, routing, poisoned).sum()))(make_x(11)[0])
     assert np.isfinite(dx).all()
+
+
+@pytest.mark.parametrize("dispatch", [dense, sparse], ids=["dense", "sparse"])
+@pytest.mark.parametrize("chosen", ["top-2 of 3", "weight underflowed to 0"])
+@pytest.mark.parametrize("poison", ["NaN weights", "projections overflow"])
+def test_an_expert_of_weight_zero_that_is_not_finite_reaches_no_gradient(dispatch, chosen, poison):
+    """The gradients are those with a healthy expert in its place.
+
+    Projections overflow only in tokens for which expert 1 has weight 0: its own gradients are finite, too.
+    """
+    healthy, x, mix = {name: make_experts(3)[name] for name in FFN_WEIGHTS}, make_x(40)[0], make_x(40, seed=2)[0]
+    logits_NE = np.random.default_rng(0).standard_normal((40, 3)).astype(np.float32)
+    logits_NE[:, 1] = -300
+    if poison == "NaN weights":
+        bad = {name: value.at[1].set(jnp.nan) for name, value in healthy.items()}
+    else:  # by the first number of a token, which other experts do not read
+        logits_NE[::4, 1] = 0
+        x = x.at[:, 0].set(jnp.where(jnp.arange(40) % 4 == 0, 0, 1e30))
+        healthy = {n: healthy[n] if n == "w_down" else healthy[n].at[:, 0].set(0) for n in FFN_WEIGHTS}
+        bad = {n: healthy[n] if n == "w_down" else healthy[n].at[1, 0].set(1e30) for n in FFN_WEIGHTS}
+    routing = route(jnp.asarray(logits_NE), 2 if chosen == "top-2 of 3" else 3)
+
+    @jax.jit
+    @functools.partial(jax.grad, argnums=(0, 1, 2))
+    def gradients(x, weights_NE, experts):
+        return (dispatch(x, Routing(weights_NE, routing.index_Nk), experts) * mix).sum()
+
+    ours, usual = (gradients(x, routing.weights_NE, experts) for experts in (bad, healthy))
+    for path, leaf in jax.tree.leaves_with_path(ours):
+        assert np.isfinite(leaf).all(), path
+    np.testing.assert_array_equal(ours[0][:, 1:], usual[0][:, 1:])
+    np.testing.assert_array_equal(ours[1], usual[1])
+    for name in FFN_WEIGHTS:
+        np.testing.assert_array_equal(ours[2][name][::2], usual[2][name][::2], err_msg=name)
 
 
 @pytest.mark.parametrize("kernel", ["_tiled", "_ragged"])

@@ -76,7 +76,7 @@ def placed(work: Work, text: str) -> dict[str, tuple[int, int]]:
     """{part: (bytes of arrays on one device, planned bytes)} of a real state and batch."""
     mesh, run = make_mesh(text), work.run
     params = init_params(work.model, jax.random.key(0), work.experts)
-    optimizer = make_optimizer(run.optimizer, run.steps)
+    optimizer = make_optimizer(run.optimizer, run.steps, work.experts)
     state, frozen = create_state(mesh, params, run.owner, optimizer, jnp.dtype(run.compute_dtype), run.freeze)
     rows = np.zeros((run.batch_size, run.seq_len), np.int32)
     batch = Batch(rows, rows, rows, rows.astype(np.float32))

@@ -311,7 +311,7 @@ def test_metrics_that_cannot_be_written_are_an_error_with_a_remedy(tmp_path):
 def test_metrics_of_a_resumed_run_are_rewritten_atomically(tmp_path, monkeypatch):
     path = tmp_path / "metrics.jsonl"
     lines = [json.dumps({"step": step}) for step in range(4)]
-    path.write_text("\n".join(lines) + '\n{"step": 4, "lo')
+    path.write_text("\n".join(lines) + '\n{"step": 4, "share": {"news": 1}')
 
     def crash(*_, **__):
         raise KeyboardInterrupt

@@ -98,6 +98,16 @@ def test_without_held_out_text_windows_that_no_trial_reads_are_scored(release, t
     assert "config.holdout" in refusal.value.remedy
 
 
+@pytest.mark.parametrize("schedule", ["constant", "wsd"])
+def test_a_trial_whose_warm_up_rounds_to_no_step_trains(release, tmp_path, schedule):
+    """1 of 60 steps is 0 of 2."""
+    optimizer = OptimizerConfig(lr=1e-2, warmup_steps=1, schedule=schedule)
+    sweep = find_rate(
+        expert_run(tmp_path, "news", release, steps=60, eval_bytes=1000, optimizer=optimizer), [1e-2], steps=2
+    )
+    assert sweep.trials[0].losses["own"] != sweep.before.losses["own"]
+
+
 def test_the_choice_is_the_lowest_own_loss_of_what_stayed_finite_and_helped():
     def trial(rate: float, own: float, bad: int = 0, public: float = 1.0) -> Trial:
         return Trial(rate, bad, {"own": own, "public": public})

@@ -12,8 +12,9 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from flexmoe_jax.config import RunConfig
-from flexmoe_jax.errors import ConfigError
+from flexmoe_jax.errors import ConfigError, FlexMoEError
 from flexmoe_jax.optimizer_config import SCHEDULES, Group, OptimizerConfig
+from flexmoe_jax.parallel.stacked import StackedLeaf, stack_weights, unstack_weights
 from flexmoe_jax.params import model_leaves
 from flexmoe_jax.training.optimizer import factors_of, group_table, learning_rate, make_optimizer
 from flexmoe_jax.tree import PUBLIC, flatten, unflatten
@@ -180,6 +181,14 @@ def test_every_schedule_warms_up_to_the_peak_and_ends_where_it_says(config, step
     assert curve[max(first, 0) :].min() >= config.end_lr_fraction - 1e-6
 
 
+@pytest.mark.parametrize("schedule", SCHEDULES)
+def test_without_warm_up_every_schedule_starts_at_the_peak(schedule):
+    """Also a run of one step, which has no room for a warm-up."""
+    for warmup, steps in ((0, 10), (0, 1), (5, 1)):
+        curve = rates(OptimizerConfig(lr=1.0, schedule=schedule, warmup_steps=warmup), steps, steps)
+        assert curve[0] == curve.max() == 1
+
+
 def test_wsd_is_stable_and_then_linear_and_restarts_begin_at_the_peak_again():
     wsd = OptimizerConfig(lr=1.0, schedule="wsd", warmup_steps=10, decay_share=0.2, end_lr_fraction=0.1)
     curve = rates(wsd, 100, 101)
@@ -233,6 +242,52 @@ def test_a_group_scales_the_rate_of_its_leaves_only():
         np.testing.assert_array_equal(update, factor * usual[path])  # powers of two are exact
 
 
+@pytest.mark.parametrize("changes", [{}, FACTORED])
+def test_groups_name_experts_that_a_mesh_stacks(changes):
+    """The updates of three stacked experts, with an empty slot, are those of named ones, whatever their factors.
+
+    Equal but for the means of the factored moments: those are float32, in another order.
+    """
+    names, rng = ("public", "code", "news"), np.random.default_rng(0)
+    groups = "experts/news/.* lr=0; experts/code/w_up lr=4 decay=2; experts/code/w_down decay=0"
+    config = OptimizerConfig(lr=0.5, warmup_steps=0, weight_decay=0.25, groups=groups, **changes)
+    optimizer = make_optimizer(config, 10, reversed(names))
+
+    def draw():
+        shapes = {"w_up": (L, D, F), "w_down": (L, F, D)}
+        return {n: {w: rng.normal(size=shape).astype(np.float32) for w, shape in shapes.items()} for n in names}
+
+    def stacked(experts):
+        return jax.tree.map(lambda leaf: jnp.asarray(leaf[:, :]), stack_weights(experts, 4), is_leaf=is_leaf)
+
+    def is_leaf(node):
+        return isinstance(node, StackedLeaf)
+
+    params, grads = draw(), draw()
+    updates = []
+    for form in (lambda experts: experts, stacked):
+        whole = {"experts": form(params)}
+        updates.append(optimizer.update({"experts": form(grads)}, optimizer.init(whole), whole)[0]["experts"])
+    named, again = updates[0], unstack_weights(updates[1], names)
+    for path, update in flatten(named).items():
+        np.testing.assert_allclose(flatten(again)[path], update, rtol=1e-5 if changes else 0, err_msg=path)
+        assert np.asarray(update).any() == (not path.startswith("news"))
+    for leaf in updates[1]["stacked"].values():
+        assert not np.asarray(leaf[:, 3]).any()
+    with pytest.raises(ConfigError, match=r"'experts/stacked/\.\*' .* decides no trained parameter"):
+        make_optimizer(dataclasses.replace(config, groups="experts/stacked/.* lr=0"), 10, names).init(whole)
+    with pytest.raises(FlexMoEError, match="does not know whose experts/stacked/w_down is"):
+        make_optimizer(config, 10).init(whole)
+
+
+def test_the_state_does_not_depend_on_the_groups():
+    """So a checkpoint can be read with other groups."""
+    plain, grouped = (
+        make_optimizer(OptimizerConfig(groups=groups), 10).init(leaves()) for groups in (None, "experts/.* lr=3")
+    )
+    assert jax.tree.structure(plain) == jax.tree.structure(grouped)
+
+
 def test_clipping_is_over_all_groups_together():
     """The norm of the clipped gradient of all leaves is `clip_norm`; a factor does not enter it."""
     params = leaves()
@@ -257,7 +312,7 @@ def test_the_table_shows_every_trained_leaf_once_by_the_group_that_decides_it():
         (".*", 1.0, 0.0, 9),
         (".*", 1.0, 1.0, 5),
     ]
-    assert set(factors_of(optimizer, unflatten(trained))) == set(trained)
+    assert set(factors_of(optimizer, trained)) == set(trained)
 
 
 def test_a_group_that_decides_no_trained_leaf_is_refused_by_name():
@@ -306,7 +361,7 @@ def test_stacked_experts_get_the_updates_of_named_ones_with_factored_moments():
     """A mesh that splits experts stacks them, here with an empty slot; their updates are bounded each by itself."""
     names, rng = ("public", "code", "news"), np.random.default_rng(0)
     grads = {name: {"w_up": jnp.asarray(rng.normal(size=(L, D, F)), jnp.float32)} for name in names}
-    optimizer = make_optimizer(OptimizerConfig(lr=1.0, warmup_steps=0, b1=0.0, **FACTORED), 10)
+    optimizer = make_optimizer(OptimizerConfig(lr=1.0, warmup_steps=0, b1=0.0, **FACTORED), 10, names)
 
     def stacked(experts):
         stack = jnp.stack([experts[name]["w_up"] for name in names], 1)

@@ -86,6 +86,20 @@ def test_a_new_experts_bias_starts_where_it_is_told_and_groups_are_said(release,
     ]
 
 
+def test_a_run_resumes_with_other_groups_where_that_is_allowed(release, tmp_path):
+    """From its checkpoint on, the leaves of the new group stay what they were."""
+    run = expert_run(tmp_path, "news", release, steps=2)
+    first = load_package(loop.train(run))
+    shutil.rmtree(pathlib.Path(run.out, "package"))
+    frozen = dataclasses.replace(run.optimizer, groups="experts/news/w_up lr=0")
+    longer = dataclasses.replace(run, steps=4, optimizer=frozen)
+    with pytest.raises(FlexMoEError, match=r"config\.optimizer\.groups: "):
+        loop.train(longer, allow=["config.steps"])
+    second = load_package(loop.train(longer, allow=["config.steps", "config.optimizer.groups"]))
+    np.testing.assert_array_equal(second["w_up"], first["w_up"])
+    assert not np.array_equal(second["w_down"], first["w_down"])
+
+
 def test_a_group_that_decides_nothing_is_refused_before_data_is_read(release, tmp_path):
     groups = OptimizerConfig(groups="experts/news/rooter lr=3")
     run = expert_run(tmp_path, "news", release, optimizer=groups)

@@ -19,7 +19,7 @@ from flexmoe_jax.compose.merge import merge
 from flexmoe_jax.data import sources
 from flexmoe_jax.data.records import Fields
 from flexmoe_jax.data.sources import read_documents
-from flexmoe_jax.errors import ConfigError, DataError
+from flexmoe_jax.errors import ArtifactError, ConfigError, DataError
 from flexmoe_jax.evaluate.perplexity import heldout_texts
 from flexmoe_jax.training import loop, validation
 from flexmoe_jax.training.metrics import OF_TIME, SPIKE_LEAST, Window
@@ -91,6 +91,54 @@ def test_the_best_weights_are_published_and_outlive_the_newest_checkpoints(relea
     last = dataclasses.replace(run, publish="last")  # the other choice, without training again
     shutil.rmtree(package)
     assert read_manifest(loop.train(last)).record.training["steps"] == 10
+
+
+def test_however_many_validations_are_better_at_most_one_checkpoint_is_kept_besides(release, tmp_path, monkeypatch):
+    """And while a better one is saved, the one before."""
+    run = watched(tmp_path, release, steps=12, eval_every=1, save_every=100, publish="best")
+    script(monkeypatch, *(9.0 - n for n in range(11)), 9.0)
+    assert read_manifest(loop.train(run)).record.training["steps"] == 11
+    assert len(list((pathlib.Path(run.out) / "digests").iterdir())) <= 2 + 1
+
+
+@pytest.mark.parametrize("damage", ["another choice at the start", "lost files"])
+def test_best_weights_that_are_not_kept_are_said_and_not_published(release, tmp_path, monkeypatch, caplog, damage):
+    """With the choice of the last weights, none were kept; the remedy publishes those."""
+    caplog.set_level("INFO", "flexmoe_jax")
+    first = "last" if damage == "another choice at the start" else "best"
+    run = watched(tmp_path, release, steps=6, eval_every=2, save_every=1, keep_checkpoints=1, publish=first)
+    script(monkeypatch, 2.0, 3.0, 3.0)
+    package = loop.train(run)
+    shutil.rmtree(package)
+    shutil.rmtree(pathlib.Path(run.out) / "checkpoints" / "2", ignore_errors=True)
+    with pytest.raises(ArtifactError, match="publish is 'best', and of no step are a finite score and") as refusal:
+        loop.train(dataclasses.replace(run, publish="best"))
+    assert any("of step 2, are not kept: the search" in line for line in caplog.messages)
+    assert "--config.publish=last" in refusal.value.remedy
+    assert read_manifest(loop.train(dataclasses.replace(run, publish="last"))).record.training["steps"] == 6
+
+
+def test_an_early_end_writes_the_line_of_its_last_steps(release, tmp_path, monkeypatch):
+    run = watched(tmp_path, release, steps=100, log_every=10, eval_every=2, patience=1)
+    script(monkeypatch, 2.0, math.nan)
+    loop.train(run)
+    (line,) = [line for line in lines_of(run) if "loss" in line]
+    assert (line["step"], line["steps"]) == (3, 4)
+    assert [line["validation"] for line in lines_of(run) if "validation" in line] == [{"own": 2.0}, {"own": None}]
+
+
+def test_too_many_skipped_steps_of_a_run_that_ended_early_publish_nothing(release, tmp_path, monkeypatch):
+    run = watched(tmp_path, release, steps=1000, eval_every=2, patience=1)
+    script(monkeypatch, 2.0, 3.0)
+    place, calls = loop.place_batch, itertools.count()
+
+    def placed(mesh, batch):
+        bad = next(calls) == 1
+        return place(mesh, dataclasses.replace(batch, weights=batch.weights * np.float32(np.nan)) if bad else batch)
+
+    monkeypatch.setattr(loop, "place_batch", placed)
+    with pytest.raises(DataError, match="1 of 4 steps were skipped"):
+        loop.train(run)
 
 
 def test_a_score_that_is_not_finite_is_never_the_best():

@@ -116,7 +116,7 @@ MODEL = (
     Fault(
         "an expert of weight zero reaches the output",
         EXPERTS,
-        "jnp.where(weight_1 > 0, weight_1 * y_D.astype(jnp.float32), 0)",
+        "jnp.where(weight_1 != 0, weight_1 * y_D.astype(jnp.float32), 0)",
         "(weight_1 * y_D.astype(jnp.float32))",
         "tests/model/test_experts.py::test_nan_in_an_expert_of_weight_zero_cannot_reach_the_output",
     ),

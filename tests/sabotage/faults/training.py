@@ -252,8 +252,8 @@ TRAINING = (
     Fault(
         "a product is published although most steps were skipped",
         "training/metrics.py",
-        "skipped > MOST_SKIPPED * run.steps",
-        "skipped > run.steps",
+        "skipped > MOST_SKIPPED * steps",
+        "skipped > steps",
         f"{OF_LOOP}::test_every_skipped_step_is_said_and_too_many_publish_nothing",
     ),
     Fault(
@@ -301,7 +301,7 @@ TRAINING = (
     Fault(
         "the last weights are published where the best are asked for",
         LOOP,
-        'if job.run.publish == "last" or best in (None, last):',
+        'if job.run.publish == "last" or best == last:',
         "if best or not best:",
         f"{OF_VALIDATION}::test_the_best_weights_are_published_and_outlive_the_newest_checkpoints",
     ),

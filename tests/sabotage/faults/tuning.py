@@ -10,8 +10,8 @@ TUNING = (
     Fault(
         "a group's learning rate is that of the others",
         OPTIMIZER,
-        "optax.scale(group.lr)",
-        "optax.scale(1.0)",
+        "_factor([group.lr for group in own], leaf)",
+        "1.0",
         f"{OF_OPTIMIZER}::test_a_group_scales_the_rate_of_its_leaves_only",
     ),
     Fault(
