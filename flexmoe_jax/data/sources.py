@@ -65,7 +65,7 @@ def read_documents(path: str | pathlib.Path, split: str = TRAIN, fields: Fields 
         raise DataError(
             f"{path} has no document of the split {split!r}, only files named for {other}", f"ask for {other!r}"
         )
-    return _documents(corpus, split, fields)
+    return read_corpus(corpus, split, fields)
 
 
 def content_digest(path: str | pathlib.Path, split: str = TRAIN, fields: Fields = DEFAULT) -> str:
@@ -131,7 +131,8 @@ def _tell_once(*lines: str) -> None:
             log.info(line)
 
 
-def _documents(corpus: Corpus, split: str, fields: Fields) -> Iterator[Document]:
+def read_corpus(corpus: Corpus, split: str, fields: Fields = DEFAULT) -> Iterator[Document]:
+    """The documents of one split in the files of `corpus`; DataError while reading, as of `read_documents`."""
     seen = 0
     counts: dict[str, int] = {}
     for file, named in corpus.of(split):

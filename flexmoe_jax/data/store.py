@@ -43,7 +43,8 @@ def sha256_of(path: pathlib.Path) -> str:
 class TokenStore:
     """Tokens of many documents, concatenated, in one or more memory-mapped files.
 
-    The fields from `documents` to `sha256` are None for OLMo files, which do not record them; `sha256` may be given.
+    The fields from `documents` to `sha256` are None for OLMo files, which do not record them; `sha256`, which is over
+    the sha256 of the files, may be given.
     """
 
     parts: tuple[np.ndarray, ...]  # uint16 or uint32 [tokens of the file] each
@@ -55,7 +56,7 @@ class TokenStore:
     text_bytes: int | None = None
     vocab_size: int | None = None
     tokenizer_digest: str | None = None
-    sha256: tuple[str, ...] | None = None
+    sha256: str | None = None
 
     @classmethod
     def open(
@@ -64,9 +65,8 @@ class TokenStore:
         """The store that `writer.write_store` wrote at `path`.
 
         The store must have been written with `tokenizer`, if given. `digest_of` gives the sha256 of a file, which is
-        compared with the index: by default every byte is read; a training run reads a file at its first start, and
-        again when it was changed (training/hashed.py); None compares sizes only. Raises DataError for anything missing,
-        altered or not matching.
+        compared with the index: by default every byte is read; None compares sizes only. Raises DataError for anything
+        missing, altered or not matching.
         """
         path = pathlib.Path(path)
         index = _read_index(path)
@@ -82,7 +82,7 @@ class TokenStore:
                 digests.append(file["marks"])
                 _check_file(marks_of(path / file["name"]), file["tokens"], file["marks"], marks[number], digest_of)
         fields = {name: index[name] for name in ("eos_id", "documents", "text_bytes", "vocab_size", "tokenizer_digest")}
-        return cls(parts, _starts(parts), marks=marks, bos_id=index.get("bos_id"), sha256=tuple(digests), **fields)
+        return cls(parts, _starts(parts), marks=marks, bos_id=index.get("bos_id"), sha256=_joined(digests), **fields)
 
     @classmethod
     def from_olmo(
@@ -112,14 +112,15 @@ class TokenStore:
             raise DataError("an empty list of token files", "give at least one file")
         for path, part in zip(paths, parts, strict=True):
             _check_head(path, part[:EOS_SEARCH_TOKENS], dtype, (eos_id, bos_id), vocab_size)
-        digests = None if digest_of is None else tuple(digest_of(pathlib.Path(path)) for path in paths)
+        digests = None if digest_of is None else _joined(digest_of(pathlib.Path(path)) for path in paths)
         return cls(parts, _starts(parts), eos_id, bos_id, vocab_size=vocab_size, sha256=digests)
 
     @functools.cached_property
     def digest(self) -> str:
         """sha256 (hex) over the sha256 of the files: identifies the tokens. Files without an index are read whole."""
-        parts = self.sha256 or [hashlib.sha256(np.ascontiguousarray(part).data).hexdigest() for part in self.parts]
-        return hashlib.sha256("\n".join(parts).encode()).hexdigest()
+        return self.sha256 or _joined(
+            hashlib.sha256(np.ascontiguousarray(part).data).hexdigest() for part in self.parts
+        )
 
     @property
     def num_tokens(self) -> int:
@@ -320,6 +321,11 @@ def _check_file(path: pathlib.Path, tokens: int, sha256: str, part: np.ndarray, 
         raise DataError(f"{path} holds {len(part)} tokens, its index states {tokens}", "copy the store again")
     if digest_of is not None and (found := digest_of(path)) != sha256:
         raise DataError(f"{path} is altered: sha256 {found}, its index states {sha256}", "copy the store again")
+
+
+def _joined(digests: Iterable[str]) -> str:
+    """sha256 (hex) over the sha256 of files."""
+    return hashlib.sha256("\n".join(digests).encode()).hexdigest()
 
 
 def _starts(parts: Sequence[np.ndarray]) -> np.ndarray:

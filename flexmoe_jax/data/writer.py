@@ -3,7 +3,7 @@
 import hashlib
 import pathlib
 import re
-from collections.abc import Iterable, Iterator
+from collections.abc import Iterable, Iterator, Mapping
 from typing import Any, BinaryIO
 
 import numpy as np
@@ -22,17 +22,23 @@ _WORD_ENDS, _SEARCHED = re.compile(r"(?<=\S)(\n|(?= ))(?=\S| \S)"), 1 << 16  # w
 
 
 def write_store(
-    documents: Iterable[str | Document], tokenizer: Tokenizer, out: str | pathlib.Path, total: int | None = None
+    documents: Iterable[str | Document],
+    tokenizer: Tokenizer,
+    out: str | pathlib.Path,
+    total: int | None = None,
+    made_of: Mapping[str, Any] | None = None,
 ) -> TokenStore:
     """Tokenizes `documents` in batches into a new store at `out`, each followed by the end-of-document id.
 
     Conversations are rendered with the tokenizer's chat template; only the assistant's turns count in a loss. `total`,
-    the number of documents if known, is for the progress display. The store appears under its name only when it is
+    the number of documents if known, is for the progress display; `made_of`, if given, is a JSON object that the index
+    keeps: what the caller says of the documents. The store appears under its name only when it is
     complete; an error leaves nothing. Raises DataError when there are no documents, for conversations mixed with texts
     and those that cannot be rendered, ArtifactError when `out` exists or cannot be written.
     """
     with new_directory(pathlib.Path(out)) as folder:
-        write_json(folder / "index.json", _write_parts(documents, tokenizer, folder, total))
+        index = _write_parts(documents, tokenizer, folder, total)
+        write_json(folder / "index.json", index if made_of is None else index | {"made_of": made_of})
     return TokenStore.open(out, tokenizer, digest_of=None)
 
 

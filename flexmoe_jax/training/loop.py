@@ -22,7 +22,7 @@ from flexmoe_jax.artifacts.sealed import digest
 from flexmoe_jax.config import RunConfig, Source
 from flexmoe_jax.data.pipeline import Mixture, make_iterator
 from flexmoe_jax.data.sources import read_documents
-from flexmoe_jax.data.store import TokenStore, kind_of
+from flexmoe_jax.data.store import TokenStore, kind_of, sha256_of
 from flexmoe_jax.data.writer import write_store
 from flexmoe_jax.errors import ArtifactError, DataError, FlexMoEError
 from flexmoe_jax.parallel.chips import peak_flops
@@ -42,7 +42,9 @@ from flexmoe_jax.training.resume import (
     documents_of,
     drop_stale_tokens,
     fields_of,
+    holdout_of,
     identity_of,
+    made_of,
     tokens_of,
     with_schedule,
 )
@@ -315,40 +317,56 @@ def _open_data(
 ) -> tuple[dict[str, TokenStore], dict[str, str | None]]:
     """(token stores, digests of the documents) of all sources by name; makes the tokens where missing."""
     hashed = HashedFiles(out / "hashed.json")
-    documents = documents_of(run, hashed)
-    if is_lead() and not started:
-        drop_stale_tokens(out, documents, initial.tokenizer.digest, run.holdout)
-    barrier("stale tokens")
-    stores = {
-        name: open_tokens(run, source, initial, tokens_of(out, name), hashed) for name, source in run.sources.items()
-    }
+    documents, stores = documents_of(run, hashed), {}
+    for name, source in run.sources.items():
+        tokens, made = tokens_of(out, name), made_of(run, source, documents[name], initial.tokenizer.digest)
+        if is_lead() and not started:
+            drop_stale_tokens(tokens, made)
+        barrier(f"stale tokens in {tokens.name}")
+        stores[name] = open_tokens(run, source, initial, tokens, hashed, made)
     return stores, documents
 
 
 def open_tokens(
-    run: RunConfig, source: Source, initial: Start, tokens: pathlib.Path, hashed: HashedFiles
+    run: RunConfig,
+    source: Source,
+    initial: Start,
+    tokens: pathlib.Path,
+    hashed: HashedFiles,
+    made: dict[str, Any] | None = None,
 ) -> TokenStore:
     """The tokens of a source: a token store, OLMo files, or documents, tokenized once into the store `tokens`.
 
-    Process 0 checks files that `hashed` does not know as unchanged.
+    The index of `tokens` keeps what they are `made` of. Process 0 checks the bytes of a source that `hashed` does not
+    know as unchanged, and every process that its files have the names, sizes and index that those of process 0 have.
     """
     folder = pathlib.Path(source.path)
-    kind, holdout = kind_of(folder), run.holdout if source.key == "data" else 0.0
+    kind, holdout = kind_of(folder), holdout_of(run, source)
     if holdout and kind != "documents":
         what = f"config.holdout is {run.holdout} and config.data {source.path!r} holds tokens, not documents"
         raise DataError(what, "give documents, or config.validation: documents that are not in these tokens")
     if kind == "store":
-        return TokenStore.open(folder, initial.tokenizer, hashed.file)
+        return _open_store(folder, initial, hashed)
     if kind == "olmo":
         vocab_size = initial.tokenizer.vocab_size
         dtype = run.token_dtype or ("uint16" if vocab_size <= 1 << 16 else "uint32")
         bos_id = None if initial.tokenizer.bos_id == initial.tokenizer.eos_id else initial.tokenizer.bos_id
-        return TokenStore.from_olmo(folder, dtype, initial.tokenizer.eos_id, vocab_size, bos_id, hashed.file)
-    if not tokens.exists() and is_lead():
+        how = folder, dtype, initial.tokenizer.eos_id, vocab_size, bos_id
+        what, files = f"token files {folder.absolute()}", sorted(folder.glob("*.npy"))
+        known = hashed.digest(what, files, lambda: TokenStore.from_olmo(*how, sha256_of).digest)
+        return dataclasses.replace(TokenStore.from_olmo(*how), sha256=known)
+    if is_lead() and not tokens.exists():  # who looks too early may see none for a while on a network disk
         documents = read_documents(folder, fields=fields_of(run, source.key))
-        write_store((d for d in documents if not held_out(d, holdout)), initial.tokenizer, tokens)
+        write_store((d for d in documents if not held_out(d, holdout)), initial.tokenizer, tokens, made_of=made)
     barrier(f"tokens in {tokens.name}")
-    return TokenStore.open(tokens, initial.tokenizer, hashed.file)
+    return _open_store(tokens, initial, hashed)
+
+
+def _open_store(folder: pathlib.Path, initial: Start, hashed: HashedFiles) -> TokenStore:
+    store = TokenStore.open(folder, initial.tokenizer, digest_of=None)  # the sizes of its files are those of its index
+    what, files = f"token store {folder.absolute()}", [folder / "index.json", *sorted(folder.glob("part-*"))]
+    hashed.digest(what, files, lambda: TokenStore.open(folder, initial.tokenizer).digest, store.digest)
+    return store
 
 
 def _write_product(product: pathlib.Path, job: _Job, trained: Params, steps: int, skipped: int) -> None:

@@ -7,9 +7,10 @@ import logging
 import os
 import pathlib
 from collections.abc import Collection, Mapping
+from typing import Any
 
 from flexmoe_jax.artifacts.sealed import differences, sha256_array, write_json
-from flexmoe_jax.config import RunConfig
+from flexmoe_jax.config import RunConfig, Source
 from flexmoe_jax.data.corpus import survey
 from flexmoe_jax.data.records import Fields
 from flexmoe_jax.data.sources import content_digest
@@ -126,21 +127,28 @@ def tokens_of(out: pathlib.Path, name: str) -> pathlib.Path:
     return out / f"{TOKENS[side]}{mixed}{part}"
 
 
-def drop_stale_tokens(
-    out: pathlib.Path, documents: dict[str, str | None], tokenizer: str, holdout: float = 0.0
-) -> None:
-    """Deletes tokens that a failed start of the run `out` made of other `documents`, or by another tokenizer.
+def made_of(run: RunConfig, source: Source, documents: str | None, tokenizer: str) -> dict[str, Any]:
+    """What decides the tokens that `run` makes of a source: the digests of its `documents` and of the `tokenizer`, and
+    the share of documents that is held out. The index of the tokens keeps it."""
+    return {"documents": documents, "tokenizer": tokenizer, "holdout": holdout_of(run, source)}
 
-    `tokenizer` is the digest of the run's, `holdout` the share of documents that it holds out.
+
+def holdout_of(run: RunConfig, source: Source) -> float:
+    """The share of a source's documents that is never trained on: public documents are all trained on."""
+    return run.holdout if source.key == "data" else 0.0
+
+
+def drop_stale_tokens(tokens: pathlib.Path, made: dict[str, Any]) -> None:
+    """Deletes the token store `tokens` that a failed start made of anything but `made` (see `made_of`).
+
+    The index says what it was made of, and appears together with the tokens: whatever failed in between, it is true.
     """
-    before = read_identity(out / "run.json")
-    held_out = before.get("config", {}).get("holdout", 0.0)
-    for name, digest in documents.items():
-        side, _, part = name.partition(".")
-        known = before.get("data", {}).get(side, {})
-        made_of = (known.get(part, {}) if part else known).get("documents")
-        if (made_of, before.get("tokenizer"), held_out) != (digest, tokenizer, holdout):
-            remove_directory(tokens_of(out, name))
+    try:
+        index = parse_json(read_bytes(tokens / "index.json"), tokens)
+    except ArtifactError:  # missing or damaged
+        index = {}
+    if index.get("made_of") != made:
+        remove_directory(tokens)
 
 
 def check_identity(path: pathlib.Path, identity: dict, allow: Collection[str], started: bool) -> None:

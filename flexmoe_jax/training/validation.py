@@ -16,7 +16,7 @@ from jax.sharding import Mesh
 from flexmoe_jax.config import RunConfig
 from flexmoe_jax.data.corpus import HELDOUT, TRAIN, survey
 from flexmoe_jax.data.records import Fields
-from flexmoe_jax.data.sources import Document, read_documents
+from flexmoe_jax.data.sources import Document, read_corpus, read_documents
 from flexmoe_jax.data.store import kind_of
 from flexmoe_jax.errors import ConfigError, DataError
 from flexmoe_jax.evaluate.perplexity import first_texts, half_window, heldout_texts, score
@@ -163,10 +163,11 @@ def _heldout(given: str | pathlib.Path | None, sources: list[pathlib.Path], fiel
     texts: list[str] = []
     for path in sources:
         if kind_of(path) == "documents":
-            named = [file for file, split in survey(path).files if split == HELDOUT]
+            corpus = survey(path)
+            named = tuple((file, split) for file, split in corpus.files if split == HELDOUT)
+            documents = read_corpus(dataclasses.replace(corpus, files=named), HELDOUT, fields)
             try:
-                documents = (d for file in named for d in read_documents(file, HELDOUT, fields))
-                texts += first_texts(documents, size // len(sources))
+                texts += first_texts(documents if named else (), size // len(sources))
             except DataError as error:
                 log.info(f"held-out text of {path} is not validated: {error.what}")
     return texts

@@ -3,8 +3,11 @@
 Tolerances as in test_mesh.py: sums in another order.
 """
 
+import dataclasses
 import json
 import pathlib
+import subprocess
+import sys
 import time
 
 import jax
@@ -24,7 +27,7 @@ from flexmoe_jax.parallel import processes
 from flexmoe_jax.parallel.processes import Place, place_of
 from flexmoe_jax.training.loop import train
 from flexmoe_jax.tree import PUBLIC, TRUNK, flatten
-from tests.parallel.jobs import end, printed, start_training, start_verb, wait_for_step
+from tests.parallel.jobs import HERE, end, printed, start, start_training, start_verb, wait_for_step
 from tests.tiny import expert_run, public_run, write_documents
 
 STEPS = {"steps": 6, "batch_size": 8}
@@ -134,6 +137,22 @@ def test_sigterm_to_one_process_stops_all_and_another_number_of_processes_resume
     assert end(running) == [75]
     # float32 sums in another order, amplified by the steps of AdamW.
     np.testing.assert_allclose(losses(run)[: saved + 3], losses(reference)[: saved + 3], atol=1e-3)
+
+
+@pytest.mark.slow
+def test_another_copy_of_the_data_on_one_host_is_refused_by_all_processes(tmp_path):
+    """Each process has a folder of its own, like hosts with disks of their own; that of process 1 is stale."""
+    run = public_run(tmp_path, **STEPS)
+    for number, count in enumerate((60, 59)):
+        write_documents(tmp_path / str(number) / "data", "public", count)
+    run = dataclasses.replace(run, data="data", mesh="fsdp=2")
+    here = f"import os; os.chdir(os.path.join({str(tmp_path)!r}, os.environ[{processes.NUMBER!r}])); {HERE}"
+    running = start([sys.executable, "-c", f"{here}train_in_process({run!r})"], 2, stderr=subprocess.PIPE)
+    said = [process.communicate(timeout=300)[1] for process in running]
+    assert end(running) == [1, 1]
+    for text in said:
+        assert "DataError: documents " in text
+        assert ": process 1 has 1 file(s) of " in text
 
 
 @pytest.mark.slow

@@ -273,6 +273,27 @@ def test_tokens_of_a_failed_start_are_used_again_where_the_documents_are_the_sam
     assert (pathlib.Path(run.out) / "tokens").stat().st_ino == before
 
 
+@pytest.mark.parametrize("kind", ["holdout", "documents", "tokenizer"])
+def test_no_order_of_failed_starts_leaves_tokens_of_another_start(tmp_path, monkeypatch, kind):
+    """A start fails in its first step, another one before it writes run.json; the third is like the first."""
+    run = public_run(tmp_path, holdout=0.3, steps=1)
+    other = dataclasses.replace(
+        run, **{"holdout": {"holdout": 0.0}, "tokenizer": {"tokenizer": "cl100k:400"}}.get(kind, {})
+    )
+    fresh = dataclasses.replace(run, out=str(tmp_path / "fresh"))
+    loop.train(fresh)
+    for which, function in ((run, "_fit"), (other, "identity_of")):
+        if kind == "documents":
+            write_documents(pathlib.Path(run.data), "public" if which is run else "code")
+        with monkeypatch.context() as patch:
+            patch.setattr(loop, function, lambda *_: (_ for _ in ()).throw(RuntimeError("a failed start")))
+            with pytest.raises(RuntimeError, match="a failed start"):
+                loop.train(which)
+    write_documents(pathlib.Path(run.data), "public")
+    loop.train(run)
+    assert pathlib.Path(run.out, "run.json").read_bytes() == pathlib.Path(fresh.out, "run.json").read_bytes()
+
+
 def test_a_run_trains_in_a_thread_that_is_not_the_main_one(release, tmp_path):
     with concurrent.futures.ThreadPoolExecutor(1) as threads:
         package = threads.submit(loop.train, expert_run(tmp_path, "news", release)).result()

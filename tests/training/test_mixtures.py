@@ -126,6 +126,18 @@ def test_a_mixed_run_binds_every_source_tells_its_epochs_and_resumes_exactly(rel
     assert read_manifest(loop.train(halved, allow=["config.steps"])).content == expected
 
 
+def test_a_failed_start_of_one_source_is_followed_by_a_mixture_of_any_names(release, tmp_path, monkeypatch):
+    """`run.json` of the failed start has `documents` and `tokens` where that of the mixture has its sources."""
+    one = expert_run(tmp_path, "news", release, steps=1)
+    with monkeypatch.context() as patch:
+        patch.setattr(loop, "_fit", lambda *_: (_ for _ in ()).throw(RuntimeError("a failed start")))
+        with pytest.raises(RuntimeError, match="a failed start"):
+            loop.train(one)
+    folders = [write_documents(tmp_path / name, "code") for name in ("documents", "tokens")]
+    mixed = dataclasses.replace(one, data="; ".join(f"1 {folder}" for folder in folders))
+    assert loop.train(mixed).exists()
+
+
 def test_held_out_text_comes_from_every_source(release, tmp_path):
     run = mixed_run(tmp_path, release)
     for name, domain in (("letters", "news"), ("minutes", "code"), ("math", "math")):

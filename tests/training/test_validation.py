@@ -16,10 +16,12 @@ from flexmoe_jax.api import load
 from flexmoe_jax.artifacts.manifest import read_manifest
 from flexmoe_jax.artifacts.package import load_package
 from flexmoe_jax.compose.merge import merge
+from flexmoe_jax.data import sources
+from flexmoe_jax.data.records import Fields
 from flexmoe_jax.data.sources import read_documents
 from flexmoe_jax.errors import ArtifactError, ConfigError, DataError
 from flexmoe_jax.evaluate.perplexity import heldout_texts
-from flexmoe_jax.training import loop
+from flexmoe_jax.training import loop, validation
 from flexmoe_jax.training.metrics import OF_TIME, SPIKE_LEAST, Window
 from flexmoe_jax.training.validation import Progress, held_out
 from tests.tiny import expert_run, public_run, write_documents
@@ -245,11 +247,28 @@ def test_held_out_documents_are_never_trained_on_and_are_those_that_are_scored(r
         loop.train(run)
     assert sorted(seen + kept) == sorted(document.text for document in read_documents(run.data))
     assert not set(seen) & set(kept)
-    validation = loop.Validation(run, None, None)
-    assert validation.texts == {"own": kept}
+    assert loop.Validation(run, None, None).texts == {"own": kept}
     assert lines_of(run)[-1]["validation"]["own"] > 0
     with pytest.raises(Exception, match=r"config\.holdout: 0\.25 != 0\.5"):
         loop.train(dataclasses.replace(run, holdout=0.5))
+
+
+@pytest.mark.parametrize(
+    "name", ["validation/part.jsonl", "test/a/part.jsonl", "dev/train/test/0.jsonl", "heldout.jsonl"]
+)
+def test_text_in_files_and_folders_named_for_it_is_scored_and_no_other_file_is_opened(tmp_path, monkeypatch, name):
+    named, opened = tmp_path / name, []
+    named.parent.mkdir(parents=True, exist_ok=True)
+    write_documents(tmp_path, "news", split="large")
+    named.write_text('{"text": "held out"}\n', encoding="utf-8")
+
+    def noted(file, *args, records=sources.records):
+        opened.append(file)
+        return records(file, *args)
+
+    monkeypatch.setattr(sources, "records", noted)
+    assert validation._heldout(None, [tmp_path], Fields(), 1000) == ["held out"]
+    assert opened == [named]
 
 
 def test_documents_of_one_group_are_held_out_together():
