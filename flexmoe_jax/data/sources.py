@@ -16,7 +16,7 @@ from typing import Any
 from flexmoe_jax.data.chat import check_turns
 from flexmoe_jax.data.corpus import SPLITS, TRAIN, Corpus, split_of_field, survey
 from flexmoe_jax.data.records import DEFAULT, MESSAGES, Fields, records
-from flexmoe_jax.errors import DataError, did_you_mean
+from flexmoe_jax.errors import DataError, did_you_mean, printable
 from flexmoe_jax.files import write_bytes
 
 log = logging.getLogger(__name__)
@@ -128,7 +128,7 @@ def _tell_once(*lines: str) -> None:
     if lines not in _told:
         _told.add(lines)
         for line in lines:
-            log.info(line)
+            log.info(printable(line))  # names of files may hold anything
 
 
 def read_corpus(corpus: Corpus, split: str, fields: Fields = DEFAULT) -> Iterator[Document]:
