@@ -135,7 +135,7 @@ TRAINING = (
         STEP,
         "jnp.add, total, ",
         "jnp.maximum, total, ",
-        f"{OF_STEP}::test_accumulation_gives_the_gradient_of_the_whole_batch",
+        "tests/training/test_microbatches.py::test_accumulation_gives_the_gradient_of_the_whole_batch",
     ),
     Fault(
         "a gradient that is not finite is applied",
