@@ -66,7 +66,7 @@ QWEN3_06B = ModelConfig(
     tie_embeddings=True,
     norm_topk=True,
 )
-LR = 5e-4  # FFNs alone were best at 1e-3 beside SmolLM2-135M (80 steps), and rates fall with size: find yours
+LR = 5e-4  # not measured at these sizes: find yours with `flexmoe lr-find`
 # A logit is a sum over the width: rows move it as fast as in the quickstart (192 wide, 1.5e-3) at this rate (muP, arXiv
 # 2203.03466). Not measured at these sizes: a contrast loss that stays at ln 2 = 0.693 asks for another rate.
 ROW_LR = 1.5e-3 * 192

@@ -138,7 +138,8 @@ def _texts(run: RunConfig) -> dict[str, list[str]]:
             what = f"config.holdout is {run.holdout}, and no document of {run.data} falls in that share"
             raise DataError(what, "raise it, or give config.validation")
     elif not (texts := _heldout(run.validation, _paths(run, "data"), fields, run.eval_bytes)):
-        log.info(f"nothing is validated: {run.data} has no files named for held-out text; set config.validation")
+        remedy = "set config.validation, or config.holdout to a share of the documents"
+        log.info(f"nothing is validated: {run.data} has no files named for held-out text; {remedy}")
         return {}
     else:
         found["own"] = texts
