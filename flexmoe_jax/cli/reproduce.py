@@ -30,7 +30,9 @@ def reproduce(argv: list[str]) -> int:
     add_json(p)
     args = p.parse(argv)
     config = read_config(StudyConfig, args.config, args.overrides)
-    check_paths(config)
+    from flexmoe_jax.hf.anchors import ANCHORS
+
+    check_paths(config, known=ANCHORS)
     from flexmoe_jax.study.reproduce import reproduce as run_study
     from flexmoe_jax.study.reproduce import vary
 
@@ -78,7 +80,16 @@ def lines(results: "Results") -> list[str]:
     shown, rest = [head, rule], iter(body)
     for kind, group in groups.items():
         shown += ["", kind.heading, *(next(rest) for _ in group)]
-    return [*shown, "", f"{_seeds(results)}; +- is half the 95% interval over seeds and documents"]
+    shown += ["", f"{_seeds(results)}; +- is half the 95% interval over seeds and documents"]
+    if results.suites:
+        from flexmoe_jax.study.suites import suite_table
+
+        shown += [
+            "",
+            "The paper's tasks: accuracy, and bits per byte of the gold answers",
+            *table(*suite_table(results.suites)),
+        ]
+    return shown
 
 
 def varied_lines(key: str, results: Mapping[str, "Results"]) -> list[str]:

@@ -5,6 +5,7 @@ from collections.abc import Mapping
 from typing import Annotated, Any
 
 from flexmoe_jax.errors import ConfigError
+from flexmoe_jax.evaluate.suites import find_tasks
 from flexmoe_jax.flexmix.build import DOMAINS
 from flexmoe_jax.model_config import ModelConfig
 from flexmoe_jax.ranges import Count, Positive, Range, check_numbers
@@ -100,10 +101,21 @@ class StudyConfig:
     """Which systems are trained: "all", or "method" for the method and the dense experts it is compared with."""
 
     public: str | None = None
-    """Directory of an existing public model; None trains one."""
+    """Directory of an existing public model, or `smollm2`: SmolLM2-135M out of its wheel. None trains one."""
+
+    public_domains: str = ""
+    """Further domains of the mini-FlexMix, comma-separated, whose text is public as a whole: no owner has it. Public
+    text is then equal amounts of these and of `public`."""
 
     public_share: Annotated[float, Range(float, 0, 0.5)] = 0.08
     """Fraction of each owner's domain that belongs to the public text instead, from 0 to 0.5."""
+
+    suites: str = ""
+    """Groups or tasks of the paper (as of `flexmoe eval-suite`), comma-separated, that the public model, the method,
+    the soup and the dense experts are scored on: accuracy, and bits per byte of the gold answers."""
+
+    suite_items: Count = 25
+    """Questions per task of the `suites`, at most."""
 
     router_scale: Positive = 0.1
     """L2 norm that router rows start with."""
@@ -112,13 +124,19 @@ class StudyConfig:
         check_numbers(self, "config")
         if self.systems not in ("all", "method"):
             raise ConfigError(f"config.systems is {self.systems!r}", "choose from: all, method")
-        for owner in self.owners:
-            if owner == PUBLIC or owner not in DOMAINS:
-                raise ConfigError(f"config.domains names {owner!r}", f"choose from: {', '.join(DOMAINS[1:])}")
+        for key, names in (("domains", self.owners), ("public_domains", self.public_names[1:])):
+            for name in names:
+                if name == PUBLIC or name not in DOMAINS:
+                    raise ConfigError(f"config.{key} names {name!r}", f"choose from: {', '.join(DOMAINS[1:])}")
+        for name in {*self.owners} & {*self.public_names}:
+            what = f"config.public_domains names {name!r}, which config.domains gives to an owner"
+            raise ConfigError(what, "leave it out of one of the two")
         if self.top_k > len(self.owners) + 1:
             raise ConfigError(
                 f"config.top_k is {self.top_k}, the model has {len(self.owners) + 1} experts", "set config.top_k lower"
             )
+        for suite in filter(None, self.suites.split(",")):
+            find_tasks(suite)
         for name in self._ablation_names:
             if name not in ABLATIONS:
                 raise ConfigError(f"config.ablations names {name!r}", f"choose from: {', '.join(ABLATIONS)}")
@@ -127,6 +145,11 @@ class StudyConfig:
     def owners(self) -> tuple[str, ...]:
         """The owners' names in alphabetical order: the order of their experts."""
         return tuple(sorted(self.domains.split(",")))
+
+    @property
+    def public_names(self) -> tuple[str, ...]:
+        """The domains that public text consists of: `public`, then the `public_domains`."""
+        return (PUBLIC, *filter(None, self.public_domains.split(",")))
 
     @property
     def chosen_ablations(self) -> dict[str, Experts]:

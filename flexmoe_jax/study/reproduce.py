@@ -15,6 +15,7 @@ from flexmoe_jax.study import tables
 from flexmoe_jax.study.config import StudyConfig
 from flexmoe_jax.study.results import RESULTS, SAMPLES, Results, write_results
 from flexmoe_jax.study.scoring import Bench, SystemScore, make_texts
+from flexmoe_jax.study.suites import Scores, by_seed, score_suites
 from flexmoe_jax.study.systems import METHOD, systems
 from flexmoe_jax.study.train import OF_PUBLIC, OF_SHARED, make_shared, train_public, train_seed
 from flexmoe_jax.study.workshop import Artifacts
@@ -34,6 +35,7 @@ def reproduce(config: StudyConfig, shared: pathlib.Path | None = None) -> Result
     public = train_public(config, shared, root)
     made: list[Artifacts] = []
     scores: list[dict[str, SystemScore]] = []
+    suites: list[Scores] = []
     for seed in range(config.seeds):
         home = root / f"seed-{seed}"
         made.append(train_seed(config, shared, public, home, seed))
@@ -41,6 +43,7 @@ def reproduce(config: StudyConfig, shared: pathlib.Path | None = None) -> Result
         for system in systems(config):
             bench.scores[system.name] = system.score(bench)
         scores.append(bench.scores)
+        suites.append(score_suites(bench))
     results = Results(
         study=root.resolve().name,
         config=to_mapping(config),
@@ -49,6 +52,7 @@ def reproduce(config: StudyConfig, shared: pathlib.Path | None = None) -> Result
         opting_out=[tables.compare_never_merged(artifacts) for artifacts in made],
         curves=tables.curves(config, root),
         classifiers=tables.classifiers(config, shared),
+        suites=by_seed(suites),
         systems=tables.tabulate(config, texts, scores),
     )
     # Held-out text stays in the study's folder: results may be published, news may not.
@@ -87,10 +91,12 @@ def vary(config: StudyConfig, key: str, values: Sequence[str]) -> dict[str, Resu
 def check_same(config: StudyConfig, root: pathlib.Path) -> None:
     """Refuses a folder that holds another study, since its models and scores would be taken for this one's.
 
-    More seeds, other ablations and more systems may be added.
+    More seeds, other ablations, more systems and suites may be added.
     """
     path, fields = root / "study.json", to_mapping(config)
-    fields = {key: value for key, value in fields.items() if key not in ("out", "seeds", "ablations", "systems")}
+    fields = {
+        key: value for key, value in fields.items() if key not in ("out", "seeds", "ablations", "systems", "suites")
+    }
     if not path.exists():
         root.mkdir(parents=True, exist_ok=True)
         write_json(path, fields)

@@ -119,6 +119,9 @@ class Results:
     classifiers: dict[str, float]
     """Held-out accuracy of each owner's classifier."""
 
+    suites: dict[str, dict[str, dict[str, list[float]]]]
+    """Scores on the paper's tasks by system, task and measure (`accuracy`, `gold_bits_per_byte`), with each seed."""
+
     systems: list[SystemResult]
     """One row per system."""
 
@@ -195,6 +198,7 @@ def read_results(path: pathlib.Path) -> list[Results]:
 
 def _study(line: dict[str, Any], where: str) -> Results:
     check_format(line, FORMAT, where)
+    line.setdefault("suites", {})  # studies from before there were any
     fields = [field for field in dataclasses.fields(Results) if field.name != "systems"]
     kinds: dict[str, Any] = {field.name: typing.get_origin(field.type) or field.type for field in fields}
     check_fields(line, {"format": str, **kinds}, where)

@@ -113,7 +113,8 @@ class Bench:
         from flexmoe_jax.data.embedding import embed_documents
 
         count = self.config.classifier_documents
-        train = [_take(read_documents(self.mix / name, "train"), count) for name in (PUBLIC, *self.config.owners)]
+        classes = (self.config.public_names, *([owner] for owner in self.config.owners))
+        train = [[t for n in c for t in _take(read_documents(self.mix / n), count // len(c))] for c in classes]
         labels = np.repeat(np.arange(len(train)), [len(texts) for texts in train])
         classifier = LogisticRegression(max_iter=1000, C=10.0)
         classifier.fit(embed_documents([text for texts in train for text in texts]), labels)
@@ -159,12 +160,14 @@ def with_router(factor: float, shift: float) -> Callable[[Model], Model]:
 def uniform_soup(models: Sequence[str]) -> Scorer:
     """Scores the mean of the parameters of the systems `models`."""
 
-    def score(bench: Bench) -> SystemScore:
-        whole = {name: load(bench.artifacts.models[name]) for name in models}
-        params = soup({name: model.params for name, model in whole.items()})
-        return _score(dataclasses.replace(whole[models[0]], params=params), bench.texts)
+    return lambda bench: _score(soup_of(bench, models), bench.texts)
 
-    return score
+
+def soup_of(bench: Bench, models: Sequence[str]) -> Model:
+    """The model whose parameters are the mean of those of the systems `models`."""
+    whole = {name: load(bench.artifacts.models[name]) for name in models}
+    params = soup({name: model.params for name, model in whole.items()})
+    return dataclasses.replace(whole[models[0]], params=params)
 
 
 def weighted_soup(models: Sequence[str]) -> Scorer:

@@ -96,7 +96,7 @@ class Workshop:
 
     def train(self, name: str, *, owner: str, text: str, steps: int, **changes: Any) -> pathlib.Path:
         """The product of a run on the mix's domain `text`, or on the folder `text` beside the mix."""
-        folder = self.shared / text if text == ALL else self.shared / "mix" / text
+        folder = text_folder(self.config, self.shared, text)
         options: dict[str, Any] = {
             "optimizer": OptimizerConfig(lr=1.5e-3, warmup_steps=10, weight_decay=0.1),
             "out": str(self._run(name)),
@@ -133,7 +133,7 @@ class Workshop:
                 vector = self.made(f"random row {owner}.json", functools.partial(_random_row, vector, self.seed, i))
             options: dict[str, Any] = {
                 "public": str(release),
-                "public_data": str(self.shared / "mix" / PUBLIC),
+                "public_data": str(text_folder(self.config, self.shared, PUBLIC)),
                 "public_fraction": 0.25,
                 "router_contrast": 0.1,
                 "domain_vector": str(vector),
@@ -147,7 +147,7 @@ class Workshop:
         made = tune(
             model,
             {owner: self.shared / "proxies" / owner for owner in self.config.owners},
-            self.shared / "mix" / PUBLIC,
+            text_folder(self.config, self.shared, PUBLIC),
             self._made(name),
             Tuning(
                 together=together,
@@ -161,17 +161,24 @@ class Workshop:
         return made.path
 
     def _run(self, name: str) -> pathlib.Path:
-        return self.home / "runs" / _folder_name(name)
+        return self.home / "runs" / folder_name(name)
 
     def _made(self, name: str) -> pathlib.Path:
-        return self.home / "made" / _folder_name(name)
+        return self.home / "made" / folder_name(name)
+
+
+def text_folder(config: StudyConfig, shared: pathlib.Path, text: str) -> pathlib.Path:
+    """The folder of a text: a domain of the mix; `all` and public text of several domains are blended beside it."""
+    blended = text == ALL or (text == PUBLIC and config.public_names != (PUBLIC,))
+    return shared / text if blended else shared / "mix" / text
 
 
 def _expert_of(name: str, owner: str) -> str:
     return f"{name} {owner}"
 
 
-def _folder_name(name: str) -> str:
+def folder_name(name: str) -> str:
+    """The name of a system as the name of a folder."""
     return re.sub("[,']", "", name).replace(" ", "_")
 
 

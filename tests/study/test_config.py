@@ -39,6 +39,9 @@ def test_ablations_are_chosen_by_name():
         {"public_share": 0.6},
         {"router_scale": 0.0},
         {"ablations": "no biases"},
+        {"public_domains": "nws"},
+        {"public_domains": "public"},
+        {"public_domains": "math,news"},  # news is an owner's
     ],
 )
 def test_impossible_studies_are_refused(change):

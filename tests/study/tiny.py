@@ -54,5 +54,6 @@ def results(study: str = "reproduction-small") -> Results:
         ],
         curves=[Curve(system, text, [[0, 5.0], [10, 4.0]]) for system, text in runs],
         classifiers={"code": 0.975, "news": 0.9},
+        suites={},
         systems=systems,
     )
