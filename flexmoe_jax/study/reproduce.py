@@ -26,6 +26,7 @@ def reproduce(config: StudyConfig, shared: pathlib.Path | None = None) -> Result
     `shared` is the folder of another study of the same domains, whose mix and domain vectors are used. Raises
     ArtifactError where `config.out` holds another study.
     """
+    config = dataclasses.replace(config, model=config.shape)  # results tell it where it is that of config.public
     root = pathlib.Path(config.out)
     shared = root if shared is None else shared
     check_same(config, root)

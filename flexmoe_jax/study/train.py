@@ -51,13 +51,13 @@ def make_shared(config: StudyConfig, shared: pathlib.Path) -> None:
 def train_public(config: StudyConfig, shared: pathlib.Path, home: pathlib.Path) -> pathlib.Path:
     """The public model from which every seed starts: given, trained or found.
 
-    Raises ConfigError where a given one has another shape than `config.model`, from which costs are computed.
+    Raises ConfigError where a given one has another shape than `config.model`.
     """
     if config.public is not None:
         given = to_mapping(open_model(config.public).config)
-        if lines := differences(given, to_mapping(config.model)):
+        if lines := differences(given, to_mapping(config.shape)):
             what = f"config.public has another shape than config.model: {', '.join(lines)}"
-            raise ConfigError(what, "give config.model the shape of config.public")
+            raise ConfigError(what, "set config.model to none: the shape is that of config.public")
         return pathlib.Path(config.public)
     return Workshop(config, shared, home, 0).train(
         PUBLIC,

@@ -39,6 +39,8 @@ def test_ablations_are_chosen_by_name():
         {"public_share": 0.6},
         {"router_scale": 0.0},
         {"ablations": "no biases"},
+        {"compute_dtype": "float16"},
+        {"model": None},
     ],
 )
 def test_impossible_studies_are_refused(change):
