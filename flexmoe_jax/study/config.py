@@ -1,9 +1,11 @@
 """The size of a study, and the ablations it may include."""
 
 import dataclasses
+import functools
 from collections.abc import Mapping
 from typing import Annotated, Any
 
+from flexmoe_jax.artifacts.model_dir import open_model
 from flexmoe_jax.errors import ConfigError
 from flexmoe_jax.evaluate.suites import find_tasks
 from flexmoe_jax.flexmix.build import DOMAINS
@@ -46,8 +48,8 @@ class StudyConfig:
     domains: str
     """The owners' domains, comma-separated; each owner trains on one domain of the mini-FlexMix."""
 
-    model: ModelConfig
-    """Shape of the public model; a model given as `public` must have it."""
+    model: ModelConfig | None = None
+    """Shape of the public model; None: that of the model given as `public`."""
 
     seeds: Count = 3
     """Repetitions with other seeds. All start from the same public model, as in the paper."""
@@ -69,6 +71,9 @@ class StudyConfig:
 
     seq_len: Count = 256
     """Tokens per sequence; at most `model.max_seq_len`."""
+
+    compute_dtype: str = "float32"
+    """Dtype of activations and of frozen matrices in every run: float32 or bfloat16."""
 
     top_k: Count = 2
     """Experts active per token in merged models; at most the number of owners and one."""
@@ -124,6 +129,11 @@ class StudyConfig:
         check_numbers(self, "config")
         if self.systems not in ("all", "method"):
             raise ConfigError(f"config.systems is {self.systems!r}", "choose from: all, method")
+        if self.compute_dtype not in ("float32", "bfloat16"):
+            raise ConfigError(f"config.compute_dtype is {self.compute_dtype!r}", "use 'float32' or 'bfloat16'")
+        if self.model is None and self.public is None:
+            remedy = "a study trains a public model of the shape config.model, or starts from config.public: set one"
+            raise ConfigError("config.model is not set, and config.public neither", remedy)
         for key, names in (("domains", self.owners), ("public_domains", self.public_names[1:])):
             for name in names:
                 if name == PUBLIC or name not in DOMAINS:
@@ -145,6 +155,11 @@ class StudyConfig:
     def owners(self) -> tuple[str, ...]:
         """The owners' names in alphabetical order: the order of their experts."""
         return tuple(sorted(self.domains.split(",")))
+
+    @functools.cached_property
+    def shape(self) -> ModelConfig:
+        """The public model's: `model`, or that of the model given as `public`."""
+        return self.model or open_model(str(self.public)).config
 
     @property
     def public_names(self) -> tuple[str, ...]:

@@ -5,6 +5,7 @@ import pathlib
 from collections.abc import Sequence
 
 from flexmoe_jax.api import load
+from flexmoe_jax.artifacts.model_dir import open_model
 from flexmoe_jax.artifacts.sealed import differences
 from flexmoe_jax.errors import ArtifactError, ConfigError, did_you_mean
 from flexmoe_jax.files import write_json
@@ -31,8 +32,9 @@ def reproduce(config: StudyConfig, shared: pathlib.Path | None = None) -> Result
     shared = root if shared is None else shared
     check_same(config, root)
     make_shared(config, shared)
-    texts = make_texts(config, shared / "mix")
     public = train_public(config, shared, root)
+    config = dataclasses.replace(config, model=open_model(public).config)  # results tell it where config.public has it
+    texts = make_texts(config, shared / "mix")
     made: list[Artifacts] = []
     scores: list[dict[str, SystemScore]] = []
     suites: list[Scores] = []

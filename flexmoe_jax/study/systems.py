@@ -6,7 +6,6 @@ import math
 from collections.abc import Callable, Mapping
 
 from flexmoe_jax.model.flops import forward_flops, training_flops
-from flexmoe_jax.model_config import ModelConfig
 from flexmoe_jax.optimizer_config import OptimizerConfig
 from flexmoe_jax.study.baselines import Nats, branch_train_merge, causal_branch_train_merge, oracle
 from flexmoe_jax.study.config import Experts, StudyConfig
@@ -65,9 +64,9 @@ class System:
         """How it is trained; None where it is derived from other systems."""
         return None if isinstance(self.make, Derived) else self.make
 
-    def forward_flops(self, model: ModelConfig) -> float:
-        """Operations of a token's forward pass in windows of `model.max_seq_len`."""
-        return self.models * forward_flops(model, model.max_seq_len, self.active)
+    def forward_flops(self, config: StudyConfig) -> float:
+        """Operations of a token's forward pass in windows of `config.seq_len`."""
+        return self.models * forward_flops(config.shape, config.seq_len, self.active)
 
     def score(self, bench: Bench) -> SystemScore:
         """Scores it, or reads its scores."""
@@ -106,7 +105,7 @@ class _Costs:
 
     def _steps(self, count: int, kind: str, active: int = 1) -> float:
         tokens = self.config.batch_size * self.config.seq_len
-        return count * tokens * training_flops(self.config.model, self.config.seq_len, kind, active)
+        return count * tokens * training_flops(self.config.shape, self.config.seq_len, kind, active)
 
 
 def systems(config: StudyConfig) -> list[System]:

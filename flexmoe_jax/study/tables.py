@@ -53,7 +53,7 @@ def tabulate(config: StudyConfig, texts: Texts, scores: Sequence[dict[str, Syste
             if system.name != METHOD
             else {},
             choice={d: summary(values_R) for d, values_R in right_R[system.name].items()},
-            forward_flops_per_token=system.forward_flops(config.model),
+            forward_flops_per_token=system.forward_flops(config),
             training_flops_after_public=system.training_flops,
             share={d: share_LE.tolist() for d, share_LE in scores[0][system.name].share.items()},
         )

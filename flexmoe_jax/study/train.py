@@ -57,7 +57,7 @@ def make_shared(config: StudyConfig, shared: pathlib.Path) -> None:
 def train_public(config: StudyConfig, shared: pathlib.Path, home: pathlib.Path) -> pathlib.Path:
     """The public model from which every seed starts: given, imported, trained or found.
 
-    Raises ConfigError where a given one has another shape than `config.model`, from which costs are computed.
+    Raises ConfigError where a given one has another shape than `config.model`.
     """
     if config.public is not None:
         public = pathlib.Path(config.public)
@@ -65,10 +65,10 @@ def train_public(config: StudyConfig, shared: pathlib.Path, home: pathlib.Path) 
             vector = shared / "domains" / f"{PUBLIC}.json"
             make = functools.partial(_import_anchor, config.public, vector)
             public = Workshop(config, shared, home, 0).made(config.public, make)
-        given = to_mapping(open_model(public).config)
-        if lines := differences(given, to_mapping(config.model)):
+        given = open_model(public).config
+        if lines := differences(to_mapping(given), to_mapping(config.model or given)):
             what = f"config.public has another shape than config.model: {', '.join(lines)}"
-            raise ConfigError(what, "give config.model the shape of config.public")
+            raise ConfigError(what, "set config.model to none: the shape is that of config.public")
         return public
     return Workshop(config, shared, home, 0).train(
         PUBLIC,

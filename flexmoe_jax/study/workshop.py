@@ -102,6 +102,7 @@ class Workshop:
             "out": str(self._run(name)),
             "batch_size": self.config.batch_size,
             "seq_len": self.config.seq_len,
+            "compute_dtype": self.config.compute_dtype,
             "seed": self.seed,
             "save_every": 200,
             "eval_every": None,  # the held-out text is for the study's own scores
@@ -154,6 +155,7 @@ class Workshop:
                 seed=self.seed,
                 batch_size=self.config.batch_size,
                 seq_len=self.config.seq_len,
+                compute_dtype=self.config.compute_dtype,
                 steps=self.config.tune_steps,
             ),
         )
@@ -220,7 +222,7 @@ def _write_joint(workshop: Workshop, artifacts: Artifacts, params: Params, path:
         experts[name] = {**expert, "router": row}
     parts = {**params, "experts": experts}
     records = dict.fromkeys(split(parts), release.manifests[PUBLIC].record.fields)
-    create_model(path, parts, config.model, release.tokenizer_files, records, config.top_k)
+    create_model(path, parts, release.config, release.tokenizer_files, records, config.top_k)
 
 
 def _random_row(vector: pathlib.Path, seed: int, owner: int, path: pathlib.Path) -> None:

@@ -42,6 +42,8 @@ def test_ablations_are_chosen_by_name():
         {"public_domains": "nws"},
         {"public_domains": "public"},
         {"public_domains": "math,news"},  # news is an owner's
+        {"compute_dtype": "float16"},
+        {"model": None},
     ],
 )
 def test_impossible_studies_are_refused(change):

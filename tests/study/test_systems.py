@@ -23,9 +23,7 @@ RESULTS = pathlib.Path(__file__).parents[2] / "results"
 def test_published_systems_are_those_of_the_table(name):
     [study] = read_results(RESULTS / f"{name}.jsonl")
     config = from_mapping(StudyConfig, study.config)
-    table = [
-        (s.name, s.kind, list(s.experts), s.forward_flops(config.model), s.training_flops) for s in systems(config)
-    ]
+    table = [(s.name, s.kind, list(s.experts), s.forward_flops(config), s.training_flops) for s in systems(config)]
     assert table == [
         (row.name, row.kind, row.experts, row.forward_flops_per_token, row.training_flops_after_public)
         for row in study.systems
