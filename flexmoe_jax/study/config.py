@@ -2,6 +2,7 @@
 
 import dataclasses
 import functools
+import re
 from collections.abc import Mapping
 from typing import Annotated, Any
 
@@ -105,6 +106,9 @@ class StudyConfig:
     systems: str = "all"
     """Which systems are trained: "all", or "method" for the method and the dense experts it is compared with."""
 
+    leave_out: str | None = None
+    """Regular expression of the whole names of systems that are left out; none that others are made from."""
+
     public: str | None = None
     """Directory of an existing public model, or `smollm2`: SmolLM2-135M out of its wheel. None trains one."""
 
@@ -129,6 +133,10 @@ class StudyConfig:
         check_numbers(self, "config")
         if self.systems not in ("all", "method"):
             raise ConfigError(f"config.systems is {self.systems!r}", "choose from: all, method")
+        try:
+            re.compile(self.leave_out or "")
+        except re.error as error:
+            raise ConfigError(f"config.leave_out {self.leave_out!r} is not a pattern: {error}", "correct it") from error
         if self.compute_dtype not in ("float32", "bfloat16"):
             raise ConfigError(f"config.compute_dtype is {self.compute_dtype!r}", "use 'float32' or 'bfloat16'")
         if self.model is None and self.public is None:

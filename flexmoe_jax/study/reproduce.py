@@ -21,6 +21,8 @@ from flexmoe_jax.study.systems import METHOD, systems
 from flexmoe_jax.study.train import OF_PUBLIC, OF_SHARED, make_shared, train_public, train_seed
 from flexmoe_jax.study.workshop import Artifacts
 
+MAY_DIFFER = ("out", "seeds", "ablations", "systems", "leave_out", "suites")  # of studies that share a folder
+
 
 def reproduce(config: StudyConfig, shared: pathlib.Path | None = None) -> Results:
     """Runs the study in `config.out`, or what is missing of it; writes and returns its results.
@@ -96,9 +98,7 @@ def check_same(config: StudyConfig, root: pathlib.Path) -> None:
     More seeds, other ablations, more systems and suites may be added.
     """
     path, fields = root / "study.json", to_mapping(config)
-    fields = {
-        key: value for key, value in fields.items() if key not in ("out", "seeds", "ablations", "systems", "suites")
-    }
+    fields = {key: value for key, value in fields.items() if key not in MAY_DIFFER}
     if not path.exists():
         root.mkdir(parents=True, exist_ok=True)
         write_json(path, fields)

@@ -3,6 +3,7 @@
 import dataclasses
 import functools
 import math
+import re
 from collections.abc import Callable, Mapping
 
 from flexmoe_jax.model.flops import forward_flops, training_flops
@@ -123,10 +124,10 @@ def systems(config: StudyConfig) -> list[System]:
         *_selections(config, cost),
         *_calibrations(config, cost),
     ]
-    if config.systems == "method":
-        return table
-    names = {owner: system.name for owner, system in dense.items()}
-    return [*table, *_mixtures(names, cost), *_joint(config, cost, names), *_ablations(config, cost)]
+    if config.systems == "all":
+        names = {owner: system.name for owner, system in dense.items()}
+        table += [*_mixtures(names, cost), *_joint(config, cost, names), *_ablations(config, cost)]
+    return [system for system in table if not re.fullmatch(config.leave_out or "", system.name)]
 
 
 def _whole_models(config: StudyConfig, cost: _Costs) -> tuple[dict[str, System], dict[str, System]]:

@@ -79,8 +79,8 @@ def compare_never_merged(artifacts: Artifacts) -> dict[str, dict[str, Any]]:
     """{owner: digests of the method's model after its opt-out and of one merged without it}; equal if exact."""
     model = open_model(artifacts.models[METHOD])
     result = {}
-    with tempfile.TemporaryDirectory() as folder:
-        for owner in (name for name in model.experts if name != PUBLIC):
+    for owner in (name for name in model.experts if name != PUBLIC):
+        with tempfile.TemporaryDirectory() as folder:
             rest = [model.package(name) for name in model.experts if name not in (PUBLIC, owner)]
             left = opt_out(model.path, owner, pathlib.Path(folder, f"without-{owner}"))
             path = pathlib.Path(folder, f"never-{owner}")

@@ -17,6 +17,7 @@ from flexmoe_jax.compose.merge import merge
 from flexmoe_jax.compose.tune import Tuning, tune
 from flexmoe_jax.config import RunConfig
 from flexmoe_jax.data.embedding import DomainVector
+from flexmoe_jax.files import remove_directory
 from flexmoe_jax.optimizer_config import OptimizerConfig
 from flexmoe_jax.study.baselines import branch_train_mix
 from flexmoe_jax.study.config import Experts, StudyConfig
@@ -108,6 +109,8 @@ class Workshop:
             "eval_every": None,  # the held-out text is for the study's own scores
         }
         product = train(RunConfig(owner=owner, data=str(folder), steps=steps, **options | changes))
+        for states in ("checkpoints", "digests"):  # with two moments they take several times what the run made
+            remove_directory(product.parent / states)
         log.info(f"seed {self.seed}: {name}: {product}")
         return product
 
