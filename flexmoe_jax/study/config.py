@@ -97,9 +97,6 @@ class StudyConfig:
     document_chars: Count = 2000
     """Characters taken from the start of each held-out document: intervals need many documents, not long ones."""
 
-    choice_items: Count = 24
-    """Questions per domain of the four-way continuation task, at most."""
-
     ablations: str = "all"
     """Names of ablations, comma-separated, or "all"."""
 

@@ -52,7 +52,6 @@ def reproduce(config: StudyConfig, shared: pathlib.Path | None = None) -> Result
         study=root.resolve().name,
         config=to_mapping(config),
         documents=tables.document_sizes(texts),
-        choice_items=tables.choice_items(config, texts),
         opting_out=[tables.compare_never_merged(artifacts) for artifacts in made],
         curves=tables.curves(config, root),
         classifiers=tables.classifiers(config, shared),
@@ -60,7 +59,8 @@ def reproduce(config: StudyConfig, shared: pathlib.Path | None = None) -> Result
         systems=tables.tabulate(config, texts, scores),
     )
     # Held-out text stays in the study's folder: results may be published, news may not.
-    write_json(root / SAMPLES, tables.samples(load(made[0].models[METHOD]), texts.heldout))
+    heldout = {domain: [text.text for text in some] for domain, some in texts.items()}
+    write_json(root / SAMPLES, tables.samples(load(made[0].models[METHOD]), heldout))
     write_results(root / RESULTS, [results])
     return results
 

@@ -27,6 +27,7 @@ FORMAT = "flexmoe-study-1"
 _REMEDY = "run `flexmoe reproduce` again with the same config.out, which trains nothing anew"
 RESULTS, SAMPLES = "results.jsonl", "samples.json"  # files in the folder of a study
 MEAN = "mean"  # over the public text and the owners' domains
+GONE = ("choice_items", "choice")  # keys of files that were written before
 
 
 class Kind(enum.StrEnum):
@@ -67,9 +68,6 @@ class SystemResult:
     against_method: dict[str, Interval]
     """`bits_per_byte` minus the method's, paired; empty for the method."""
 
-    choice: dict[str, Interval]
-    """Accuracy on the four-way continuation task; chance is 0.25."""
-
     forward_flops_per_token: float
     """Floating-point operations of the forward pass."""
 
@@ -106,9 +104,6 @@ class Results:
 
     documents: dict[str, dict[str, int]]
     """Held-out text by domain: the numbers of `documents` and `bytes`."""
-
-    choice_items: dict[str, int]
-    """Questions of the four-way task by domain."""
 
     opting_out: list[dict[str, dict[str, Any]]]
     """By seed and owner: the digest of the model `left` by an opt-out, of one `never` merged with it, and `equal`."""
@@ -177,6 +172,7 @@ def read_results(path: pathlib.Path) -> list[Results]:
     for number, raw in enumerate(read_bytes(path, MAX_TEXT_BYTES).rstrip(b"\n").split(b"\n"), 1):
         where = f"{path}, line {number}"
         line = parse_json(raw, where, MAX_TEXT_BYTES)
+        line = {key: value for key, value in line.items() if key not in GONE}
         try:
             if "format" in line or not studies:
                 studies.append(_study(line, where))
@@ -209,7 +205,7 @@ def _study(line: dict[str, Any], where: str) -> Results:
 def _system(line: dict[str, Any]) -> SystemResult:
     cells = {
         key: {domain: Interval(**cell) for domain, cell in line[key].items()}
-        for key in ("bits_per_byte", "against_method", "choice")
+        for key in ("bits_per_byte", "against_method")
     }
     kind = Kind(line["kind"])
     for key, row in cells.items():

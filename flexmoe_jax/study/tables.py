@@ -1,4 +1,4 @@
-"""From scores to results: bits per byte and the continuation task with intervals; curves, opt-outs, sample texts."""
+"""From scores to results: bits per byte with intervals; curves, opt-outs, sample texts."""
 
 import json
 import math
@@ -16,7 +16,6 @@ from flexmoe_jax.compose.optout import opt_out
 from flexmoe_jax.data.proxies import Classifier
 from flexmoe_jax.study.baselines import Nats
 from flexmoe_jax.study.config import StudyConfig
-from flexmoe_jax.study.continuation import CHOICES, correct
 from flexmoe_jax.study.intervals import Bootstrap, summary
 from flexmoe_jax.study.results import MEAN, Curve, SystemResult
 from flexmoe_jax.study.scoring import SystemScore, Texts
@@ -29,20 +28,13 @@ SAMPLE_TOKENS = 120
 
 def tabulate(config: StudyConfig, texts: Texts, scores: Sequence[dict[str, SystemScore]]) -> list[SystemResult]:
     """A row for each system of `scores` (one mapping per seed), every figure with its 95% interval."""
-    bytes_D = {domain: np.array([len(text.encode()) for text in some]) for domain, some in texts.heldout.items()}
+    bytes_D = {domain: np.array([len(text.text.encode()) for text in some]) for domain, some in texts.items()}
     bits = Bootstrap(len(scores), {domain: len(sizes) for domain, sizes in bytes_D.items()})
-    items = choice_items(config, texts)
-    choices = Bootstrap(len(scores), items)
     bits_R: dict[str, dict[str, np.ndarray]] = {}
-    right_R: dict[str, dict[str, np.ndarray]] = {}
     for name in scores[0]:
-        nats = {key: [_totals(seed[name].nats[key]) for seed in scores] for key in scores[0][name].nats}
-        bits_R[name] = {d: bits.ratio(d, np.array(nats[d, "heldout"]) / math.log(2), b) for d, b in bytes_D.items()}
-        right_R[name] = {
-            d: choices.ratio(d, [correct(n) for n in nats[d, "choice"]], np.ones(count)) for d, count in items.items()
-        }
-        for values_R in (bits_R[name], right_R[name]):
-            values_R[MEAN] = np.mean([values_R[domain] for domain in items], axis=0)
+        nats = {domain: [_totals(seed[name].nats[domain]) for seed in scores] for domain in texts}
+        bits_R[name] = {d: bits.ratio(d, np.array(nats[d]) / math.log(2), b) for d, b in bytes_D.items()}
+        bits_R[name][MEAN] = np.mean([bits_R[name][domain] for domain in (PUBLIC, *config.owners)], axis=0)
     return [
         SystemResult(
             name=system.name,
@@ -52,7 +44,6 @@ def tabulate(config: StudyConfig, texts: Texts, scores: Sequence[dict[str, Syste
             against_method={d: summary(values_R - bits_R[METHOD][d]) for d, values_R in bits_R[system.name].items()}
             if system.name != METHOD
             else {},
-            choice={d: summary(values_R) for d, values_R in right_R[system.name].items()},
             forward_flops_per_token=system.forward_flops(config),
             training_flops_after_public=system.training_flops,
             share={d: share_LE.tolist() for d, share_LE in scores[0][system.name].share.items()},
@@ -65,14 +56,9 @@ def tabulate(config: StudyConfig, texts: Texts, scores: Sequence[dict[str, Syste
 def document_sizes(texts: Texts) -> dict[str, dict[str, int]]:
     """{domain: how many `documents` and `bytes` of held-out text}."""
     return {
-        domain: {"documents": len(some), "bytes": sum(len(text.encode()) for text in some)}
-        for domain, some in texts.heldout.items()
+        domain: {"documents": len(some), "bytes": sum(len(text.text.encode()) for text in some)}
+        for domain, some in texts.items()
     }
-
-
-def choice_items(config: StudyConfig, texts: Texts) -> dict[str, int]:
-    """{domain: items of the continuation task}, of the public text and the owners' domains."""
-    return {domain: len(texts.choice[domain]) // CHOICES for domain in (PUBLIC, *config.owners)}
 
 
 def compare_never_merged(artifacts: Artifacts) -> dict[str, dict[str, Any]]:

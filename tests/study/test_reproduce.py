@@ -75,7 +75,6 @@ def test_a_study_makes_and_scores_every_system_and_resumes_where_it_stopped(tmp_
         embed_count=16,
         classifier_documents=16,
         heldout_bytes=2000,
-        choice_items=6,
         ablations="no bias,the paper's training",
         tune_steps=2,
         proxies=16,

@@ -39,7 +39,7 @@ def changed(line: int, **changes: object) -> list[dict]:
         (0, {"extra": 1}, "'extra' is not known"),
         (1, {"bits_per_byte": None}, "line 2 is not a line of results"),
         (1, {"bits_per_byte": {"public": {"value": 1}}}, "line 2 is not a line of results"),
-        (1, {"choice": {}}, "choice has no 'mean'"),
+        (1, {"bits_per_byte": {}}, "bits_per_byte has no 'mean'"),
         (2, {"against_method": {}}, "against_method has no 'mean'"),
         (2, {"kind": "other"}, "'other' is not a valid Kind"),
         (2, {"extra": 1}, "line 3 is not a line of results"),
@@ -67,6 +67,15 @@ def test_a_file_that_is_not_results_is_refused(content, tmp_path):
 def test_published_results_are_readable(path):
     for study in read_results(path):
         assert lines(study)[0].startswith("held-out bits per byte")
+
+
+def test_what_older_files_hold_of_the_four_way_task_is_passed_over(tmp_path):
+    old = json_lines(tiny.results())
+    old[0]["choice_items"] = {"news": 6}
+    for line in old[1:]:
+        line["choice"] = {"news": {"value": 0.5, "low": 0.4, "high": 0.6}}
+    (tmp_path / "results.jsonl").write_text("\n".join(map(json.dumps, old)))
+    assert read_results(tmp_path / "results.jsonl") == [tiny.results()]
 
 
 def test_varied_studies_are_told_apart_by_their_value():

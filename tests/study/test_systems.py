@@ -9,7 +9,7 @@ import pytest
 from flexmoe_jax.mapping import from_mapping
 from flexmoe_jax.study.config import StudyConfig
 from flexmoe_jax.study.results import Kind, read_results
-from flexmoe_jax.study.scoring import Bench, SystemScore, Texts
+from flexmoe_jax.study.scoring import Bench, SystemScore, Text
 from flexmoe_jax.study.systems import METHOD, systems
 from flexmoe_jax.study.train import train_seed
 from flexmoe_jax.study.workshop import Artifacts, Workshop
@@ -22,7 +22,8 @@ RESULTS = pathlib.Path(__file__).parents[2] / "results"
 @pytest.mark.parametrize("name", ["reproduction-small", "seven_owners"])
 def test_published_systems_are_those_of_the_table(name):
     [study] = read_results(RESULTS / f"{name}.jsonl")
-    config = from_mapping(StudyConfig, study.config)
+    keys = {field.name for field in dataclasses.fields(StudyConfig)}
+    config = from_mapping(StudyConfig, {key: value for key, value in study.config.items() if key in keys})
     table = [(s.name, s.kind, list(s.experts), s.forward_flops(config), s.training_flops) for s in systems(config)]
     assert table == [
         (row.name, row.kind, row.experts, row.forward_flops_per_token, row.training_flops_after_public)
@@ -68,24 +69,24 @@ def test_training_finds_the_models_it_starts_from(tmp_path, monkeypatch):
 
 
 def test_mixtures_find_the_scores_of_the_public_model_and_of_the_dense_experts(tmp_path):
-    texts = Texts({"public": ["a", "b"], "code": ["c"]}, {"public": [], "code": []})
+    texts = {"public": [Text("a", "1"), Text("b", "2")], "code": [Text("c", "3")]}
     nats = {PUBLIC: 4.0, "dense code": 1.0, "dense math": 2.0, "dense news": 3.0, "frozen trunk math": 2.5}
 
     class Scored(Bench):
         def kept(self, name, score):
             value = nats.get(name, 9.0)
-            return SystemScore({key: [np.full(3, value) for _ in some] for key, some in texts.sets()}, {})
+            return SystemScore({domain: [np.full(3, value) for _ in some] for domain, some in texts.items()}, {})
 
         posteriors = {  # noqa: RUF012 - stands in for a cached property
-            ("public", "heldout"): np.array([[0.1, 0.2, 0.3, 0.4], [0.4, 0.3, 0.2, 0.1]]),
-            ("code", "heldout"): np.eye(4)[2:3],
+            "public": np.array([[0.1, 0.2, 0.3, 0.4], [0.4, 0.3, 0.2, 0.1]]),
+            "code": np.eye(4)[2:3],
         }
 
     config = dataclasses.replace(CONFIG, domains="code,math,news")
     bench = Scored(config, Artifacts({}), texts, tmp_path, tmp_path)
     for system in systems(config):
         bench.scores[system.name] = system.score(bench)
-    means = {name: [doc.mean() for doc in score.nats["public", "heldout"]] for name, score in bench.scores.items()}
+    means = {name: [doc.mean() for doc in score.nats["public"]] for name, score in bench.scores.items()}
     assert means["oracle dense expert"] == [1.0, 1.0]
     assert means["oracle expert, frozen trunk"] == [2.5, 2.5]
     assert means["prompt routing"] == [3.0, 4.0]

@@ -36,7 +36,6 @@ def results(study: str = "reproduction-small") -> Results:
             experts=experts,
             bits_per_byte={d: interval(bits) for d in (*DOMAINS, MEAN)},
             against_method={} if name == METHOD else {d: interval(bits - SYSTEMS[METHOD][1]) for d in (*DOMAINS, MEAN)},
-            choice={d: interval(0.5) for d in (*DOMAINS, MEAN)},
             forward_flops_per_token=1e6 if name == "public" else 2e6,
             training_flops_after_public=flops,
             share={d: [[0.5, 0.25, 0.25], [0.1, 0.2, 0.7]] for d in DOMAINS} if name == METHOD else {},
@@ -48,7 +47,6 @@ def results(study: str = "reproduction-small") -> Results:
         study=study,
         config={"out": f"runs/{study}", "domains": "news,code", "seeds": 2, "model": {"d_model": 8}},
         documents={d: {"documents": 3, "bytes": 4321} for d in DOMAINS},
-        choice_items=dict.fromkeys(DOMAINS[:3], 6),
         opting_out=[
             {"code": {"left": "a", "never": "a", "equal": True}, "news": {"left": "b", "never": "b", "equal": True}}
         ],
