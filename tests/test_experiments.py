@@ -17,7 +17,7 @@ from flexmoe_jax.data.pipeline import Batch
 from flexmoe_jax.errors import ConfigError
 from flexmoe_jax.experiment import load_experiment, read_config
 from flexmoe_jax.flexmix.build import DOMAINS
-from flexmoe_jax.hf.anchors import ANCHORS
+from flexmoe_jax.hf import anchors
 from flexmoe_jax.model.decoder import init_params
 from flexmoe_jax.model_config import ModelConfig
 from flexmoe_jax.params import count_parameters
@@ -46,7 +46,7 @@ def test_the_reproduction_names_real_domains_at_every_size(size):
     assert study.seeds == 2
     assert {*study.owners, *study.public_names} <= set(DOMAINS)
     if size == "smollm2":
-        assert study.public in ANCHORS
+        assert study.public in anchors.ANCHORS
     else:
         assert study.seq_len <= study.model.max_seq_len
         assert study.chosen_ablations == ABLATIONS
