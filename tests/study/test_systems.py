@@ -22,6 +22,10 @@ RESULTS = pathlib.Path(__file__).parents[2] / "results"
 @pytest.mark.parametrize("name", ["reproduction-small", "seven_owners"])
 def test_published_systems_are_those_of_the_table(name):
     [study] = read_results(RESULTS / f"{name}.jsonl")
+    if "rates" not in study.config:
+        pytest.skip(
+            "of a study with other costs and ablations, to be measured again: its learning rates were not chosen"
+        )
     config = from_mapping(StudyConfig, study.config)
     table = [(s.name, s.kind, list(s.experts), s.forward_flops(config), s.training_flops) for s in systems(config)]
     assert table == [
@@ -101,6 +105,6 @@ def test_runs_of_different_systems_have_different_folders(tmp_path):
         if system.training is not None
         for path in workshop.runs(system.name, system.training).values()
     ]
-    assert len(set(runs)) == len(runs) == 28
+    assert len(set(runs)) == len(runs) == 52
     assert tmp_path / "runs" / "dense_code" in runs
     assert tmp_path / "runs" / "the_papers_training_news" in runs
