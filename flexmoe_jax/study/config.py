@@ -10,7 +10,7 @@ from flexmoe_jax.artifacts.model_dir import open_model
 from flexmoe_jax.errors import ConfigError
 from flexmoe_jax.flexmix.build import DOMAINS
 from flexmoe_jax.model_config import ModelConfig
-from flexmoe_jax.ranges import Count, Positive, Range, check_numbers
+from flexmoe_jax.ranges import POSITIVE, Count, Positive, Range, check_numbers
 from flexmoe_jax.tree import PUBLIC
 
 PUBLIC_FRACTION = 0.25  # of the batches of an expert, as in the quickstart
@@ -103,6 +103,10 @@ class StudyConfig:
     seq_len: Count = 256
     """Tokens per sequence; at most `model.max_seq_len`."""
 
+    rates: str = "5e-4,1.5e-3,3e-3"
+    """Peak learning rates, comma-separated. Each kind of training is tried at each of them with the first seed for a
+    third of its steps, and all seeds train at the one that is best on validation text. A single rate is not tried."""
+
     compute_dtype: str = "float32"
     """Dtype of activations and of frozen matrices in every run: float32 or bfloat16."""
 
@@ -154,6 +158,7 @@ class StudyConfig:
         if self.model is None and self.public is None:
             remedy = "a study trains a public model of the shape config.model, or starts from config.public: set one"
             raise ConfigError("config.model is not set, and config.public neither", remedy)
+        self._check_rates()
         for owner in self.owners:
             if owner == PUBLIC or owner not in DOMAINS:
                 raise ConfigError(f"config.domains names {owner!r}", f"choose from: {', '.join(DOMAINS[1:])}")
@@ -164,6 +169,19 @@ class StudyConfig:
         for name in self._ablation_names:
             if name not in ABLATIONS:
                 raise ConfigError(f"config.ablations names {name!r}", f"choose from: {', '.join(ABLATIONS)}")
+
+    def _check_rates(self) -> None:
+        try:
+            good = all(rate in POSITIVE for rate in self.grid) and len(set(self.grid)) == len(self.grid)
+        except ValueError:
+            good = False
+        if not good:
+            raise ConfigError(f"config.rates is {self.rates!r}", "give different numbers above 0, as 5e-4,1.5e-3,3e-3")
+
+    @property
+    def grid(self) -> tuple[float, ...]:
+        """The rates, ascending."""
+        return tuple(sorted(map(float, self.rates.split(","))))
 
     @property
     def own_sequences(self) -> int:

@@ -57,7 +57,7 @@ class SystemScore:
 
 def make_texts(config: StudyConfig, mix: pathlib.Path) -> Texts:
     """The texts on which every system is scored with every seed. Raises DataError for a domain without any."""
-    every = {name: [d.text for d in read_documents(mix / name, "heldout")] for name in (PUBLIC, *config.owners)}
+    every = {name: [d.text for d in held_out(mix / name)] for name in (PUBLIC, *config.owners)}
     cut = {name: [text[: config.document_chars] for text in texts] for name, texts in every.items()}
     heldout = {name: _first(texts, config.heldout_bytes) for name, texts in cut.items()}
     choice = {name: make_items(texts, config.choice_items) for name, texts in every.items()}
@@ -66,6 +66,15 @@ def make_texts(config: StudyConfig, mix: pathlib.Path) -> Texts:
         documents = zip(*(_first(cut[part][::-1], config.heldout_bytes // 2) for part in pair), strict=False)
         heldout[name], choice[name] = [_interleave(*both) for both in documents], []
     return Texts(heldout, choice)
+
+
+def held_out(folder: pathlib.Path, validation: bool = False) -> list[Document]:
+    """Held-out documents of a domain of the mix: those that are reported, or those that choose, every fourth.
+
+    Their order is random. Nothing is trained on either part, so documents of one group may be in both.
+    """
+    documents = enumerate(read_documents(folder, "heldout"))
+    return [document for n, document in documents if (n % 4 == 0) == validation]
 
 
 @dataclasses.dataclass(frozen=True, eq=False)

@@ -1,5 +1,6 @@
 """Training of a study: the text and vectors that all seeds share, the public model, and what one seed adds."""
 
+import dataclasses
 import pathlib
 
 from flexmoe_jax.artifacts.model_dir import open_model
@@ -9,6 +10,7 @@ from flexmoe_jax.errors import ConfigError
 from flexmoe_jax.mapping import to_mapping
 from flexmoe_jax.optimizer_config import OptimizerConfig
 from flexmoe_jax.study.config import StudyConfig
+from flexmoe_jax.study.rates import find_rate
 from flexmoe_jax.study.systems import systems
 from flexmoe_jax.study.workshop import ALL, Artifacts, Workshop
 from flexmoe_jax.tree import PUBLIC
@@ -74,10 +76,11 @@ def train_public(config: StudyConfig, shared: pathlib.Path, home: pathlib.Path) 
 def train_seed(
     config: StudyConfig, shared: pathlib.Path, public: pathlib.Path, home: pathlib.Path, seed: int
 ) -> Artifacts:
-    """Trains every system of the table that is trained; what is there already is kept."""
+    """Trains every system of the table that is trained, at its rate; what is there already is kept."""
     workshop = Workshop(config, shared, home, seed)
     models = {PUBLIC: workshop.at_norm(public, config.router_scale)}
-    for system in systems(config):
-        if system.training is not None:
-            models[system.name] = workshop.make(system.name, system.training, Artifacts(models))
+    trainings = {system.name: system.training for system in systems(config) if system.training is not None}
+    for name, training in trainings.items():
+        rate = find_rate(name, trainings, workshop, Artifacts(models))
+        models[name] = dataclasses.replace(workshop, rate=rate).make(name, training, Artifacts(models))
     return Artifacts(models)

@@ -53,6 +53,10 @@ def test_ablations_have_every_feasible_combination_of_four_factors_once():
         {"router_scale": 0.0},
         {"ablations": "no biases"},
         {"compute_dtype": "float16"},
+        {"rates": "1e-3,x"},
+        {"rates": "1e-3,0"},
+        {"rates": "1e-3,0.001"},
+        {"rates": ""},
         {"model": None},
     ],
 )

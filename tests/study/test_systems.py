@@ -60,7 +60,7 @@ def test_training_finds_the_models_it_starts_from(tmp_path, monkeypatch):
     monkeypatch.setattr(Workshop, "made", lambda self, name, make: pathlib.Path(name))
     monkeypatch.setattr(Workshop, "at_norm", lambda self, release, scale: release)
     monkeypatch.setattr(Workshop, "_tuned", lambda self, name, model, together: model)
-    config = dataclasses.replace(CONFIG, domains="code,math,news")
+    config = dataclasses.replace(CONFIG, domains="code,math,news", rates="2e-3")
     models = train_seed(config, tmp_path, pathlib.Path("release"), tmp_path, 0).models
     trained_systems = [system.name for system in systems(config) if system.training is not None]
     assert list(models) == [PUBLIC, *trained_systems]
