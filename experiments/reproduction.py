@@ -58,6 +58,7 @@ SIZES: dict[str, dict[str, Any]] = {
         "model": TINY,
         "domains": "math,news",
         "seeds": 1,
+        "rates": "1.5e-3",
         "seq_len": 128,
         "public_steps": 20,
         "owner_steps": 10,

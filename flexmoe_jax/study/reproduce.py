@@ -14,6 +14,7 @@ from flexmoe_jax.mapping import to_mapping
 from flexmoe_jax.ranges import ranges_of
 from flexmoe_jax.study import tables
 from flexmoe_jax.study.config import StudyConfig
+from flexmoe_jax.study.rates import searches
 from flexmoe_jax.study.results import RESULTS, SAMPLES, Results, write_results
 from flexmoe_jax.study.scoring import Bench, SystemScore, make_texts
 from flexmoe_jax.study.suites import Scores, by_seed, score_suites
@@ -56,6 +57,7 @@ def reproduce(config: StudyConfig, shared: pathlib.Path | None = None) -> Result
         curves=tables.curves(config, root),
         classifiers=tables.classifiers(config, shared),
         suites=by_seed(suites),
+        rates=searches(root),
         systems=tables.tabulate(config, texts, scores),
     )
     # Held-out text stays in the study's folder: results may be published, news may not.

@@ -93,6 +93,20 @@ class Curve:
 
 
 @dataclasses.dataclass(frozen=True)
+class RateSearch:
+    """How the learning rate of a kind of training was chosen."""
+
+    bits_per_byte: dict[str, float | None]
+    """Of short runs, on validation text, by rate; None where training diverged."""
+
+    chosen: float
+    """The rate with the lowest."""
+
+    at_end: bool
+    """Whether it is the lowest or the highest rate tried: a better one may lie beyond."""
+
+
+@dataclasses.dataclass(frozen=True)
 class Results:
     """A finished study."""
 
@@ -116,6 +130,9 @@ class Results:
 
     suites: dict[str, dict[str, dict[str, list[float]]]]
     """Scores on the paper's tasks by system, task and measure (`accuracy`, `gold_bits_per_byte`), with each seed."""
+
+    rates: dict[str, RateSearch]
+    """By kind of training; empty where all trained at one rate."""
 
     systems: list[SystemResult]
     """One row per system."""
@@ -194,12 +211,13 @@ def read_results(path: pathlib.Path) -> list[Results]:
 
 def _study(line: dict[str, Any], where: str) -> Results:
     check_format(line, FORMAT, where)
-    line.setdefault("suites", {})  # studies from before there were any
+    line = {"rates": {}, "suites": {}, **line}  # files of before have none
     fields = [field for field in dataclasses.fields(Results) if field.name != "systems"]
     kinds: dict[str, Any] = {field.name: typing.get_origin(field.type) or field.type for field in fields}
     check_fields(line, {"format": str, **kinds}, where)
     curves = [Curve(**curve) for curve in line["curves"]]
-    return Results(**{key: line[key] for key in kinds} | {"curves": curves, "systems": []})
+    rates = {kind: RateSearch(**row) for kind, row in line["rates"].items()}
+    return Results(**{key: line[key] for key in kinds} | {"curves": curves, "rates": rates, "systems": []})
 
 
 def _system(line: dict[str, Any]) -> SystemResult:

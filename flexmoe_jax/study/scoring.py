@@ -53,12 +53,21 @@ class SystemScore:
 def make_texts(config: StudyConfig, mix: pathlib.Path) -> Texts:
     """The texts on which every system is scored with every seed. Raises DataError for a domain without any."""
     names = (PUBLIC, *config.owners)
-    cut = {name: [_start(d, config.document_chars) for d in read_documents(mix / name, "heldout")] for name in names}
+    cut = {name: [_start(d, config.document_chars) for d in held_out(mix / name)] for name in names}
     texts = {name: _first(some, config.heldout_bytes) for name, some in cut.items()}
     for pair in itertools.pairwise(config.owners):
         parts = (_first(cut[part][::-1], config.heldout_bytes // 2) for part in pair)
         texts[" + ".join(pair)] = _interleaved(*parts)
     return texts
+
+
+def held_out(folder: pathlib.Path, validation: bool = False) -> list[Document]:
+    """Held-out documents of a domain of the mix: those that are reported, or those that choose, every fourth.
+
+    Their order is random. Nothing is trained on either part, so documents of one group may be in both.
+    """
+    documents = enumerate(read_documents(folder, "heldout"))
+    return [document for n, document in documents if (n % 4 == 0) == validation]
 
 
 @dataclasses.dataclass(frozen=True, eq=False)

@@ -7,7 +7,6 @@ import re
 from collections.abc import Callable, Mapping
 
 from flexmoe_jax.model.flops import forward_flops, training_flops
-from flexmoe_jax.optimizer_config import OptimizerConfig
 from flexmoe_jax.study.baselines import Nats, branch_train_merge, causal_branch_train_merge, oracle
 from flexmoe_jax.study.config import Experts, StudyConfig
 from flexmoe_jax.study.results import Kind
@@ -83,30 +82,34 @@ class _Costs:
 
     @property
     def method(self) -> float:
-        """Every owner's expert beside the public one."""
-        return self.owners(self.config.owner_steps, "expert")
+        """Every owner's expert as the method trains it."""
+        return self.experts(Experts())
 
     @property
     def dense(self) -> float:
         """Every owner's dense expert, all parameters trained."""
-        return self.owners(self.config.owner_steps, "joint")
+        return self.owners(self.config.owner_steps, "joint", self.config.own_sequences)
 
     @property
     def frozen_trunk(self) -> float:
         """Every owner's feed-forward network, without the public expert beside it."""
-        return self.owners(self.config.owner_steps, "alone")
+        return self.owners(self.config.owner_steps, "alone", self.config.own_sequences)
 
-    def owners(self, steps: int, kind: str) -> float:
-        """`steps` by every owner."""
-        return len(self.config.owners) * self._steps(steps, kind)
+    def experts(self, how: Experts) -> float:
+        """Every owner's expert."""
+        rows = self.config.batch_size if how.public_text else self.config.own_sequences
+        return self.owners(self.config.owner_steps, "expert" if how.coordinate else "alone", rows)
+
+    def owners(self, steps: int, kind: str, rows: int) -> float:
+        """`steps` of `rows` sequences by every owner."""
+        return len(self.config.owners) * self._steps(steps, kind, rows)
 
     def joint(self, steps: int) -> float:
         """`steps` of all experts together, `top_k` of them active."""
-        return self._steps(steps, "joint", self.config.top_k)
+        return self._steps(steps, "joint", self.config.batch_size, self.config.top_k)
 
-    def _steps(self, count: int, kind: str, active: int = 1) -> float:
-        tokens = self.config.batch_size * self.config.seq_len
-        return count * tokens * training_flops(self.config.shape, self.config.seq_len, kind, active)
+    def _steps(self, count: int, kind: str, rows: int, active: int = 1) -> float:
+        return count * rows * self.config.seq_len * training_flops(self.config.shape, self.config.seq_len, kind, active)
 
 
 def systems(config: StudyConfig) -> list[System]:
@@ -217,15 +220,15 @@ def _ablations(config: StudyConfig, cost: _Costs) -> list[System]:
         if k <= len(config.owners) + 1 and k != config.top_k
     ]
     for name, experts in config.chosen_ablations.items():
-        flops = cost.method if experts.changes.get("coordinate", True) else cost.frozen_trunk
-        table.append(System(name, Kind.ABLATION, experts, flops, config.top_k))
+        table.append(System(name, Kind.ABLATION, experts, cost.experts(experts), config.top_k))
     fitted = {
         "freeze": "trunk/.*|experts/public/.*|experts/.*/(router|w_.*)",
         "top_k": config.top_k,
-        "optimizer": OptimizerConfig(lr=2e-2, warmup_steps=5),
+        "groups": "experts/.*/bias lr=10",
     }
     steps = config.tune_steps
-    alone, together = cost.method + cost.owners(steps, "expert"), cost.method + cost.joint(steps)
+    alone = cost.method + cost.owners(steps, "expert", config.batch_size)
+    together = cost.method + cost.joint(steps)
     further: dict[str, tuple[Training, float]] = {
         "tuned alone": (Tuned(METHOD, together=False), alone),
         "tuned together": (Tuned(METHOD, together=True), together),

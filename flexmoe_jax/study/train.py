@@ -1,5 +1,6 @@
 """Training of a study: the text and vectors that all seeds share, the public model, and what one seed adds."""
 
+import dataclasses
 import functools
 import pathlib
 
@@ -13,6 +14,7 @@ from flexmoe_jax.hf.load import import_model
 from flexmoe_jax.mapping import to_mapping
 from flexmoe_jax.optimizer_config import OptimizerConfig
 from flexmoe_jax.study.config import StudyConfig
+from flexmoe_jax.study.rates import find_rate
 from flexmoe_jax.study.systems import systems
 from flexmoe_jax.study.workshop import ALL, Artifacts, Workshop, text_folder
 from flexmoe_jax.tree import PUBLIC
@@ -44,13 +46,13 @@ def make_shared(config: StudyConfig, shared: pathlib.Path) -> None:
     if config.systems == "method":
         return
     proxies = shared / "proxies"
-    for owner in config.owners:
-        if not (proxies / owner).exists():
-            own = read_documents(mix / owner)
-            classifier = train_classifier(own, read_documents(public), count=config.classifier_documents)
-            classifier.save(shared / "domains" / f"{owner}_classifier.json")
-            documents = read_documents(public)
-            find_proxies({owner: classifier}, documents, proxies, count=config.proxies, of=config.proxies_of)
+    classifiers = {}
+    for owner in (owner for owner in config.owners if not (proxies / owner).exists()):
+        own = read_documents(mix / owner)
+        classifiers[owner] = train_classifier(own, read_documents(public), count=config.classifier_documents)
+        classifiers[owner].save(shared / "domains" / f"{owner}_classifier.json")
+    if classifiers:
+        find_proxies(classifiers, read_documents(public), proxies, count=config.proxies, of=config.proxies_of)
     blend([public, *(mix / owner for owner in config.owners)], shared / ALL / "train.jsonl")
 
 
@@ -91,10 +93,11 @@ def _import_anchor(name: str, vector: pathlib.Path, path: pathlib.Path) -> None:
 def train_seed(
     config: StudyConfig, shared: pathlib.Path, public: pathlib.Path, home: pathlib.Path, seed: int
 ) -> Artifacts:
-    """Trains every system of the table that is trained; what is there already is kept."""
+    """Trains every system of the table that is trained, at its rate; what is there already is kept."""
     workshop = Workshop(config, shared, home, seed)
     models = {PUBLIC: workshop.at_norm(public, config.router_scale)}
-    for system in systems(config):
-        if system.training is not None:
-            models[system.name] = workshop.make(system.name, system.training, Artifacts(models))
+    trainings = {system.name: system.training for system in systems(config) if system.training is not None}
+    for name, training in trainings.items():
+        rate = find_rate(name, trainings, workshop, Artifacts(models))
+        models[name] = dataclasses.replace(workshop, rate=rate).make(name, training, Artifacts(models))
     return Artifacts(models)

@@ -20,7 +20,7 @@ from flexmoe_jax.data.embedding import DomainVector
 from flexmoe_jax.files import remove_directory
 from flexmoe_jax.optimizer_config import OptimizerConfig
 from flexmoe_jax.study.baselines import branch_train_mix
-from flexmoe_jax.study.config import Experts, StudyConfig
+from flexmoe_jax.study.config import PUBLIC_FRACTION, Experts, StudyConfig
 from flexmoe_jax.training.loop import train
 from flexmoe_jax.tree import PUBLIC, Params, split
 
@@ -46,7 +46,7 @@ class Joint:
     start: Callable[["Workshop", Artifacts], pathlib.Path]
     """Makes or finds the model directory that training starts from."""
     changes: Mapping[str, Any] = dataclasses.field(default_factory=dict)
-    """Keys of its `RunConfig` beside those that every joint run has."""
+    """Keys of its `RunConfig` beside those that every joint run has, and `groups`, that of its optimizer."""
 
 
 @dataclasses.dataclass(frozen=True)
@@ -74,6 +74,8 @@ class Workshop:
     shared: pathlib.Path
     home: pathlib.Path
     seed: int
+    rate: float = 1.5e-3
+    """Peak learning rate of the trainings that `make` does."""
 
     def make(self, name: str, training: Training, artifacts: Artifacts) -> pathlib.Path:
         """The model directory of the system `name`; `artifacts` has the models that it is made from."""
@@ -95,13 +97,21 @@ class Workshop:
                 return {text: self._run(name)}
         return {}
 
-    def train(self, name: str, *, owner: str, text: str, steps: int, **changes: Any) -> pathlib.Path:
-        """The product of a run on the mix's domain `text`, or on the folder `text` beside the mix."""
+    def train(
+        self, name: str, *, owner: str, text: str, steps: int, groups: str | None = None, **changes: Any
+    ) -> pathlib.Path:
+        """The product of a run on the mix's domain `text`, or on the folder `text` beside the mix.
+
+        An owner's batches hold the same number of own sequences with public text beside them and without.
+        """
+        own = self.config.own_sequences if text in self.config.owners and "public_data" not in changes else None
         folder = text_folder(self.config, self.shared, text)
         options: dict[str, Any] = {
-            "optimizer": OptimizerConfig(lr=1.5e-3, warmup_steps=10, weight_decay=0.1),
+            "optimizer": OptimizerConfig(
+                lr=self.rate, warmup_steps=min(10, steps // 10), weight_decay=0.1, groups=groups
+            ),
             "out": str(self._run(name)),
-            "batch_size": self.config.batch_size,
+            "batch_size": own or self.config.batch_size,
             "seq_len": self.config.seq_len,
             "compute_dtype": self.config.compute_dtype,
             "seed": self.seed,
@@ -137,12 +147,15 @@ class Workshop:
                 vector = self.made(f"random row {owner}.json", functools.partial(_random_row, vector, self.seed, i))
             options: dict[str, Any] = {
                 "public": str(release),
-                "public_data": str(text_folder(self.config, self.shared, PUBLIC)),
-                "public_fraction": 0.25,
-                "router_contrast": 0.1,
                 "domain_vector": str(vector),
-                **how.changes,
+                "coordinate": how.coordinate,
+                "router_contrast": 0.1 if how.contrast else 0.0,
+                **({} if how.coordinate else {"router_z_loss": 0.0}),  # a router that chooses nothing
             }
+            if how.public_text:
+                public_text = str(text_folder(self.config, self.shared, PUBLIC))
+                options |= {"public_data": public_text, "public_fraction": PUBLIC_FRACTION}
+            options |= how.changes
             run = _expert_of(name, owner)
             packages.append(self.train(run, owner=owner, text=owner, steps=self.config.owner_steps, **options))
         return self.made(f"merged {name}", lambda path: merge(release, packages, path, top_k=self.config.top_k))
@@ -158,6 +171,7 @@ class Workshop:
                 seed=self.seed,
                 batch_size=self.config.batch_size,
                 seq_len=self.config.seq_len,
+                lr=self.rate,
                 compute_dtype=self.config.compute_dtype,
                 steps=self.config.tune_steps,
             ),
@@ -183,7 +197,7 @@ def _expert_of(name: str, owner: str) -> str:
 
 
 def folder_name(name: str) -> str:
-    """The name of a system as the name of a folder."""
+    """The name of a system's folder."""
     return re.sub("[,']", "", name).replace(" ", "_")
 
 

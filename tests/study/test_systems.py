@@ -22,8 +22,11 @@ RESULTS = pathlib.Path(__file__).parents[2] / "results"
 @pytest.mark.parametrize("name", ["reproduction-small", "seven_owners"])
 def test_published_systems_are_those_of_the_table(name):
     [study] = read_results(RESULTS / f"{name}.jsonl")
-    keys = {field.name for field in dataclasses.fields(StudyConfig)}
-    config = from_mapping(StudyConfig, {key: value for key, value in study.config.items() if key in keys})
+    if "rates" not in study.config:
+        pytest.skip(
+            "of a study with other costs and ablations, to be measured again: its learning rates were not chosen"
+        )
+    config = from_mapping(StudyConfig, study.config)
     table = [(s.name, s.kind, list(s.experts), s.forward_flops(config), s.training_flops) for s in systems(config)]
     assert table == [
         (row.name, row.kind, row.experts, row.forward_flops_per_token, row.training_flops_after_public)
@@ -57,7 +60,7 @@ def test_training_finds_the_models_it_starts_from(tmp_path, monkeypatch):
     monkeypatch.setattr(Workshop, "made", lambda self, name, make: pathlib.Path(name))
     monkeypatch.setattr(Workshop, "at_norm", lambda self, release, scale: release)
     monkeypatch.setattr(Workshop, "_tuned", lambda self, name, model, together: model)
-    config = dataclasses.replace(CONFIG, domains="code,math,news")
+    config = dataclasses.replace(CONFIG, domains="code,math,news", rates="2e-3")
     models = train_seed(config, tmp_path, pathlib.Path("release"), tmp_path, 0).models
     trained_systems = [system.name for system in systems(config) if system.training is not None]
     assert list(models) == [PUBLIC, *trained_systems]
@@ -102,6 +105,6 @@ def test_runs_of_different_systems_have_different_folders(tmp_path):
         if system.training is not None
         for path in workshop.runs(system.name, system.training).values()
     ]
-    assert len(set(runs)) == len(runs) == 28
+    assert len(set(runs)) == len(runs) == 52
     assert tmp_path / "runs" / "dense_code" in runs
     assert tmp_path / "runs" / "the_papers_training_news" in runs

@@ -3,7 +3,7 @@
 from flexmoe_jax.model_config import ModelConfig
 from flexmoe_jax.study.config import StudyConfig
 from flexmoe_jax.study.intervals import Interval
-from flexmoe_jax.study.results import MEAN, Curve, Kind, Results, SystemResult
+from flexmoe_jax.study.results import MEAN, Curve, Kind, RateSearch, Results, SystemResult
 from flexmoe_jax.study.systems import METHOD
 
 MODEL = ModelConfig(
@@ -53,5 +53,6 @@ def results(study: str = "reproduction-small") -> Results:
         curves=[Curve(system, text, [[0, 5.0], [10, 4.0]]) for system, text in runs],
         classifiers={"code": 0.975, "news": 0.9},
         suites={},
+        rates={"dense": RateSearch({"0.001": 1.6, "0.002": 1.5, "0.004": None}, 0.002, at_end=False)},
         systems=systems,
     )
