@@ -16,7 +16,7 @@ from tests.study.tiny import CONFIG
 from tests.tiny import MODEL, random_release, write_documents, write_vector
 
 STUDY = dataclasses.replace(
-    CONFIG, domains="news", model=MODEL, rates="2e-3", owner_steps=3, seq_len=32, systems="method"
+    CONFIG, domains="news", model=MODEL, rates="4e-3", owner_steps=3, seq_len=32, systems="method"
 )
 TRIED = ("the paper's training", "paper without coordination + public text + small rows")
 
@@ -66,6 +66,6 @@ def test_every_run_has_the_studys_dtype_and_rate(shared, monkeypatch):
     config = dataclasses.replace(STUDY, compute_dtype="bfloat16", systems="all")
     train_seed(config, shared, pathlib.Path("release"), shared / "seed-0", 0)
     assert {run.compute_dtype for run in runs} == {tuning.compute_dtype for tuning in tunings} == {"bfloat16"}
-    assert {run.optimizer.lr for run in runs} == {tuning.lr for tuning in tunings} == {2e-3}
+    assert {run.optimizer.lr for run in runs} == {tuning.lr for tuning in tunings} == {4e-3}
     fast = {run.out.rpartition("/")[2] for run in runs if run.optimizer.groups == "experts/.*/bias lr=10"}
     assert fast == {"fast_biases_news", "FlexMoE_biases_fitted_on_public_text"}
