@@ -99,6 +99,9 @@ class StudyConfig:
     public: str | None = None
     """Directory of an existing public model; None trains one."""
 
+    public_domains: str = ""
+    """Domains whose text is public as a whole, comma-separated: public text of several sources, each scored apart."""
+
     public_share: Annotated[float, Range(float, 0, 0.5)] = 0.08
     """Fraction of each owner's domain that belongs to the public text instead, from 0 to 0.5."""
 
@@ -124,6 +127,11 @@ class StudyConfig:
     def owners(self) -> tuple[str, ...]:
         """The owners' names in alphabetical order: the order of their experts."""
         return tuple(sorted(self.domains.split(",")))
+
+    @property
+    def public_sources(self) -> tuple[str, ...]:
+        """The domains of the public text: the encyclopedia's, then `public_domains`."""
+        return (PUBLIC, *filter(None, self.public_domains.split(",")))
 
     @property
     def chosen_ablations(self) -> dict[str, Experts]:

@@ -38,8 +38,15 @@ class Text:
     """Whether the document ends here; a text that is cut is not scored on an end of text that it does not have."""
 
 
-Texts = dict[str, list[Text]]
-"""Held-out texts by domain. A domain like "code + math" has documents that interleave two domains."""
+@dataclasses.dataclass(frozen=True)
+class Texts:
+    """Held-out texts by domain. A domain like "code + math" has documents that interleave two domains."""
+
+    heldout: dict[str, list[Text]]
+    """What every system is scored on."""
+
+    validation: dict[str, list[Text]]
+    """Of other documents: a number of a baseline is chosen on these."""
 
 
 @dataclasses.dataclass(frozen=True)
@@ -48,17 +55,28 @@ class SystemScore:
 
     nats: dict[str, Nats]
     share: dict[str, np.ndarray]
+    chosen: dict[str, float] = dataclasses.field(default_factory=dict)
+    """By domain, what was chosen on validation text."""
 
 
 def make_texts(config: StudyConfig, mix: pathlib.Path) -> Texts:
-    """The texts on which every system is scored with every seed. Raises DataError for a domain without any."""
-    names = (PUBLIC, *config.owners)
-    cut = {name: [_start(d, config.document_chars) for d in read_documents(mix / name, "heldout")] for name in names}
-    texts = {name: _first(some, config.heldout_bytes) for name, some in cut.items()}
+    """The texts on which every system is scored with every seed. Raises DataError for a domain with too few.
+
+    Of every four held-out documents one is for validation, of which half as many bytes are taken.
+    """
+    names = (*config.public_sources, *config.owners)
+    every = {name: [_start(d, config.document_chars) for d in read_documents(mix / name, "heldout")] for name in names}
+    validation = {name: texts[3::4] for name, texts in every.items()}
+    heldout = {name: [text for n, text in enumerate(texts) if n % 4 != 3] for name, texts in every.items()}
+    return Texts(_sets(config, heldout, config.heldout_bytes), _sets(config, validation, config.heldout_bytes // 2))
+
+
+def _sets(config: StudyConfig, every: dict[str, list[Text]], size: int) -> dict[str, list[Text]]:
+    """Of each domain the first `size` bytes; of neighbouring owners as many of documents that interleave the two."""
+    sets = {name: _first(texts, size) for name, texts in every.items()}
     for pair in itertools.pairwise(config.owners):
-        parts = (_first(cut[part][::-1], config.heldout_bytes // 2) for part in pair)
-        texts[" + ".join(pair)] = _interleaved(*parts)
-    return texts
+        sets[" + ".join(pair)] = _interleaved(*(_first(every[part][::-1], size // 2) for part in pair))
+    return sets
 
 
 @dataclasses.dataclass(frozen=True, eq=False)
@@ -88,6 +106,10 @@ class Bench:
             log.info(f"scored {name}")
         return _from_npz(path)
 
+    def validation(self, name: str) -> dict[str, Nats]:
+        """Nats of the model of the system `name` on the validation texts."""
+        return self.kept(f"{name}, validation", _on_validation(name)).nats
+
     @functools.cached_property
     def posteriors(self) -> dict[str, np.ndarray]:
         """Posterior probabilities of the experts' domains for each text, float64 [texts, experts].
@@ -112,7 +134,7 @@ class Bench:
         classifier.fit(embed_documents([text for texts in train for text in texts]), labels)
         return {
             domain: classifier.predict_proba(embed_documents([text.text for text in texts]))
-            for domain, texts in self.texts.items()
+            for domain, texts in self.texts.heldout.items()
         }
 
 
@@ -124,7 +146,7 @@ def of_model(name: str, change: Callable[[Model], Model] | None = None, uniform:
 
     def score(bench: Bench) -> SystemScore:
         model = bench.load(bench.artifacts.models[name])
-        return _score(model if change is None else change(model), bench.texts, uniform)
+        return _score(model if change is None else change(model), bench.texts.heldout, uniform)
 
     return score
 
@@ -158,7 +180,7 @@ def uniform_soup(models: Sequence[str]) -> Scorer:
     def score(bench: Bench) -> SystemScore:
         whole = {name: load(bench.artifacts.models[name]) for name in models}
         params = soup({name: model.params for name, model in whole.items()})
-        return _score(dataclasses.replace(whole[models[0]], params=params), bench.texts)
+        return _score(dataclasses.replace(whole[models[0]], params=params), bench.texts.heldout)
 
     return score
 
@@ -167,9 +189,10 @@ def weighted_soup(models: Sequence[str]) -> Scorer:
     """Scores a soup for each set of texts, weighted by the mean posterior of the experts' domains on its texts."""
 
     def score(bench: Bench) -> SystemScore:
-        whole, nats = {name: load(bench.artifacts.models[name]) for name in models}, {}
+        whole = {name: load(bench.artifacts.models[name]) for name in models}
+        nats: dict[str, Nats] = {}
         params = {name: model.params for name, model in whole.items()}
-        for domain, texts in bench.texts.items():
+        for domain, texts in bench.texts.heldout.items():
             weights = dict(zip(models, bench.posteriors[domain].mean(0), strict=True))
             mean = dataclasses.replace(whole[models[0]], params=soup(params, weights))
             nats |= _score(mean, {domain: texts}).nats
@@ -182,8 +205,30 @@ def mixture(models: Sequence[str], mix: Callable[[dict[str, Nats]], Nats]) -> Sc
     """Mixes the nats of the systems `models`, which are scored already, domain by domain."""
 
     def score(bench: Bench) -> SystemScore:
-        nats = {domain: {name: bench.scores[name].nats[domain] for name in models} for domain in bench.texts}
+        nats = {domain: {name: bench.scores[name].nats[domain] for name in models} for domain in bench.texts.heldout}
         return SystemScore({domain: mix(some) for domain, some in nats.items()}, {})
+
+    return score
+
+
+def tuned_mixture(
+    models: Sequence[str], mix: Callable[[dict[str, Nats], float], Nats], grid: Sequence[float]
+) -> Scorer:
+    """As `mixture`, where `mix` also takes a number: the one of `grid` with the lowest total on validation text.
+
+    It is chosen for every domain by itself, to the mixture's advantage.
+    """
+
+    def score(bench: Bench) -> SystemScore:
+        tried = {name: bench.validation(name) for name in models}
+        nats: dict[str, Nats] = {}
+        chosen: dict[str, float] = {}
+        for domain in bench.texts.heldout:
+            seen = {name: tried[name][domain] for name in models}
+            totals = {number: sum(doc.sum() for doc in mix(seen, number)) for number in grid}
+            chosen[domain] = min(totals, key=totals.__getitem__)
+            nats[domain] = mix({name: bench.scores[name].nats[domain] for name in models}, chosen[domain])
+        return SystemScore(nats, {}, chosen)
 
     return score
 
@@ -193,7 +238,7 @@ def prompt_routing(models: Sequence[str]) -> Scorer:
 
     def score(bench: Bench) -> SystemScore:
         nats = {}
-        for domain in bench.texts:
+        for domain in bench.texts.heldout:
             best = [models[i] for i in bench.posteriors[domain].argmax(1)]
             nats[domain] = choose({name: bench.scores[name].nats[domain] for name in models}, best)
         return SystemScore(nats, {})
@@ -201,7 +246,11 @@ def prompt_routing(models: Sequence[str]) -> Scorer:
     return score
 
 
-def _score(model: Model, texts: Texts, uniform: bool = False) -> SystemScore:
+def _on_validation(name: str) -> Scorer:
+    return lambda bench: _score(bench.load(bench.artifacts.models[name]), bench.texts.validation)
+
+
+def _score(model: Model, texts: dict[str, list[Text]], uniform: bool = False) -> SystemScore:
     nats, share = {}, {}
     for domain, some in texts.items():
         score = model.score([text.text for text in some], uniform=uniform)
@@ -224,7 +273,9 @@ def _start(document: Document, characters: int) -> Text:
 def _first(texts: list[Text], size: int) -> list[Text]:
     """The first texts that have at most `size` bytes together, but at least one."""
     if not texts:
-        raise DataError("a domain has no held-out document", "build the mix again")
+        raise DataError(
+            "a domain has fewer than four held-out documents", "choose other domains, or build the mix again"
+        )
     sizes = np.cumsum([len(text.text.encode()) for text in texts])
     return texts[: max(1, int(np.searchsorted(sizes, size, side="right")))]
 
