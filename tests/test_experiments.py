@@ -44,7 +44,7 @@ def test_the_reproduction_names_real_domains_at_every_size(size):
     spec = f"{EXPERIMENTS / 'reproduction.py'}:{size}"
     study = read_config(StudyConfig, spec, ["seeds=2"])
     assert study.seeds == 2
-    assert {*study.owners, *study.public_names} <= set(DOMAINS)
+    assert {*study.owners, *study.public_sources} <= set(DOMAINS)
     if size == "smollm2":
         assert study.public in anchors.ANCHORS
     else:

@@ -70,16 +70,20 @@ def lines(results: "Results") -> list[str]:
 
     Bits per byte with half the width of the mean's interval, cost.
     """
+    from flexmoe_jax.study.results import MARK_MEANS
+
     groups, rows = results.grouped(), []
     for system in (system for group in groups.values() for system in group):
         bits = [system.bits_per_byte[domain].value for domain in results.domains]
         cost = f"{results.relative_cost(system):.2f}x"
-        rows.append([system.name, *bits, system.mean.value, system.mean.half_width, cost])
+        rows.append([system.label, *bits, system.mean.value, system.mean.half_width, cost])
     header = ["held-out bits per byte", *results.domains, "mean", "+-", "cost/token"]
     head, rule, *body = table(header, rows)
     shown, rest = [head, rule], iter(body)
     for kind, group in groups.items():
         shown += ["", kind.heading, *(next(rest) for _ in group)]
+    if any(system.sees_text for system in results.systems):
+        shown += ["", MARK_MEANS]
     shown += ["", f"{_seeds(results)}; +- is half the 95% interval over seeds and documents"]
     if results.suites:
         from flexmoe_jax.study.suites import suite_table

@@ -147,7 +147,7 @@ class StudyConfig:
 
     public_domains: str = ""
     """Further domains of the mini-FlexMix, comma-separated, whose text is public as a whole: no owner has it. Public
-    text is then equal amounts of these and of `public`."""
+    text is then equal amounts of these and of `public`, each scored apart."""
 
     public_share: Annotated[float, Range(float, 0, 0.5)] = 0.08
     """Fraction of each owner's domain that belongs to the public text instead, from 0 to 0.5."""
@@ -176,11 +176,11 @@ class StudyConfig:
             remedy = "a study trains a public model of the shape config.model, or starts from config.public: set one"
             raise ConfigError("config.model is not set, and config.public neither", remedy)
         self._check_rates()
-        for key, names in (("domains", self.owners), ("public_domains", self.public_names[1:])):
+        for key, names in (("domains", self.owners), ("public_domains", self.public_sources[1:])):
             for name in names:
                 if name == PUBLIC or name not in DOMAINS:
                     raise ConfigError(f"config.{key} names {name!r}", f"choose from: {', '.join(DOMAINS[1:])}")
-        for name in {*self.owners} & {*self.public_names}:
+        for name in {*self.owners} & {*self.public_sources}:
             what = f"config.public_domains names {name!r}, which config.domains gives to an owner"
             raise ConfigError(what, "leave it out of one of the two")
         if self.top_k > len(self.owners) + 1:
@@ -222,8 +222,8 @@ class StudyConfig:
         return self.model or open_model(str(self.public)).config
 
     @property
-    def public_names(self) -> tuple[str, ...]:
-        """The domains that public text consists of: `public`, then the `public_domains`."""
+    def public_sources(self) -> tuple[str, ...]:
+        """The domains of the public text: the encyclopedia's, then `public_domains`."""
         return (PUBLIC, *filter(None, self.public_domains.split(",")))
 
     @property

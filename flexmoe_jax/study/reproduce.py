@@ -52,16 +52,17 @@ def reproduce(config: StudyConfig, shared: pathlib.Path | None = None) -> Result
     results = Results(
         study=root.resolve().name,
         config=to_mapping(config),
-        documents=tables.document_sizes(texts),
+        documents=tables.document_sizes(texts.heldout),
         opting_out=[tables.compare_never_merged(artifacts) for artifacts in made],
+        regret=tables.regret(config, texts.heldout, scores),
         curves=tables.curves(config, root),
         classifiers=tables.classifiers(config, shared),
         suites=by_seed(suites),
         rates=searches(root),
-        systems=tables.tabulate(config, texts, scores),
+        systems=tables.tabulate(config, texts.heldout, scores),
     )
     # Held-out text stays in the study's folder: results may be published, news may not.
-    heldout = {domain: [text.text for text in some] for domain, some in texts.items()}
+    heldout = {domain: [text.text for text in some] for domain, some in texts.heldout.items()}
     write_json(root / SAMPLES, tables.samples(load(made[0].models[METHOD]), heldout))
     write_results(root / RESULTS, [results])
     return results

@@ -38,8 +38,15 @@ class Text:
     """Whether the document ends here; a text that is cut is not scored on an end of text that it does not have."""
 
 
-Texts = dict[str, list[Text]]
-"""Held-out texts by domain. A domain like "code + math" has documents that interleave two domains."""
+@dataclasses.dataclass(frozen=True)
+class Texts:
+    """Held-out texts by domain. A domain like "code + math" has documents that interleave two domains."""
+
+    heldout: dict[str, list[Text]]
+    """What every system is scored on."""
+
+    validation: dict[str, list[Text]]
+    """Of other documents: a number of a baseline is chosen on these."""
 
 
 @dataclasses.dataclass(frozen=True)
@@ -48,17 +55,29 @@ class SystemScore:
 
     nats: dict[str, Nats]
     share: dict[str, np.ndarray]
+    chosen: dict[str, float] = dataclasses.field(default_factory=dict)
+    """By domain, what was chosen on validation text."""
 
 
 def make_texts(config: StudyConfig, mix: pathlib.Path) -> Texts:
-    """The texts on which every system is scored with every seed. Raises DataError for a domain without any."""
-    names = (PUBLIC, *config.owners)
-    cut = {name: [_start(d, config.document_chars) for d in held_out(mix / name)] for name in names}
-    texts = {name: _first(some, config.heldout_bytes) for name, some in cut.items()}
+    """The texts on which every system is scored with every seed. Raises DataError for a domain with too few.
+
+    Of every four held-out documents one is for validation, of which half as many bytes are taken.
+    """
+    names = (*config.public_sources, *config.owners)
+    heldout, validation = (
+        {name: [_start(d, config.document_chars) for d in held_out(mix / name, choosing)] for name in names}
+        for choosing in (False, True)
+    )
+    return Texts(_sets(config, heldout, config.heldout_bytes), _sets(config, validation, config.heldout_bytes // 2))
+
+
+def _sets(config: StudyConfig, every: dict[str, list[Text]], size: int) -> dict[str, list[Text]]:
+    """Of each domain the first `size` bytes; of neighbouring owners as many of documents that interleave the two."""
+    sets = {name: _first(texts, size) for name, texts in every.items()}
     for pair in itertools.pairwise(config.owners):
-        parts = (_first(cut[part][::-1], config.heldout_bytes // 2) for part in pair)
-        texts[" + ".join(pair)] = _interleaved(*parts)
-    return texts
+        sets[" + ".join(pair)] = _interleaved(*(_first(every[part][::-1], size // 2) for part in pair))
+    return sets
 
 
 def held_out(folder: pathlib.Path, validation: bool = False) -> list[Document]:
@@ -67,7 +86,7 @@ def held_out(folder: pathlib.Path, validation: bool = False) -> list[Document]:
     Their order is random. Nothing is trained on either part, so documents of one group may be in both.
     """
     documents = enumerate(read_documents(folder, "heldout"))
-    return [document for n, document in documents if (n % 4 == 0) == validation]
+    return [document for n, document in documents if (n % 4 == 3) == validation]
 
 
 @dataclasses.dataclass(frozen=True, eq=False)
@@ -97,6 +116,10 @@ class Bench:
             log.info(f"scored {name}")
         return _from_npz(path)
 
+    def validation(self, name: str) -> dict[str, Nats]:
+        """Nats of the model of the system `name` on the validation texts."""
+        return self.kept(f"{name}, validation", _on_validation(name)).nats
+
     @functools.cached_property
     def posteriors(self) -> dict[str, np.ndarray]:
         """Posterior probabilities of the experts' domains for each text, float64 [texts, experts].
@@ -115,14 +138,14 @@ class Bench:
         from flexmoe_jax.data.embedding import embed_documents
 
         count = self.config.classifier_documents
-        classes = (self.config.public_names, *([owner] for owner in self.config.owners))
+        classes = (self.config.public_sources, *([owner] for owner in self.config.owners))
         train = [[t for n in c for t in _take(read_documents(self.mix / n), count // len(c))] for c in classes]
         labels = np.repeat(np.arange(len(train)), [len(texts) for texts in train])
         classifier = LogisticRegression(max_iter=1000, C=10.0)
         classifier.fit(embed_documents([text for texts in train for text in texts]), labels)
         return {
             domain: classifier.predict_proba(embed_documents([text.text for text in texts]))
-            for domain, texts in self.texts.items()
+            for domain, texts in self.texts.heldout.items()
         }
 
 
@@ -134,7 +157,7 @@ def of_model(name: str, change: Callable[[Model], Model] | None = None, uniform:
 
     def score(bench: Bench) -> SystemScore:
         model = bench.load(bench.artifacts.models[name])
-        return _score(model if change is None else change(model), bench.texts, uniform)
+        return _score(model if change is None else change(model), bench.texts.heldout, uniform)
 
     return score
 
@@ -165,7 +188,7 @@ def with_router(factor: float, shift: float) -> Callable[[Model], Model]:
 def uniform_soup(models: Sequence[str]) -> Scorer:
     """Scores the mean of the parameters of the systems `models`."""
 
-    return lambda bench: _score(soup_of(bench, models), bench.texts)
+    return lambda bench: _score(soup_of(bench, models), bench.texts.heldout)
 
 
 def soup_of(bench: Bench, models: Sequence[str]) -> Model:
@@ -179,9 +202,10 @@ def weighted_soup(models: Sequence[str]) -> Scorer:
     """Scores a soup for each set of texts, weighted by the mean posterior of the experts' domains on its texts."""
 
     def score(bench: Bench) -> SystemScore:
-        whole, nats = {name: load(bench.artifacts.models[name]) for name in models}, {}
+        whole = {name: load(bench.artifacts.models[name]) for name in models}
+        nats: dict[str, Nats] = {}
         params = {name: model.params for name, model in whole.items()}
-        for domain, texts in bench.texts.items():
+        for domain, texts in bench.texts.heldout.items():
             weights = dict(zip(models, bench.posteriors[domain].mean(0), strict=True))
             mean = dataclasses.replace(whole[models[0]], params=soup(params, weights))
             nats |= _score(mean, {domain: texts}).nats
@@ -194,8 +218,30 @@ def mixture(models: Sequence[str], mix: Callable[[dict[str, Nats]], Nats]) -> Sc
     """Mixes the nats of the systems `models`, which are scored already, domain by domain."""
 
     def score(bench: Bench) -> SystemScore:
-        nats = {domain: {name: bench.scores[name].nats[domain] for name in models} for domain in bench.texts}
+        nats = {domain: {name: bench.scores[name].nats[domain] for name in models} for domain in bench.texts.heldout}
         return SystemScore({domain: mix(some) for domain, some in nats.items()}, {})
+
+    return score
+
+
+def tuned_mixture(
+    models: Sequence[str], mix: Callable[[dict[str, Nats], float], Nats], grid: Sequence[float]
+) -> Scorer:
+    """As `mixture`, where `mix` also takes a number: the one of `grid` with the lowest total on validation text.
+
+    It is chosen for every domain by itself, to the mixture's advantage.
+    """
+
+    def score(bench: Bench) -> SystemScore:
+        tried = {name: bench.validation(name) for name in models}
+        nats: dict[str, Nats] = {}
+        chosen: dict[str, float] = {}
+        for domain in bench.texts.heldout:
+            seen = {name: tried[name][domain] for name in models}
+            totals = {number: sum(doc.sum() for doc in mix(seen, number)) for number in grid}
+            chosen[domain] = min(totals, key=totals.__getitem__)
+            nats[domain] = mix({name: bench.scores[name].nats[domain] for name in models}, chosen[domain])
+        return SystemScore(nats, {}, chosen)
 
     return score
 
@@ -205,7 +251,7 @@ def prompt_routing(models: Sequence[str]) -> Scorer:
 
     def score(bench: Bench) -> SystemScore:
         nats = {}
-        for domain in bench.texts:
+        for domain in bench.texts.heldout:
             best = [models[i] for i in bench.posteriors[domain].argmax(1)]
             nats[domain] = choose({name: bench.scores[name].nats[domain] for name in models}, best)
         return SystemScore(nats, {})
@@ -213,7 +259,11 @@ def prompt_routing(models: Sequence[str]) -> Scorer:
     return score
 
 
-def _score(model: Model, texts: Texts, uniform: bool = False) -> SystemScore:
+def _on_validation(name: str) -> Scorer:
+    return lambda bench: _score(bench.load(bench.artifacts.models[name]), bench.texts.validation)
+
+
+def _score(model: Model, texts: dict[str, list[Text]], uniform: bool = False) -> SystemScore:
     nats, share = {}, {}
     for domain, some in texts.items():
         score = model.score([text.text for text in some], uniform=uniform)
@@ -236,7 +286,9 @@ def _start(document: Document, characters: int) -> Text:
 def _first(texts: list[Text], size: int) -> list[Text]:
     """The first texts that have at most `size` bytes together, but at least one."""
     if not texts:
-        raise DataError("a domain has no held-out document", "build the mix again")
+        raise DataError(
+            "a domain has fewer than four held-out documents", "choose other domains, or build the mix again"
+        )
     sizes = np.cumsum([len(text.text.encode()) for text in texts])
     return texts[: max(1, int(np.searchsorted(sizes, size, side="right")))]
 

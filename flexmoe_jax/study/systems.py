@@ -7,9 +7,9 @@ import re
 from collections.abc import Callable, Mapping
 
 from flexmoe_jax.model.flops import forward_flops, training_flops
-from flexmoe_jax.study.baselines import Nats, branch_train_merge, causal_branch_train_merge, oracle
+from flexmoe_jax.study.baselines import FORGETTING, Nats, branch_train_merge, causal_branch_train_merge, oracle
 from flexmoe_jax.study.config import Experts, StudyConfig
-from flexmoe_jax.study.results import Kind
+from flexmoe_jax.study.results import Kind, hybrid_of
 from flexmoe_jax.study.scoring import (
     Bench,
     Scorer,
@@ -18,6 +18,7 @@ from flexmoe_jax.study.scoring import (
     of_model,
     prompt_routing,
     selected,
+    tuned_mixture,
     uniform_soup,
     weighted_soup,
     with_router,
@@ -58,6 +59,9 @@ class System:
 
     experts: tuple[str, ...] = ()
     """The experts kept, if it is a selection of the merged model's experts."""
+
+    sees_text: bool = False
+    """Whether it chooses or weighs models by the very text that it scores: it is then no language model."""
 
     @property
     def training(self) -> Training | None:
@@ -147,13 +151,13 @@ def _whole_models(config: StudyConfig, cost: _Costs) -> tuple[dict[str, System],
 def _oracle(name: str, models: Mapping[str, System], flops: float) -> System:
     """For each set of texts the best of the public model and `models`."""
     names = [PUBLIC, *(system.name for system in models.values())]
-    return System(name, Kind.BASELINE, Derived(mixture(names, oracle), kept=False), flops)
+    return System(name, Kind.BASELINE, Derived(mixture(names, oracle), kept=False), flops, sees_text=True)
 
 
 def _selections(config: StudyConfig, cost: _Costs) -> list[System]:
     """The merged model with fewer experts."""
     owners = config.owners
-    kept: dict[str, tuple[str, ...]] = {f"hybrid {owner}": (PUBLIC, owner) for owner in owners}
+    kept: dict[str, tuple[str, ...]] = {hybrid_of(owner): (PUBLIC, owner) for owner in owners}
     kept |= {f"without {owner}": (PUBLIC, *(other for other in owners if other != owner)) for owner in owners}
     kept |= {f"first {n} owners": (PUBLIC, *owners[:n]) for n in range(2, len(owners) - 1)}
     table = []
@@ -183,20 +187,27 @@ def _calibrations(config: StudyConfig, cost: _Costs) -> list[System]:
 def _mixtures(dense: Mapping[str, str], cost: _Costs) -> list[System]:
     """Baselines that mix, choose among or average the public model and the dense experts {owner: name}."""
     models = [PUBLIC, *dense.values()]
+    base, every = functools.partial(System, kind=Kind.BASELINE, training_flops=cost.dense), len(models)
     mixes: dict[str, Callable[[dict[str, Nats]], Nats]] = {
         "BTM": branch_train_merge,
         "BTM, top-2": functools.partial(branch_train_merge, top_k=2),
+    }
+    causal: dict[str, Callable[[dict[str, Nats], float], Nats]] = {
         "causal BTM": causal_branch_train_merge,
         "causal BTM, top-2": functools.partial(causal_branch_train_merge, top_k=2),
     }
     return [
         *(
-            System(name, Kind.BASELINE, Derived(mixture(models, mix), kept=False), cost.dense, models=len(models))
+            base(name, make=Derived(mixture(models, mix), False), models=every, sees_text=True)
             for name, mix in mixes.items()
         ),
-        System("prompt routing", Kind.BASELINE, Derived(prompt_routing(models), kept=False), cost.dense),
-        System("soup", Kind.BASELINE, Derived(uniform_soup(models)), cost.dense),
-        System("weighted soup", Kind.BASELINE, Derived(weighted_soup(models)), cost.dense),
+        *(
+            base(name, make=Derived(tuned_mixture(models, mix, FORGETTING), False), models=every)
+            for name, mix in causal.items()
+        ),
+        base("prompt routing", make=Derived(prompt_routing(models), False), sees_text=True),
+        base("soup", make=Derived(uniform_soup(models))),
+        base("weighted soup", make=Derived(weighted_soup(models)), sees_text=True),
     ]
 
 

@@ -34,9 +34,9 @@ def make_shared(config: StudyConfig, shared: pathlib.Path) -> None:
     from flexmoe_jax.flexmix.build import build
 
     mix, public = shared / "mix", text_folder(config, shared, PUBLIC)
-    build(mix, domains=(*config.public_names, *config.owners), public_share=config.public_share)
+    build(mix, domains=(*config.public_sources, *config.owners), public_share=config.public_share)
     if public.parent != mix:
-        blend([mix / name for name in config.public_names], public / "train.jsonl")
+        blend([mix / name for name in config.public_sources], public / "train.jsonl")
     for name in (PUBLIC, *config.owners):
         path = shared / "domains" / f"{name}.json"
         if not path.exists():

@@ -188,7 +188,7 @@ class Workshop:
 
 def text_folder(config: StudyConfig, shared: pathlib.Path, text: str) -> pathlib.Path:
     """The folder of a text: a domain of the mix; `all` and public text of several domains are blended beside it."""
-    blended = text == ALL or (text == PUBLIC and config.public_names != (PUBLIC,))
+    blended = text == ALL or (text == PUBLIC and config.public_sources != (PUBLIC,))
     return shared / text if blended else shared / "mix" / text
 
 

@@ -111,7 +111,7 @@ def check_whole_study(results, folder):
     assert read_results(folder / "results.jsonl") == [results]
     page = render(*read_study(folder))
     assert "Every system" in page
-    assert page.count("<svg") == 4
+    assert page.count("<svg") == 5
     assert (folder / "samples.json").exists()
 
 

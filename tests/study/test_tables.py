@@ -3,6 +3,7 @@
 import dataclasses
 import json
 import math
+import re
 
 import numpy as np
 import pytest
@@ -11,7 +12,7 @@ from flexmoe_jax.api import Model
 from flexmoe_jax.data.tokenizer import load_tokenizer
 from flexmoe_jax.study import scoring
 from flexmoe_jax.study.results import Kind
-from flexmoe_jax.study.scoring import Bench, SystemScore, Text, _interleave, make_texts, of_model, with_router
+from flexmoe_jax.study.scoring import Bench, SystemScore, Text, Texts, _interleave, make_texts, of_model, with_router
 from flexmoe_jax.study.systems import METHOD
 from flexmoe_jax.study.tables import tabulate
 from flexmoe_jax.study.workshop import Artifacts
@@ -34,7 +35,7 @@ def test_the_tables_hold_means_and_paired_differences():
     assert rows[METHOD].mean.value == pytest.approx(2.25)
     assert rows["public"].bits_per_byte["news"].value == pytest.approx(3.25)
     against = rows["public"].against_method["mean"]
-    assert dataclasses.astuple(against) == pytest.approx((1.0, 1.0, 1.0))  # one worse in every resample
+    assert dataclasses.astuple(against) == pytest.approx((1.0, 1.0, 1.0, 0.0))  # one worse with every seed and text
     assert rows[METHOD].against_method == {}
     assert (rows[METHOD].kind, rows["public"].kind) == (Kind.METHOD, Kind.BASELINE)
 
@@ -60,7 +61,7 @@ def test_a_text_that_is_cut_is_not_scored_on_an_end_of_text(tmp_path, monkeypatc
     model = Model(config, random_params(config), load_tokenizer("cl100k:300"))
     monkeypatch.setattr(scoring, "load", lambda path: model)
     whole, cut = Text("the king of the river", "1"), Text("the king", "2", ends=False)
-    texts = {"news": [whole, cut, dataclasses.replace(cut, ends=True)]}
+    texts = Texts({"news": [whole, cut, dataclasses.replace(cut, ends=True)]}, {})
     bench = Bench(CONFIG, Artifacts({"public": tmp_path}), texts, tmp_path, tmp_path)
     all_of_it, start, ended = of_model("public")(bench).nats["news"]
     assert len(all_of_it) == len(model.tokenizer.encode(whole.text)) + 1
@@ -86,17 +87,40 @@ def test_documents_of_two_domains_take_turns():
     assert [piece[0] + str(len(piece)) for piece in text.split("\n\n")] == ["a400", "b400", "a400", "b100"]
 
 
-def test_held_out_text_is_the_start_of_each_document(tmp_path):
+def write_mix(tmp_path):
+    """Forty documents a domain, ten of each group, long and short ones in turn, each of words of its own."""
     for name in ("public", "math", "news"):
         (tmp_path / name).mkdir()
-        rows = [{"text": f"{name} {n:04d} " * (300 if n % 2 else 20), "group": f"day {n // 10}"} for n in range(30)]
+        rows = [{"text": f"{name} {n:04d} " * (300 if n % 2 else 20), "group": f"day {n // 10}"} for n in range(40)]
         (tmp_path / name / "heldout.jsonl").write_text("\n".join(map(json.dumps, rows)))
-    config = dataclasses.replace(CONFIG, domains="math,news", heldout_bytes=8000, document_chars=500)
-    texts = make_texts(config, tmp_path)
-    assert {name: len(some) for name, some in texts.items()} == {"public": 21, "math": 24, "news": 24, "math + news": 8}
+    return tmp_path
+
+
+def numbers(texts: list[Text]) -> set[str]:
+    """Which documents they are from."""
+    return {number for text in texts for number in re.findall(r"\w+ \d{4}", text.text)}
+
+
+def test_held_out_text_is_the_start_of_each_document(tmp_path):
+    config = dataclasses.replace(CONFIG, domains="math,news", heldout_bytes=4000, document_chars=500)
+    texts = make_texts(config, write_mix(tmp_path)).heldout
+    counts = {name: len(some) for name, some in texts.items()}
+    assert counts == {"public": 12, "math": 13, "news": 13, "math + news": 7}  # at most 4,000 bytes, 2,000 of a part
     assert {(len(text.text), text.ends) for text in texts["math"]} == {(200, True), (500, False)}
-    assert [text.group for text in texts["math"][8:12]] == ["day 0", "day 0", "day 1", "day 1"]
+    assert [text.group for text in texts["math"][6:9]] == ["day 0", "day 0", "day 1"]  # the documents 8, 9, 10
     mixed = texts["math + news"]
-    assert not set(mixed[0].text.split()) & set(" ".join(t.text for t in texts["math"]).split()) - {"math"}
+    assert len(numbers(mixed)) == 14
+    assert not numbers(mixed) & numbers(texts["math"] + texts["news"])
     assert not any(text.ends for text in mixed)
-    assert mixed[0].group == "day 2"
+    assert mixed[0].group == "day 3"
+
+
+def test_validation_text_is_of_other_documents(tmp_path):
+    config = dataclasses.replace(CONFIG, domains="math,news", heldout_bytes=4000, document_chars=500)
+    texts = make_texts(config, write_mix(tmp_path))
+    assert texts.validation.keys() == texts.heldout.keys()
+    for domain, some in texts.validation.items():
+        assert numbers(some)
+        assert not numbers(some) & {number for reported in texts.heldout.values() for number in numbers(reported)}, (
+            domain
+        )

@@ -3,7 +3,7 @@
 from flexmoe_jax.model_config import ModelConfig
 from flexmoe_jax.study.config import StudyConfig
 from flexmoe_jax.study.intervals import Interval
-from flexmoe_jax.study.results import MEAN, Curve, Kind, RateSearch, Results, SystemResult
+from flexmoe_jax.study.results import MEAN, Curve, Kind, RateSearch, Regret, Results, SystemResult
 from flexmoe_jax.study.systems import METHOD
 
 MODEL = ModelConfig(
@@ -24,7 +24,7 @@ SYSTEMS = {
 
 
 def interval(value: float) -> Interval:
-    return Interval(value, value - 0.01, value + 0.02)
+    return Interval(value, value - 0.01, value + 0.02, 0.025)
 
 
 def results(study: str = "reproduction-small") -> Results:
@@ -34,6 +34,7 @@ def results(study: str = "reproduction-small") -> Results:
             name=name,
             kind=kind,
             experts=experts,
+            sees_text=name == "BTM",
             bits_per_byte={d: interval(bits) for d in (*DOMAINS, MEAN)},
             against_method={} if name == METHOD else {d: interval(bits - SYSTEMS[METHOD][1]) for d in (*DOMAINS, MEAN)},
             forward_flops_per_token=1e6 if name == "public" else 2e6,
@@ -46,9 +47,16 @@ def results(study: str = "reproduction-small") -> Results:
     return Results(
         study=study,
         config={"out": f"runs/{study}", "domains": "news,code", "seeds": 2, "model": {"d_model": 8}},
-        documents={d: {"documents": 3, "bytes": 4321} for d in DOMAINS},
+        documents={d: {"documents": 3, "groups": 3, "bytes": 4321} for d in DOMAINS},
         opting_out=[
             {"code": {"left": "a", "never": "a", "equal": True}, "news": {"left": "b", "never": "b", "equal": True}}
+        ],
+        regret=[
+            Regret("without news", "public", None, interval(0.2)),
+            Regret("without news", "code", interval(0.0), interval(-0.1)),
+            Regret(METHOD, "public", None, interval(0.3)),
+            Regret(METHOD, "code", interval(0.05), interval(-0.2)),
+            Regret(METHOD, "news", interval(-0.003), interval(0.04)),
         ],
         curves=[Curve(system, text, [[0, 5.0], [10, 4.0]]) for system, text in runs],
         classifiers={"code": 0.975, "news": 0.9},
