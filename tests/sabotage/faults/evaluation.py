@@ -234,4 +234,25 @@ EVALUATION = (
         "models = [PUBLIC, METHOD, *dense.values()]",
         "tests/study/test_systems.py::test_mixtures_find_the_scores_of_the_public_model_and_of_the_dense_experts",
     ),
+    Fault(
+        "the study takes the highest learning rate, not the best",
+        "study/rates.py",
+        "min(finite, key=lambda rate: finite[rate])",
+        "max(finite, key=float)",
+        "tests/study/test_rates.py::test_every_seed_trains_at_the_best_rate_and_only_the_first_searches",
+    ),
+    Fault(
+        "the study chooses learning rates on text that it reports",
+        SCORING,
+        "if (n % 4 == 0) == validation]",
+        "]",
+        "tests/study/test_rates.py::test_validation_text_is_not_reported",
+    ),
+    Fault(
+        "the study's dense experts see more of an owner's text than the method's",
+        "study/workshop.py",
+        "own or self.config.batch_size",
+        "self.config.batch_size",
+        "tests/study/test_workshop.py::test_every_system_sees_as_much_of_an_owners_text",
+    ),
 )
