@@ -164,8 +164,8 @@ def listed(names: Sequence[str]) -> str:
 
 
 def _size(value: float) -> str:
-    """A difference without its sign: three decimals, or one digit where these are zero."""
-    return f"{abs(value):.3f}" if abs(value) >= 0.0005 else f"{abs(value):.1g}"
+    """A difference without its sign, in three decimals."""
+    return f"{abs(value):.3f}" if abs(value) >= 0.0005 else "under 0.0005"
 
 
 def _capital(sentence: str) -> str:
