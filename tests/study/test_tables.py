@@ -12,7 +12,17 @@ from flexmoe_jax.api import Model
 from flexmoe_jax.data.tokenizer import load_tokenizer
 from flexmoe_jax.study import scoring
 from flexmoe_jax.study.results import Kind
-from flexmoe_jax.study.scoring import Bench, SystemScore, Text, Texts, _interleave, make_texts, of_model, with_router
+from flexmoe_jax.study.scoring import (
+    Bench,
+    SystemScore,
+    Text,
+    Texts,
+    _interleave,
+    _interleaved,
+    make_texts,
+    of_model,
+    with_router,
+)
 from flexmoe_jax.study.systems import METHOD
 from flexmoe_jax.study.tables import regret, tabulate
 from flexmoe_jax.study.workshop import Artifacts
@@ -121,6 +131,13 @@ def test_calibrations_scale_odds_and_shift_owners_biases_only():
 def test_documents_of_two_domains_take_turns():
     text = _interleave("a" * 900, "b" * 500)
     assert [piece[0] + str(len(piece)) for piece in text.split("\n\n")] == ["a400", "b400", "a400", "b100"]
+
+
+def test_documents_of_two_domains_vary_together_where_either_domains_do():
+    """Plays have three groups here and news one: all of these documents are of one day."""
+    plays, news = [Text("a", f"play {n}") for n in range(3)], [Text("b", "day")] * 3
+    for pair in ((plays, news), (news, plays)):
+        assert [text.group for text in _interleaved(*pair)] == ["day"] * 3
 
 
 def write_mix(tmp_path):
