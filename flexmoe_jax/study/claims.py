@@ -7,7 +7,7 @@ smallest difference that would have been found with 80% power at 5%.
 from collections.abc import Iterable, Sequence
 
 from flexmoe_jax.study.intervals import Interval
-from flexmoe_jax.study.results import MEAN, PUBLIC_TEXT, Kind, Regret, Results, SystemResult
+from flexmoe_jax.study.results import MARK, MEAN, PUBLIC_TEXT, Kind, Regret, Results, SystemResult
 from flexmoe_jax.tree import PUBLIC
 
 ORACLE = "oracle dense expert"
@@ -25,37 +25,53 @@ def headline(results: Results) -> str:
     baselines = results.grouped().get(Kind.BASELINE, [])
     blind = [system for system in baselines if not system.sees_text]
     seeing = [system for system in baselines if system.sees_text]
-    return " ".join(
-        [
-            f"{method.name} merges what {len(owners)} owners ({listed(owners)}) trained apart beside one public model.",
-            f"A token costs {results.relative_cost(method):.2f} times what it costs the public model.",
-            f"Mean bits per byte of public and owners' text, {seeds} seed{'s' if seeds != 1 else ''}:",
-            *_against(method.name, blind, MEAN),
-            *_against(method.name, seeing, MEAN, "Of the systems that see the text they score, "),
-            *regret_sentences(results),
-            *goals(results),
-            opting_out(results),
-            *warnings(results),
-        ]
-    )
+    found = [
+        f"{method.name} merges what {len(owners)} owners ({listed(owners)}) trained apart beside one public model; a",
+        f"token costs {results.relative_cost(method):.2f} times what it costs the public model.",
+        f"On the mean of public and owners' text (bits per byte, {seeds} seed{'s' if seeds != 1 else ''})",
+        f"{'; '.join(_against('it', blind, MEAN))}.",
+    ]
+    if seeing:
+        found.append(f"Of the systems that see the text they score ({MARK}), {_counted(seeing)}.")
+    return " ".join([*found, *regret_sentences(results), *goals(results), opting_out(results), *warnings(results)])
 
 
 def differences(results: Results, kind: Kind, column: str = MEAN) -> list[str]:
     """Sentences on the method against all systems of a kind."""
-    return _against(results.method.name, results.grouped().get(kind, []), column)
+    found = _against(results.method.name, results.grouped().get(kind, []), column)
+    return [f"{clause[:1].upper()}{clause[1:]}." for clause in found]
 
 
-def _against(method: str, systems: Sequence[SystemResult], column: str, start: str = "") -> list[str]:
-    """What the method beats, what it loses to, and where no difference was seen."""
-    found: dict[int, list[str]] = {1: [], -1: [], 0: []}
-    for system in systems:
-        difference = system.against_method[column]
-        name = "the public model" if system.name == PUBLIC else system.label
-        what = unseen(difference) if sign(difference) == 0 else _size(difference.value)
-        found[sign(difference)].append(f"{name} ({what})" if what else name)
-    words = {1: f"{method} beats", -1: f"{method} loses to", 0: "no difference is seen to"}
-    sentences = [f"{words[which]} {listed(names)}." for which, names in found.items() if names]
-    return [_capital(f"{start if n == 0 else ''}{sentence}") for n, sentence in enumerate(sentences)]
+def _by_sign(systems: Sequence[SystemResult], column: str) -> dict[int, list[SystemResult]]:
+    """The systems that the method beats (1), loses to (-1), and that no difference is seen to (0); none is empty."""
+    found = {which: [s for s in systems if sign(s.against_method[column]) == which] for which in (1, -1, 0)}
+    return {which: some for which, some in found.items() if some}
+
+
+def _against(subject: str, systems: Sequence[SystemResult], column: str) -> list[str]:
+    """What the method, as `subject`, beats, what it loses to, and where no difference was seen; by name."""
+    words = {1: f"{subject} beats", -1: f"{subject} loses to", 0: "no difference is seen to"}
+    return [
+        f"{words[which]} {listed([_named(system, column) for system in some])}"
+        for which, some in _by_sign(systems, column).items()
+    ]
+
+
+def _named(system: SystemResult, column: str) -> str:
+    difference = system.against_method[column]
+    what = _size(difference.value) if sign(difference) else unseen(difference)
+    name = "the public model" if system.name == PUBLIC else system.label
+    return f"{name} ({what})" if what else name
+
+
+def _counted(systems: Sequence[SystemResult]) -> str:
+    """As `_against` on the mean, without names: how many, and by how much."""
+    words, parts = {1: "it beats", -1: "it loses to", 0: "no difference is seen to"}, []
+    for which, some in _by_sign(systems, MEAN).items():
+        sizes = sorted(abs(system.against_method[MEAN].value) for system in some)
+        span = " to ".join(dict.fromkeys((_size(sizes[0]), _size(sizes[-1]))))
+        parts.append(f"{words[which]} {len(some)}" + (f" (by {span})" if which else ""))
+    return listed(parts)
 
 
 def regret_sentences(results: Results) -> list[str]:
@@ -164,9 +180,5 @@ def listed(names: Sequence[str]) -> str:
 
 
 def _size(value: float) -> str:
-    """A difference without its sign: three decimals, or one digit where these are zero."""
-    return f"{abs(value):.3f}" if abs(value) >= 0.0005 else f"{abs(value):.1g}"
-
-
-def _capital(sentence: str) -> str:
-    return sentence[:1].upper() + sentence[1:]
+    """A difference without its sign, in three decimals."""
+    return f"{abs(value):.3f}" if abs(value) >= 0.0005 else "under 0.0005"

@@ -34,12 +34,12 @@ def test_a_system_beats_another_only_where_the_interval_says_so(difference, said
     assert claims.differences(dataclasses.replace(results, systems=pair), Kind.BASELINE) == [said]
 
 
-def test_systems_that_see_their_text_are_told_apart_and_marked():
+def test_systems_that_see_their_text_are_told_apart_and_counted():
     said = claims.headline(tiny.results())
-    blind, seeing = said.split("Of the systems that see the text they score, ")
-    assert "FlexMoE loses to unrestricted 2x (0.100)." in blind
+    blind, seeing = said.split("Of the systems that see the text they score")
+    assert "it beats the public model (0.500); it loses to unrestricted 2x (0.100)." in blind
     assert "BTM" not in blind
-    assert seeing.startswith("FlexMoE beats BTM \N{DAGGER} (0.100).")
+    assert seeing.startswith(" (\N{DAGGER}), it beats 1 (by 0.100).")
 
 
 def test_an_ablation_without_an_effect_says_what_could_have_been_seen():
@@ -48,9 +48,9 @@ def test_an_ablation_without_an_effect_says_what_could_have_been_seen():
     assert found == ["No difference is seen to no bias (0.016 could have been seen)."]
 
 
-def test_a_small_difference_keeps_a_digit():
+def test_a_small_difference_is_not_called_zero():
     found = claims.differences(changed(tiny.results(), "no bias", Interval(0.0002, 0.0001, 0.0003, 0.1)), Kind.ABLATION)
-    assert found == ["FlexMoE beats no bias (0.0002)."]
+    assert found == ["FlexMoE beats no bias (under 0.0005)."]
 
 
 def test_regret_is_told_owner_by_owner():

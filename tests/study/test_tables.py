@@ -12,10 +12,21 @@ from flexmoe_jax.api import Model
 from flexmoe_jax.data.tokenizer import load_tokenizer
 from flexmoe_jax.study import scoring
 from flexmoe_jax.study.results import Kind
-from flexmoe_jax.study.scoring import Bench, SystemScore, Text, Texts, _interleave, make_texts, of_model, with_router
+from flexmoe_jax.study.scoring import (
+    Bench,
+    SystemScore,
+    Text,
+    Texts,
+    _interleave,
+    _interleaved,
+    make_texts,
+    of_model,
+    with_router,
+)
 from flexmoe_jax.study.systems import METHOD
-from flexmoe_jax.study.tables import tabulate
+from flexmoe_jax.study.tables import regret, tabulate
 from flexmoe_jax.study.workshop import Artifacts
+from flexmoe_jax.tree import PUBLIC
 from tests.study.tiny import CONFIG, MODEL
 from tests.tiny import TINY, random_params
 
@@ -38,6 +49,41 @@ def test_the_tables_hold_means_and_paired_differences():
     assert dataclasses.astuple(against) == pytest.approx((1.0, 1.0, 1.0, 0.0))  # one worse with every seed and text
     assert rows[METHOD].against_method == {}
     assert (rows[METHOD].kind, rows["public"].kind) == (Kind.METHOD, Kind.BASELINE)
+
+
+def test_public_text_of_several_sources_counts_once_in_the_mean():
+    config = dataclasses.replace(CONFIG, domains="news", public_domains="academic,code")
+    texts = {domain: [Text("ab", "a"), Text("cd", "b")] for domain in ("public", "academic", "code", "news")}
+    bits = {"public": 1.0, "academic": 2.0, "code": 6.0, "news": 9.0}
+    one = SystemScore({d: [np.full(1, 2 * b * math.log(2))] * 2 for d, b in bits.items()}, {})
+    [row] = tabulate(config, texts, [{METHOD: one}])
+    found = {column: cell.value for column, cell in row.bits_per_byte.items()}
+    assert found == pytest.approx({**bits, "public text": 3.0, "mean": 6.0})
+
+
+def test_regret_is_the_merge_minus_what_each_owner_has_without_it_as_owners_join():
+    config = dataclasses.replace(CONFIG, domains="code,math,news")
+    texts = {domain: [Text("ab", "a"), Text("cd", "b")] for domain in (PUBLIC, *config.owners)}
+    bits = {PUBLIC: 5.0, METHOD: 3.0, "without news": 3.5, "hybrid code": 1.0, "hybrid math": 2.0, "hybrid news": 4.0}
+    scores = {
+        name: SystemScore({domain: [np.full(1, 2 * value * math.log(2))] * 2 for domain in texts}, {})
+        for name, value in bits.items()
+    }
+    rows = regret(config, texts, [scores, scores])
+    assert [
+        (row.model, row.owner, row.against_hybrid and round(row.against_hybrid.value, 6), row.against_public.value)
+        for row in rows
+    ] == [
+        ("hybrid code", "public", None, pytest.approx(-4.0)),
+        ("hybrid code", "code", 0.0, pytest.approx(-4.0)),
+        ("without news", "public", None, pytest.approx(-1.5)),
+        ("without news", "code", 2.5, pytest.approx(-1.5)),
+        ("without news", "math", 1.5, pytest.approx(-1.5)),
+        (METHOD, "public", None, pytest.approx(-2.0)),
+        (METHOD, "code", 2.0, pytest.approx(-2.0)),
+        (METHOD, "math", 1.0, pytest.approx(-2.0)),
+        (METHOD, "news", -1.0, pytest.approx(-2.0)),
+    ]
 
 
 def test_scores_are_read_back_as_they_were_written(tmp_path):
@@ -85,6 +131,13 @@ def test_calibrations_scale_odds_and_shift_owners_biases_only():
 def test_documents_of_two_domains_take_turns():
     text = _interleave("a" * 900, "b" * 500)
     assert [piece[0] + str(len(piece)) for piece in text.split("\n\n")] == ["a400", "b400", "a400", "b100"]
+
+
+def test_documents_of_two_domains_vary_together_where_either_domains_do():
+    """Plays have three groups here and news one: all of these documents are of one day."""
+    plays, news = [Text("a", f"play {n}") for n in range(3)], [Text("b", "day")] * 3
+    for pair in ((plays, news), (news, plays)):
+        assert [text.group for text in _interleaved(*pair)] == ["day"] * 3
 
 
 def write_mix(tmp_path):
