@@ -52,6 +52,7 @@ def test_ablations_have_every_feasible_combination_of_four_factors_once():
         {"public_share": 0.6},
         {"router_scale": 0.0},
         {"ablations": "no biases"},
+        {"leave_out": "("},
         {"public_domains": "nws"},
         {"public_domains": "public"},
         {"public_domains": "math,news"},  # news is an owner's
