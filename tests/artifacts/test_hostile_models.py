@@ -78,10 +78,11 @@ VERBS = {
     "export-hf": ["export-hf", "model", "--out", "out/hf", "--no-logits", "--custom-code"],
     "generate": ["generate", "model", "--prompt", "a", "--max-new-tokens", "1"],
     "eval": ["eval", "model", "--data", "victim", "--seq-len", "8"],
+    "eval-joining": ["eval-joining", "model", "--heldout", "news=victim", "--seq-len", "8", "--report", "out/a.json"],
     "tune": ["tune", "model", "--proxies", "proxies", "--public-data", "victim", "--out", "out/tuned", "--steps", "1"],
     "train": ["train", "--config=run.py"],
 }
-SLOW = ("export-hf", "generate", "eval", "tune", "train")
+SLOW = ("export-hf", "generate", "eval", "eval-joining", "tune", "train")
 QUICK = [verb for verb in VERBS if verb not in SLOW]
 
 
