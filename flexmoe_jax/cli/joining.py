@@ -42,8 +42,9 @@ def eval_joining(argv: list[str]) -> int:
     from flexmoe_jax.artifacts.model_dir import open_model
 
     model = open_model(args.model)
-    result = measure(model, read(given, args, model.experts, model.config.max_seq_len), args)
-    emit(result, lines_of(result), args.json)
+    texts = read(given, args, model.experts, model.config.max_seq_len)
+    result = measure(model, texts, args, [name for name in model.experts if name in texts])
+    emit({"model": args.model, **result}, lines_of(result, args.model), args.json)
     return 0
 
 
@@ -89,8 +90,8 @@ def read(
     return {o: heldout_texts(pathlib.Path(f), args.max_bytes, fields=fields) for o, f in given.items()}
 
 
-def measure(model: "ModelDir", texts: dict[str, list[str]], args: argparse.Namespace) -> dict:
-    """What joining `model` gives or costs every owner and public, as JSON values; written to --report, too.
+def measure(model: "ModelDir", texts: dict[str, list[str]], args: argparse.Namespace, owners: "Iterable[str]") -> dict:
+    """What joining `model` gives or costs `owners`, as JSON values; written to --report, too.
 
     Those without `texts` are not measured: they get the command that measures them.
     """
@@ -104,18 +105,18 @@ def measure(model: "ModelDir", texts: dict[str, list[str]], args: argparse.Names
 
         found = load(model.path, mesh_of_all()).joining(texts, seq_len=args.seq_len)
     seq_len = args.seq_len or model.config.max_seq_len
-    result: dict = {"model": str(model.path), "digest": model.digest, "top_k": model.top_k}
-    result |= {"seq_len": seq_len, "stride": half_window(seq_len), "max_bytes": args.max_bytes, "owners": {}}
-    for name in model.experts:
-        measured = found[name].describe() if name in found else {"command": _command(result["model"], name)}
+    result: dict = {"digest": model.digest, "top_k": model.top_k, "seq_len": seq_len}
+    result |= {"stride": half_window(seq_len), "max_bytes": args.max_bytes, "owners": {}}
+    for name in owners:
+        measured = found[name].describe() if name in found else {"command": _command(model.path, name)}
         result["owners"][name] = {"measured": name in found, **measured}
     if args.report is not None:
         write_json(args.report, json_values(result))
     return result
 
 
-def lines_of(result: dict) -> list[str]:
-    """The result of `measure` for people."""
+def lines_of(result: dict, model: str) -> list[str]:
+    """The result of `measure` for people; `model` is the path of the model."""
     measured = {name: row for name, row in result["owners"].items() if row["measured"]}
     missing = [name for name in result["owners"] if name not in measured]
     lines = []
@@ -131,7 +132,7 @@ def lines_of(result: dict) -> list[str]:
         lines.append(f"not told from 0 by these documents: {', '.join(unsure) or 'none'}")
     if missing:
         lines.append(f"what joining gives or costs is not measured for {', '.join(missing)}; each, with its own text:")
-        lines.append(f"  {_command(result['model'], 'OWNER')}")
+        lines.append(f"  {_command(model, 'OWNER')}")
     return lines
 
 
@@ -143,5 +144,5 @@ def _cells(row: dict) -> list:
     return cells
 
 
-def _command(model: str, owner: str) -> str:
-    return f"flexmoe eval-joining {shlex.quote(model)} --heldout {owner}=FOLDER"
+def _command(model: str | pathlib.Path, owner: str) -> str:
+    return f"flexmoe eval-joining {shlex.quote(str(model))} --heldout {owner}=FOLDER"

@@ -40,8 +40,8 @@ def merge(argv: list[str]) -> int:
     model = merge_packages(args.public, args.package, args.out, top_k=args.top_k, link=args.link, trust=trust)
     if texts:
         print(f"{args.out} is made; scoring held-out text of {', '.join(texts)}", file=sys.stderr, flush=True)
-    joined = joining.measure(model, texts, args)
-    lines = [f"{args.out}: {', '.join(model.experts)}; top-{model.top_k}", *joining.lines_of(joined)]
+    joined = joining.measure(model, texts, args, model.experts)
+    lines = [f"{args.out}: {', '.join(model.experts)}; top-{model.top_k}", *joining.lines_of(joined, args.out)]
     emit(describe_model(model) | {"joining": joined}, lines, args.json)
     return 0
 
