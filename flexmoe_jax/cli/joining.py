@@ -1,6 +1,7 @@
 """`flexmoe eval-joining`, and the part of a merge's report that says the same: what joining gives or costs owners."""
 
 import argparse
+import os
 import pathlib
 import shlex
 from typing import TYPE_CHECKING
@@ -67,7 +68,7 @@ def folders(args: argparse.Namespace, kept: "Iterable[str]") -> dict[str, str]:
         from flexmoe_jax.files import check_outside
 
         report = pathlib.Path(args.report)
-        if report.exists():
+        if os.path.lexists(report):
             raise ArtifactError(f"{report} already exists", "give another path for the report")
         if not report.absolute().parent.is_dir():
             raise ArtifactError(f"there is no folder {report.parent} for the report", "make it, or give another path")
@@ -95,18 +96,18 @@ def measure(model: "ModelDir", texts: dict[str, list[str]], args: argparse.Names
 
     Those without `texts` are not measured: they get the command that measures them.
     """
-    from flexmoe_jax.evaluate.perplexity import half_window
     from flexmoe_jax.files import write_json
 
+    result: dict = {"digest": model.digest, "top_k": model.top_k, "owners": {}}
     found = {}
-    if texts:
+    if texts:  # without, a merge does not import JAX
         from flexmoe_jax import load
+        from flexmoe_jax.evaluate.perplexity import half_window
         from flexmoe_jax.parallel.mesh import mesh_of_all
 
         found = load(model.path, mesh_of_all()).joining(texts, seq_len=args.seq_len)
-    seq_len = args.seq_len or model.config.max_seq_len
-    result: dict = {"digest": model.digest, "top_k": model.top_k, "seq_len": seq_len}
-    result |= {"stride": half_window(seq_len), "max_bytes": args.max_bytes, "owners": {}}
+        seq_len = args.seq_len or model.config.max_seq_len
+        result |= {"seq_len": seq_len, "stride": half_window(seq_len), "max_bytes": args.max_bytes}
     for name in owners:
         measured = found[name].describe() if name in found else {"command": _command(model.path, name)}
         result["owners"][name] = {"measured": name in found, **measured}

@@ -20,8 +20,8 @@ class Difference:
 
     @property
     def includes_zero(self) -> bool:
-        """Whether the interval includes 0: these documents do not tell the sign."""
-        return self.half_width is None or abs(self.value) <= self.half_width
+        """Whether the interval includes 0, or cannot be told: these documents do not tell the sign."""
+        return self.half_width is None or not abs(self.value) > self.half_width
 
 
 def difference(a: Score, b: Score) -> Difference:
@@ -43,7 +43,7 @@ def difference(a: Score, b: Score) -> Difference:
 
 @dataclasses.dataclass(frozen=True)
 class Joining:
-    """Scores of an owner's held-out text under three models of the same top-k (FlexMoE's `Model.joining`).
+    """Scores of an owner's held-out text under three models of the same top-k (`Model.joining`).
 
     `public` is the public model alone, `hybrid` the model of {public, owner}, `merged` the model of all experts.
     """

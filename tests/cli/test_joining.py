@@ -2,9 +2,12 @@
 
 import json
 import pathlib
+import subprocess
+import sys
 
 import pytest
 
+import flexmoe_jax
 from flexmoe_jax.cli.main import main
 from tests.tiny import contents
 
@@ -114,6 +117,14 @@ def test_every_merge_says_for_whom_it_was_not_measured(world, capsys, tmp_path):
         "what joining gives or costs is not measured for public, code, news; each, with its own text:",
         f"  flexmoe eval-joining {tmp_path / 'model'} --heldout OWNER=FOLDER",
     ]
+
+
+def test_a_merge_without_text_computes_nothing(world, tmp_path):
+    code = (
+        "import sys; from flexmoe_jax.cli.main import main; code = main(sys.argv[1:]); assert 'jax' not in sys.modules"
+    )
+    words = [sys.executable, "-c", f"{code}; sys.exit(code)", *merge_words(world, tmp_path / "model")]
+    subprocess.run(words, check=True, cwd=pathlib.Path(flexmoe_jax.__file__).parents[1])
 
 
 def test_the_table_shows_signs_and_says_what_the_documents_do_not_tell(world, merged, report, capsys):

@@ -95,6 +95,7 @@ def test_a_difference_within_its_interval_and_one_of_a_single_document_are_not_t
     assert mixed.includes_zero
     single = difference(score([10], [5]), score([5], [5]))
     assert (single.value, single.half_width, single.includes_zero) == (1.0, None, True)
+    assert difference(score([np.nan, 1], [5, 5]), score([1, 1], [5, 5])).includes_zero  # of a broken model
 
 
 def test_the_interval_covers_the_truth_as_often_as_it_says():
