@@ -65,9 +65,10 @@ def make_texts(config: StudyConfig, mix: pathlib.Path) -> Texts:
     Of every four held-out documents one is for validation, of which half as many bytes are taken.
     """
     names = (*config.public_sources, *config.owners)
-    every = {name: [_start(d, config.document_chars) for d in read_documents(mix / name, "heldout")] for name in names}
-    validation = {name: texts[3::4] for name, texts in every.items()}
-    heldout = {name: [text for n, text in enumerate(texts) if n % 4 != 3] for name, texts in every.items()}
+    heldout, validation = (
+        {name: [_start(d, config.document_chars) for d in held_out(mix / name, choosing)] for name in names}
+        for choosing in (False, True)
+    )
     return Texts(_sets(config, heldout, config.heldout_bytes), _sets(config, validation, config.heldout_bytes // 2))
 
 
@@ -77,6 +78,15 @@ def _sets(config: StudyConfig, every: dict[str, list[Text]], size: int) -> dict[
     for pair in itertools.pairwise(config.owners):
         sets[" + ".join(pair)] = _interleaved(*(_first(every[part][::-1], size // 2) for part in pair))
     return sets
+
+
+def held_out(folder: pathlib.Path, validation: bool = False) -> list[Document]:
+    """Held-out documents of a domain of the mix: those that are reported, or those that choose, every fourth.
+
+    Their order is random. Nothing is trained on either part, so documents of one group may be in both.
+    """
+    documents = enumerate(read_documents(folder, "heldout"))
+    return [document for n, document in documents if (n % 4 == 0) == validation]
 
 
 @dataclasses.dataclass(frozen=True, eq=False)
