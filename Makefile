@@ -55,7 +55,7 @@ smollm2 smollm2-scores smollm2-expert: $(VENV)/.installed $(LLAMA_CPP)/node_modu
 test-faults: $(VENV)/.installed
 	$(BIN)/python -m tests.faults
 
-# Breaks promises of the package in a copy, one at a time: a named test must notice each. Fifteen minutes; words choose
+# Breaks promises of the package in a copy, one at a time: a named test must notice each. 17 minutes; words choose
 # faults by name: `make sabotage ONLY="merge opt-out"`.
 sabotage: $(VENV)/.installed
 	$(BIN)/python -m tests.sabotage $(ONLY)

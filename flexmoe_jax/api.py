@@ -3,7 +3,7 @@
 import dataclasses
 import functools
 import pathlib
-from collections.abc import Iterable, Iterator, Sequence
+from collections.abc import Iterable, Iterator, Mapping, Sequence
 
 import jax
 import jax.numpy as jnp
@@ -15,6 +15,7 @@ from flexmoe_jax.artifacts.model_dir import load_model
 from flexmoe_jax.data.chat import Turn, encode_prompt
 from flexmoe_jax.data.tokenizer import Tokenizer, load_tokenizer
 from flexmoe_jax.errors import DataError
+from flexmoe_jax.evaluate.joining import Joining
 from flexmoe_jax.evaluate.lm import LM
 from flexmoe_jax.evaluate.perplexity import Score, half_window, score
 from flexmoe_jax.evaluate.routing import TokenRouting, route_text
@@ -147,6 +148,26 @@ class Model:
         return score(
             run, self._stacked, texts, self.tokenizer, self.mesh, seq_len=seq_len, stride=stride, batch_size=batch_size
         )
+
+    def joining(self, texts: Mapping[str, list[str]], *, seq_len: int | None = None) -> dict[str, Joining]:
+        """What this merged model gives or costs owners: their held-out `texts` under three models with its top-k.
+
+        `texts` is {expert: documents}, with D documents each; the result has the same names in canonical order. Its
+        scores are in bits per byte: public alone, {public, owner}, and all experts (`gain`, `regret`). For `public`
+        the second is public alone, too. Windows as of `score`, one model after the other: no device copy of the
+        weights is kept. FlexMoEError for an unknown expert, no text, or a model without `public`; DataError as of
+        `score`.
+        """
+        owners = tree.check_known(texts, self.experts)
+
+        def scores(experts: Iterable[str], names: Iterable[str]) -> dict[str, Score]:
+            model = self.select(experts)
+            return {name: model.score(texts[name], seq_len=seq_len) for name in names}
+
+        public = scores([tree.PUBLIC], owners)
+        hybrids = public | {name: scores([tree.PUBLIC, name], [name])[name] for name in owners if name != tree.PUBLIC}
+        merged = scores(self.experts, owners)
+        return {name: Joining(public[name], hybrids[name], merged[name]) for name in owners}
 
     def routing(self, text: str) -> TokenRouting:
         """The tokens of `text` (the first `max_seq_len - 1`) and the weights that every layer gives each expert.

@@ -132,6 +132,20 @@ def check_path(text: str, option: str, what: str, must_exist: bool) -> None:
         raise ConfigError(f"{text} does not exist", remedy)
 
 
+def by_owner(option: str, items: Sequence[str], what: str) -> dict[str, str]:
+    """`OWNER=PATH` of each item -> {owner: path}; refuses an owner given twice, and a path that does not exist."""
+    paths: dict[str, str] = {}
+    for item in items:
+        owner, equals, path = item.partition("=")
+        if not equals or not owner:
+            raise ConfigError(f"{option} {item!r} names no owner", f"write {option} OWNER=PATH")
+        if owner in paths:
+            raise ConfigError(f"{option} is given twice for {owner!r}: {paths[owner]} and {path}", "give it once")
+        check_path(path, option, what, must_exist=True)
+        paths[owner] = path
+    return paths
+
+
 def check_paths(config: Any) -> None:
     """Refuses a configuration whose paths are not on this machine, or whose inputs do not exist."""
     from flexmoe_jax.mapping import field_docs
@@ -169,10 +183,14 @@ def emit(result: Any, lines: Sequence[str], as_json: bool) -> None:
     NaN and infinity, which JSON does not have, are null.
     """
     if as_json:
-        values = json.loads(json.dumps(result, default=dataclasses.asdict), parse_constant=lambda _: None)
-        print(json.dumps(values, indent=2, allow_nan=False))
+        print(json.dumps(json_values(result), indent=2, allow_nan=False))
     else:
         print("\n".join(map(printable, lines)))
+
+
+def json_values(result: Any) -> Any:
+    """`result` in JSON's types: dataclasses are objects, NaN and infinity are None."""
+    return json.loads(json.dumps(result, default=dataclasses.asdict), parse_constant=lambda _: None)
 
 
 def table(header: list[str], rows: list[list]) -> list[str]:

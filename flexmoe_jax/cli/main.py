@@ -35,11 +35,12 @@ ROLES = {
         "keygen": ("models", "make a key that signs packages"),
         "sign": ("models", "sign a package or a public release"),
     },
-    "a coordinator": {
+    "a coordinator (eval-joining: a data owner too)": {
         "merge": ("models", "merge a public model and experts into one model, without training"),
         "optout": ("models", "remove an expert from a model, exactly"),
         "replace": ("models", "replace an expert by a new version"),
         "eval": ("evaluate", "measure bits per byte on held-out documents"),
+        "eval-joining": ("joining", "measure what joining gives or costs an owner"),
         "eval-suite": ("evaluate", "score the paper's tasks"),
         "eval-harness": ("evaluate", "score tasks of lm-evaluation-harness"),
         "find-proxies": ("tune", "choose public documents like the owners', with their classifiers"),

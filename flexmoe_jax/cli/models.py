@@ -4,8 +4,10 @@ import argparse
 import dataclasses
 import math
 import pathlib
+import sys
 from typing import TYPE_CHECKING
 
+from flexmoe_jax.cli import joining
 from flexmoe_jax.cli.common import ExistingPath, LocalPath, Parser, add_json, emit, parser, table
 from flexmoe_jax.errors import ArtifactError, printable
 from flexmoe_jax.ranges import COUNT, Range
@@ -29,14 +31,32 @@ def merge(argv: list[str]) -> int:
     what = "hard-link files instead of copying them (same disk): an expert removed later stays in its package's files"
     p.add_argument("--link", action="store_true", help=what)
     _add_trust(p)
+    joining.add_options(p)
     add_json(p)
     args = p.parse(argv)
     from flexmoe_jax.compose.merge import merge as merge_packages
 
-    trust = _trust(args)
+    trust, texts = _trust(args), _heldout(args)
     model = merge_packages(args.public, args.package, args.out, top_k=args.top_k, link=args.link, trust=trust)
-    emit(describe_model(model), [f"{args.out}: {', '.join(model.experts)}; top-{model.top_k}"], args.json)
+    if texts:
+        print(f"{args.out} is made; scoring held-out text of {', '.join(texts)}", file=sys.stderr, flush=True)
+    joined = joining.measure(model, texts, args, model.experts)
+    lines = [f"{args.out}: {', '.join(model.experts)}; top-{model.top_k}", *joining.lines_of(joined, args.out)]
+    emit(describe_model(model) | {"joining": joined}, lines, args.json)
     return 0
+
+
+def _heldout(args: argparse.Namespace) -> dict[str, list[str]]:
+    """The texts of --heldout by owner, read and checked before anything is written."""
+    folders = joining.folders(args, [args.out, args.public, *args.package])
+    if not folders:
+        return {}
+    from flexmoe_jax.artifacts.manifest import read_manifest
+    from flexmoe_jax.artifacts.model_dir import open_model
+    from flexmoe_jax.tree import PUBLIC
+
+    experts = [PUBLIC, *(read_manifest(path).owner for path in args.package)]
+    return joining.read(folders, args, experts, open_model(args.public).config.max_seq_len)
 
 
 def optout(argv: list[str]) -> int:

@@ -12,6 +12,7 @@ import shutil
 import subprocess
 import sys
 import time
+from collections.abc import Sequence
 from typing import TYPE_CHECKING
 
 from flexmoe_jax.cli.common import LocalPath, add_json, emit, parser, table
@@ -90,7 +91,8 @@ def quickstart(argv: list[str]) -> int:
         _prepare_data(session)
         release = _train_public(session, root / "public")
         packages = {owner: _train_owner(session, root / "owners" / owner, owner, release) for owner in OWNERS}
-        models = _compose(session, release, packages)
+        heldout = [w for d in ("public", *OWNERS) for w in ("--heldout", f"{d}={root / 'mix' / d}")]
+        models = _compose(session, release, packages, [*heldout, "--max-bytes", str(args.eval_bytes)])
         results, samples = _evaluate(root, models, args.eval_bytes)
     results |= {"parties": _parties(root, release, packages), "out": str(root), "commands": session.commands}
     results |= {"seed": args.seed, "overrides": args.override, "seconds": round(time.monotonic() - start)}
@@ -139,16 +141,21 @@ def _embed(session: Session, home: pathlib.Path) -> None:
     session.party(home, "embed", "data", "--out", "domain.json", "--count", count, makes=home / "domain.json")
 
 
-def _compose(session: Session, release: pathlib.Path, packages: dict[str, pathlib.Path]) -> dict[str, pathlib.Path]:
-    """Merges all, opts the leaver out into a second directory, and merges a model that never had the leaver."""
+def _compose(
+    session: Session, release: pathlib.Path, packages: dict[str, pathlib.Path], heldout: Sequence[str] = ()
+) -> dict[str, pathlib.Path]:
+    """Merges all, opts the leaver out into a second directory, and merges a model that never had the leaver.
+
+    `heldout` are options of the first merge: the text on which it says what joining gives or costs.
+    """
     models = {name: session.root / name for name in ("model", f"model_without_{LEAVER}", f"model_never_{LEAVER}")}
     for path in models.values():
         shutil.rmtree(path, ignore_errors=True)
     full, opted_out, never = map(str, models.values())
 
-    for out, owners in ((full, OWNERS), (never, [owner for owner in OWNERS if owner != LEAVER])):
+    for out, owners, also in ((full, OWNERS, heldout), (never, [name for name in OWNERS if name != LEAVER], ())):
         given = [part for owner in owners for part in ("--package", str(packages[owner]))]
-        session.here("merge", "--public", str(release / "model"), *given, "--top-k", TOP_K, "--out", out)
+        session.here("merge", "--public", str(release / "model"), *given, "--top-k", TOP_K, "--out", out, *also)
     session.here("optout", full, "--expert", LEAVER, "--out", opted_out)
     return models
 

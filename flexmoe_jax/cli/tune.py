@@ -3,7 +3,7 @@
 import pathlib
 from typing import TYPE_CHECKING
 
-from flexmoe_jax.cli.common import ExistingPath, LocalPath, add_fields, add_json, check_path, emit, fields_of, parser
+from flexmoe_jax.cli.common import ExistingPath, LocalPath, add_fields, add_json, by_owner, emit, fields_of, parser
 from flexmoe_jax.errors import DataError, did_you_mean
 from flexmoe_jax.ranges import COUNT, POSITIVE, SEED
 
@@ -118,16 +118,8 @@ def _load_classifiers(items: list[str]) -> "dict[str, Classifier]":
     """`OWNER=FILE` of each item -> classifiers by owner."""
     from flexmoe_jax.data.proxies import Classifier
 
-    classifiers: dict[str, Classifier] = {}
-    for item in items:
-        owner, equals, path = item.partition("=")
-        if not equals or not owner:
-            raise DataError(f"--classifier {item!r} names no owner", "write OWNER=FILE")
-        if owner in classifiers:
-            raise DataError(f"two classifiers of {owner!r} are given, the second is {path}", "give one of each owner")
-        check_path(path, "--classifier", "a file made by flexmoe train-classifier", must_exist=True)
-        classifiers[owner] = Classifier.load(path)
-    return classifiers
+    files = by_owner("--classifier", items, "a file made by flexmoe train-classifier")
+    return {owner: Classifier.load(path) for owner, path in files.items()}
 
 
 def _proxy_folders(model: str, root: pathlib.Path) -> dict[str, pathlib.Path]:

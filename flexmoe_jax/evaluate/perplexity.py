@@ -57,6 +57,15 @@ def half_window(seq_len: int) -> int:
     return max(seq_len // 2, 1)
 
 
+def check_window(seq_len: int, max_seq_len: int) -> None:
+    """DataError if windows of `seq_len` tokens are longer than the `max_seq_len` of a model."""
+    if seq_len > max_seq_len:
+        raise DataError(
+            f"windows of {seq_len} tokens are asked for, the model's max_seq_len is {max_seq_len}",
+            f"score in windows (--seq-len) of at most {max_seq_len}",
+        )
+
+
 def score(
     run: Decoder,
     params: Params,
@@ -76,11 +85,7 @@ def score(
     every process gets the whole result. DataError if there is no text, for windows longer than the model's
     `max_seq_len`, and for a stride outside 1..`seq_len`.
     """
-    if seq_len > run.config.max_seq_len:
-        raise DataError(
-            f"windows of {seq_len} tokens are asked for, the model's max_seq_len is {run.config.max_seq_len}",
-            f"score in windows (--seq-len) of at most {run.config.max_seq_len}",
-        )
+    check_window(seq_len, run.config.max_seq_len)
     if not texts:
         raise DataError("there is no document to score", "give at least one held-out document")
     token_nats: list[list[np.ndarray]] = [[] for _ in texts]

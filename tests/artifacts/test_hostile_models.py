@@ -78,10 +78,20 @@ VERBS = {
     "export-hf": ["export-hf", "model", "--out", "out/hf", "--no-logits", "--custom-code"],
     "generate": ["generate", "model", "--prompt", "a", "--max-new-tokens", "1"],
     "eval": ["eval", "model", "--data", "victim", "--seq-len", "8"],
+    "eval-joining": [
+        "eval-joining",
+        "model",
+        "--heldout",
+        "news=victim",
+        "--seq-len",
+        "8",
+        "--report",
+        "out/joining.json",
+    ],
     "tune": ["tune", "model", "--proxies", "proxies", "--public-data", "victim", "--out", "out/tuned", "--steps", "1"],
     "train": ["train", "--config=run.py"],
 }
-SLOW = ("export-hf", "generate", "eval", "tune", "train")
+SLOW = ("export-hf", "generate", "eval", "eval-joining", "tune", "train")
 QUICK = [verb for verb in VERBS if verb not in SLOW]
 
 
@@ -132,7 +142,7 @@ def strike(home: pathlib.Path, attacks: list[Attack], verb: str) -> str:
         try:
             assert code in (0, 1, 2), code
             assert state(root, own) == before
-            made = {"model", "proof.json", "hf", "tuned", "run", ".proof.json.pending"}
+            made = {"model", "proof.json", "hf", "tuned", "run", ".proof.json.pending", "joining.json"}
             assert {p.name for p in (root / "out").glob("*")} <= made
         finally:
             delete(root / attacked)  # `tempfile` fails at a deep one

@@ -77,6 +77,7 @@ def test_a_value_that_looks_like_an_option_is_a_value_where_it_has_spaces(world,
 # {verb: a command whose paths are all given}; each path that must exist is taken away in turn.
 PATHS = {
     "merge": ["merge", "--public", "{}", "--package", "{}", "--trusted", "{}", "--out", "new"],
+    "merge --heldout": ["merge", "--public", "{}", "--package", "{}", "--heldout", "news={}", "--out", "new"],
     "optout": ["optout", "{}", "--expert", "news"],
     "replace": ["replace", "{}", "--package", "{}", "--trusted", "{}"],
     "inspect": ["inspect", "{}"],
@@ -93,6 +94,7 @@ PATHS = {
     "export-gguf": ["export-gguf", "{}", "--out", "new"],
     "export-hf": ["export-hf", "{}", "--data", "{}", "--evaluation", "{}", "--out", "new"],
     "eval": ["eval", "{}", "--data", "{}"],
+    "eval-joining": ["eval-joining", "{}", "--heldout", "news={}"],
     "eval-suite": ["eval-suite", "{}", "--tasks", "mc9"],
     "eval-harness": ["eval-harness", "{}", "--tasks", "gsm8k", "--include", "{}"],
     "generate": ["generate", "{}", "--prompt", "x"],

@@ -165,6 +165,18 @@ def test_every_step_is_shown_as_a_command(done):
     assert verbs == ["data", "embed", "pretrain", *["embed", "train"] * 3, "merge", "merge", "optout"]
 
 
+def test_the_merge_says_what_joining_gives_and_costs_as_the_table_does(done):
+    bits = json.loads((done / "out" / "results.json").read_text())["bits_per_byte"]
+    shown = (done / "stdout.txt").read_text().partition("own hybrid")[2].splitlines()
+    rows = {line.split()[0]: line.split() for line in shown[2:6]}
+    assert list(rows) == ["public", *OWNERS]
+    for name, row in rows.items():
+        hybrid = "public alone" if name == "public" else f"hybrid {name}"
+        public, own, merged = (bits[model][name] for model in ("public alone", hybrid, "merged"))
+        assert row[2:6] == [f"{public:.3f}", f"{own:.3f}", f"{merged:.3f}", f"{public - merged:+.3f}"]
+        assert row[7] == f"{merged - own:+.3f}"
+
+
 def test_as_json_the_results_are_all_that_stdout_holds(done):
     """A second run, which trains nothing; the commands it shows go to stderr."""
     command = [sys.executable, "-m", "flexmoe_jax.cli.main", "quickstart", "--out", "out", "--eval-bytes", "3000"]

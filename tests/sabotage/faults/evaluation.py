@@ -7,6 +7,7 @@ BASELINES, INTERVALS, SCORING = "study/baselines.py", "study/intervals.py", "stu
 OF_PERPLEXITY, OF_LM = "tests/evaluate/test_perplexity.py", "tests/evaluate/test_lm.py"
 OF_SCORES, OF_SUITES = "tests/evaluate/test_scores.py", "tests/evaluate/test_suites.py"
 OF_BASELINES, OF_SOUPS = "tests/study/test_baselines.py", "tests/study/test_soups.py"
+JOINING, OF_JOINING, OF_REPORT = "evaluate/joining.py", "tests/evaluate/test_joining.py", "tests/cli/test_joining.py"
 OF_INTERVALS, OF_TABLES = "tests/study/test_intervals.py", "tests/study/test_tables.py"
 
 EVALUATION = (
@@ -233,5 +234,47 @@ EVALUATION = (
         "models = [PUBLIC, *dense.values()]",
         "models = [PUBLIC, METHOD, *dense.values()]",
         "tests/study/test_systems.py::test_mixtures_find_the_scores_of_the_public_model_and_of_the_dense_experts",
+    ),
+    Fault(
+        "a regret has the wrong sign",
+        JOINING,
+        "difference(self.merged, self.hybrid)",
+        "difference(self.hybrid, self.merged)",
+        f"{OF_JOINING}::test_a_hybrid_that_is_better_than_the_merged_model_is_a_regret_and_a_worse_public_model_a_gain",
+    ),
+    Fault(
+        "the hybrid of an owner lacks the public expert",
+        "api.py",
+        "scores([tree.PUBLIC, name], [name])",
+        "scores([name], [name])",
+        f"{OF_JOINING}::test_the_scores_are_those_of_public_alone_the_own_hybrid_and_the_merged_model",
+    ),
+    Fault(
+        "long documents make the interval of a difference wider",
+        JOINING,
+        "(bits_D - value * a.bytes_D) / a.bytes_D.mean()",
+        "bits_D / a.bytes_D.mean()",
+        f"{OF_JOINING}::test_documents_of_one_rate_leave_no_doubt_whatever_their_lengths",
+    ),
+    Fault(
+        "the interval of a difference holds 90%, not 95%",
+        JOINING,
+        "stdtrit(documents - 1, 0.975)",
+        "stdtrit(documents - 1, 0.95)",
+        f"{OF_JOINING}::test_of_equal_documents_the_interval_is_the_paired_t_interval",
+    ),
+    Fault(
+        "a merge is silent about owners whose text it does not have",
+        "cli/joining.py",
+        "if name not in measured]",
+        "if measured and name not in measured]",
+        f"{OF_REPORT}::test_every_merge_says_for_whom_it_was_not_measured",
+    ),
+    Fault(
+        "held-out text of an unknown owner is noticed after the merge",
+        "cli/joining.py",
+        "if owner not in experts:",
+        "if not experts:",
+        f"{OF_REPORT}::test_bad_input_is_refused_before_anything_is_written",
     ),
 )
