@@ -50,10 +50,11 @@ SIZES: dict[str, dict[str, Any]] = {
         "owner_steps": 60,
         "rates": "3e-4,1e-3",
         "mix_steps": 60,
-        "heldout_bytes": 20_000,
+        "heldout_bytes": 12_000,
+        "document_chars": 1000,
         "ablations": "the paper's training",
         "leave_out": "unrestricted 2x|FlexMoE, (tuned|biases|rows).*",
-        "suites": "mc9,gsm8k,math,humaneval,mbpp",
+        "suites": "mc9,gsm8k,math,humaneval",
     },
     "tiny": {
         "model": TINY,
