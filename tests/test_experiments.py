@@ -20,7 +20,11 @@ from flexmoe_jax.flexmix.build import DOMAINS
 from flexmoe_jax.hf import anchors
 from flexmoe_jax.model.decoder import init_params
 from flexmoe_jax.model_config import ModelConfig
+from flexmoe_jax.parallel.chips import parse_topology
+from flexmoe_jax.parallel.mesh import check_mesh
 from flexmoe_jax.params import count_parameters
+from flexmoe_jax.plan.costs import estimate
+from flexmoe_jax.plan.work import Work
 from flexmoe_jax.study.config import ABLATIONS, StudyConfig
 from flexmoe_jax.training.optimizer import make_optimizer
 from flexmoe_jax.training.state import state_shapes
@@ -51,6 +55,30 @@ def test_the_reproduction_names_real_domains_at_every_size(size):
         assert study.seq_len <= study.model.max_seq_len
         assert study.chosen_ablations == ABLATIONS
     assert f"reproduction.py:{size}" in (EXPERIMENTS / "reproduction.py").read_text()
+
+
+def test_what_is_trained_jointly_beside_smollm2_fits_a_machine_of_24_gb():
+    """All five experts with their moments; a process took 2.5 GB more than the plan (docs/reference/study.md)."""
+    study = read_config(StudyConfig, f"{EXPERIMENTS / 'reproduction.py'}:smollm2")
+    shape = ModelConfig(
+        vocab_size=49152,
+        num_layers=30,
+        d_model=576,
+        num_heads=9,
+        num_kv_heads=3,
+        head_dim=64,
+        d_ff=1536,
+        max_seq_len=8192,
+        pre_norm=True,
+        qk_norm=False,
+        tie_embeddings=True,
+        norm_topk=True,
+    )
+    sizes = {key: getattr(study, key) for key in ("batch_size", "seq_len", "top_k", "compute_dtype")}
+    run = RunConfig(owner=PUBLIC, data="-", out="-", public="-", steps=1, load_balance=0.01, **sizes)
+    work = Work(shape, canonical_order((PUBLIC, *study.owners)), run)
+    costs = estimate(work, parse_topology("h100:1"), check_mesh("data=1", 1))
+    assert 9e9 < costs.total < 24e9 - 2 * 2.5e9
 
 
 def model_7b() -> ModelConfig:

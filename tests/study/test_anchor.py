@@ -10,10 +10,13 @@ import numpy as np
 import pytest
 
 from flexmoe_jax.artifacts.model_dir import load_params, open_model
+from flexmoe_jax.cli.common import check_paths
+from flexmoe_jax.cli.main import main
 from flexmoe_jax.data import embedding
 from flexmoe_jax.data.embedding import DomainVector
 from flexmoe_jax.data.sources import read_documents
 from flexmoe_jax.data.wheels import Wheel
+from flexmoe_jax.errors import ConfigError
 from flexmoe_jax.evaluate.tasks import Result
 from flexmoe_jax.flexmix import build
 from flexmoe_jax.hf import anchors
@@ -71,6 +74,15 @@ def test_a_study_imports_its_anchor_once_with_the_vector_of_its_public_text(whee
     assert model.manifests["public"].record.fields["licence"] == "MIT"
     row = load_params(model)["experts"]["public"]["router"][0]
     assert np.linalg.norm(row) == pytest.approx(0.1, rel=1e-5)  # float32
+
+
+def test_the_command_takes_the_anchors_name(wheel, tmp_path, capsys):
+    assert main(["import-gguf", "smollm2", "--out", str(tmp_path / "model"), "--licence", "MIT"]) == 0
+    assert open_model(tmp_path / "model").config == dataclasses.replace(LLAMA, norm_topk=True)
+    study = dataclasses.replace(BESIDE, out=str(tmp_path))
+    check_paths(study, known=ANCHORS)
+    with pytest.raises(ConfigError, match="smollm2 does not exist"):
+        check_paths(study)
 
 
 def test_public_text_of_several_domains_is_as_much_of_each_and_owners_mix_it_in(tmp_path, monkeypatch):

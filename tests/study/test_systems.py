@@ -49,6 +49,14 @@ def test_a_study_of_the_method_has_a_part_of_all_systems_in_the_same_order():
     assert len(some) < len(every)
 
 
+def test_systems_are_left_out_by_their_whole_names():
+    every = [system.name for system in systems(CONFIG)]
+    some = systems(dataclasses.replace(CONFIG, leave_out="unrestricted 2x|FlexMoE, rows.*|BT"))
+    gone = {"unrestricted 2x", "FlexMoE, rows x 2", "FlexMoE, rows / 2"}
+    assert [system.name for system in some] == [name for name in every if name not in gone]
+    assert gone < set(every)
+
+
 def test_training_finds_the_models_it_starts_from(tmp_path, monkeypatch):
     started = {}
 
