@@ -9,9 +9,10 @@ import pathlib
 import re
 
 from benchmarks import harness
-from flexmoe_jax.study import figures
+from flexmoe_jax.study import claims, figures
 from flexmoe_jax.study.intervals import Interval
-from flexmoe_jax.study.results import MEAN, Kind, Results, SystemResult, read_results
+from flexmoe_jax.study.page import joining
+from flexmoe_jax.study.results import MARK_MEANS, MEAN, Kind, Regret, Results, SystemResult, read_results
 from flexmoe_jax.tree import PUBLIC
 
 ROOT = pathlib.Path(__file__).parents[1]
@@ -38,7 +39,7 @@ def filled(page: str, found: dict[str, str]) -> str:
 
     def put(match: re.Match[str]) -> str:
         value = found[match[1]]
-        shown = f"\n\n{value}\n\n" if value.startswith("|") else value  # a table
+        shown = f"\n\n{value}\n\n" if value.startswith(("|", "- ")) else value  # a table, a list
         return f"<!--{match[1]}-->{shown}<!--/-->"
 
     return PLACE.sub(put, page)
@@ -51,7 +52,14 @@ def values() -> dict[str, str]:
         "baselines": systems_table(small, Kind.BASELINE),
         "ablations": systems_table(small, Kind.ABLATION),
         "parts": systems_table(small, Kind.PART),
+        "headline": claims.headline(small),
+        "mark": MARK_MEANS,
+        "ablations-say": bullets(claims.differences(small, Kind.ABLATION)),
+        "mixed-say": bullets(mixed_sentences(small)),
         "mixed": mixed_table(small),
+        "regret": regret_table(small),
+        "joining": joining_table(seven),
+        "seven-say": claims.headline(seven),
         "gap": gap_table(small),
         "learning": learning_table(),
         "owners": owners_table(seven),
@@ -66,14 +74,15 @@ def values() -> dict[str, str]:
 def drawings() -> dict[str, str]:
     """{name: SVG} of the figures of the paper's comparison."""
     results = study("reproduction-small")
-    experts = [PUBLIC, *results.owners]
+    experts, share = [PUBLIC, *results.owners], results.method.share
     leaving = {owner: without(results, owner).against_method for owner in results.owners}
     groups = {kind: rows for kind, rows in results.grouped().items() if kind != Kind.PART}
-    first = {kind: groups[kind] for kind in (Kind.METHOD, Kind.BASELINE)}
+    first = {kind: groups[kind] for kind in figures.COMPARED}
     found = {
         "ranking": figures.ranking(groups, results.method.name),
         "baselines": figures.ranking(first, results.method.name),
-        "routing": figures.routing({domain: results.method.share[domain] for domain in results.domains}, experts),
+        "costs": figures.costs({k: [(row, results.relative_cost(row)) for row in rows] for k, rows in first.items()}),
+        "routing": figures.routing({domain: share[domain] for domain in results.domains if domain in share}, experts),
         "leaving": figures.matrix(
             {f"without {o}": {d: row[d].value for d in experts} for o, row in leaving.items()},
             "Change in bits per byte when an owner leaves",
@@ -95,10 +104,6 @@ def study(name: str) -> Results:
     return results
 
 
-def system(results: Results, name: str) -> SystemResult:
-    return next(row for row in results.systems if row.name == name)
-
-
 def without(results: Results, owner: str) -> SystemResult:
     """The merged model that an owner has left."""
     rest = {PUBLIC, *results.owners} - {owner}
@@ -106,7 +111,7 @@ def without(results: Results, owner: str) -> SystemResult:
 
 
 def bits(results: Results, name: str, domain: str = MEAN) -> float:
-    return system(results, name).bits_per_byte[domain].value
+    return results.of(name).bits_per_byte[domain].value
 
 
 def markdown(header: list[str], rows: list[list[str]]) -> str:
@@ -124,31 +129,78 @@ def interval(found: Interval) -> str:
     return unbroken(f"{found.value:+.3f} ({found.low:+.3f} to {found.high:+.3f})")
 
 
+def could_be_seen(found: Interval | None) -> str:
+    """The smallest difference that would have been found; nothing where files of before do not say."""
+    return "" if found is None or found.smallest is None else f"{found.smallest:.3f}"
+
+
+def bullets(sentences: list[str]) -> str:
+    return "\n".join(f"- {sentence}" for sentence in sentences)
+
+
 def unbroken(text: str) -> str:
     return text.replace(" ", "\N{NO-BREAK SPACE}")
 
 
 def systems_table(results: Results, kind: Kind) -> str:
     """The method and the systems of a kind, the best mean first."""
-    domains = [PUBLIC, *results.owners, MEAN, *results.domains[len(results.owners) + 1 :]]
+    mixed = mixed_domains(results)
+    domains = [*(domain for domain in results.domains if domain not in mixed), MEAN, *mixed]
     method, rows = results.method, []
     for row in sorted([method, *results.grouped()[kind]], key=lambda row: row.mean.value):
-        difference = "" if row is method else interval(row.against_method[MEAN])
-        cells = [f"**{row.name}**" if row is method else unbroken(row.name)]
+        difference = row.against_method.get(MEAN)
+        cells = [f"**{row.name}**" if row is method else unbroken(row.label)]
         cells += [f"{row.bits_per_byte[domain].value:.3f}" for domain in domains]
-        cells += [difference, f"{results.relative_cost(row):.2f}"]
+        cells += [interval(difference) if difference else "", could_be_seen(difference)]
+        cells += [f"{results.relative_cost(row):.2f}"]
         rows.append([*cells, f"{row.training_flops_after_public / method.training_flops_after_public:.2f}"])
-    header = ["system", *domains, f"against {method.name} (95%)", "a token", "training"]
+    header = ["system", *domains, f"against {method.name} (95%)", "could be seen", "a token", "training"]
     return markdown(header, rows)
+
+
+def mixed_domains(results: Results) -> list[str]:
+    """The domains whose documents interleave two."""
+    return [domain for domain in results.domains if " + " in domain]
+
+
+def mixed_sentences(results: Results) -> list[str]:
+    """What the method beats on documents that interleave two domains."""
+    return [
+        f"{domain}: {' '.join(claims.differences(results, Kind.BASELINE, domain))}" for domain in mixed_domains(results)
+    ]
+
+
+def regret_table(results: Results) -> str:
+    """What joining gives each owner on its own text, and what the merge does to the public text."""
+    rows = []
+    for row in joining(results)[results.method.name]:
+        pair = (row.against_hybrid, row.against_public)
+        cells = [(interval(found) if found else "", could_be_seen(found)) for found in pair]
+        rows.append([row.owner, *cells[0], *cells[1]])
+    header = ["text of", "merged against its own hybrid (95%)", "could be seen"]
+    return markdown([*header, "merged against the public model alone (95%)", "could be seen"], rows)
+
+
+def joining_table(results: Results) -> str:
+    """Against the public model alone, on each owner's own text, as owners join; in bold what is worse for sure."""
+    texts, rows = [PUBLIC, *results.owners], []
+    for model, found in joining(results).items():
+        of = {row.owner: regret_cell(row) for row in found}
+        rows.append([str(len(of) - 1), unbroken(model), *(of.get(name, "") for name in texts)])
+    return markdown(["owners", "merged", *texts], rows)
+
+
+def regret_cell(row: Regret) -> str:
+    shown = f"{row.against_public.value:+.3f}"
+    return f"**{shown}**" if claims.sign(row.against_public) > 0 else shown
 
 
 def mixed_table(results: Results) -> str:
     """Systems against the method on documents that interleave two domains."""
     names = ("prompt routing", "causal BTM", "BTM", "soup", "weighted soup", "uniform mixing", "unrestricted 1x")
-    domains = results.domains[len(results.owners) + 1 :]
-    rows = []
-    for name in names:
-        rows.append([unbroken(name), *(interval(system(results, name).against_method[domain]) for domain in domains)])
+    domains, rows = mixed_domains(results), []
+    for row in (results.of(name) for name in names):
+        rows.append([unbroken(row.label), *(interval(row.against_method[domain]) for domain in domains)])
     return markdown([f"against {results.method.name} (95%)", *domains], rows)
 
 
@@ -202,7 +254,7 @@ def owners_table(results: Results) -> str:
     )
     rows: dict[str, list[str]] = {label: [] for label in labels}
     for _, name, n in columns:
-        row = system(results, name)
+        row = results.of(name)
         layers = [layer[0] for layer in row.share[PUBLIC]]
         merged, alone = (sum(bits(results, it or f"hybrid {o}", o) for o in owners[:n]) for it in (name, ""))
         found = f"{bits(results, name, PUBLIC):.3f}", f"{sum(layers) / len(layers):.0%}", percent(merged, alone)
@@ -213,36 +265,25 @@ def owners_table(results: Results) -> str:
 
 def small_numbers(results: Results) -> dict[str, str]:
     """Numbers in the text about the paper's comparison."""
-    method, public = results.method, results.public
-    mean = {name: bits(results, name) for name in ("oracle dense expert", "oracle expert, frozen trunk", PUBLIC)}
+    mean = {name: bits(results, name) for name in ("oracle dense expert", "oracle expert, frozen trunk")}
     frozen = mean["oracle expert, frozen trunk"] - mean["oracle dense expert"]
-    calibrations = [row for row in results.systems if row.name.startswith(f"{method.name}, ")]
-    equal = [row["equal"] for seed in results.opting_out for row in seed.values()]
-    assert all(equal)
     return {
-        "public-behind": f"{public.mean.value - method.mean.value:.3f}",
-        "public-text-lost": percent(method.bits_per_byte[PUBLIC].value, public.bits_per_byte[PUBLIC].value),
-        "exact-opt-outs": str(len(equal)),
-        "frozen-share": f"{frozen / (method.mean.value - mean['oracle dense expert']):.0%}",
-        "calibration": f"{max(-row.against_method[MEAN].value for row in calibrations):.3f}",
-        "tuned-together": f"{system(results, f'{method.name}, tuned together').against_method[MEAN].value:+.3f}",
-        "tuned-alone": f"{system(results, f'{method.name}, tuned alone').against_method[MEAN].value:+.3f}",
+        "frozen-share": f"{frozen / (results.method.mean.value - mean['oracle dense expert']):.0%}",
         "public-steps": str(results.config["public_steps"]),
+        "seeds": str(results.config["seeds"]),
     }
 
 
 def seven_numbers(results: Results) -> dict[str, str]:
     """Numbers in the text about seven owners."""
     method, first = results.method.name, f"hybrid {results.owners[0]}"
-    shifted, wider, public = f"{method}, shifted by log n", f"{method}, rows x 2", bits(results, PUBLIC, PUBLIC)
-    assert all(row["equal"] for seed in results.opting_out for row in seed.values())
+    shifted, public = f"{method}, shifted by log n", bits(results, PUBLIC, PUBLIC)
     return {
         "public-model": f"{public:.3f}",
         "first-owner-costs": percent(bits(results, first, PUBLIC), public, 0),
         "seven-owners-cost": percent(bits(results, method, PUBLIC), public, 0),
         "shift-costs": percent(bits(results, shifted, PUBLIC), public),
         "shift-costs-mean": percent(bits(results, shifted), bits(results, method)),
-        "wider-rows-gain": f"{1 - bits(results, wider) / bits(results, method):.1%}",
     }
 
 

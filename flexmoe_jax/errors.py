@@ -29,6 +29,10 @@ class DataError(FlexMoEError):
     """Wrong documents, tokenizers, token stores or token ids."""
 
 
+class DivergedError(DataError):
+    """Training whose loss or gradients do not stay finite."""
+
+
 class ConfigError(FlexMoEError):
     """Wrong configurations and command-line values."""
 

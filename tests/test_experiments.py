@@ -17,6 +17,7 @@ from flexmoe_jax.data.pipeline import Batch
 from flexmoe_jax.errors import ConfigError
 from flexmoe_jax.experiment import load_experiment, read_config
 from flexmoe_jax.flexmix.build import DOMAINS
+from flexmoe_jax.hf import anchors
 from flexmoe_jax.model.decoder import init_params
 from flexmoe_jax.model_config import ModelConfig
 from flexmoe_jax.params import count_parameters
@@ -38,14 +39,17 @@ def load(name: str, *overrides: str) -> RunConfig:
     return read_config(RunConfig, f"{EXPERIMENTS / name}", [*open_keys, *overrides])
 
 
-@pytest.mark.parametrize("size", ["tiny", "small", "full"])
+@pytest.mark.parametrize("size", ["tiny", "small", "full", "smollm2"])
 def test_the_reproduction_names_real_domains_at_every_size(size):
     spec = f"{EXPERIMENTS / 'reproduction.py'}:{size}"
     study = read_config(StudyConfig, spec, ["seeds=2"])
     assert study.seeds == 2
-    assert set(study.owners) < set(DOMAINS)
-    assert study.seq_len <= study.model.max_seq_len
-    assert study.chosen_ablations == ABLATIONS
+    assert {*study.owners, *study.public_sources} <= set(DOMAINS)
+    if size == "smollm2":
+        assert study.public in anchors.ANCHORS
+    else:
+        assert study.seq_len <= study.model.max_seq_len
+        assert study.chosen_ablations == ABLATIONS
     assert f"reproduction.py:{size}" in (EXPERIMENTS / "reproduction.py").read_text()
 
 

@@ -6,7 +6,7 @@ import json
 import os
 import re
 import textwrap
-from collections.abc import Collection, Sequence
+from collections.abc import Collection, Container, Sequence
 from typing import TYPE_CHECKING, Any
 
 from flexmoe_jax.errors import ConfigError, did_you_mean, printable
@@ -146,14 +146,17 @@ def by_owner(option: str, items: Sequence[str], what: str) -> dict[str, str]:
     return paths
 
 
-def check_paths(config: Any) -> None:
-    """Refuses a configuration whose paths are not on this machine, or whose inputs do not exist."""
+def check_paths(config: Any, known: Container[str] = ()) -> None:
+    """Refuses a configuration whose paths are not on this machine, or whose inputs do not exist.
+
+    Names that are `known` stand for inputs that are fetched.
+    """
     from flexmoe_jax.mapping import field_docs
 
     docs = field_docs(type(config))
     for name, must_exist in _PATH_KEYS.items():
         value: Any = getattr(config, name, None)
-        if value != getattr(type(config), name, None):  # its default
+        if value != getattr(type(config), name, None) and value not in known:  # the former is its default
             what = docs.get(name, "").partition(". ")[0].rstrip(".")
             sources = [source.path for source in getattr(config, "sources", {}).values() if source.key == name]
             for path in sources or [value]:

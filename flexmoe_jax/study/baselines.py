@@ -9,11 +9,14 @@ from collections.abc import Iterator, Mapping
 import jax
 import numpy as np
 import numpy.typing as npt
+from scipy.signal import lfilter
 from scipy.special import log_softmax, logsumexp
 
 from flexmoe_jax.tree import PUBLIC, TRUNK, Params, union
 
 Nats = list[np.ndarray]
+
+FORGETTING = (1.0, 0.99, 0.95, 0.9, 0.8, 0.6)  # factors from which causal BTM's is chosen
 
 
 def branch_train_merge(nats: Mapping[str, Nats], temperature: float = 0.1, top_k: int | None = None) -> Nats:
@@ -25,15 +28,17 @@ def branch_train_merge(nats: Mapping[str, Nats], temperature: float = 0.1, top_k
     return [_mix(doc_ET, _log_weights(-doc_ET.mean(1) / temperature, top_k)[:, None]) for doc_ET in _documents(nats)]
 
 
-def causal_branch_train_merge(nats: Mapping[str, Nats], top_k: int | None = None) -> Nats:
+def causal_branch_train_merge(nats: Mapping[str, Nats], forgetting: float = 1.0, top_k: int | None = None) -> Nats:
     """BTM with weights from the past only: those of token t are the models' posterior given the tokens before it.
 
-    w_i(t) is proportional to the product of p_i(s) over s < t, with equal weights for the first token. This mixture is
-    a language model; the paper's is not.
+    w_i(t) is proportional to the product of p_i(s)^(forgetting^(t - s)) over s < t, with equal weights for the first
+    token: the posterior after a token, to the power `forgetting`, is the prior of the next (Raftery et al., Online
+    Prediction Under Model Uncertainty via Dynamic Model Averaging, Technometrics, 2010). With 1 nothing is forgotten,
+    and one model wins a long document for good. This mixture is a language model; the paper's is not.
     """
     mixed = []
     for doc_ET in _documents(nats):
-        past_ET = np.cumsum(doc_ET, axis=1) - doc_ET
+        past_ET = lfilter([0.0, forgetting], [1.0, -forgetting], doc_ET, axis=1)
         mixed.append(_mix(doc_ET, _log_weights(-past_ET, top_k)))
     return mixed
 

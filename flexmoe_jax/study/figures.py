@@ -7,11 +7,12 @@ from typing import Any
 
 import numpy as np
 
-from flexmoe_jax.study.results import MEAN, Kind, SystemResult
+from flexmoe_jax.study.results import MARK_MEANS, MEAN, Kind, SystemResult
 
 INK = "#010203"  # replaced by currentColor
 PALETTE = ("#8a8f98", "#3b82d6", "#e2803a", "#2fa07a", "#b65fc4", "#d6a21f", "#d8504d", "#5b6ee1")
 KIND_COLORS = {Kind.METHOD: PALETTE[2], Kind.BASELINE: PALETTE[1], Kind.ABLATION: PALETTE[3], Kind.PART: PALETTE[0]}
+COMPARED = (Kind.METHOD, Kind.BASELINE)  # in pictures of what a reader chooses between
 STYLE: Any = {
     "svg.fonttype": "none",
     "svg.hashsalt": "flexmoe",
@@ -57,17 +58,42 @@ def ranking(groups: Mapping[Kind, Sequence[SystemResult]], method: str) -> str:
                     markersize=5,
                     capsize=2,
                 )
-        labels = [kind.heading if system is None else system.name for kind, system in rows]
+        labels = [kind.heading if system is None else system.label for kind, system in rows]
         axes.set_yticks(range(len(rows)), labels)
         for label, (_, system) in zip(axes.get_yticklabels(), rows, strict=True):
             label.set_fontweight("bold" if system is None else "normal")
         axes.tick_params(axis="y", length=0)
         axes.set_ylim(len(rows) - 0.4, -0.6)
         axes.axvline(0, color=KIND_COLORS[Kind.METHOD], linewidth=1)
-        axes.set_xlabel(f"mean held-out bits per byte, difference to {method} (left is better)")
+        marked = any(system.sees_text for _, system in rows if system)
+        means = f"mean held-out bits per byte, difference to {method} (left is better)"
+        axes.set_xlabel(f"{means}\n{MARK_MEANS}" if marked else means)
         return figure
 
     return _svg(draw, f"Every system's difference to {method}, with 95% intervals")
+
+
+def costs(groups: Mapping[Kind, Sequence[tuple[SystemResult, float]]]) -> str:
+    """Mean bits per byte by what a token costs: (system, multiple of the public model's operations), grouped.
+
+    Without systems that see the text they score: their costs are not those of a language model.
+    """
+
+    def draw(plt: Any) -> Any:
+        figure, axes = plt.subplots(figsize=(8.5, 4.2))
+        for kind, systems in groups.items():
+            shown = [(system.name, cost, system.mean.value) for system, cost in systems if not system.sees_text]
+            x, y = [cost for _, cost, _ in shown], [bits for _, _, bits in shown]
+            axes.plot(x, y, "o", color=KIND_COLORS[kind], label=kind.heading, markersize=5)
+            for name, *place in shown:
+                axes.annotate(name, place, (5, 0), textcoords="offset points", fontsize=7, va="center")
+        axes.set_xlabel("operations of a token, as a multiple of the public model's")
+        axes.set_ylabel("mean held-out bits per byte")
+        axes.margins(x=0.15)
+        axes.legend(fontsize=8)
+        return figure
+
+    return _svg(draw, "What a token costs, and what it buys")
 
 
 def learning_curves(panels: Mapping[str, Mapping[str, Sequence[Sequence[float]]]]) -> str:

@@ -11,8 +11,8 @@ from typing import TYPE_CHECKING, Any
 from flexmoe_jax.errors import ArtifactError, ConfigError
 from flexmoe_jax.foreign import read_bytes
 from flexmoe_jax.json_files import MAX_TEXT_BYTES, parse_value
-from flexmoe_jax.study import figures
-from flexmoe_jax.study.results import RESULTS, SAMPLES, Kind, Results, SystemResult, read_results
+from flexmoe_jax.study import claims, figures
+from flexmoe_jax.study.results import MARK_MEANS, RESULTS, SAMPLES, Kind, Regret, Results, SystemResult, read_results
 from flexmoe_jax.tree import PUBLIC
 
 if TYPE_CHECKING:
@@ -48,17 +48,23 @@ def render(results: Results, samples: list[dict[str, Any]]) -> str:
     """The page of a study. Needs the extra `report`: ConfigError without it."""
     template = _template("study.html")
     groups, method, experts = results.grouped(), results.method, [PUBLIC, *results.owners]
+    compared = {kind: [(s, results.relative_cost(s)) for s in groups.get(kind, [])] for kind in figures.COMPARED}
     colors, panels = figures.expert_colors(experts), _panels(results)
     return template.render(
         results=results,
         method=method,
         groups=groups,
+        claims=claims,
+        joining=joining(results),
+        chosen=claims.chosen(results),
+        mark=MARK_MEANS if any(system.sees_text for system in results.systems) else "",
         command=_command(results),
         failed=_failed_opt_outs(results),
         figures={
             "ranking": figures.ranking(groups, method.name),
+            "costs": figures.costs(compared),
             "curves": figures.learning_curves(panels) if panels else "",
-            "routing": figures.routing({domain: method.share[domain] for domain in results.domains}, experts),
+            "routing": figures.routing({d: method.share[d] for d in results.domains if d in method.share}, experts),
             "leaving": figures.matrix(
                 {
                     f"without {owner}": {d: row.against_method[d].value for d in experts}
@@ -70,6 +76,14 @@ def render(results: Results, samples: list[dict[str, Any]]) -> str:
         samples=[_colored(sample, colors) for sample in samples],
         colors=colors,
     )
+
+
+def joining(results: Results) -> dict[str, list[Regret]]:
+    """The rows of regret by merged model, as owners join."""
+    models: dict[str, list[Regret]] = {}
+    for row in results.joined:
+        models.setdefault(row.model, []).append(row)
+    return models
 
 
 def render_quickstart(results: dict[str, Any], samples: list[dict[str, Any]]) -> str:

@@ -5,6 +5,7 @@ import pathlib
 from collections.abc import Sequence
 
 from flexmoe_jax.api import load
+from flexmoe_jax.artifacts.model_dir import open_model
 from flexmoe_jax.artifacts.sealed import differences
 from flexmoe_jax.errors import ArtifactError, ConfigError, did_you_mean
 from flexmoe_jax.files import write_json
@@ -13,11 +14,15 @@ from flexmoe_jax.mapping import to_mapping
 from flexmoe_jax.ranges import ranges_of
 from flexmoe_jax.study import tables
 from flexmoe_jax.study.config import StudyConfig
+from flexmoe_jax.study.rates import searches
 from flexmoe_jax.study.results import RESULTS, SAMPLES, Results, write_results
 from flexmoe_jax.study.scoring import Bench, SystemScore, make_texts
+from flexmoe_jax.study.suites import Scores, by_seed, score_suites
 from flexmoe_jax.study.systems import METHOD, systems
 from flexmoe_jax.study.train import OF_PUBLIC, OF_SHARED, make_shared, train_public, train_seed
 from flexmoe_jax.study.workshop import Artifacts
+
+MAY_DIFFER = ("out", "seeds", "ablations", "systems", "leave_out", "suites")  # of studies that share a folder
 
 
 def reproduce(config: StudyConfig, shared: pathlib.Path | None = None) -> Results:
@@ -30,10 +35,12 @@ def reproduce(config: StudyConfig, shared: pathlib.Path | None = None) -> Result
     shared = root if shared is None else shared
     check_same(config, root)
     make_shared(config, shared)
-    texts = make_texts(config, shared / "mix")
     public = train_public(config, shared, root)
+    config = dataclasses.replace(config, model=open_model(public).config)  # results tell it where config.public has it
+    texts = make_texts(config, shared / "mix")
     made: list[Artifacts] = []
     scores: list[dict[str, SystemScore]] = []
+    suites: list[Scores] = []
     for seed in range(config.seeds):
         home = root / f"seed-{seed}"
         made.append(train_seed(config, shared, public, home, seed))
@@ -41,18 +48,22 @@ def reproduce(config: StudyConfig, shared: pathlib.Path | None = None) -> Result
         for system in systems(config):
             bench.scores[system.name] = system.score(bench)
         scores.append(bench.scores)
+        suites.append(score_suites(bench))
     results = Results(
         study=root.resolve().name,
         config=to_mapping(config),
-        documents=tables.document_sizes(texts),
-        choice_items=tables.choice_items(config, texts),
+        documents=tables.document_sizes(texts.heldout),
         opting_out=[tables.compare_never_merged(artifacts) for artifacts in made],
+        regret=tables.regret(config, texts.heldout, scores),
         curves=tables.curves(config, root),
         classifiers=tables.classifiers(config, shared),
-        systems=tables.tabulate(config, texts, scores),
+        suites=by_seed(suites),
+        rates=searches(root),
+        systems=tables.tabulate(config, texts.heldout, scores),
     )
     # Held-out text stays in the study's folder: results may be published, news may not.
-    write_json(root / SAMPLES, tables.samples(load(made[0].models[METHOD]), texts.heldout))
+    heldout = {domain: [text.text for text in some] for domain, some in texts.heldout.items()}
+    write_json(root / SAMPLES, tables.samples(load(made[0].models[METHOD]), heldout))
     write_results(root / RESULTS, [results])
     return results
 
@@ -87,10 +98,10 @@ def vary(config: StudyConfig, key: str, values: Sequence[str]) -> dict[str, Resu
 def check_same(config: StudyConfig, root: pathlib.Path) -> None:
     """Refuses a folder that holds another study, since its models and scores would be taken for this one's.
 
-    More seeds, other ablations and more systems may be added.
+    More seeds, other ablations, more systems and suites may be added.
     """
     path, fields = root / "study.json", to_mapping(config)
-    fields = {key: value for key, value in fields.items() if key not in ("out", "seeds", "ablations", "systems")}
+    fields = {key: value for key, value in fields.items() if key not in MAY_DIFFER}
     if not path.exists():
         root.mkdir(parents=True, exist_ok=True)
         write_json(path, fields)

@@ -3,14 +3,13 @@
 import dataclasses
 import functools
 import math
+import re
 from collections.abc import Callable, Mapping
 
 from flexmoe_jax.model.flops import forward_flops, training_flops
-from flexmoe_jax.model_config import ModelConfig
-from flexmoe_jax.optimizer_config import OptimizerConfig
-from flexmoe_jax.study.baselines import Nats, branch_train_merge, causal_branch_train_merge, oracle
+from flexmoe_jax.study.baselines import FORGETTING, Nats, branch_train_merge, causal_branch_train_merge, oracle
 from flexmoe_jax.study.config import Experts, StudyConfig
-from flexmoe_jax.study.results import Kind
+from flexmoe_jax.study.results import Kind, hybrid_of
 from flexmoe_jax.study.scoring import (
     Bench,
     Scorer,
@@ -19,6 +18,7 @@ from flexmoe_jax.study.scoring import (
     of_model,
     prompt_routing,
     selected,
+    tuned_mixture,
     uniform_soup,
     weighted_soup,
     with_router,
@@ -60,14 +60,17 @@ class System:
     experts: tuple[str, ...] = ()
     """The experts kept, if it is a selection of the merged model's experts."""
 
+    sees_text: bool = False
+    """Whether it chooses or weighs models by the very text that it scores: it is then no language model."""
+
     @property
     def training(self) -> Training | None:
         """How it is trained; None where it is derived from other systems."""
         return None if isinstance(self.make, Derived) else self.make
 
-    def forward_flops(self, model: ModelConfig) -> float:
-        """Operations of a token's forward pass in windows of `model.max_seq_len`."""
-        return self.models * forward_flops(model, model.max_seq_len, self.active)
+    def forward_flops(self, config: StudyConfig) -> float:
+        """Operations of a token's forward pass in windows of `config.seq_len`."""
+        return self.models * forward_flops(config.shape, config.seq_len, self.active)
 
     def score(self, bench: Bench) -> SystemScore:
         """Scores it, or reads its scores."""
@@ -83,30 +86,34 @@ class _Costs:
 
     @property
     def method(self) -> float:
-        """Every owner's expert beside the public one."""
-        return self.owners(self.config.owner_steps, "expert")
+        """Every owner's expert as the method trains it."""
+        return self.experts(Experts())
 
     @property
     def dense(self) -> float:
         """Every owner's dense expert, all parameters trained."""
-        return self.owners(self.config.owner_steps, "joint")
+        return self.owners(self.config.owner_steps, "joint", self.config.own_sequences)
 
     @property
     def frozen_trunk(self) -> float:
         """Every owner's feed-forward network, without the public expert beside it."""
-        return self.owners(self.config.owner_steps, "alone")
+        return self.owners(self.config.owner_steps, "alone", self.config.own_sequences)
 
-    def owners(self, steps: int, kind: str) -> float:
-        """`steps` by every owner."""
-        return len(self.config.owners) * self._steps(steps, kind)
+    def experts(self, how: Experts) -> float:
+        """Every owner's expert."""
+        rows = self.config.batch_size if how.public_text else self.config.own_sequences
+        return self.owners(self.config.owner_steps, "expert" if how.coordinate else "alone", rows)
+
+    def owners(self, steps: int, kind: str, rows: int) -> float:
+        """`steps` of `rows` sequences by every owner."""
+        return len(self.config.owners) * self._steps(steps, kind, rows)
 
     def joint(self, steps: int) -> float:
         """`steps` of all experts together, `top_k` of them active."""
-        return self._steps(steps, "joint", self.config.top_k)
+        return self._steps(steps, "joint", self.config.batch_size, self.config.top_k)
 
-    def _steps(self, count: int, kind: str, active: int = 1) -> float:
-        tokens = self.config.batch_size * self.config.seq_len
-        return count * tokens * training_flops(self.config.model, self.config.seq_len, kind, active)
+    def _steps(self, count: int, kind: str, rows: int, active: int = 1) -> float:
+        return count * rows * self.config.seq_len * training_flops(self.config.shape, self.config.seq_len, kind, active)
 
 
 def systems(config: StudyConfig) -> list[System]:
@@ -124,10 +131,10 @@ def systems(config: StudyConfig) -> list[System]:
         *_selections(config, cost),
         *_calibrations(config, cost),
     ]
-    if config.systems == "method":
-        return table
-    names = {owner: system.name for owner, system in dense.items()}
-    return [*table, *_mixtures(names, cost), *_joint(config, cost, names), *_ablations(config, cost)]
+    if config.systems == "all":
+        names = {owner: system.name for owner, system in dense.items()}
+        table += [*_mixtures(names, cost), *_joint(config, cost, names), *_ablations(config, cost)]
+    return [system for system in table if not re.fullmatch(config.leave_out or "", system.name)]
 
 
 def _whole_models(config: StudyConfig, cost: _Costs) -> tuple[dict[str, System], dict[str, System]]:
@@ -144,13 +151,13 @@ def _whole_models(config: StudyConfig, cost: _Costs) -> tuple[dict[str, System],
 def _oracle(name: str, models: Mapping[str, System], flops: float) -> System:
     """For each set of texts the best of the public model and `models`."""
     names = [PUBLIC, *(system.name for system in models.values())]
-    return System(name, Kind.BASELINE, Derived(mixture(names, oracle), kept=False), flops)
+    return System(name, Kind.BASELINE, Derived(mixture(names, oracle), kept=False), flops, sees_text=True)
 
 
 def _selections(config: StudyConfig, cost: _Costs) -> list[System]:
     """The merged model with fewer experts."""
     owners = config.owners
-    kept: dict[str, tuple[str, ...]] = {f"hybrid {owner}": (PUBLIC, owner) for owner in owners}
+    kept: dict[str, tuple[str, ...]] = {hybrid_of(owner): (PUBLIC, owner) for owner in owners}
     kept |= {f"without {owner}": (PUBLIC, *(other for other in owners if other != owner)) for owner in owners}
     kept |= {f"first {n} owners": (PUBLIC, *owners[:n]) for n in range(2, len(owners) - 1)}
     table = []
@@ -180,20 +187,27 @@ def _calibrations(config: StudyConfig, cost: _Costs) -> list[System]:
 def _mixtures(dense: Mapping[str, str], cost: _Costs) -> list[System]:
     """Baselines that mix, choose among or average the public model and the dense experts {owner: name}."""
     models = [PUBLIC, *dense.values()]
+    base, every = functools.partial(System, kind=Kind.BASELINE, training_flops=cost.dense), len(models)
     mixes: dict[str, Callable[[dict[str, Nats]], Nats]] = {
         "BTM": branch_train_merge,
         "BTM, top-2": functools.partial(branch_train_merge, top_k=2),
+    }
+    causal: dict[str, Callable[[dict[str, Nats], float], Nats]] = {
         "causal BTM": causal_branch_train_merge,
         "causal BTM, top-2": functools.partial(causal_branch_train_merge, top_k=2),
     }
     return [
         *(
-            System(name, Kind.BASELINE, Derived(mixture(models, mix), kept=False), cost.dense, models=len(models))
+            base(name, make=Derived(mixture(models, mix), False), models=every, sees_text=True)
             for name, mix in mixes.items()
         ),
-        System("prompt routing", Kind.BASELINE, Derived(prompt_routing(models), kept=False), cost.dense),
-        System("soup", Kind.BASELINE, Derived(uniform_soup(models)), cost.dense),
-        System("weighted soup", Kind.BASELINE, Derived(weighted_soup(models)), cost.dense),
+        *(
+            base(name, make=Derived(tuned_mixture(models, mix, FORGETTING), False), models=every)
+            for name, mix in causal.items()
+        ),
+        base("prompt routing", make=Derived(prompt_routing(models), False), sees_text=True),
+        base("soup", make=Derived(uniform_soup(models))),
+        base("weighted soup", make=Derived(weighted_soup(models)), sees_text=True),
     ]
 
 
@@ -217,15 +231,15 @@ def _ablations(config: StudyConfig, cost: _Costs) -> list[System]:
         if k <= len(config.owners) + 1 and k != config.top_k
     ]
     for name, experts in config.chosen_ablations.items():
-        flops = cost.method if experts.changes.get("coordinate", True) else cost.frozen_trunk
-        table.append(System(name, Kind.ABLATION, experts, flops, config.top_k))
+        table.append(System(name, Kind.ABLATION, experts, cost.experts(experts), config.top_k))
     fitted = {
         "freeze": "trunk/.*|experts/public/.*|experts/.*/(router|w_.*)",
         "top_k": config.top_k,
-        "optimizer": OptimizerConfig(lr=2e-2, warmup_steps=5),
+        "groups": "experts/.*/bias lr=10",
     }
     steps = config.tune_steps
-    alone, together = cost.method + cost.owners(steps, "expert"), cost.method + cost.joint(steps)
+    alone = cost.method + cost.owners(steps, "expert", config.batch_size)
+    together = cost.method + cost.joint(steps)
     further: dict[str, tuple[Training, float]] = {
         "tuned alone": (Tuned(METHOD, together=False), alone),
         "tuned together": (Tuned(METHOD, together=True), together),

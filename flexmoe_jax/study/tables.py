@@ -1,4 +1,4 @@
-"""From scores to results: bits per byte and the continuation task with intervals; curves, opt-outs, sample texts."""
+"""From scores to results: bits per byte with intervals; curves, opt-outs, sample texts."""
 
 import json
 import math
@@ -16,10 +16,9 @@ from flexmoe_jax.compose.optout import opt_out
 from flexmoe_jax.data.proxies import Classifier
 from flexmoe_jax.study.baselines import Nats
 from flexmoe_jax.study.config import StudyConfig
-from flexmoe_jax.study.continuation import CHOICES, correct
-from flexmoe_jax.study.intervals import Bootstrap, summary
-from flexmoe_jax.study.results import MEAN, Curve, SystemResult
-from flexmoe_jax.study.scoring import SystemScore, Texts
+from flexmoe_jax.study.intervals import Interval, Sample, weighted_sum
+from flexmoe_jax.study.results import MEAN, PUBLIC_TEXT, Curve, Regret, SystemResult, hybrid_of
+from flexmoe_jax.study.scoring import SystemScore, Text
 from flexmoe_jax.study.systems import METHOD, systems
 from flexmoe_jax.study.workshop import Artifacts, Workshop
 from flexmoe_jax.tree import PUBLIC
@@ -27,34 +26,22 @@ from flexmoe_jax.tree import PUBLIC
 SAMPLE_TOKENS = 120
 
 
-def tabulate(config: StudyConfig, texts: Texts, scores: Sequence[dict[str, SystemScore]]) -> list[SystemResult]:
+def tabulate(
+    config: StudyConfig, texts: Mapping[str, Sequence[Text]], scores: Sequence[dict[str, SystemScore]]
+) -> list[SystemResult]:
     """A row for each system of `scores` (one mapping per seed), every figure with its 95% interval."""
-    bytes_D = {domain: np.array([len(text.encode()) for text in some]) for domain, some in texts.heldout.items()}
-    bits = Bootstrap(len(scores), {domain: len(sizes) for domain, sizes in bytes_D.items()})
-    items = choice_items(config, texts)
-    choices = Bootstrap(len(scores), items)
-    bits_R: dict[str, dict[str, np.ndarray]] = {}
-    right_R: dict[str, dict[str, np.ndarray]] = {}
-    for name in scores[0]:
-        nats = {key: [_totals(seed[name].nats[key]) for seed in scores] for key in scores[0][name].nats}
-        bits_R[name] = {d: bits.ratio(d, np.array(nats[d, "heldout"]) / math.log(2), b) for d, b in bytes_D.items()}
-        right_R[name] = {
-            d: choices.ratio(d, [correct(n) for n in nats[d, "choice"]], np.ones(count)) for d, count in items.items()
-        }
-        for values_R in (bits_R[name], right_R[name]):
-            values_R[MEAN] = np.mean([values_R[domain] for domain in items], axis=0)
+    table = _Table(config, texts, scores)
     return [
         SystemResult(
             name=system.name,
             kind=system.kind,
             experts=list(system.experts),
-            bits_per_byte={d: summary(values_R) for d, values_R in bits_R[system.name].items()},
-            against_method={d: summary(values_R - bits_R[METHOD][d]) for d, values_R in bits_R[system.name].items()}
-            if system.name != METHOD
-            else {},
-            choice={d: summary(values_R) for d, values_R in right_R[system.name].items()},
-            forward_flops_per_token=system.forward_flops(config.model),
+            sees_text=system.sees_text,
+            bits_per_byte=table.row(system.name),
+            against_method=table.row(system.name, METHOD) if system.name != METHOD else {},
+            forward_flops_per_token=system.forward_flops(config),
             training_flops_after_public=system.training_flops,
+            chosen={d: [seed[system.name].chosen[d] for seed in scores] for d in scores[0][system.name].chosen},
             share={d: share_LE.tolist() for d, share_LE in scores[0][system.name].share.items()},
         )
         for system in systems(config)
@@ -62,25 +49,77 @@ def tabulate(config: StudyConfig, texts: Texts, scores: Sequence[dict[str, Syste
     ]
 
 
-def document_sizes(texts: Texts) -> dict[str, dict[str, int]]:
-    """{domain: how many `documents` and `bytes` of held-out text}."""
+def regret(
+    config: StudyConfig, texts: Mapping[str, Sequence[Text]], scores: Sequence[dict[str, SystemScore]]
+) -> list[Regret]:
+    """What joining costs or gives each owner, on its own text, in the merged models as owners join in their order.
+
+    A row with `PUBLIC` in the place of the owner is what the merge does to the public text.
+    """
+    table, rows = _Table(config, texts, scores), []
+    joined: dict[tuple[str, ...], str] = {}
+    for system in systems(config):
+        if system.experts and system.experts[1:] == config.owners[: len(system.experts) - 1]:
+            joined.setdefault(system.experts, system.name)
+    for experts, name in sorted(joined.items(), key=lambda item: len(item[0])):
+        rows.append(Regret(name, PUBLIC, None, table.cell(table.public_text, name, PUBLIC)))
+        for owner in experts[1:]:
+            alone = table.cell(owner, name, PUBLIC)
+            rows.append(Regret(name, owner, table.cell(owner, name, hybrid_of(owner)), alone))
+    return rows
+
+
+class _Table:
+    """Bits of every system on the same texts: `row` gives intervals, by domain and for `MEAN`."""
+
+    def __init__(
+        self, config: StudyConfig, texts: Mapping[str, Sequence[Text]], scores: Sequence[dict[str, SystemScore]]
+    ) -> None:
+        self.bytes = {d: np.array([len(text.text.encode()) for text in some]) for d, some in texts.items()}
+        self.groups = {domain: [text.group for text in some] for domain, some in texts.items()}
+        self.bits = {
+            name: {d: np.array([_bits(seed[name].nats[d]) for seed in scores]) for d in texts} for name in scores[0]
+        }
+        self.columns = {domain: {domain: 1.0} for domain in texts}
+        self.public_text = PUBLIC
+        public = dict.fromkeys(config.public_sources, 1 / len(config.public_sources))
+        if len(public) > 1:
+            self.public_text = PUBLIC_TEXT
+            self.columns[PUBLIC_TEXT] = public
+        each = 1 / (1 + len(config.owners))  # public text counts once in the mean, however many sources it has
+        self.columns[MEAN] = {s: each * share for s, share in public.items()} | dict.fromkeys(config.owners, each)
+
+    def row(self, name: str, other: str | None = None) -> dict[str, Interval]:
+        """Every column of the system `name`, or of its differences from `other`."""
+        return {column: self.cell(column, name, other) for column in self.columns}
+
+    def cell(self, column: str, name: str, other: str | None = None) -> Interval:
+        """One column of a row."""
+        samples, weights = [], self.columns[column]
+        for domain in weights:
+            bits_SD = self.bits[name][domain] - (0 if other is None else self.bits[other][domain])
+            samples.append(Sample(bits_SD, self.bytes[domain], self.groups[domain]))
+        return weighted_sum(samples, list(weights.values()))
+
+
+def document_sizes(texts: Mapping[str, Sequence[Text]]) -> dict[str, dict[str, int]]:
+    """{domain: how many `documents`, `groups` of documents and `bytes` of held-out text}."""
     return {
-        domain: {"documents": len(some), "bytes": sum(len(text.encode()) for text in some)}
-        for domain, some in texts.heldout.items()
+        domain: {
+            "documents": len(some),
+            "groups": len({text.group for text in some}),
+            "bytes": sum(len(text.text.encode()) for text in some),
+        }
+        for domain, some in texts.items()
     }
-
-
-def choice_items(config: StudyConfig, texts: Texts) -> dict[str, int]:
-    """{domain: items of the continuation task}, of the public text and the owners' domains."""
-    return {domain: len(texts.choice[domain]) // CHOICES for domain in (PUBLIC, *config.owners)}
 
 
 def compare_never_merged(artifacts: Artifacts) -> dict[str, dict[str, Any]]:
     """{owner: digests of the method's model after its opt-out and of one merged without it}; equal if exact."""
     model = open_model(artifacts.models[METHOD])
     result = {}
-    with tempfile.TemporaryDirectory() as folder:
-        for owner in (name for name in model.experts if name != PUBLIC):
+    for owner in (name for name in model.experts if name != PUBLIC):
+        with tempfile.TemporaryDirectory() as folder:
             rest = [model.package(name) for name in model.experts if name not in (PUBLIC, owner)]
             left = opt_out(model.path, owner, pathlib.Path(folder, f"without-{owner}"))
             path = pathlib.Path(folder, f"never-{owner}")
@@ -128,5 +167,6 @@ def classifiers(config: StudyConfig, shared: pathlib.Path) -> dict[str, float]:
     return {owner: Classifier.load(path).accuracy for owner, path in paths.items() if path.exists()}
 
 
-def _totals(nats: Nats) -> np.ndarray:
-    return np.array([doc.sum(dtype=np.float64) for doc in nats])
+def _bits(nats: Nats) -> np.ndarray:
+    """Bits of each document, float64 [D]."""
+    return np.array([doc.sum(dtype=np.float64) for doc in nats]) / math.log(2)

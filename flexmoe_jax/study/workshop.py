@@ -17,9 +17,10 @@ from flexmoe_jax.compose.merge import merge
 from flexmoe_jax.compose.tune import Tuning, tune
 from flexmoe_jax.config import RunConfig
 from flexmoe_jax.data.embedding import DomainVector
+from flexmoe_jax.files import remove_directory
 from flexmoe_jax.optimizer_config import OptimizerConfig
 from flexmoe_jax.study.baselines import branch_train_mix
-from flexmoe_jax.study.config import Experts, StudyConfig
+from flexmoe_jax.study.config import PUBLIC_FRACTION, Experts, StudyConfig
 from flexmoe_jax.training.loop import train
 from flexmoe_jax.tree import PUBLIC, Params, split
 
@@ -45,7 +46,7 @@ class Joint:
     start: Callable[["Workshop", Artifacts], pathlib.Path]
     """Makes or finds the model directory that training starts from."""
     changes: Mapping[str, Any] = dataclasses.field(default_factory=dict)
-    """Keys of its `RunConfig` beside those that every joint run has."""
+    """Keys of its `RunConfig` beside those that every joint run has, and `groups`, that of its optimizer."""
 
 
 @dataclasses.dataclass(frozen=True)
@@ -73,6 +74,8 @@ class Workshop:
     shared: pathlib.Path
     home: pathlib.Path
     seed: int
+    rate: float = 1.5e-3
+    """Peak learning rate of the trainings that `make` does."""
 
     def make(self, name: str, training: Training, artifacts: Artifacts) -> pathlib.Path:
         """The model directory of the system `name`; `artifacts` has the models that it is made from."""
@@ -94,19 +97,30 @@ class Workshop:
                 return {text: self._run(name)}
         return {}
 
-    def train(self, name: str, *, owner: str, text: str, steps: int, **changes: Any) -> pathlib.Path:
-        """The product of a run on the mix's domain `text`, or on the folder `text` beside the mix."""
-        folder = self.shared / text if text == ALL else self.shared / "mix" / text
+    def train(
+        self, name: str, *, owner: str, text: str, steps: int, groups: str | None = None, **changes: Any
+    ) -> pathlib.Path:
+        """The product of a run on the mix's domain `text`, or on the folder `text` beside the mix.
+
+        An owner's batches hold the same number of own sequences with public text beside them and without.
+        """
+        own = self.config.own_sequences if text in self.config.owners and "public_data" not in changes else None
+        folder = text_folder(self.config, self.shared, text)
         options: dict[str, Any] = {
-            "optimizer": OptimizerConfig(lr=1.5e-3, warmup_steps=10, weight_decay=0.1),
+            "optimizer": OptimizerConfig(
+                lr=self.rate, warmup_steps=min(10, steps // 10), weight_decay=0.1, groups=groups
+            ),
             "out": str(self._run(name)),
-            "batch_size": self.config.batch_size,
+            "batch_size": own or self.config.batch_size,
             "seq_len": self.config.seq_len,
+            "compute_dtype": self.config.compute_dtype,
             "seed": self.seed,
             "save_every": 200,
             "eval_every": None,  # the held-out text is for the study's own scores
         }
         product = train(RunConfig(owner=owner, data=str(folder), steps=steps, **options | changes))
+        for states in ("checkpoints", "digests"):  # with two moments they take several times what the run made
+            remove_directory(product.parent / states)
         log.info(f"seed {self.seed}: {name}: {product}")
         return product
 
@@ -133,12 +147,15 @@ class Workshop:
                 vector = self.made(f"random row {owner}.json", functools.partial(_random_row, vector, self.seed, i))
             options: dict[str, Any] = {
                 "public": str(release),
-                "public_data": str(self.shared / "mix" / PUBLIC),
-                "public_fraction": 0.25,
-                "router_contrast": 0.1,
                 "domain_vector": str(vector),
-                **how.changes,
+                "coordinate": how.coordinate,
+                "router_contrast": 0.1 if how.contrast else 0.0,
+                **({} if how.coordinate else {"router_z_loss": 0.0}),  # a router that chooses nothing
             }
+            if how.public_text:
+                public_text = str(text_folder(self.config, self.shared, PUBLIC))
+                options |= {"public_data": public_text, "public_fraction": PUBLIC_FRACTION}
+            options |= how.changes
             run = _expert_of(name, owner)
             packages.append(self.train(run, owner=owner, text=owner, steps=self.config.owner_steps, **options))
         return self.made(f"merged {name}", lambda path: merge(release, packages, path, top_k=self.config.top_k))
@@ -147,13 +164,15 @@ class Workshop:
         made = tune(
             model,
             {owner: self.shared / "proxies" / owner for owner in self.config.owners},
-            self.shared / "mix" / PUBLIC,
+            text_folder(self.config, self.shared, PUBLIC),
             self._made(name),
             Tuning(
                 together=together,
                 seed=self.seed,
                 batch_size=self.config.batch_size,
                 seq_len=self.config.seq_len,
+                lr=self.rate,
+                compute_dtype=self.config.compute_dtype,
                 steps=self.config.tune_steps,
             ),
         )
@@ -161,17 +180,24 @@ class Workshop:
         return made.path
 
     def _run(self, name: str) -> pathlib.Path:
-        return self.home / "runs" / _folder_name(name)
+        return self.home / "runs" / folder_name(name)
 
     def _made(self, name: str) -> pathlib.Path:
-        return self.home / "made" / _folder_name(name)
+        return self.home / "made" / folder_name(name)
+
+
+def text_folder(config: StudyConfig, shared: pathlib.Path, text: str) -> pathlib.Path:
+    """The folder of a text: a domain of the mix; `all` and public text of several domains are blended beside it."""
+    blended = text == ALL or (text == PUBLIC and config.public_sources != (PUBLIC,))
+    return shared / text if blended else shared / "mix" / text
 
 
 def _expert_of(name: str, owner: str) -> str:
     return f"{name} {owner}"
 
 
-def _folder_name(name: str) -> str:
+def folder_name(name: str) -> str:
+    """The name of a system's folder."""
     return re.sub("[,']", "", name).replace(" ", "_")
 
 
@@ -213,7 +239,7 @@ def _write_joint(workshop: Workshop, artifacts: Artifacts, params: Params, path:
         experts[name] = {**expert, "router": row}
     parts = {**params, "experts": experts}
     records = dict.fromkeys(split(parts), release.manifests[PUBLIC].record.fields)
-    create_model(path, parts, config.model, release.tokenizer_files, records, config.top_k)
+    create_model(path, parts, release.config, release.tokenizer_files, records, config.top_k)
 
 
 def _random_row(vector: pathlib.Path, seed: int, owner: int, path: pathlib.Path) -> None:

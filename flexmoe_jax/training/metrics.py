@@ -34,7 +34,7 @@ import jax
 import numpy as np
 
 from flexmoe_jax.config import RunConfig
-from flexmoe_jax.errors import ArtifactError, DataError, FlexMoEError
+from flexmoe_jax.errors import ArtifactError, DivergedError
 from flexmoe_jax.files import write_bytes
 from flexmoe_jax.progress import Advance
 
@@ -157,7 +157,7 @@ class Window:
 class Recorder:
     """Reads a step's metrics after the next step is dispatched, so that no device waits, and writes their lines.
 
-    `names` are the experts in canonical order; `sinks` take the lines. Raises FlexMoEError after `max_bad_steps` steps
+    `names` are the experts in canonical order; `sinks` take the lines. Raises DivergedError after `max_bad_steps` steps
     in a row with a non-finite loss or gradient.
     """
 
@@ -229,7 +229,7 @@ class Recorder:
         return {**values, "share": means, "share_by_layer": by_layer}
 
     def _skipped(self, n: int, values: dict, last: dict) -> None:
-        """Writes and logs that step `n` is skipped; FlexMoEError where too many were in a row."""
+        """Writes and logs that step `n` is skipped; DivergedError where too many were in a row."""
         run = self._run
         finite = jax.tree.map(lambda value: value if np.isfinite(value) else None, self._named(values))
         for sink in self._sinks:
@@ -241,7 +241,7 @@ class Recorder:
         where = f"windows {n * rows} to {(n + 1) * rows - 1} of the {data} in the order of seed {run.seed}"
         log.info(f"step {n} is skipped: its {cause} is not finite ({where})")
         if last["bad_steps"] >= run.max_bad_steps:
-            raise FlexMoEError(
+            raise DivergedError(
                 f"the loss or its gradient was not finite for {last['bad_steps']} steps in a row, up to step {n}",
                 "look at these documents, or lower config.optimizer.lr with --allow=config.optimizer.lr: the run "
                 "resumes at its last checkpoint",
@@ -269,9 +269,9 @@ def row_of(line: dict) -> dict[str, str]:
 
 
 def check_skipped(run: RunConfig, skipped: int, steps: int) -> None:
-    """DataError if the run skipped more than `MOST_SKIPPED` of its `steps`: its product would not be what it states."""
+    """DivergedError if more than `MOST_SKIPPED` of a run's `steps` were skipped: its product is not what it states."""
     if skipped > MOST_SKIPPED * steps:
-        raise DataError(
+        raise DivergedError(
             f"{skipped} of {steps} steps were skipped, since their loss or gradient was not finite: more than "
             f"{MOST_SKIPPED:.0%}, and nothing is published from {run.out}; its checkpoints remain",
             "look at the documents of these steps, or lower config.optimizer.lr, and train in another config.out; or "

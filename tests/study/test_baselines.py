@@ -26,6 +26,25 @@ def test_causal_btm_is_the_posterior_mixture_whose_total_is_the_mean_likelihood(
     assert mixed.sum() == pytest.approx(total, rel=1e-12)
 
 
+def test_a_posterior_that_forgets_is_the_next_prior_to_that_power():
+    """Token by token, as the definition says: w(t + 1) is in proportion to (w(t) p(t))^forgetting."""
+    expected, prior_E = [], np.array([0.5, 0.5])
+    for a, b in zip(A, B, strict=True):
+        p_E = np.exp([-a, -b])
+        expected.append(-math.log(prior_E @ p_E))
+        prior_E = (prior_E * p_E) ** 0.8
+        prior_E /= prior_E.sum()
+    np.testing.assert_allclose(causal_branch_train_merge(NATS, 0.8)[0], expected, rtol=1e-12)
+
+
+def test_a_mixture_that_forgets_follows_a_document_that_changes_hands():
+    """Two hundred tokens of which each model knows a half: what never forgets pays the whole first half back."""
+    known, unknown = np.full(100, 1.0), np.full(100, 3.0)
+    nats = {"a": [np.concatenate([known, unknown])], "b": [np.concatenate([unknown, known])]}
+    assert causal_branch_train_merge(nats, 1.0)[0].sum() == pytest.approx(400, rel=0.01)  # one model, all the way
+    assert causal_branch_train_merge(nats, 0.8)[0].sum() < 215
+
+
 def test_causal_btm_does_not_look_ahead_and_the_papers_form_does():
     later = {"a": [np.array([0.5, 2.0, 9.0])], "b": [np.array([1.5, 0.25, 0.1])]}
     np.testing.assert_array_equal(causal_branch_train_merge(later)[0][:2], causal_branch_train_merge(NATS)[0][:2])

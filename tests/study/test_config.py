@@ -1,12 +1,13 @@
 """Every key of a study has a docstring, and impossible studies are refused."""
 
 import dataclasses
+import itertools
 
 import pytest
 
 from flexmoe_jax.errors import ConfigError
 from flexmoe_jax.mapping import field_docs, from_mapping, to_mapping
-from flexmoe_jax.study.config import ABLATIONS, StudyConfig
+from flexmoe_jax.study.config import ABLATIONS, Experts, StudyConfig
 from tests.study.tiny import CONFIG
 
 
@@ -28,6 +29,18 @@ def test_ablations_are_chosen_by_name():
     assert chosen == {name: ABLATIONS[name] for name in ("no bias", "random rows")}
 
 
+def test_ablations_have_every_feasible_combination_of_four_factors_once():
+    """Contrast tells own text from public text beside the public expert: it needs both."""
+    methods = {"FlexMoE": Experts()} | {n: how for n, how in ABLATIONS.items() if "paper" in n}
+    found = [(how.coordinate, how.public_text, how.contrast, how.router_scale is None) for how in methods.values()]
+    every = itertools.product((True, False), repeat=4)
+    assert sorted(found) == sorted(row for row in every if not row[2] or (row[0] and row[1]))
+    assert len(found) == 10
+    assert ABLATIONS["the paper's training"] == Experts(public_text=False, contrast=False, router_scale=1.0)
+    name = "paper without coordination + public text + small rows"
+    assert ABLATIONS[name] == Experts(coordinate=False, contrast=False)
+
+
 @pytest.mark.parametrize(
     "change",
     [
@@ -39,6 +52,16 @@ def test_ablations_are_chosen_by_name():
         {"public_share": 0.6},
         {"router_scale": 0.0},
         {"ablations": "no biases"},
+        {"leave_out": "("},
+        {"public_domains": "nws"},
+        {"public_domains": "public"},
+        {"public_domains": "math,news"},  # news is an owner's
+        {"compute_dtype": "float16"},
+        {"rates": "1e-3,x"},
+        {"rates": "1e-3,0"},
+        {"rates": "1e-3,0.001"},
+        {"rates": ""},
+        {"model": None},
     ],
 )
 def test_impossible_studies_are_refused(change):

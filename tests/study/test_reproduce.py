@@ -1,6 +1,7 @@
 """A whole study on real text, at a size that says nothing about the methods: every system is made and scored."""
 
 import dataclasses
+import json
 import logging
 import math
 import pathlib
@@ -75,15 +76,16 @@ def test_a_study_makes_and_scores_every_system_and_resumes_where_it_stopped(tmp_
         embed_count=16,
         classifier_documents=16,
         heldout_bytes=2000,
-        choice_items=6,
         ablations="no bias,the paper's training",
+        rates="1e-3,2e-3",
         tune_steps=2,
         proxies=16,
         proxies_of=40,
     )
     results = reproduce(config)
     check_whole_study(results, tmp_path)
-    check_varied_studies(dataclasses.replace(config, out=str(tmp_path / "varied")), results)
+    check_rates(results, tmp_path)
+    check_varied_studies(dataclasses.replace(config, rates="1e-3", out=str(tmp_path / "varied")), results)
     assert trunk_of(tmp_path / "seed-0" / "runs" / "frozen_trunk_math") == trunk_of(tmp_path / "runs" / "public")
     assert trunk_of(tmp_path / "seed-0" / "runs" / "dense_math") != trunk_of(tmp_path / "runs" / "public")
     caplog.clear()
@@ -109,8 +111,21 @@ def check_whole_study(results, folder):
     assert read_results(folder / "results.jsonl") == [results]
     page = render(*read_study(folder))
     assert "Every system" in page
-    assert page.count("<svg") == 4
+    assert page.count("<svg") == 5
     assert (folder / "samples.json").exists()
+
+
+def check_rates(results, folder):
+    kinds = {METHOD, "no bias", "the paper's training", "dense", "frozen trunk", "BTX", "unrestricted 1x"}
+    kinds |= {"unrestricted 2x", *(f"{METHOD}, {how}" for how in ("tuned alone", "tuned together"))}
+    assert set(results.rates) == {*kinds, f"{METHOD}, biases fitted on public text"}
+    for search in results.rates.values():
+        assert sorted(search.bits_per_byte) == ["0.001", "0.002"]
+        assert search.bits_per_byte[f"{search.chosen:g}"] == min(search.bits_per_byte.values())
+        assert search.at_end  # two rates have no middle
+    assert not [*(folder / "rates").iterdir()]  # models of a search are not kept
+    run = json.loads((folder / "seed-0" / "runs" / f"{METHOD}_news" / "run.json").read_text())
+    assert run["config"]["optimizer"]["lr"] == results.rates[METHOD].chosen
 
 
 def check_varied_studies(config, whole):

@@ -1,5 +1,6 @@
 """Results are read back as they were written, one system a line, and nothing else is taken for them."""
 
+import dataclasses
 import json
 import pathlib
 
@@ -7,7 +8,7 @@ import pytest
 
 from flexmoe_jax.cli.reproduce import lines, varied_lines
 from flexmoe_jax.errors import ArtifactError
-from flexmoe_jax.study.results import Kind, json_lines, read_results, write_results
+from flexmoe_jax.study.results import MARK_MEANS, Kind, json_lines, read_results, write_results
 from tests.study import tiny
 
 PUBLISHED = sorted((pathlib.Path(__file__).parents[2] / "results").glob("*.jsonl"))
@@ -37,9 +38,10 @@ def changed(line: int, **changes: object) -> list[dict]:
         (0, {"curves": None}, "'curves' is missing"),
         (0, {"curves": [{"system": "x"}]}, "line 1 is not a line of results"),
         (0, {"extra": 1}, "'extra' is not known"),
+        (0, {"regret": [{"model": "x"}]}, "line 1 is not a line of results"),
         (1, {"bits_per_byte": None}, "line 2 is not a line of results"),
         (1, {"bits_per_byte": {"public": {"value": 1}}}, "line 2 is not a line of results"),
-        (1, {"choice": {}}, "choice has no 'mean'"),
+        (1, {"bits_per_byte": {}}, "bits_per_byte has no 'mean'"),
         (2, {"against_method": {}}, "against_method has no 'mean'"),
         (2, {"kind": "other"}, "'other' is not a valid Kind"),
         (2, {"extra": 1}, "line 3 is not a line of results"),
@@ -69,6 +71,24 @@ def test_published_results_are_readable(path):
         assert lines(study)[0].startswith("held-out bits per byte")
 
 
+def test_what_older_files_hold_of_the_four_way_task_is_passed_over(tmp_path):
+    old = json_lines(tiny.results())
+    old[0]["choice_items"] = {"news": 6}
+    for line in old[1:]:
+        line["choice"] = {"news": {"value": 0.5, "low": 0.4, "high": 0.6}}
+    (tmp_path / "results.jsonl").write_text("\n".join(map(json.dumps, old)))
+    assert read_results(tmp_path / "results.jsonl") == [tiny.results()]
+
+
+def test_older_files_without_marks_and_regret_are_marked(tmp_path):
+    old = json_lines(tiny.results())
+    del old[0]["regret"]
+    for line in old[1:]:
+        del line["sees_text"], line["chosen"]
+    (tmp_path / "results.jsonl").write_text("\n".join(map(json.dumps, old)))
+    assert read_results(tmp_path / "results.jsonl") == [dataclasses.replace(tiny.results(), regret=[])]
+
+
 def test_varied_studies_are_told_apart_by_their_value():
     found = {path.stem: [study.study for study in read_results(path)] for path in PUBLISHED}
     assert found["owner_steps"] == ["owner_steps-25", "owner_steps-50", "owner_steps-100"]
@@ -81,9 +101,10 @@ def test_the_terminal_groups_systems_by_kind():
     assert headings == [kind.heading for kind in Kind]
     assert [line.split("  ")[0] for line in table[table.index(Kind.BASELINE.heading) + 1 :][:3]] == [
         "unrestricted 2x",
-        "BTM",
+        "BTM \N{DAGGER}",
         "public",
     ]
+    assert [line for line in table if line.startswith("\N{DAGGER}")] == [MARK_MEANS]
 
 
 def test_a_varied_table_has_the_method_and_all_baselines():

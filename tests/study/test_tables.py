@@ -3,52 +3,92 @@
 import dataclasses
 import json
 import math
+import re
 
 import numpy as np
 import pytest
 
 from flexmoe_jax.api import Model
+from flexmoe_jax.data.tokenizer import load_tokenizer
+from flexmoe_jax.study import scoring
 from flexmoe_jax.study.results import Kind
-from flexmoe_jax.study.scoring import Bench, SystemScore, Texts, _interleave, make_texts, with_router
+from flexmoe_jax.study.scoring import (
+    Bench,
+    SystemScore,
+    Text,
+    Texts,
+    _interleave,
+    _interleaved,
+    make_texts,
+    of_model,
+    with_router,
+)
 from flexmoe_jax.study.systems import METHOD
-from flexmoe_jax.study.tables import tabulate
+from flexmoe_jax.study.tables import regret, tabulate
 from flexmoe_jax.study.workshop import Artifacts
+from flexmoe_jax.tree import PUBLIC
 from tests.study.tiny import CONFIG, MODEL
+from tests.tiny import TINY, random_params
 
-TEXTS = Texts({"public": ["abcd", "ab"], "news": ["abcdefgh"]}, {"public": ["x"] * 8, "news": ["x"] * 4})
+TEXTS = {"public": [Text("abcd", "a"), Text("ab", "b")], "news": [Text("abcdefgh", "c")]}
 
 
-def score(bits: float, right: bool) -> SystemScore:
-    """Every text costs `bits` bits per byte; the true continuation is the likeliest or the least likely."""
-    nats = {
-        (d, "heldout"): [np.array([bits * len(text) * math.log(2)]) for text in some]
-        for d, some in TEXTS.heldout.items()
-    }
-    order = [1.0, 2.0, 3.0, 4.0] if right else [4.0, 3.0, 2.0, 1.0]
-    nats |= {(d, "choice"): [np.array([n]) for n in order * (len(some) // 4)] for d, some in TEXTS.choice.items()}
+def score(bits: float) -> SystemScore:
+    """Every text costs `bits` bits per byte."""
+    nats = {domain: [np.array([bits * len(t.text) * math.log(2)]) for t in some] for domain, some in TEXTS.items()}
     return SystemScore(nats, {"public": np.ones((1, 2)) / 2})
 
 
-def test_the_tables_hold_means_paired_differences_and_accuracies():
-    scores = [
-        {METHOD: score(2.0, True), "public": score(3.0, False)},
-        {METHOD: score(2.5, True), "public": score(3.5, False)},
-    ]
+def test_the_tables_hold_means_and_paired_differences():
+    scores = [{METHOD: score(2.0), "public": score(3.0)}, {METHOD: score(2.5), "public": score(3.5)}]
     rows = {row.name: row for row in tabulate(CONFIG, TEXTS, scores)}
     assert set(rows) == {METHOD, "public"}
     assert rows[METHOD].mean.value == pytest.approx(2.25)
     assert rows["public"].bits_per_byte["news"].value == pytest.approx(3.25)
     against = rows["public"].against_method["mean"]
-    assert dataclasses.astuple(against) == pytest.approx((1.0, 1.0, 1.0))  # one worse in every resample
+    assert dataclasses.astuple(against) == pytest.approx((1.0, 1.0, 1.0, 0.0))  # one worse with every seed and text
     assert rows[METHOD].against_method == {}
-    assert rows[METHOD].choice["mean"].value == 1
-    assert rows["public"].choice["mean"].value == 0
     assert (rows[METHOD].kind, rows["public"].kind) == (Kind.METHOD, Kind.BASELINE)
+
+
+def test_public_text_of_several_sources_counts_once_in_the_mean():
+    config = dataclasses.replace(CONFIG, domains="news", public_domains="academic,code")
+    texts = {domain: [Text("ab", "a"), Text("cd", "b")] for domain in ("public", "academic", "code", "news")}
+    bits = {"public": 1.0, "academic": 2.0, "code": 6.0, "news": 9.0}
+    one = SystemScore({d: [np.full(1, 2 * b * math.log(2))] * 2 for d, b in bits.items()}, {})
+    [row] = tabulate(config, texts, [{METHOD: one}])
+    found = {column: cell.value for column, cell in row.bits_per_byte.items()}
+    assert found == pytest.approx({**bits, "public text": 3.0, "mean": 6.0})
+
+
+def test_regret_is_the_merge_minus_what_each_owner_has_without_it_as_owners_join():
+    config = dataclasses.replace(CONFIG, domains="code,math,news")
+    texts = {domain: [Text("ab", "a"), Text("cd", "b")] for domain in (PUBLIC, *config.owners)}
+    bits = {PUBLIC: 5.0, METHOD: 3.0, "without news": 3.5, "hybrid code": 1.0, "hybrid math": 2.0, "hybrid news": 4.0}
+    scores = {
+        name: SystemScore({domain: [np.full(1, 2 * value * math.log(2))] * 2 for domain in texts}, {})
+        for name, value in bits.items()
+    }
+    rows = regret(config, texts, [scores, scores])
+    assert [
+        (row.model, row.owner, row.against_hybrid and round(row.against_hybrid.value, 6), row.against_public.value)
+        for row in rows
+    ] == [
+        ("hybrid code", "public", None, pytest.approx(-4.0)),
+        ("hybrid code", "code", 0.0, pytest.approx(-4.0)),
+        ("without news", "public", None, pytest.approx(-1.5)),
+        ("without news", "code", 2.5, pytest.approx(-1.5)),
+        ("without news", "math", 1.5, pytest.approx(-1.5)),
+        (METHOD, "public", None, pytest.approx(-2.0)),
+        (METHOD, "code", 2.0, pytest.approx(-2.0)),
+        (METHOD, "math", 1.0, pytest.approx(-2.0)),
+        (METHOD, "news", -1.0, pytest.approx(-2.0)),
+    ]
 
 
 def test_scores_are_read_back_as_they_were_written(tmp_path):
     """Token by token: mixtures are made of them."""
-    nats = {("code + math", "heldout"): [np.float32([1, 2]), np.float32([3])], ("news", "choice"): [np.float32([4])]}
+    nats = {"code + math": [np.float32([1, 2]), np.float32([3])], "news": [np.float32([4])]}
     bench = Bench(CONFIG, Artifacts({}), TEXTS, tmp_path, tmp_path)
     calls = []
     for _ in range(2):  # the second time from the disk
@@ -59,6 +99,20 @@ def test_scores_are_read_back_as_they_were_written(tmp_path):
         assert np.array_equal(read.share["news"], np.ones((2, 3)))
     assert calls == [1]
     assert [path.name for path in (tmp_path / "scores").iterdir()] == ["rows___2.npz"]
+
+
+def test_a_text_that_is_cut_is_not_scored_on_an_end_of_text(tmp_path, monkeypatch):
+    """Its tokens cost what they cost in the whole document; a text that ends also pays for its end."""
+    config = dataclasses.replace(TINY, vocab_size=300, max_seq_len=64)
+    model = Model(config, random_params(config), load_tokenizer("cl100k:300"))
+    monkeypatch.setattr(scoring, "load", lambda path: model)
+    whole, cut = Text("the king of the river", "1"), Text("the king", "2", ends=False)
+    texts = Texts({"news": [whole, cut, dataclasses.replace(cut, ends=True)]}, {})
+    bench = Bench(CONFIG, Artifacts({"public": tmp_path}), texts, tmp_path, tmp_path)
+    all_of_it, start, ended = of_model("public")(bench).nats["news"]
+    assert len(all_of_it) == len(model.tokenizer.encode(whole.text)) + 1
+    np.testing.assert_allclose(start, all_of_it[: len(start)], rtol=1e-5)  # float32, in rows of another length
+    assert len(ended) == len(start) + 1 == len(model.tokenizer.encode(cut.text)) + 1
 
 
 def test_calibrations_scale_odds_and_shift_owners_biases_only():
@@ -79,23 +133,47 @@ def test_documents_of_two_domains_take_turns():
     assert [piece[0] + str(len(piece)) for piece in text.split("\n\n")] == ["a400", "b400", "a400", "b100"]
 
 
-def test_held_out_text_is_the_start_of_each_document_and_the_task_uses_all_of_it(tmp_path):
+def test_documents_of_two_domains_vary_together_where_either_domains_do():
+    """Plays have three groups here and news one: all of these documents are of one day."""
+    plays, news = [Text("a", f"play {n}") for n in range(3)], [Text("b", "day")] * 3
+    for pair in ((plays, news), (news, plays)):
+        assert [text.group for text in _interleaved(*pair)] == ["day"] * 3
+
+
+def write_mix(tmp_path):
+    """Forty documents a domain, ten of each group, long and short ones in turn, each of words of its own."""
     for name in ("public", "math", "news"):
         (tmp_path / name).mkdir()
-        rows = [json.dumps({"text": f"{name} {n:04d} " * 300}) for n in range(30)]
-        (tmp_path / name / "heldout.jsonl").write_text("\n".join(rows))
-    config = dataclasses.replace(CONFIG, domains="math,news", heldout_bytes=8000, document_chars=500, choice_items=5)
-    texts = make_texts(config, tmp_path)
-    assert {name: len(some) for name, some in texts.heldout.items()} == {
-        "public": 16,
-        "math": 16,
-        "news": 16,
-        "math + news": 8,
-    }
-    assert {len(text) for text in texts.heldout["math"]} == {500}
-    assert not set(texts.heldout["math + news"][0].split()) & set(" ".join(texts.heldout["math"]).split()) - {"math"}
-    assert {name: len(some) for name, some in texts.choice.items()} == dict(
-        zip(texts.choice, (20, 20, 20, 0), strict=True)
-    )
-    longer = make_texts(dataclasses.replace(config, document_chars=4000, heldout_bytes=40_000), tmp_path)
-    assert longer.choice == texts.choice
+        rows = [{"text": f"{name} {n:04d} " * (300 if n % 2 else 20), "group": f"day {n // 10}"} for n in range(40)]
+        (tmp_path / name / "heldout.jsonl").write_text("\n".join(map(json.dumps, rows)))
+    return tmp_path
+
+
+def numbers(texts: list[Text]) -> set[str]:
+    """Which documents they are from."""
+    return {number for text in texts for number in re.findall(r"\w+ \d{4}", text.text)}
+
+
+def test_held_out_text_is_the_start_of_each_document(tmp_path):
+    config = dataclasses.replace(CONFIG, domains="math,news", heldout_bytes=4000, document_chars=500)
+    texts = make_texts(config, write_mix(tmp_path)).heldout
+    counts = {name: len(some) for name, some in texts.items()}
+    assert counts == {"public": 12, "math": 13, "news": 13, "math + news": 7}  # at most 4,000 bytes, 2,000 of a part
+    assert {(len(text.text), text.ends) for text in texts["math"]} == {(200, True), (500, False)}
+    assert [text.group for text in texts["math"][6:9]] == ["day 0", "day 0", "day 1"]  # the documents 8, 9, 10
+    mixed = texts["math + news"]
+    assert len(numbers(mixed)) == 14
+    assert not numbers(mixed) & numbers(texts["math"] + texts["news"])
+    assert not any(text.ends for text in mixed)
+    assert mixed[0].group == "day 3"
+
+
+def test_validation_text_is_of_other_documents(tmp_path):
+    config = dataclasses.replace(CONFIG, domains="math,news", heldout_bytes=4000, document_chars=500)
+    texts = make_texts(config, write_mix(tmp_path))
+    assert texts.validation.keys() == texts.heldout.keys()
+    for domain, some in texts.validation.items():
+        assert numbers(some)
+        assert not numbers(some) & {number for reported in texts.heldout.values() for number in numbers(reported)}, (
+            domain
+        )

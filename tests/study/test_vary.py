@@ -7,6 +7,7 @@ import types
 import pytest
 
 from flexmoe_jax.errors import ArtifactError, ConfigError
+from flexmoe_jax.study import config as study_config
 from flexmoe_jax.study import reproduce as study
 from flexmoe_jax.study import train
 from flexmoe_jax.study.reproduce import check_same, vary
@@ -63,8 +64,12 @@ def test_a_varied_study_has_text_and_vectors_of_its_own_where_they_depend_on_the
 
 def test_a_given_public_model_of_another_shape_is_refused(tmp_path, monkeypatch):
     config = dataclasses.replace(CONFIG, public="here")
-    monkeypatch.setattr(train, "open_model", lambda path: types.SimpleNamespace(config=config.model))
-    assert train.train_public(config, tmp_path, tmp_path) == pathlib.Path("here")
+    for module in (train, study_config):
+        monkeypatch.setattr(module, "open_model", lambda path: types.SimpleNamespace(config=config.model))
+    shapeless = dataclasses.replace(config, model=None)
+    assert shapeless.shape == config.model
+    for given in (config, shapeless):
+        assert train.train_public(given, tmp_path, tmp_path) == pathlib.Path("here")
     other = dataclasses.replace(config, model=dataclasses.replace(config.model, d_ff=9))
     with pytest.raises(ConfigError, match=r"another shape than config\.model: d_ff: 8 != 9"):
         train.train_public(other, tmp_path, tmp_path)

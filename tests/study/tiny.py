@@ -3,7 +3,7 @@
 from flexmoe_jax.model_config import ModelConfig
 from flexmoe_jax.study.config import StudyConfig
 from flexmoe_jax.study.intervals import Interval
-from flexmoe_jax.study.results import MEAN, Curve, Kind, Results, SystemResult
+from flexmoe_jax.study.results import MEAN, Curve, Kind, RateSearch, Regret, Results, SystemResult
 from flexmoe_jax.study.systems import METHOD
 
 MODEL = ModelConfig(
@@ -24,7 +24,7 @@ SYSTEMS = {
 
 
 def interval(value: float) -> Interval:
-    return Interval(value, value - 0.01, value + 0.02)
+    return Interval(value, value - 0.01, value + 0.02, 0.025)
 
 
 def results(study: str = "reproduction-small") -> Results:
@@ -34,9 +34,9 @@ def results(study: str = "reproduction-small") -> Results:
             name=name,
             kind=kind,
             experts=experts,
+            sees_text=name == "BTM",
             bits_per_byte={d: interval(bits) for d in (*DOMAINS, MEAN)},
             against_method={} if name == METHOD else {d: interval(bits - SYSTEMS[METHOD][1]) for d in (*DOMAINS, MEAN)},
-            choice={d: interval(0.5) for d in (*DOMAINS, MEAN)},
             forward_flops_per_token=1e6 if name == "public" else 2e6,
             training_flops_after_public=flops,
             share={d: [[0.5, 0.25, 0.25], [0.1, 0.2, 0.7]] for d in DOMAINS} if name == METHOD else {},
@@ -47,12 +47,20 @@ def results(study: str = "reproduction-small") -> Results:
     return Results(
         study=study,
         config={"out": f"runs/{study}", "domains": "news,code", "seeds": 2, "model": {"d_model": 8}},
-        documents={d: {"documents": 3, "bytes": 4321} for d in DOMAINS},
-        choice_items=dict.fromkeys(DOMAINS[:3], 6),
+        documents={d: {"documents": 3, "groups": 3, "bytes": 4321} for d in DOMAINS},
         opting_out=[
             {"code": {"left": "a", "never": "a", "equal": True}, "news": {"left": "b", "never": "b", "equal": True}}
         ],
+        regret=[
+            Regret("without news", "public", None, interval(0.2)),
+            Regret("without news", "code", interval(0.0), interval(-0.1)),
+            Regret(METHOD, "public", None, interval(0.3)),
+            Regret(METHOD, "code", interval(0.05), interval(-0.2)),
+            Regret(METHOD, "news", interval(-0.003), interval(0.04)),
+        ],
         curves=[Curve(system, text, [[0, 5.0], [10, 4.0]]) for system, text in runs],
         classifiers={"code": 0.975, "news": 0.9},
+        suites={},
+        rates={"dense": RateSearch({"0.001": 1.6, "0.002": 1.5, "0.004": None}, 0.002, at_end=False)},
         systems=systems,
     )
