@@ -55,8 +55,8 @@ class Sample:
 def weighted_sum(samples: Sequence[Sample], weights: Sequence[float]) -> Interval:
     """sum of weight x bits per byte over the samples, averaged over the seeds, which the samples share.
 
-    The seeds' variance is that of their S values of this sum. What there is one of (a seed, a group) shows no variance:
-    the interval then holds for this one.
+    The seeds' variance is that of their S values of this sum. What there is one of (a seed, a document) shows no
+    variance: the interval then holds for this one.
     """
     per_byte_PS = np.array([sample.bits_SD.sum(1) / sample.bytes_D.sum() for sample in samples])
     value_S = np.asarray(weights) @ per_byte_PS
@@ -81,6 +81,8 @@ def _over_groups(sample: Sample) -> tuple[float, float]:
     Samples, Survey Methodology 28, 2002): of G equal groups, G - 1.
     """
     member_D = np.unique(sample.groups, return_inverse=True)[1]
+    if not member_D.any():  # all are of one group, which shows nothing of others: the documents stand for groups
+        member_D = np.arange(len(member_D))
     bits_D, size = sample.bits_SD.mean(0), sample.bytes_D.sum()
     share_G = np.bincount(member_D, sample.bytes_D) / size
     if len(share_G) == 1:

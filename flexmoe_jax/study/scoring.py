@@ -86,7 +86,7 @@ def held_out(folder: pathlib.Path, validation: bool = False) -> list[Document]:
     Their order is random. Nothing is trained on either part, so documents of one group may be in both.
     """
     documents = enumerate(read_documents(folder, "heldout"))
-    return [document for n, document in documents if (n % 4 == 3) == validation]
+    return [document for n, document in documents if (n % 4 == 0) == validation]
 
 
 @dataclasses.dataclass(frozen=True, eq=False)

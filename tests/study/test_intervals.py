@@ -63,6 +63,11 @@ def test_documents_of_one_group_say_no_more_than_one_of_them():
     assert dataclasses.astuple(often) == pytest.approx(dataclasses.astuple(once), rel=1e-12)
 
 
+def test_documents_that_are_all_of_one_group_vary_by_themselves():
+    values = np.random.default_rng(6).standard_normal((1, 8))
+    assert weighted_sum([sample(values, groups=["day"] * 8)], [1.0]) == weighted_sum([sample(values)], [1.0])
+
+
 def test_the_variance_over_unequal_groups_is_right_on_the_average():
     """Groups of 1 to 9 documents whose means have the variance 1: that of the whole is the sum of squared shares.
 

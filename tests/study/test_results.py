@@ -113,3 +113,11 @@ def test_a_varied_table_has_the_method_and_all_baselines():
     assert [name for name in tiny.SYSTEMS if name in table[0]] == ["FlexMoE", "public", "BTM", "unrestricted 2x"]
     assert table[2].split()[:3] == ["25", "1.500", "2.000"]
     assert table[2].split()[-1] == "30.0%"  # the mean of 0.5 and 0.1 over layers
+
+
+def test_public_text_of_several_sources_is_shown_source_by_source_and_as_a_whole():
+    one = tiny.results()
+    assert (one.domains, one.public_text) == ([*tiny.DOMAINS], "public")
+    several = dataclasses.replace(one, documents={**one.documents, "academic": {"documents": 1, "bytes": 1}})
+    assert several.domains == ["public", "academic", "public text", "code", "news", "code + news"]
+    assert several.public_text == "public text"

@@ -196,8 +196,8 @@ EVALUATION = (
     Fault(
         "validation text is reported, too",
         SCORING,
-        "if n % 4 != 3]",
-        "if n % 4 != 4]",
+        "(n % 4 == 0) == validation]",
+        "n % 4 == 0 or not validation]",
         f"{OF_TABLES}::test_validation_text_is_of_other_documents",
     ),
     Fault(
