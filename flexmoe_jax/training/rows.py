@@ -25,22 +25,21 @@ import scipy.special
 from jax.sharding import Mesh
 
 from flexmoe_jax.config import RunConfig
-from flexmoe_jax.data.pipeline import Batch, Mixture
+from flexmoe_jax.data.pipeline import Batch, Mixture, mix_batches
 from flexmoe_jax.files import write_bytes
 from flexmoe_jax.model.decoder import Decoder, hidden_states, moe
 from flexmoe_jax.model.precision import EXACT, exact
 from flexmoe_jax.parallel.mesh import everywhere
 from flexmoe_jax.parallel.processes import is_lead
-from flexmoe_jax.parallel.specs import place, place_batch
+from flexmoe_jax.parallel.specs import batch_parts, place, place_batch
 from flexmoe_jax.progress import track
-from flexmoe_jax.training.mixtures import batches_of
 from flexmoe_jax.training.start import Start
 from flexmoe_jax.training.step import decoder_of, halves
 from flexmoe_jax.tree import PUBLIC, Params
 
 log = logging.getLogger(__name__)
 
-LEAST_TOKENS, TOKENS_PER_INPUT = 16_384, 32  # tokens of each text that the means and the covariance are taken from
+LEAST_TOKENS, TOKENS_PER_INPUT = 8192, 16  # tokens of each text that the means and the covariance are taken from
 SHRINKAGE = 0.1  # towards the covariance's mean variance in all directions
 CHANCE = 0.6  # accuracy at or below which a layer's router is said to tell nothing
 
@@ -75,30 +74,29 @@ def _discriminants(
     """(rows float32 [L, D], biases float32 [L]) of the owner beside the public expert."""
     public = initial.params["experts"][PUBLIC]
     params = place(mesh, {**initial.params, "experts": {PUBLIC: public}})
-    decoder, batches = decoder_of(initial.model, run), batches_of(run, mixtures)
-    tokens = max(LEAST_TOKENS, TOKENS_PER_INPUT * initial.model.d_model)
-    fewest = min(run.public_sequences, run.batch_size - run.public_sequences)
-    count = math.ceil(tokens / (fewest * run.seq_len))
-    own_LD, public_LD, square_LDD = 0.0, 0.0, 0.0
-    with jax.set_mesh(mesh), track("router rows", 2 * count, "batches") as advance:
+    rows = batch_parts(mesh) * math.ceil(run.batch_size / batch_parts(mesh) / 2)
+    batches = mix_batches(*(dataclasses.replace(mixture, rows=rows).batches(run.seed) for mixture in mixtures))
+    decoder, tokens = decoder_of(initial.model, run), max(LEAST_TOKENS, TOKENS_PER_INPUT * initial.model.d_model)
+    count = math.ceil(tokens / (rows * run.seq_len))
+    fitted = range(count, count + math.ceil(count / 2))
+    L, D = initial.model.num_layers, initial.model.d_model
+    moments = [np.zeros((L, D)), np.zeros((L, D)), np.zeros((L, D, D))]
+    with jax.set_mesh(mesh), track("router rows", fitted.stop, "batches") as advance:
         for n in range(count):
             found = _moments(decoder, params, place_batch(mesh, batches[n]))
-            own, other, square = (np.asarray(part, np.float64) / count for part in found)
-            own_LD, public_LD, square_LDD = own_LD + own, public_LD + other, square_LDD + square
+            moments = [total + np.asarray(part) / count for total, part in zip(moments, found, strict=True)]
             advance(1)
-        direction_LD = _directions(own_LD, public_LD, square_LDD)
+        direction_LD = _directions(*moments)
         probe = {**public, "router": direction_LD.astype(np.float32), "bias": np.zeros(len(direction_LD), np.float32)}
         params = place(mesh, {**initial.params, "experts": {PUBLIC: probe}})
-        scores_LN, weights_N, own_N = [], [], []
-        for n in range(count, 2 * count):
-            batch = batches[n]
-            scores_LN.append(np.asarray(_scores(decoder, params, place_batch(mesh, batch)), np.float64))
-            weights_N.append(batch.weights.reshape(-1))
-            own_N.append(batch.own.reshape(-1))
+        scores = []
+        for n in fitted:
+            scores.append(np.asarray(_scores(decoder, params, place_batch(mesh, batches[n])), np.float64))
             advance(1)
-    weights_N, own_N = np.concatenate(weights_N), np.concatenate(own_N) > 0
-    weights_N = np.where(own_N, weights_N / weights_N[own_N].sum(), weights_N / weights_N[~own_N].sum()) / 2
-    fits = [fit_odds(scores_N, own_N, weights_N) for scores_N in np.concatenate(scores_LN, axis=1)]
+    own_N, counted_N = (
+        np.concatenate([getattr(batches[n], name).reshape(-1) for n in fitted]) > 0 for name in ("own", "weights")
+    )
+    fits = [fit_odds(s_N[counted_N], own_N[counted_N]) for s_N in np.concatenate(scores, axis=1)]
     factor_L, constant_L, accuracy_L = np.array(fits).T
     _say(accuracy_L)
     router_LD = np.asarray(public["router"]) + factor_L[:, None] * direction_LD
@@ -115,12 +113,13 @@ def _directions(own_LD: np.ndarray, public_LD: np.ndarray, square_LDD: np.ndarra
     return np.linalg.solve(shrunk_LDD, (own_LD - public_LD)[..., None])[..., 0]
 
 
-def fit_odds(scores_N: np.ndarray, own_N: np.ndarray, weights_N: np.ndarray) -> tuple[float, float, float]:
-    """(a, c, accuracy) of the log-odds a * score + c that a token is the owner's, by weighted logistic regression.
+def fit_odds(scores_N: np.ndarray, own_N: np.ndarray) -> tuple[float, float, float]:
+    """(a, c, accuracy) of the log-odds a * score + c that a token is the owner's, by logistic regression.
 
-    `scores_N` float64, `own_N` bool, `weights_N` add up to one. A small penalty on the standardized slope keeps it
-    finite where the texts are separable.
+    `scores_N` is float64, `own_N` bool; each of the two texts has half of the weight. A small penalty on the
+    standardized slope keeps it finite where the texts are separable.
     """
+    weights_N = np.where(own_N, 0.5 / max(own_N.sum(), 1), 0.5 / max((~own_N).sum(), 1))
     mean = float(weights_N @ scores_N)
     deviation = math.sqrt(float(weights_N @ (scores_N - mean) ** 2)) or 1.0
     z_N, sign_N = (scores_N - mean) / deviation, np.where(own_N, 1.0, -1.0)
@@ -155,6 +154,7 @@ def _moments(run: Decoder, params: Params, batch: Batch) -> tuple[jax.Array, jax
 
     All float32; own and public tokens have half of the weight each.
     """
+    assert batch.own is not None  # RunConfig refuses the run without public text
     own_N = batch.own.reshape(-1)
     totals = {"all": batch.weights.sum(), "own": (batch.weights * batch.own).sum()}
     halves_N = halves(batch.weights, batch.own, jax.tree.map(lambda total: jnp.maximum(total, 1.0), totals)).reshape(-1)
