@@ -48,6 +48,7 @@ from flexmoe_jax.training.resume import (
     tokens_of,
     with_schedule,
 )
+from flexmoe_jax.training.rows import with_discriminants
 from flexmoe_jax.training.saves import Saves
 from flexmoe_jax.training.signals import EX_INTERRUPTED, EX_TEMPFAIL, StopSignals
 from flexmoe_jax.training.start import Start, prepare
@@ -114,6 +115,7 @@ def train(run: RunConfig, allow: Collection[str] = (), profile: str | None = Non
             log.info(f"{'trained' if trainable else 'frozen ':8} {pattern:34} {leaves:3} leaves {count:14,} parameters")
         log_optimizer(run, groups)
         log_sources(run, mixtures)
+        initial = with_discriminants(run, initial, mixtures, mesh, out / "rows.npz")
         job = _Job(run, initial, mesh, mixtures, checkpoints, validation, identity)
         with jax.set_mesh(mesh):
             state = _fit(job, traced)
