@@ -51,7 +51,7 @@ SIZES: dict[str, dict[str, Any]] = {
         "rates": "3e-4,1e-3",
         "mix_steps": 60,
         "heldout_bytes": 20_000,
-        "ablations": "the paper's training",
+        "ablations": "the paper's training,paper + public text + contrast + small rows",
         "leave_out": "unrestricted 2x|FlexMoE, (tuned|biases|rows).*",
         "suites": "mc9,gsm8k,math,humaneval,mbpp",
     },

@@ -148,7 +148,6 @@ class _Job:
 
 def _fit(job: _Job, traced: range) -> TrainState:
     run, initial, mesh, checkpoints, validation = job.run, job.initial, job.mesh, job.checkpoints, job.validation
-    out = checkpoints.path
     optimizer = make_optimizer(run.optimizer, run.steps, job.experts)
     state, frozen = create_state(mesh, initial.params, run.owner, optimizer, jnp.dtype(run.compute_dtype), run.freeze)
     iterator = make_iterator(batches_of(run, job.mixtures))
@@ -161,7 +160,7 @@ def _fit(job: _Job, traced: range) -> TrainState:
     if traced and first >= traced.stop:
         log.info(f"steps {traced[0]} to {traced[-1]} are done: there is nothing to profile")
     saves = Saves(run, mesh)
-    profile = Profile(traced, out / "profile" / str(jax.process_index()))
+    profile = Profile(traced, checkpoints.path / "profile" / str(jax.process_index()))
     shown = track(f"train {run.owner}", run.steps, "steps", start=first) if is_lead() else _nothing()
     with saves, profile, shown as advance, _sinks(job, first) as sinks:
         recorder = Recorder(run, job.experts, sinks, advance, _meter(run, initial, mesh))

@@ -75,7 +75,9 @@ def test_odds_are_those_of_logistic_regression_on_texts_of_equal_weight():
 
 def test_separable_scores_have_finite_odds():
     factor, constant, accuracy = rows.fit_odds(np.array([3.0, 4.0, -1.0, -2.0]), np.array([True, True, False, False]))
-    assert np.isfinite([factor, constant]).all() and factor > 0 and accuracy == 1
+    assert np.isfinite([factor, constant]).all()
+    assert factor > 0
+    assert accuracy == 1
 
 
 def test_the_owners_prior_shifts_the_bias_and_no_bias_is_above_0(run):
@@ -114,7 +116,7 @@ def test_rows_are_computed_once_and_a_resumed_run_has_the_same(run, monkeypatch)
 
 @pytest.mark.parametrize("changes", [{"public_data": None, "public_fraction": 0.0}, {"coordinate": False}])
 def test_rows_need_public_text_and_the_public_expert(run, changes):
-    with pytest.raises(ConfigError, match="config.router is 'generative'"):
+    with pytest.raises(ConfigError, match=r"config\.router is 'generative'"):
         dataclasses.replace(run, **changes)
 
 
