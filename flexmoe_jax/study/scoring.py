@@ -157,7 +157,7 @@ def of_model(name: str, change: Callable[[Model], Model] | None = None, uniform:
 
     def score(bench: Bench) -> SystemScore:
         model = bench.load(bench.artifacts.models[name])
-        return _score(model if change is None else change(model), bench.texts.heldout, uniform)
+        return _score(bench, model if change is None else change(model), bench.texts.heldout, uniform)
 
     return score
 
@@ -188,7 +188,7 @@ def with_router(factor: float, shift: float) -> Callable[[Model], Model]:
 def uniform_soup(models: Sequence[str]) -> Scorer:
     """Scores the mean of the parameters of the systems `models`."""
 
-    return lambda bench: _score(soup_of(bench, models), bench.texts.heldout)
+    return lambda bench: _score(bench, soup_of(bench, models), bench.texts.heldout)
 
 
 def soup_of(bench: Bench, models: Sequence[str]) -> Model:
@@ -208,7 +208,7 @@ def weighted_soup(models: Sequence[str]) -> Scorer:
         for domain, texts in bench.texts.heldout.items():
             weights = dict(zip(models, bench.posteriors[domain].mean(0), strict=True))
             mean = dataclasses.replace(whole[models[0]], params=soup(params, weights))
-            nats |= _score(mean, {domain: texts}).nats
+            nats |= _score(bench, mean, {domain: texts}).nats
         return SystemScore(nats, {})
 
     return score
@@ -260,13 +260,14 @@ def prompt_routing(models: Sequence[str]) -> Scorer:
 
 
 def _on_validation(name: str) -> Scorer:
-    return lambda bench: _score(bench.load(bench.artifacts.models[name]), bench.texts.validation)
+    return lambda bench: _score(bench, bench.load(bench.artifacts.models[name]), bench.texts.validation)
 
 
-def _score(model: Model, texts: dict[str, list[Text]], uniform: bool = False) -> SystemScore:
+def _score(bench: Bench, model: Model, texts: dict[str, list[Text]], uniform: bool = False) -> SystemScore:
+    """In windows as long as those of training: a model with a longer maximum would be padded to it."""
     nats, share = {}, {}
     for domain, some in texts.items():
-        score = model.score([text.text for text in some], uniform=uniform)
+        score = model.score([text.text for text in some], seq_len=bench.config.seq_len, uniform=uniform)
         # The last token is the end of text, which changes no token before it.
         pairs = zip(some, score.token_nats, strict=True)
         nats[domain] = [nats_T if text.ends else nats_T[:-1] for text, nats_T in pairs]

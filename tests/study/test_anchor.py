@@ -3,6 +3,7 @@
 import dataclasses
 import json
 import pathlib
+import types
 import zipfile
 
 import numpy as np
@@ -21,7 +22,7 @@ from flexmoe_jax.hf.gguf_export import export_gguf
 from flexmoe_jax.study import suites
 from flexmoe_jax.study.reproduce import reproduce
 from flexmoe_jax.study.results import PUBLIC_TEXT, read_results
-from flexmoe_jax.study.scoring import Bench, Texts
+from flexmoe_jax.study.scoring import Bench, Text, Texts, of_model
 from flexmoe_jax.study.suites import ACCURACY, GOLD, by_seed, score_suites, suite_table
 from flexmoe_jax.study.systems import METHOD, systems
 from flexmoe_jax.study.train import make_shared, train_public
@@ -151,6 +152,23 @@ def test_suites_are_scored_once_for_each_system_and_the_public_model_once_for_al
     assert calls == []
     assert suite_table(found)[1][0] == ["public", 0.25, 1.5, 1.5]
     assert score_suites(dataclasses.replace(benches[0], config=dataclasses.replace(config, suites=""))) == {}
+
+
+def test_systems_are_scored_in_windows_of_the_study_not_of_the_models_longest(tmp_path):
+    """SmolLM2 reads 8,192 tokens: every short document would be padded to rows of 1,024."""
+    windows = []
+
+    class Model:
+        def score(self, texts, *, seq_len, uniform):
+            windows.append(seq_len)
+            return types.SimpleNamespace(token_nats=[np.ones(3)] * len(texts), share_LE=np.ones((1, 1)))
+
+    class Loaded(Bench):
+        load = staticmethod(lambda path: Model())
+
+    texts = Texts({"public": [Text("abc", "1")]}, {})
+    of_model("public")(Loaded(BESIDE, Artifacts({"public": tmp_path}), texts, tmp_path, tmp_path))
+    assert windows == [BESIDE.seq_len]
 
 
 @pytest.mark.slow

@@ -83,15 +83,15 @@ def test_every_seed_trains_at_the_best_rate_and_only_the_first_searches(studio):
 def test_owners_text_chooses_for_owners_and_every_domain_for_what_is_trained_jointly(studio):
     studio.run()
     texts = {name: {row[1:] for row in studio.scored if row[0] == name} for name in (METHOD, "dense code", "BTX")}
-    assert texts[METHOD] == {((PUBLIC, owner), f"{owner} 3") for owner in STUDY.owners}
-    assert texts["dense code"] == {("all", "code 3")}
-    assert texts["BTX"] == {("all", f"{name} 3") for name in (PUBLIC, *STUDY.owners)}
+    assert texts[METHOD] == {((PUBLIC, owner), f"{owner} 0") for owner in STUDY.owners}
+    assert texts["dense code"] == {("all", "code 0")}
+    assert texts["BTX"] == {("all", f"{name} 0") for name in (PUBLIC, *STUDY.owners)}
 
 
 def test_validation_text_is_not_reported(studio):
     folder = studio.root / "mix" / "news"
-    assert [document.text for document in held_out(folder)] == ["news 0", "news 1", "news 2"]
-    assert [document.text for document in held_out(folder, validation=True)] == ["news 3"]
+    assert [document.text for document in held_out(folder)] == ["news 1", "news 2", "news 3"]
+    assert [document.text for document in held_out(folder, validation=True)] == ["news 0"]
 
 
 def test_a_search_that_stopped_goes_on_where_it_was(studio):

@@ -108,7 +108,8 @@ def test_a_text_that_is_cut_is_not_scored_on_an_end_of_text(tmp_path, monkeypatc
     monkeypatch.setattr(scoring, "load", lambda path: model)
     whole, cut = Text("the king of the river", "1"), Text("the king", "2", ends=False)
     texts = Texts({"news": [whole, cut, dataclasses.replace(cut, ends=True)]}, {})
-    bench = Bench(CONFIG, Artifacts({"public": tmp_path}), texts, tmp_path, tmp_path)
+    study = dataclasses.replace(CONFIG, seq_len=64)
+    bench = Bench(study, Artifacts({"public": tmp_path}), texts, tmp_path, tmp_path)
     all_of_it, start, ended = of_model("public")(bench).nats["news"]
     assert len(all_of_it) == len(model.tokenizer.encode(whole.text)) + 1
     np.testing.assert_allclose(start, all_of_it[: len(start)], rtol=1e-5)  # float32, in rows of another length
