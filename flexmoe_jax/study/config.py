@@ -56,9 +56,8 @@ def _factorial() -> dict[str, Experts]:
         added = {"public text": public_text, "contrast": contrast, "small rows": small}
         parts = ["paper" if coordinate else "paper without coordination", *(what for what in added if added[what])]
         name = "the paper's training" if parts == ["paper"] else " + ".join(parts)
-        scale = None if small else 1.0
-        parts_of = {"coordinate": coordinate, "public_text": public_text, "contrast": contrast}
-        found[name] = Experts(**parts_of, generative=False, router_scale=scale)
+        how = Experts(generative=False, router_scale=None if small else 1.0)
+        found[name] = dataclasses.replace(how, coordinate=coordinate, public_text=public_text, contrast=contrast)
     return found
 
 
