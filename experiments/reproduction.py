@@ -54,7 +54,7 @@ SIZES: dict[str, dict[str, Any]] = {
         "mix_steps": 60,
         "heldout_bytes": 14_000,
         "document_chars": 600,
-        "ablations": "the paper's training",
+        "ablations": "the paper's training,paper + public text + contrast + small rows",
         "leave_out": "unrestricted 2x|FlexMoE, (tuned|biases|rows).*",
         "suites": "mc9,gsm8k,math,humaneval",
     },

@@ -57,6 +57,8 @@ _REMEDIES = {
     "a run that trains an existing model or package further keeps the rows it has",
     "expert": "set config.expert to the owner's package; a public run has none",
     "router_contrast": "only an owner's expert trained beside the public one has odds to train: set it to 0",
+    "router": "its rows tell a new expert's text from public text: leave out config.expert and config.coordinate, and "
+    "give config.public_data with config.public_fraction",
     "bias_init": "only a new expert beside the public one has an initial bias to choose: set it to 0",
 }
 MOST_ROWS = 100_000  # the smallest whole-number weights of a mixture add up to at most this
@@ -86,7 +88,7 @@ class RunConfig:
     ConfigError for values that are impossible or do not belong together.
     """
 
-    LATER: ClassVar = ("text_field", "id_field", "token_dtype", "bias_init", "holdout")
+    LATER: ClassVar = ("text_field", "id_field", "token_dtype", "bias_init", "holdout", "router")
 
     owner: str
     """Whose parameters are trained: `public`, or a data owner's name (the expert's name in every merged model)."""
@@ -165,6 +167,11 @@ class RunConfig:
 
     top_k: Annotated[int | None, COUNT] = None
     """Experts active per token in training; None: all."""
+
+    router: str = "trained"
+    """How a new expert's router rows and biases begin: `trained`, with the row of `domain_vector` and `bias_init`; or
+    `generative`, with a linear discriminant between the owner's text and `public_data` in every layer, which tells them
+    apart before the first step. Training goes on from there; a group of `optimizer.groups` can hold them."""
 
     bias_init: Annotated[float, NOT_POSITIVE] = 0.0
     """Initial router bias of a new expert in every layer, at most 0. Below 0 the expert starts with a smaller weight
@@ -304,7 +311,7 @@ class RunConfig:
                 "microbatches are equal: change one of the two",
             )
         choices = {"compute_dtype": ("float32", "bfloat16"), "token_dtype": (None, "uint16", "uint32")}
-        choices["publish"] = ("last", "best")
+        choices |= {"publish": ("last", "best"), "router": ("trained", "generative")}
         for name, known in choices.items():
             if getattr(self, name) not in known:
                 words = " or ".join(repr(choice) for choice in known if choice)
@@ -334,6 +341,9 @@ class RunConfig:
         if self.router_contrast and not self.coordinate:
             what = f"config.router_contrast is {self.router_contrast} and config.coordinate is False"
             raise ConfigError(what, _REMEDIES["router_contrast"])
+        if self.router == "generative" and not (self.kind is Kind.EXPERT and self.coordinate and self.public_sequences):
+            what = f"config.router is 'generative', and the run trains {self.kind.value}"
+            raise ConfigError(what, _REMEDIES["router"])
 
 
 def read_mixture(where: str, text: str) -> dict[str, tuple[str, int]]:

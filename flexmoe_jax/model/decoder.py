@@ -85,13 +85,15 @@ def hidden_states(
     segments_BT: jax.Array | None = None,
     positions_BT: jax.Array | None = None,
     first_apart: bool = False,
+    mix: Callable | None = None,
 ) -> tuple[jax.Array, jax.Array]:
     """Whole sequences: int32 tokens [B, T] -> (x [B, T, D] after the last norm, router logits float32 [L, N, E]).
 
     `params` is the whole tree with experts named or stacked (parallel/stacked.py). `segments_BT` int32 numbers the
     packed documents of a row: a token attends only within its own document. `positions_BT` int32 defaults to 0 to T-1.
     `first_apart` keeps the first layer out of the scan, which differentiates all its layers alike: with a frozen trunk
-    nothing below the first layer's expert needs a derivative. It costs a copy of the other layers' weights.
+    nothing below the first layer's expert needs a derivative. It costs a copy of the other layers' weights. `mix`, in
+    the place of `moe`, runs a layer's experts; what it returns beside their output takes the router logits' place.
     """
     segments_BT = jnp.zeros_like(tokens_BT) if segments_BT is None else segments_BT
     rope = rope_table(run.config, _positions(tokens_BT) if positions_BT is None else positions_BT)
@@ -102,7 +104,7 @@ def hidden_states(
     def body(x_BTD, layer_and_experts):
         layer, experts, index = layer_and_experts
         turn = of_layer(run.config, rope, index)
-        x_BTD, _, logits_NE = block(run, layer, x_BTD, turn, attend, functools.partial(moe, run, experts))
+        x_BTD, _, logits_NE = block(run, layer, x_BTD, turn, attend, functools.partial(mix or moe, run, experts))
         return x_BTD, logits_NE
 
     body = jax.checkpoint(body, prevent_cse=False) if run.remat else body

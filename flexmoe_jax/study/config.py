@@ -34,6 +34,9 @@ class Experts:
     contrast: bool = True
     """Whether its router is trained to tell own text from public; needs both of the above."""
 
+    generative: bool = True
+    """Whether rows and biases start as discriminants of own and public text; False: with the domain embeddings."""
+
     random_rows: bool = False
     """Whether router rows start in random directions instead of those of the domain embeddings."""
 
@@ -42,19 +45,19 @@ class Experts:
 
 
 def _factorial() -> dict[str, Experts]:
-    """{name: training} of every combination of what the method consists of, without the method, which has it all.
+    """{name: training} of every combination of what the method adds to rows that start with the domain embeddings.
 
     The paper's training is coordination alone, with rows of norm 1.
     """
     found = {}
     for coordinate, public_text, contrast, small in itertools.product((False, True), repeat=4):
-        if (contrast and not (coordinate and public_text)) or all((coordinate, public_text, contrast, small)):
+        if contrast and not (coordinate and public_text):
             continue
         added = {"public text": public_text, "contrast": contrast, "small rows": small}
         parts = ["paper" if coordinate else "paper without coordination", *(what for what in added if added[what])]
         name = "the paper's training" if parts == ["paper"] else " + ".join(parts)
-        scale = None if small else 1.0
-        found[name] = Experts(coordinate=coordinate, public_text=public_text, contrast=contrast, router_scale=scale)
+        how = Experts(generative=False, router_scale=None if small else 1.0)
+        found[name] = dataclasses.replace(how, coordinate=coordinate, public_text=public_text, contrast=contrast)
     return found
 
 
@@ -63,10 +66,11 @@ def _factorial() -> dict[str, Experts]:
 # steps they turn by more than 45 degrees already, and a start that is forgotten tells nothing. Where random rows can
 # tell is at norm 1, beside "paper + public text + contrast".
 ABLATIONS = _factorial() | {
-    "fast biases": Experts({"groups": "experts/.*/bias lr=10"}),
-    "no bias": Experts({"freeze": "experts/.*/bias"}),
-    "random rows": Experts(random_rows=True),
-    "random rows of norm 1": Experts(random_rows=True, router_scale=1.0),
+    "fast biases": Experts({"groups": "experts/.*/bias lr=10"}, generative=False),
+    "no bias": Experts({"freeze": "experts/.*/bias"}, generative=False),
+    "random rows": Experts(generative=False, random_rows=True),
+    "random rows of norm 1": Experts(generative=False, random_rows=True, router_scale=1.0),
+    "discriminants, not trained": Experts({"groups": "experts/.*/(router|bias) lr=0"}),
 }
 
 

@@ -150,6 +150,7 @@ class Workshop:
                 "domain_vector": str(vector),
                 "coordinate": how.coordinate,
                 "router_contrast": 0.1 if how.contrast else 0.0,
+                "router": "generative" if how.generative else "trained",
                 **({} if how.coordinate else {"router_z_loss": 0.0}),  # a router that chooses nothing
             }
             if how.public_text:

@@ -48,6 +48,7 @@ from flexmoe_jax.training.resume import (
     tokens_of,
     with_schedule,
 )
+from flexmoe_jax.training.rows import with_discriminants
 from flexmoe_jax.training.saves import Saves
 from flexmoe_jax.training.signals import EX_INTERRUPTED, EX_TEMPFAIL, StopSignals
 from flexmoe_jax.training.start import Start, prepare
@@ -114,6 +115,7 @@ def train(run: RunConfig, allow: Collection[str] = (), profile: str | None = Non
             log.info(f"{'trained' if trainable else 'frozen ':8} {pattern:34} {leaves:3} leaves {count:14,} parameters")
         log_optimizer(run, groups)
         log_sources(run, mixtures)
+        initial = with_discriminants(run, initial, mixtures, mesh, out / "rows.npz")
         job = _Job(run, initial, mesh, mixtures, checkpoints, validation, identity)
         with jax.set_mesh(mesh):
             state = _fit(job, traced)
@@ -146,7 +148,6 @@ class _Job:
 
 def _fit(job: _Job, traced: range) -> TrainState:
     run, initial, mesh, checkpoints, validation = job.run, job.initial, job.mesh, job.checkpoints, job.validation
-    out = checkpoints.path
     optimizer = make_optimizer(run.optimizer, run.steps, job.experts)
     state, frozen = create_state(mesh, initial.params, run.owner, optimizer, jnp.dtype(run.compute_dtype), run.freeze)
     iterator = make_iterator(batches_of(run, job.mixtures))
@@ -159,7 +160,7 @@ def _fit(job: _Job, traced: range) -> TrainState:
     if traced and first >= traced.stop:
         log.info(f"steps {traced[0]} to {traced[-1]} are done: there is nothing to profile")
     saves = Saves(run, mesh)
-    profile = Profile(traced, out / "profile" / str(jax.process_index()))
+    profile = Profile(traced, checkpoints.path / "profile" / str(jax.process_index()))
     shown = track(f"train {run.owner}", run.steps, "steps", start=first) if is_lead() else _nothing()
     with saves, profile, shown as advance, _sinks(job, first) as sinks:
         recorder = Recorder(run, job.experts, sinks, advance, _meter(run, initial, mesh))

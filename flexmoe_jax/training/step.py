@@ -223,11 +223,11 @@ def _contrast(
     Own and public tokens have half of the weight each. The log-odds of {public, owner} are the difference of their two
     logits, and merging keeps pairwise odds.
     """
-    share_BT = _halves(weights_BT, own_BT, totals)
+    share_BT = halves(weights_BT, own_BT, totals)
     return (share_BT.reshape(-1) * jax.nn.softplus(-_signed_odds(router_logits_LNE, own_BT))).sum(-1).mean()
 
 
-def _halves(weights_BT: jax.Array, own_BT: jax.Array, totals: dict[str, jax.Array]) -> jax.Array:
+def halves(weights_BT: jax.Array, own_BT: jax.Array, totals: dict[str, jax.Array]) -> jax.Array:
     """Weights of which the whole batch's own and public tokens have half each, for any numbers of them."""
     public_total = jnp.maximum(totals["all"] - totals["own"], 1.0)
     return weights_BT * jnp.where(own_BT > 0, 0.5 / totals["own"], 0.5 / public_total)
@@ -245,7 +245,7 @@ def _by_source(
     """`own_loss` and `public_loss`, nats per token; with two experts `router_accuracy` [L], the share of tokens whose
     odds are right, own and public tokens having half of the weight each."""
     assert batch.own is not None
-    halves_BT = _halves(batch.weights, batch.own, totals)
+    halves_BT = halves(batch.weights, batch.own, totals)
     found = {
         "own_loss": 2 * (halves_BT * batch.own * nll_BT).sum(),
         "public_loss": 2 * (halves_BT * (1 - batch.own) * nll_BT).sum(),

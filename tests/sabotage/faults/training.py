@@ -2,6 +2,7 @@
 
 from tests.sabotage.fault import Fault
 
+ROWS, OF_ROWS = "training/rows.py", "tests/training/test_rows.py"
 STEP, LOOP, RESUME = "training/step.py", "training/loop.py", "training/resume.py"
 MIXTURES = "training/mixtures.py"
 VALIDATION, METRICS = "training/validation.py", "training/metrics.py"
@@ -346,5 +347,40 @@ TRAINING = (
         '"WANDB_MODE", "offline"',
         '"WANDB_MODE", "online"',
         "tests/training/test_trackers.py::test_weights_and_biases_is_offline_and_has_the_same_numbers_under_one_id",
+    ),
+    Fault(
+        "a discriminant points at public text",
+        ROWS,
+        "np.linalg.solve(shrunk_LDD, (own_LD - public_LD)[..., None])",
+        "np.linalg.solve(shrunk_LDD, (public_LD - own_LD)[..., None])",
+        f"{OF_ROWS}::test_directions_are_those_of_linear_discriminant_analysis",
+    ),
+    Fault(
+        "a discriminant takes the mean square of inputs for their covariance",
+        ROWS,
+        "within_LDD = square_LDD - means",
+        "within_LDD = square_LDD",
+        f"{OF_ROWS}::test_directions_are_those_of_linear_discriminant_analysis",
+    ),
+    Fault(
+        "a discriminant's odds are not calibrated",
+        ROWS,
+        "factor_L[:, None] * direction_LD",
+        "8 * direction_LD",
+        f"{OF_ROWS}::test_rows_tell_the_texts_apart_before_the_first_step",
+    ),
+    Fault(
+        "the owner's prior does not reach a discriminant's bias",
+        ROWS,
+        "constant_L + run.bias_init",
+        "constant_L",
+        f"{OF_ROWS}::test_the_owners_prior_shifts_the_bias_and_no_bias_is_above_0",
+    ),
+    Fault(
+        "a resumed run makes its rows again",
+        ROWS,
+        "if kept.exists():",
+        "if not kept:",
+        f"{OF_ROWS}::test_rows_are_computed_once_and_a_resumed_run_has_the_same",
     ),
 )
