@@ -8,8 +8,8 @@
 Results of `small`: results/reproduction-small.jsonl.
 
 `smollm2`: the public model comes out of a PyPI wheel and has read two trillion tokens, so owners give no share of their
-domains to the public text. Two of them have text in languages that it does not know well. About ten hours on two cores
-that nothing else uses (computed from measured steps: docs/reference/study.md), 13 GB of memory and 40 GB of disk.
+domains to the public text. Two of them have text in languages that it does not know well. About eleven hours on two
+cores that nothing else uses (computed from measured steps: docs/reference/study.md), 13 GB of memory and 45 GB of disk.
 Documents are 600 characters long, which fit one window of 256 tokens.
 """
 
