@@ -8,7 +8,7 @@
 Results of `small`: results/reproduction-small.jsonl.
 
 `smollm2`: the public model comes out of a PyPI wheel and has read two trillion tokens, so owners give no share of their
-domains to the public text. Two of them have text in languages that it does not know well. About eleven hours on two
+domains to the public text. Two of them have text in languages that it does not know well. About twelve hours on two
 cores that nothing else uses (computed from measured steps: docs/reference/study.md), 13 GB of memory and 45 GB of disk.
 Documents are 600 characters long, which fit one window of 256 tokens.
 """
@@ -50,7 +50,7 @@ SIZES: dict[str, dict[str, Any]] = {
         "batch_size": 4,
         "compute_dtype": "bfloat16",
         "owner_steps": 60,
-        "rates": "3e-4,1e-3",
+        "rates": "1e-4,3e-4,1e-3",
         "mix_steps": 60,
         "heldout_bytes": 14_000,
         "document_chars": 600,
