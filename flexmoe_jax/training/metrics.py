@@ -43,6 +43,7 @@ MOST_SKIPPED = 0.01  # of a run's steps
 LAST = ("lr", "bad_steps", "skipped", "distance", "seen")  # of a line's last step, not means
 _COLUMNS = {"loss": "loss", "own_loss": "own", "public_loss": "public", "grad_norm": "grad norm", "lr": "lr"}
 _COLUMNS |= {"router_accuracy": "router right", "distance": "distance", "tokens_per_second": "tokens/s"}
+CHANCE = 0.6  # accuracy at or below which a layer's router is said to tell nothing
 # As OLMo-core's SkipStepOptimizer tells spikes, with fewer steps at the start.
 SPIKE_STEPS, SPIKE_LEAST, SPIKE_DEVIATIONS = 128, 32, 6.0
 OF_TIME = ("time", "step_seconds", "tokens_per_second", "mfu", "peak_flops")  # keys that differ between equal runs
@@ -154,6 +155,15 @@ class Window:
         return dict(vars(self))
 
 
+def log_chance(accuracy_L: Sequence[float]) -> None:
+    """Logs the layers whose router is at or near chance: their share of tokens told right is at most `CHANCE`."""
+    if weak := [str(layer) for layer, accuracy in enumerate(accuracy_L) if accuracy <= CHANCE]:
+        log.info(
+            f"the router does not tell the owner's text from public text in layer {', '.join(weak)} (at most "
+            f"{CHANCE:.0%} of the tokens right, chance is 50%): merged, the experts are mixed evenly there"
+        )
+
+
 class Recorder:
     """Reads a step's metrics after the next step is dispatched, so that no device waits, and writes their lines.
 
@@ -214,6 +224,8 @@ class Recorder:
             self._advance(0, note_of(self._shown, self._end["skipped"]))
             counted = {"steps": self.window.steps, "spikes": self.window.spikes}
             self.write(self._named(self._shown) | self._end | counted | self._meter.read())
+            if self._end["step"] + 1 == self._run.steps:
+                log_chance(self._shown.get("router_accuracy", []))
             self.window.close()
 
     def write(self, line: dict) -> None:

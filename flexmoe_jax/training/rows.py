@@ -33,6 +33,7 @@ from flexmoe_jax.parallel.mesh import everywhere
 from flexmoe_jax.parallel.processes import is_lead
 from flexmoe_jax.parallel.specs import batch_parts, place, place_batch
 from flexmoe_jax.progress import track
+from flexmoe_jax.training.metrics import log_chance
 from flexmoe_jax.training.start import Start
 from flexmoe_jax.training.step import decoder_of, halves
 from flexmoe_jax.tree import PUBLIC, Params
@@ -41,7 +42,6 @@ log = logging.getLogger(__name__)
 
 LEAST_TOKENS, TOKENS_PER_INPUT = 8192, 16  # tokens of each text that the means and the covariance are taken from
 SHRINKAGE = 0.1  # towards the covariance's mean variance in all directions
-CHANCE = 0.6  # accuracy at or below which a layer's router is said to tell nothing
 
 
 def with_discriminants(
@@ -49,8 +49,8 @@ def with_discriminants(
 ) -> Start:
     """`initial` with the owner's router rows [L, D] and biases [L] from discriminants, as `config.router` asks.
 
-    They are kept in the file `kept`, and read from there if it exists. The run's own first batches are read, so text
-    that is held out is not. `config.bias_init`, the owner's prior, is added to the bias, which is at most 0.
+    They are kept in the file `kept`, and read from there if it exists. Only text that the run trains on is read.
+    `config.bias_init`, the owner's prior, is added to the bias, which is at most 0.
     """
     if run.router != "generative":
         return initial
@@ -143,8 +143,7 @@ def _say(accuracy_L: np.ndarray) -> None:
         f"router rows by discriminants: they tell {accuracy_L.mean():.1%} of the tokens right "
         f"({accuracy_L.min():.1%} to {accuracy_L.max():.1%} by layer; chance is 50%)"
     )
-    if weak := [str(layer) for layer, accuracy in enumerate(accuracy_L) if accuracy <= CHANCE]:
-        log.info(f"at or near chance in layer {', '.join(weak)}: the public model does not tell the texts apart there")
+    log_chance(accuracy_L.tolist())
 
 
 @functools.partial(jax.jit, static_argnums=0)

@@ -126,4 +126,15 @@ def test_rows_need_public_text_and_the_public_expert(run, changes):
 def test_a_layer_at_chance_is_named(caplog):
     caplog.set_level(logging.INFO)
     rows._say(np.array([0.9, 0.52, 0.8]))
-    assert "at or near chance in layer 1:" in caplog.text
+    assert "public text in layer 1 (at most 60%" in caplog.text
+
+
+def test_a_run_whose_router_is_at_chance_says_so_at_its_end(run, caplog):
+    """The row of a domain vector is at chance in the first layer, and is not trained."""
+    caplog.set_level(logging.INFO)
+    loop.train(dataclasses.replace(run, router="trained"))
+    *_, last = (pathlib.Path(run.out) / "metrics.jsonl").read_text().splitlines()
+    accuracy = json.loads(last)["router_accuracy"]
+    weak = [str(layer) for layer, found in enumerate(accuracy) if found <= 0.6]
+    assert "0" in weak
+    assert caplog.text.count(f"public text in layer {', '.join(weak)} (at most 60%") == 1
