@@ -74,9 +74,9 @@ def write_json(path: pathlib.Path | str, value: Any) -> None:
 
 
 def partial_of(name: str) -> str | None:
-    """The final name of a partial file or directory `name`; None for other names."""
+    """The final name of a partial file or directory `name`, or of a partial of a partial; None for other names."""
     match = _PARTIAL.fullmatch(name)
-    return match and match[1]
+    return match and (partial_of(match[1]) or match[1])
 
 
 def remove_partial_files(folder: pathlib.Path) -> None:

@@ -248,7 +248,13 @@ def test_a_folder_that_is_not_the_package_the_journal_names_is_moved_away(home, 
 
 
 @pytest.mark.parametrize(
-    "attack", [deep(".news-000000000000"), deep(".code-000000000000"), deep(f"..news-{'0' * 64}.partial-00000000")]
+    "attack",
+    [
+        deep(".news-000000000000"),
+        deep(".code-000000000000"),
+        deep(f"..news-{'0' * 64}.partial-00000000"),
+        deep(f"...news-{'0' * 64}.partial-00000000.partial-11111111"),  # a kill while a partial directory is written
+    ],
 )
 def test_depth_keeps_no_expert_from_leaving(home, tmp_path, attack):
     model = shutil.copytree(home / "model", tmp_path / "home" / "model")
