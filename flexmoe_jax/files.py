@@ -74,9 +74,15 @@ def write_json(path: pathlib.Path | str, value: Any) -> None:
 
 
 def partial_of(name: str) -> str | None:
-    """The final name of a partial file or directory `name`, or of a partial of a partial; None for other names."""
+    """The final name of a partial file or directory `name`; None for other names."""
     match = _PARTIAL.fullmatch(name)
-    return match and (partial_of(match[1]) or match[1])
+    return match and match[1]
+
+
+def final_name(name: str) -> str:
+    """The final name of `name`, which may be partial, or the partial of a partial that is not locked yet."""
+    inner = partial_of(name)
+    return name if inner is None else final_name(inner)
 
 
 def remove_partial_files(folder: pathlib.Path) -> None:

@@ -20,7 +20,7 @@ from flexmoe_jax.artifacts.model_dir import (
 from flexmoe_jax.artifacts.package import check_before_signing
 from flexmoe_jax.artifacts.signature import write_signature
 from flexmoe_jax.errors import ArtifactError, Check, FlexMoEError
-from flexmoe_jax.files import lock_directory, partial_of, remove_directory, remove_partial_files, sync_directory
+from flexmoe_jax.files import final_name, lock_directory, remove_directory, remove_partial_files, sync_directory
 from flexmoe_jax.tree import PUBLIC, TRUNK
 
 RUN_AGAIN = "run that command again"
@@ -59,7 +59,7 @@ def settle(model: ModelDir) -> None:
 def remove_leftovers(path: pathlib.Path) -> None:
     """Deletes what interrupted changes staged in the model directory `path`, whose packages must be in their places."""
     for entry in sorted(path.iterdir()):
-        if _STAGED.fullmatch(partial_of(entry.name) or entry.name):
+        if _STAGED.fullmatch(final_name(entry.name)):
             remove_directory(entry)
 
 
@@ -104,7 +104,7 @@ def strange_entries(path: pathlib.Path) -> list[Check]:
     left = _left(path, digests)
     checks = []
     for entry in sorted(os.scandir(path), key=lambda entry: entry.name):
-        target = partial_of(entry.name) or entry.name
+        target = final_name(entry.name)
         known, found = False, _UNKNOWN
         if entry.is_symlink():
             found = _LINK
