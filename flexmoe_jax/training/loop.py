@@ -115,7 +115,7 @@ def train(run: RunConfig, allow: Collection[str] = (), profile: str | None = Non
             log.info(f"{'trained' if trainable else 'frozen ':8} {pattern:34} {leaves:3} leaves {count:14,} parameters")
         log_optimizer(run, groups)
         log_sources(run, mixtures)
-        initial = with_discriminants(run, initial, mixtures, mesh, out / "rows.npz")
+        initial = with_discriminants(run, initial, mixtures, mesh, out / "rows.npz", started)
         job = _Job(run, initial, mesh, mixtures, checkpoints, validation, identity)
         with jax.set_mesh(mesh):
             state = _fit(job, traced)

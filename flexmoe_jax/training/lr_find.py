@@ -31,6 +31,7 @@ from flexmoe_jax.training.hashed import HashedFiles
 from flexmoe_jax.training.loop import open_tokens
 from flexmoe_jax.training.mixtures import batches_of, mixtures_of
 from flexmoe_jax.training.optimizer import group_table, make_optimizer
+from flexmoe_jax.training.rows import with_discriminants
 from flexmoe_jax.training.start import Start, prepare
 from flexmoe_jax.training.state import create_state
 from flexmoe_jax.training.step import decoder_of, make_train_step
@@ -90,6 +91,7 @@ def find_rate(run: RunConfig, rates: Sequence[float], steps: int) -> Sweep:
             for name, source in run.sources.items()
         }
         mixtures = mixtures_of(run, stores)
+        initial = with_discriminants(run, initial, mixtures, mesh, pathlib.Path(folder, "rows.npz"), started=False)
         if validation.texts:
             unit, scorer = "bits per byte", lambda *parts: validation.measure(combine(*parts))
             scored = {side: f"{len(texts)} held-out documents" for side, texts in validation.texts.items()}

@@ -16,6 +16,7 @@ import io
 import logging
 import math
 import pathlib
+import zipfile
 
 import jax
 import jax.numpy as jnp
@@ -26,6 +27,7 @@ from jax.sharding import Mesh
 
 from flexmoe_jax.config import RunConfig
 from flexmoe_jax.data.pipeline import Batch, Mixture, mix_batches
+from flexmoe_jax.errors import ArtifactError
 from flexmoe_jax.files import write_bytes
 from flexmoe_jax.model.decoder import Decoder, hidden_states, moe
 from flexmoe_jax.model.precision import EXACT, exact
@@ -45,18 +47,18 @@ SHRINKAGE = 0.1  # towards the covariance's mean variance in all directions
 
 
 def with_discriminants(
-    run: RunConfig, initial: Start, mixtures: list[Mixture], mesh: Mesh, kept: pathlib.Path
+    run: RunConfig, initial: Start, mixtures: list[Mixture], mesh: Mesh, kept: pathlib.Path, started: bool
 ) -> Start:
     """`initial` with the owner's router rows [L, D] and biases [L] from discriminants, as `config.router` asks.
 
-    They are kept in the file `kept`, and read from there if it exists. Only text that the run trains on is read.
-    `config.bias_init`, the owner's prior, is added to the bias, which is at most 0.
+    They are kept in the file `kept`. A run that has `started`, and so cannot be another one, reads them from there;
+    ArtifactError if that file is damaged. Only text that the run trains on is read. `config.bias_init`, the owner's
+    prior, is added to the bias, which is at most 0.
     """
     if run.router != "generative":
         return initial
-    if kept.exists():
-        with np.load(kept) as arrays:
-            router_LD, bias_L = arrays["router"], arrays["bias"]
+    if started and kept.exists():
+        router_LD, bias_L = _read(kept)
     else:
         router_LD, bias_L = _discriminants(run, initial, mixtures, mesh)
         if is_lead():
@@ -66,6 +68,15 @@ def with_discriminants(
     owner = {**initial.params["experts"][run.owner], "router": router_LD, "bias": bias_L}
     experts = {**initial.params["experts"], run.owner: owner}
     return dataclasses.replace(initial, params={**initial.params, "experts": experts})
+
+
+def _read(kept: pathlib.Path) -> tuple[np.ndarray, np.ndarray]:
+    try:
+        with np.load(kept) as arrays:  # the archive has a checksum of each array
+            return arrays["router"], arrays["bias"]
+    except (OSError, ValueError, KeyError, EOFError, zipfile.BadZipFile) as error:
+        remedy = "delete it: the router rows are then made again, of the same text"
+        raise ArtifactError(f"{kept} cannot be read: {error}", remedy) from error
 
 
 def _discriminants(

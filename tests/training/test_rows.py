@@ -9,7 +9,7 @@ import numpy as np
 import pytest
 
 from flexmoe_jax.artifacts.package import load_package
-from flexmoe_jax.errors import ConfigError
+from flexmoe_jax.errors import ArtifactError, ConfigError
 from flexmoe_jax.optimizer_config import OptimizerConfig
 from flexmoe_jax.training import loop, rows
 from flexmoe_jax.tree import PUBLIC
@@ -115,6 +115,21 @@ def test_rows_are_computed_once_and_a_resumed_run_has_the_same(run, monkeypatch)
     resumed = load_package(loop.train(run))
     assert all((whole[name] == resumed[name]).all() for name in whole)
     assert not np.allclose(whole["router"], load_package(pathlib.Path(run.public) / PUBLIC)["router"])
+
+
+def test_rows_of_a_start_that_saved_nothing_are_made_again_and_damaged_ones_are_refused(run):
+    """Such a folder may be used for other text: what it holds then is not this run's."""
+    pathlib.Path(run.out).mkdir(parents=True)
+    kept = pathlib.Path(run.out, "rows.npz")
+    kept.write_bytes(b"of another run")
+    package = load_package(loop.train(run))
+    with np.load(kept) as rows_of_run:
+        np.testing.assert_array_equal(rows_of_run["router"], package["router"])
+    whole = kept.read_bytes()
+    for damaged in (b"", whole[: len(whole) // 2], whole.replace(whole[200:210], bytes(10))):
+        kept.write_bytes(damaged)
+        with pytest.raises(ArtifactError, match=r"rows\.npz cannot be read"):
+            rows._read(kept)
 
 
 @pytest.mark.parametrize("changes", [{"public_data": None, "public_fraction": 0.0}, {"coordinate": False}])

@@ -377,9 +377,16 @@ TRAINING = (
         f"{OF_ROWS}::test_the_owners_prior_shifts_the_bias_and_no_bias_is_above_0",
     ),
     Fault(
+        "rows of another run are taken where a start saved nothing",
+        ROWS,
+        "if started and kept.exists():",
+        "if kept.exists():",
+        f"{OF_ROWS}::test_rows_of_a_start_that_saved_nothing_are_made_again_and_damaged_ones_are_refused",
+    ),
+    Fault(
         "a resumed run makes its rows again",
         ROWS,
-        "if kept.exists():",
+        "if started and kept.exists():",
         "if not kept:",
         f"{OF_ROWS}::test_rows_are_computed_once_and_a_resumed_run_has_the_same",
     ),
