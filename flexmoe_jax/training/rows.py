@@ -20,6 +20,7 @@ import zipfile
 
 import jax
 import jax.numpy as jnp
+import jax.scipy.sparse.linalg
 import numpy as np
 import scipy.optimize
 import scipy.special
@@ -90,14 +91,13 @@ def _discriminants(
     decoder, tokens = decoder_of(initial.model, run), max(LEAST_TOKENS, TOKENS_PER_INPUT * initial.model.d_model)
     count = math.ceil(tokens / (rows * run.seq_len))
     fitted = range(count, count + math.ceil(count / 2))
-    L, D = initial.model.num_layers, initial.model.d_model
-    moments = [np.zeros((L, D)), np.zeros((L, D)), np.zeros((L, D, D))]
+    moments = None
     with jax.set_mesh(mesh), track("router rows", fitted.stop, "batches") as advance:
         for n in range(count):
             found = _moments(decoder, params, place_batch(mesh, batches[n]))
-            moments = [total + np.asarray(part) / count for total, part in zip(moments, found, strict=True)]
+            moments = found if moments is None else jax.tree.map(jnp.add, moments, found)
             advance(1)
-        direction_LD = _directions(*moments)
+        direction_LD = np.asarray(_directions(*jax.tree.map(lambda total: total / count, moments)), np.float64)
         probe = {**public, "router": direction_LD.astype(np.float32), "bias": np.zeros(len(direction_LD), np.float32)}
         params = place(mesh, {**initial.params, "experts": {PUBLIC: probe}})
         scores = []
@@ -114,14 +114,23 @@ def _discriminants(
     return router_LD.astype(np.float32), np.minimum(constant_L + run.bias_init, 0.0).astype(np.float32)
 
 
-def _directions(own_LD: np.ndarray, public_LD: np.ndarray, square_LDD: np.ndarray) -> np.ndarray:
-    """S^-1 (m_own - m_public) of every layer, float64 [L, D], from the means and the mean of both texts' x x'."""
+@jax.jit
+@exact
+def _directions(own_LD: jax.Array, public_LD: jax.Array, square_LDD: jax.Array) -> jax.Array:
+    """S^-1 (m_own - m_public) of every layer, float32 [L, D], from the means and the mean of both texts' x x'.
+
+    By conjugate gradients, on the device: as many processes as a host has devices would each solve with all of its
+    cores. Shrinkage bounds the condition of S by about D / SHRINKAGE.
+    """
     D = own_LD.shape[-1]
-    means = sum(np.einsum("ld,le->lde", mean, mean) / 2 for mean in (own_LD, public_LD))
-    within_LDD = square_LDD - means
-    variance_L11 = np.trace(within_LDD, axis1=1, axis2=2)[:, None, None] / D
-    shrunk_LDD = (1 - SHRINKAGE) * within_LDD + SHRINKAGE * variance_L11 * np.eye(D)
-    return np.linalg.solve(shrunk_LDD, (own_LD - public_LD)[..., None])[..., 0]
+
+    def direction(own_D: jax.Array, public_D: jax.Array, square_DD: jax.Array) -> jax.Array:
+        within_DD = square_DD - (jnp.outer(own_D, own_D) + jnp.outer(public_D, public_D)) / 2
+        shrunk_DD = (1 - SHRINKAGE) * within_DD + SHRINKAGE * jnp.trace(within_DD) / D * jnp.eye(D)
+        multiply = functools.partial(jnp.dot, shrunk_DD, precision=EXACT)
+        return jax.scipy.sparse.linalg.cg(multiply, own_D - public_D, tol=1e-5, maxiter=D)[0]
+
+    return jax.vmap(direction)(own_LD, public_LD, square_LDD)
 
 
 def fit_odds(scores_N: np.ndarray, own_N: np.ndarray) -> tuple[float, float, float]:
@@ -131,20 +140,20 @@ def fit_odds(scores_N: np.ndarray, own_N: np.ndarray) -> tuple[float, float, flo
     standardized slope keeps it finite where the texts are separable.
     """
     weights_N = np.where(own_N, 0.5 / max(own_N.sum(), 1), 0.5 / max((~own_N).sum(), 1))
-    mean = float(weights_N @ scores_N)
-    deviation = math.sqrt(float(weights_N @ (scores_N - mean) ** 2)) or 1.0
+    mean = float((weights_N * scores_N).sum())  # sums, not products of BLAS, which would take every core for each
+    deviation = math.sqrt(float((weights_N * (scores_N - mean) ** 2).sum())) or 1.0
     z_N, sign_N = (scores_N - mean) / deviation, np.where(own_N, 1.0, -1.0)
 
     def loss(values: np.ndarray) -> tuple[float, np.ndarray]:
         odds_N = sign_N * (values[0] * z_N + values[1])
         slope_N = -weights_N * sign_N * scipy.special.expit(-odds_N)
         penalty = 1e-4 * values[0] ** 2
-        return float(weights_N @ np.logaddexp(0.0, -odds_N)) + penalty, np.array(
-            [slope_N @ z_N + 2e-4 * values[0], slope_N.sum()]
+        return float((weights_N * np.logaddexp(0.0, -odds_N)).sum()) + penalty, np.array(
+            [(slope_N * z_N).sum() + 2e-4 * values[0], slope_N.sum()]
         )
 
     slope, constant = scipy.optimize.minimize(loss, np.zeros(2), jac=True, method="BFGS").x
-    accuracy = float(weights_N @ (sign_N * (slope * z_N + constant) > 0))
+    accuracy = float(weights_N[sign_N * (slope * z_N + constant) > 0].sum())
     return slope / deviation, constant - slope * mean / deviation, accuracy
 
 

@@ -61,6 +61,25 @@ def test_directions_are_those_of_linear_discriminant_analysis():
         assert cosine > 0.99
 
 
+def test_directions_are_exact_where_means_and_variances_differ_much():
+    """Against float64: inputs of a finished model have means above their deviations, and a few large directions."""
+    generator = np.random.default_rng(3)
+    own_LD, public_LD = 30 + generator.standard_normal((2, 3, 64))
+    mixing_LDD = generator.standard_normal((3, 64, 64)) * 10.0 ** generator.uniform(-2, 1, (3, 1, 64))
+    within_LDD = mixing_LDD @ mixing_LDD.swapaxes(1, 2)
+    square_LDD = (
+        within_LDD + (np.einsum("ld,le->lde", own_LD, own_LD) + np.einsum("ld,le->lde", public_LD, public_LD)) / 2
+    )
+    variance_L = np.trace(within_LDD, axis1=1, axis2=2) / 64
+    shrunk_LDD = (1 - rows.SHRINKAGE) * within_LDD + rows.SHRINKAGE * variance_L[:, None, None] * np.eye(64)
+    expected_LD = np.linalg.solve(shrunk_LDD, (own_LD - public_LD)[..., None])[..., 0]
+    found_LD = np.asarray(rows._directions(*map(np.float32, (own_LD, public_LD, square_LDD))))
+    # The residual, 1e-5, and the rounding of squares to float32 grow by at most the condition, 64 / SHRINKAGE.
+    assert np.linalg.norm(found_LD - expected_LD, axis=1) == pytest.approx(
+        np.zeros(3), abs=1e-2 * np.linalg.norm(expected_LD, axis=1).min()
+    )
+
+
 def test_odds_are_those_of_logistic_regression_on_texts_of_equal_weight():
     from sklearn.linear_model import LogisticRegression
 

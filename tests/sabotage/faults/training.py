@@ -351,15 +351,15 @@ TRAINING = (
     Fault(
         "a discriminant points at public text",
         ROWS,
-        "np.linalg.solve(shrunk_LDD, (own_LD - public_LD)[..., None])",
-        "np.linalg.solve(shrunk_LDD, (public_LD - own_LD)[..., None])",
+        "cg(multiply, own_D - public_D,",
+        "cg(multiply, public_D - own_D,",
         f"{OF_ROWS}::test_directions_are_those_of_linear_discriminant_analysis",
     ),
     Fault(
         "a discriminant takes the mean square of inputs for their covariance",
         ROWS,
-        "within_LDD = square_LDD - means",
-        "within_LDD = square_LDD",
+        "within_DD = square_DD - (jnp.outer(own_D, own_D) + jnp.outer(public_D, public_D)) / 2",
+        "within_DD = square_DD",
         f"{OF_ROWS}::test_directions_are_those_of_linear_discriminant_analysis",
     ),
     Fault(
