@@ -17,7 +17,7 @@ def test_outputs_that_disagree_stop_the_benchmark():
 
 
 def test_the_gpu_script_runs_at_toy_size_and_only_prints_its_full_size_on_a_cpu(capsys):
-    assert gpu.main(["--tiny", "--batch", "1"]) == 0
+    assert gpu.main(["--shape", "tiny", "--batch", "1"]) == 0
     first, _, result = capsys.readouterr().out.partition("\n")
     assert "2 layers, width 64" in first
     assert json.loads(result)["tokens_per_s"] > 0
