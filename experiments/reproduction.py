@@ -4,6 +4,7 @@
     flexmoe reproduce --config=experiments/reproduction.py:full      # public + all seven; for a GPU
     flexmoe reproduce --config=experiments/reproduction.py:tiny      # minutes; says nothing about the methods
     flexmoe reproduce --config=experiments/reproduction.py:smollm2   # beside SmolLM2-135M; 2 seeds; two CPU cores
+    flexmoe reproduce --config=experiments/reproduction.py:smollm2-gpu   # the same with more text, for a GPU
 
 Results of `small`: results/reproduction-small.jsonl.
 
@@ -55,6 +56,21 @@ SIZES: dict[str, dict[str, Any]] = {
         "heldout_bytes": 14_000,
         "document_chars": 600,
         "ablations": "the paper's training,paper + public text + contrast + small rows",
+        "leave_out": "unrestricted 2x|FlexMoE, (tuned|biases|rows).*",
+        "suites": "mc9,gsm8k,math,humaneval",
+    },
+    "smollm2-gpu": {
+        "public": "smollm2",
+        "domains": "code,french,math,spanish",
+        "public_domains": "academic,educational,news",
+        "public_share": 0.0,
+        "seeds": 2,
+        "seq_len": 512,
+        "compute_dtype": "bfloat16",
+        "owner_steps": 120,
+        "rates": "1e-4,3e-4,1e-3",
+        "mix_steps": 120,
+        "ablations": "the paper's training,discriminants not trained",
         "leave_out": "unrestricted 2x|FlexMoE, (tuned|biases|rows).*",
         "suites": "mc9,gsm8k,math,humaneval",
     },

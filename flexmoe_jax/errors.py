@@ -41,6 +41,10 @@ class ArtifactError(FlexMoEError):
     """Packages, models and run directories that are missing, altered, or do not belong together."""
 
 
+class BusyError(ArtifactError):
+    """A directory that another process is using."""
+
+
 class MachineError(FlexMoEError):
     """Machines, devices or processes that cannot do the work."""
 

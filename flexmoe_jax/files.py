@@ -22,7 +22,7 @@ import tempfile
 from collections.abc import Callable, Iterable, Iterator
 from typing import Any
 
-from flexmoe_jax.errors import ArtifactError
+from flexmoe_jax.errors import ArtifactError, BusyError
 
 CHUNK_BYTES = 1 << 20  # a multiple of every dtype's size
 NOT_A_FILE = "a link, a special file, or a directory that is empty, unreadable or too deep"  # see `list_files`
@@ -177,8 +177,10 @@ def remove_directory(path: pathlib.Path) -> None:
 
 
 @contextlib.contextmanager
-def lock_directory(path: pathlib.Path, file_name: str | None = None) -> Iterator[bool]:
-    """Holds the directory `path` exclusively; ArtifactError if another process holds it, or it cannot be used.
+def lock_directory(path: pathlib.Path, file_name: str | None = None, wait: bool = False) -> Iterator[bool]:
+    """Holds the directory `path` exclusively; ArtifactError if it cannot be used.
+
+    While another process holds it: BusyError, or with `wait` nothing happens until it is free.
 
     The lock is on the directory itself, or on the file `file_name` inside it, which holds the process id of the holder.
     Yields whether it is held: on a file system without locks, as Lustre may be, it is not, and a line of the log asks
@@ -197,11 +199,11 @@ def lock_directory(path: pathlib.Path, file_name: str | None = None) -> Iterator
             what = f"{path / file_name} is a special file or has other hard links"
             raise ArtifactError(what, "delete it, if you trust this directory")
         try:
-            fcntl.flock(descriptor, fcntl.LOCK_EX | fcntl.LOCK_NB)
+            fcntl.flock(descriptor, fcntl.LOCK_EX | (0 if wait else fcntl.LOCK_NB))
         except BlockingIOError as error:
             holder = os.pread(descriptor, 64, 0).decode(errors="replace").strip() if file_name else ""
             who = f"process {holder}" if holder else "another process"
-            raise ArtifactError(f"{path} is in use by {who}", "wait until it ends, or stop it") from error
+            raise BusyError(f"{path} is in use by {who}", "wait until it ends, or stop it") from error
         except OSError as error:
             if error.errno not in _NO_LOCKS:
                 raise

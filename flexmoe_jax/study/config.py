@@ -70,7 +70,7 @@ ABLATIONS = _factorial() | {
     "no bias": Experts({"freeze": "experts/.*/bias"}, generative=False),
     "random rows": Experts(generative=False, random_rows=True),
     "random rows of norm 1": Experts(generative=False, random_rows=True, router_scale=1.0),
-    "discriminants, not trained": Experts({"groups": "experts/.*/(router|bias) lr=0"}),
+    "discriminants not trained": Experts({"groups": "experts/.*/(router|bias) lr=0"}),
 }
 
 

@@ -8,6 +8,7 @@ public text alone could not know them: baselines are to be as strong as they can
 """
 
 import dataclasses
+import functools
 import logging
 import math
 import pathlib
@@ -16,13 +17,14 @@ from collections.abc import Mapping
 import numpy as np
 
 from flexmoe_jax.api import Model, load
-from flexmoe_jax.errors import DivergedError, FlexMoEError
+from flexmoe_jax.errors import BusyError, DivergedError, FlexMoEError
 from flexmoe_jax.evaluate.perplexity import first_texts
-from flexmoe_jax.files import remove_directory, write_json
+from flexmoe_jax.files import lock_directory, remove_directory, write_json
 from flexmoe_jax.json_files import parse_json, read_bytes
 from flexmoe_jax.study.config import Experts
 from flexmoe_jax.study.results import RateSearch
 from flexmoe_jax.study.scoring import held_out
+from flexmoe_jax.study.sharing import every
 from flexmoe_jax.study.workshop import Artifacts, Joint, Training, Workshop, folder_name
 from flexmoe_jax.tree import PUBLIC
 
@@ -35,28 +37,43 @@ PART = 3  # a trial has a third of the steps
 def find_rate(name: str, trainings: Mapping[str, Training], workshop: Workshop, artifacts: Artifacts) -> float:
     """The rate at which all systems of the kind of `name` train; `trainings` has every system that is trained.
 
-    Trials that `rates.json` does not have are done now, from `artifacts`. Raises FlexMoEError where all diverge.
+    Trials that `rates.json` does not have are done now, from `artifacts`. Raises FlexMoEError where all diverge, and
+    BusyError with another seed than the first, or while another process does them.
     """
     rates, root = workshop.config.grid, workshop.home.parent
     if len(rates) == 1:
         return rates[0]
     kind = _kind(name, trainings[name])
-    found = _read(root)
-    scores = found.setdefault(kind, {})
-    missing = [rate for rate in rates if f"{rate:g}" not in scores]
-    for rate in missing:
-        members = {other: how for other, how in trainings.items() if _kind(other, how) == kind}
-        home = root / FOLDER / folder_name(f"{kind} {rate:g}")
-        scores[f"{rate:g}"] = _trial(members, dataclasses.replace(workshop, home=home, rate=rate), artifacts)
-        write_json(root / FILE, found)
-        if home.exists():
-            remove_directory(home)
+    members = {other: how for other, how in trainings.items() if _kind(other, how) == kind}
+    missing = [rate for rate in rates if f"{rate:g}" not in _read(root).get(kind, {})]
+    if missing and workshop.seed:
+        raise BusyError(f"{root} has no learning rate of {kind} yet", "train with the first seed before")
+    every(functools.partial(_try, kind, rate, members, workshop, artifacts) for rate in missing)
+    scores = _read(root)[kind]
     search = _chosen(kind, scores)
     if missing:
         end = ", an end of config.rates: a better one may lie beyond" if search.at_end else ""
         tried = ", ".join(f"{rate} {'diverged' if bits is None else f'{bits:.4f}'}" for rate, bits in scores.items())
         log.info(f"learning rates of {kind}, bits per byte: {tried}; all seeds train at {search.chosen:g}{end}")
     return search.chosen
+
+
+def _try(kind: str, rate: float, members: Mapping[str, Training], workshop: Workshop, artifacts: Artifacts) -> None:
+    """Trains the `members` at `rate`, unless it is done, and adds their score to `rates.json`."""
+    root = workshop.home.parent
+    name = folder_name(f"{kind} {rate:g}")
+    (root / FOLDER).mkdir(parents=True, exist_ok=True)
+    with lock_directory(root / FOLDER, f".{name}.lock"):
+        if f"{rate:g}" in _read(root).get(kind, {}):
+            return
+        home = root / FOLDER / name
+        score = _trial(members, dataclasses.replace(workshop, home=home, rate=rate), artifacts)
+        with lock_directory(root, f".{FILE}.lock", wait=True):
+            found = _read(root)
+            found.setdefault(kind, {})[f"{rate:g}"] = score
+            write_json(root / FILE, found)
+        if home.exists():
+            remove_directory(home)
 
 
 def searches(root: pathlib.Path) -> dict[str, RateSearch]:

@@ -1,14 +1,16 @@
 """A study from start to end, and studies at several values of one of its numbers."""
 
 import dataclasses
+import functools
 import pathlib
 from collections.abc import Sequence
+from typing import Any
 
 from flexmoe_jax.api import load
 from flexmoe_jax.artifacts.model_dir import open_model
 from flexmoe_jax.artifacts.sealed import differences
 from flexmoe_jax.errors import ArtifactError, ConfigError, did_you_mean
-from flexmoe_jax.files import write_json
+from flexmoe_jax.files import lock_directory, write_json
 from flexmoe_jax.json_files import parse_json, read_bytes
 from flexmoe_jax.mapping import to_mapping
 from flexmoe_jax.ranges import ranges_of
@@ -16,7 +18,8 @@ from flexmoe_jax.study import tables
 from flexmoe_jax.study.config import StudyConfig
 from flexmoe_jax.study.rates import searches
 from flexmoe_jax.study.results import RESULTS, SAMPLES, Results, write_results
-from flexmoe_jax.study.scoring import Bench, SystemScore, make_texts
+from flexmoe_jax.study.scoring import Bench, make_texts
+from flexmoe_jax.study.sharing import every, once, until_free
 from flexmoe_jax.study.suites import Scores, by_seed, score_suites
 from flexmoe_jax.study.systems import METHOD, systems
 from flexmoe_jax.study.train import OF_PUBLIC, OF_SHARED, make_shared, train_public, train_seed
@@ -28,32 +31,51 @@ MAY_DIFFER = ("out", "seeds", "ablations", "systems", "leave_out", "suites")  # 
 def reproduce(config: StudyConfig, shared: pathlib.Path | None = None) -> Results:
     """Runs the study in `config.out`, or what is missing of it; writes and returns its results.
 
-    `shared` is the folder of another study of the same domains, whose mix and domain vectors are used. Raises
-    ArtifactError where `config.out` holds another study.
+    `shared` is the folder of another study of the same domains, whose mix and domain vectors are used. Other processes
+    may run the same study at the same time: each makes what no other does. Raises ArtifactError where `config.out`
+    holds another study.
     """
     root = pathlib.Path(config.out)
     shared = root if shared is None else shared
-    check_same(config, root)
-    make_shared(config, shared)
-    public = train_public(config, shared, root)
+    root.mkdir(parents=True, exist_ok=True)
+    with lock_directory(root, ".shared.lock", wait=True):
+        check_same(config, root)
+        make_shared(config, shared)
+        public = train_public(config, shared, root)
     config = dataclasses.replace(config, model=open_model(public).config)  # results tell it where config.public has it
     texts = make_texts(config, shared / "mix")
-    made: list[Artifacts] = []
-    scores: list[dict[str, SystemScore]] = []
-    suites: list[Scores] = []
-    for seed in range(config.seeds):
-        home = root / f"seed-{seed}"
-        made.append(train_seed(config, shared, public, home, seed))
-        bench = Bench(config, made[-1], texts, shared / "mix", home)
-        for system in systems(config):
-            bench.scores[system.name] = system.score(bench)
-        scores.append(bench.scores)
-        suites.append(score_suites(bench))
+    homes = [root / f"seed-{seed}" for seed in range(config.seeds)]
+    benches = [Bench(config, Artifacts({}), texts, shared / "mix", home) for home in homes]
+
+    def work(seed: int, bench: Bench) -> Scores:
+        train = functools.partial(train_seed, config, shared, public, bench.home, seed, bench.artifacts)
+        every([train, *(functools.partial(bench.add, system.name, system.score) for system in systems(config))])
+        every(functools.partial(_opt_out, bench, owner) for owner in config.owners)
+        return score_suites(bench)
+
+    suites = until_free(lambda: every(functools.partial(work, *one) for one in enumerate(benches)))
+    with lock_directory(root, f".{RESULTS}.lock", wait=True):
+        return _write_results(config, shared, benches, suites)
+
+
+def _opt_out(bench: Bench, owner: str) -> dict[str, Any]:
+    """`compare_never_merged` of one owner, kept in the seed's folder."""
+    path = bench.home / "left" / f"{owner}.json"
+    once(path, lambda path: write_json(path, tables.compare_never_merged(bench.artifacts, owner)))
+    return parse_json(read_bytes(path), path)
+
+
+def _write_results(
+    config: StudyConfig, shared: pathlib.Path, benches: Sequence[Bench], suites: Sequence[Scores]
+) -> Results:
+    """Writes and returns the results of seeds that are trained and scored."""
+    root = pathlib.Path(config.out)
+    texts, scores = benches[0].texts, [bench.scores for bench in benches]
     results = Results(
         study=root.resolve().name,
         config=to_mapping(config),
         documents=tables.document_sizes(texts.heldout),
-        opting_out=[tables.compare_never_merged(artifacts) for artifacts in made],
+        opting_out=[{owner: _opt_out(bench, owner) for owner in config.owners} for bench in benches],
         regret=tables.regret(config, texts.heldout, scores),
         curves=tables.curves(config, root),
         classifiers=tables.classifiers(config, shared),
@@ -63,7 +85,7 @@ def reproduce(config: StudyConfig, shared: pathlib.Path | None = None) -> Result
     )
     # Held-out text stays in the study's folder: results may be published, news may not.
     heldout = {domain: [text.text for text in some] for domain, some in texts.heldout.items()}
-    write_json(root / SAMPLES, tables.samples(load(made[0].models[METHOD]), heldout))
+    write_json(root / SAMPLES, tables.samples(load(benches[0].artifacts.models[METHOD]), heldout))
     write_results(root / RESULTS, [results])
     return results
 

@@ -17,6 +17,7 @@ from flexmoe_jax.errors import DataError
 from flexmoe_jax.files import write_bytes
 from flexmoe_jax.study.baselines import Nats, choose, soup
 from flexmoe_jax.study.config import StudyConfig
+from flexmoe_jax.study.sharing import once
 from flexmoe_jax.study.workshop import Artifacts
 from flexmoe_jax.tree import PUBLIC
 
@@ -110,11 +111,18 @@ class Bench:
     def kept(self, name: str, score: "Scorer") -> SystemScore:
         """The scores of the system `name`: read from the disk, or computed and written."""
         path = self.home / "scores" / f"{re.sub('[ /]', '_', name)}.npz"
-        if not path.exists():
-            path.parent.mkdir(parents=True, exist_ok=True)
+
+        def write(path: pathlib.Path) -> None:
             write_bytes(path, _to_npz(score(self)))
             log.info(f"scored {name}")
+
+        once(path, write)
         return _from_npz(path)
+
+    def add(self, name: str, score: "Scorer") -> None:
+        """Adds the scores of the system `name` to `scores`."""
+        if name not in self.scores:
+            self.scores[name] = score(self)
 
     def validation(self, name: str) -> dict[str, Nats]:
         """Nats of the model of the system `name` on the validation texts."""
@@ -127,8 +135,7 @@ class Bench:
         Logistic regression on sentence embeddings of training documents, the same for every seed.
         """
         path = self.home.parent / "posteriors.npz"  # of this study only: the texts of others may differ
-        if not path.exists():
-            write_bytes(path, _npz(self._fit_posteriors()))
+        once(path, lambda path: write_bytes(path, _npz(self._fit_posteriors())))
         with np.load(path) as arrays:
             return dict(arrays)
 

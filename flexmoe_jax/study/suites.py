@@ -2,14 +2,16 @@
 
 import functools
 import logging
+import pathlib
 from collections.abc import Mapping, Sequence
 
 from flexmoe_jax.api import Model
-from flexmoe_jax.evaluate.suites import CHOICE, find_tasks, load_examples
+from flexmoe_jax.evaluate.suites import CHOICE, Task, find_tasks, load_examples
 from flexmoe_jax.evaluate.tasks import run_task
 from flexmoe_jax.files import write_json
 from flexmoe_jax.json_files import parse_json, read_bytes
 from flexmoe_jax.study.scoring import Bench, soup_of
+from flexmoe_jax.study.sharing import every, once
 from flexmoe_jax.study.systems import METHOD, systems
 from flexmoe_jax.study.workshop import folder_name
 from flexmoe_jax.tree import PUBLIC
@@ -36,21 +38,22 @@ def score_suites(bench: Bench) -> Scores:
     def model_of(name: str) -> Model:
         return soup_of(bench, [PUBLIC, *dense]) if name == "soup" else bench.load(bench.artifacts.models[name])
 
-    found: Scores = {}
-    for name in (PUBLIC, METHOD, "soup", *dense) if tasks else ():
+    def score(name: str, task: Task, path: pathlib.Path) -> None:
+        lm, examples = model_of(name).lm(), load_examples(task, config.suite_items, FORM)
+        scores = {GOLD: run_task(lm, task, examples, gold=True).score}
+        if task.kind == CHOICE:
+            scores[ACCURACY] = run_task(lm, task, examples).score
+        write_json(path, scores)
+        log.info(f"scored {name} on {task.name}")
+
+    def score_tasks(name: str) -> dict[str, dict[str, float]]:
         home = bench.home.parent if name == PUBLIC else bench.home  # one public model for all seeds
-        for task in tasks:
-            path = home / "suites" / folder_name(name) / f"{task.name}.json"
-            if not path.exists():
-                lm, examples = model_of(name).lm(), load_examples(task, config.suite_items, FORM)
-                scores = {GOLD: run_task(lm, task, examples, gold=True).score}
-                if task.kind == CHOICE:
-                    scores[ACCURACY] = run_task(lm, task, examples).score
-                path.parent.mkdir(parents=True, exist_ok=True)
-                write_json(path, scores)
-                log.info(f"scored {name} on {task.name}")
-            found.setdefault(name, {})[task.name] = parse_json(read_bytes(path), path)
-    return found
+        paths = {task: home / "suites" / folder_name(name) / f"{task.name}.json" for task in tasks}
+        every(functools.partial(once, path, functools.partial(score, name, task)) for task, path in paths.items())
+        return {task.name: parse_json(read_bytes(path), path) for task, path in paths.items()}
+
+    names = (PUBLIC, METHOD, "soup", *dense) if tasks else ()
+    return dict(zip(names, every(functools.partial(score_tasks, name) for name in names), strict=True))
 
 
 def by_seed(seeds: Sequence[Scores]) -> dict[str, dict[str, dict[str, list[float]]]]:

@@ -114,18 +114,15 @@ def document_sizes(texts: Mapping[str, Sequence[Text]]) -> dict[str, dict[str, i
     }
 
 
-def compare_never_merged(artifacts: Artifacts) -> dict[str, dict[str, Any]]:
-    """{owner: digests of the method's model after its opt-out and of one merged without it}; equal if exact."""
+def compare_never_merged(artifacts: Artifacts, owner: str) -> dict[str, Any]:
+    """Digests of the method's model after an owner's opt-out and of one merged without it; `equal` if exact."""
     model = open_model(artifacts.models[METHOD])
-    result = {}
-    for owner in (name for name in model.experts if name != PUBLIC):
-        with tempfile.TemporaryDirectory() as folder:
-            rest = [model.package(name) for name in model.experts if name not in (PUBLIC, owner)]
-            left = opt_out(model.path, owner, pathlib.Path(folder, f"without-{owner}"))
-            path = pathlib.Path(folder, f"never-{owner}")
-            never = merge(artifacts.models[PUBLIC], rest, path, top_k=left.wanted_top_k)
-            result[owner] = {"left": left.digest, "never": never.digest, "equal": left.digest == never.digest}
-    return result
+    with tempfile.TemporaryDirectory() as folder:
+        rest = [model.package(name) for name in model.experts if name not in (PUBLIC, owner)]
+        left = opt_out(model.path, owner, pathlib.Path(folder, f"without-{owner}"))
+        path = pathlib.Path(folder, f"never-{owner}")
+        never = merge(artifacts.models[PUBLIC], rest, path, top_k=left.wanted_top_k)
+        return {"left": left.digest, "never": never.digest, "equal": left.digest == never.digest}
 
 
 def curves(config: StudyConfig, root: pathlib.Path) -> list[Curve]:

@@ -15,8 +15,9 @@ from flexmoe_jax.mapping import to_mapping
 from flexmoe_jax.optimizer_config import OptimizerConfig
 from flexmoe_jax.study.config import StudyConfig
 from flexmoe_jax.study.rates import find_rate
+from flexmoe_jax.study.sharing import every
 from flexmoe_jax.study.systems import systems
-from flexmoe_jax.study.workshop import ALL, Artifacts, Workshop, text_folder
+from flexmoe_jax.study.workshop import ALL, Artifacts, Training, Workshop, text_folder
 from flexmoe_jax.tree import PUBLIC
 
 OF_SHARED = ("public_share", "embed_count")  # keys that the text and the domain vectors depend on
@@ -91,13 +92,19 @@ def _import_anchor(name: str, vector: pathlib.Path, path: pathlib.Path) -> None:
 
 
 def train_seed(
-    config: StudyConfig, shared: pathlib.Path, public: pathlib.Path, home: pathlib.Path, seed: int
-) -> Artifacts:
-    """Trains every system of the table that is trained, at its rate; what is there already is kept."""
+    config: StudyConfig, shared: pathlib.Path, public: pathlib.Path, home: pathlib.Path, seed: int, made: Artifacts
+) -> None:
+    """Trains every system of the table that is trained, at its rate, into `made`; what is there already is kept.
+
+    Raises BusyError in the end where another process is training some.
+    """
     workshop = Workshop(config, shared, home, seed)
-    models = {PUBLIC: workshop.at_norm(public, config.router_scale)}
+    if PUBLIC not in made.models:
+        made.models[PUBLIC] = workshop.at_norm(public, config.router_scale)
     trainings = {system.name: system.training for system in systems(config) if system.training is not None}
-    for name, training in trainings.items():
-        rate = find_rate(name, trainings, workshop, Artifacts(models))
-        models[name] = dataclasses.replace(workshop, rate=rate).make(name, training, Artifacts(models))
-    return Artifacts(models)
+
+    def add(name: str, training: Training) -> None:
+        rate = find_rate(name, trainings, workshop, made)
+        made.models[name] = dataclasses.replace(workshop, rate=rate).make(name, training, made)
+
+    every(functools.partial(add, *item) for item in trainings.items() if item[0] not in made.models)

@@ -17,10 +17,14 @@ from flexmoe_jax.compose.merge import merge
 from flexmoe_jax.compose.tune import Tuning, tune
 from flexmoe_jax.config import RunConfig
 from flexmoe_jax.data.embedding import DomainVector
-from flexmoe_jax.files import remove_directory
+from flexmoe_jax.data.sources import read_documents
+from flexmoe_jax.data.tokenizer import load_tokenizer
+from flexmoe_jax.data.writer import write_store
+from flexmoe_jax.files import lock_directory, remove_directory
 from flexmoe_jax.optimizer_config import OptimizerConfig
 from flexmoe_jax.study.baselines import branch_train_mix
 from flexmoe_jax.study.config import PUBLIC_FRACTION, Experts, StudyConfig
+from flexmoe_jax.study.sharing import every, once
 from flexmoe_jax.training.loop import train
 from flexmoe_jax.tree import PUBLIC, Params, split
 
@@ -34,7 +38,7 @@ ALL = "all"  # the text of every domain in equal amounts
 class Artifacts:
     """Model directories of one seed by the name of the system, `public` among them."""
 
-    models: Mapping[str, pathlib.Path]
+    models: dict[str, pathlib.Path]
 
 
 @dataclasses.dataclass(frozen=True)
@@ -105,7 +109,8 @@ class Workshop:
         An owner's batches hold the same number of own sequences with public text beside them and without.
         """
         own = self.config.own_sequences if text in self.config.owners and "public_data" not in changes else None
-        folder = text_folder(self.config, self.shared, text)
+        release = changes.get("public")
+        folder = self.tokens(text, release) if release else text_folder(self.config, self.shared, text)
         options: dict[str, Any] = {
             "optimizer": OptimizerConfig(
                 lr=self.rate, warmup_steps=min(10, steps // 10), weight_decay=0.1, groups=groups
@@ -118,11 +123,29 @@ class Workshop:
             "save_every": 200,
             "eval_every": None,  # the held-out text is for the study's own scores
         }
-        product = train(RunConfig(owner=owner, data=str(folder), steps=steps, **options | changes))
-        for states in ("checkpoints", "digests"):  # with two moments they take several times what the run made
-            remove_directory(product.parent / states)
-        log.info(f"seed {self.seed}: {name}: {product}")
+        run = RunConfig(owner=owner, data=str(folder), steps=steps, **options | changes)
+        product = self._run(name) / ("model" if run.is_public else "package")
+        once(product, lambda _: train(run))
+        states = [product.parent / name for name in ("checkpoints", "digests")]
+        if any(folder.exists() for folder in states):  # with two moments they take several times what the run made
+            with lock_directory(product.parent, ".lock"):
+                for folder in states:
+                    remove_directory(folder)
+            log.info(f"seed {self.seed}: {name}: {product}")
         return product
+
+    def tokens(self, text: str, release: pathlib.Path | str) -> pathlib.Path:
+        """The token store of a text, which is made once for all runs beside the model directory `release`."""
+        folder = text_folder(self.config, self.shared, text)
+
+        def write(path: pathlib.Path) -> None:
+            model = open_model(release)
+            tokenizer = load_tokenizer(model.tokenizer_files).for_rows(model.config.vocab_size)
+            write_store(read_documents(folder), tokenizer, path)
+
+        store = self.shared / "tokens" / text
+        once(store, write)
+        return store
 
     def at_norm(self, release: pathlib.Path, scale: float | None) -> pathlib.Path:
         """`release` with router rows that start at the norm `scale`; itself where it has them, or for None."""
@@ -133,15 +156,13 @@ class Workshop:
     def made(self, name: str, make: Callable[[pathlib.Path], object]) -> pathlib.Path:
         """What `make` writes at a path of its own, once; it must write whole or not at all."""
         path = self._made(name)
-        if not path.exists():
-            path.parent.mkdir(parents=True, exist_ok=True)
-            make(path)
+        once(path, make)
         return path
 
     def _merged(self, name: str, how: Experts, release: pathlib.Path) -> pathlib.Path:
         """Every owner's expert, and the model merged from them."""
-        packages = []
-        for i, owner in enumerate(self.config.owners):
+
+        def package(i: int, owner: str) -> pathlib.Path:
             vector = self.shared / "domains" / f"{owner}.json"
             if how.random_rows:
                 vector = self.made(f"random row {owner}.json", functools.partial(_random_row, vector, self.seed, i))
@@ -154,31 +175,30 @@ class Workshop:
                 **({} if how.coordinate else {"router_z_loss": 0.0}),  # a router that chooses nothing
             }
             if how.public_text:
-                public_text = str(text_folder(self.config, self.shared, PUBLIC))
+                public_text = str(self.tokens(PUBLIC, release))
                 options |= {"public_data": public_text, "public_fraction": PUBLIC_FRACTION}
             options |= how.changes
             run = _expert_of(name, owner)
-            packages.append(self.train(run, owner=owner, text=owner, steps=self.config.owner_steps, **options))
+            return self.train(run, owner=owner, text=owner, steps=self.config.owner_steps, **options)
+
+        packages = every(functools.partial(package, i, owner) for i, owner in enumerate(self.config.owners))
         return self.made(f"merged {name}", lambda path: merge(release, packages, path, top_k=self.config.top_k))
 
     def _tuned(self, name: str, model: pathlib.Path, together: bool) -> pathlib.Path:
-        made = tune(
-            model,
-            {owner: self.shared / "proxies" / owner for owner in self.config.owners},
-            text_folder(self.config, self.shared, PUBLIC),
-            self._made(name),
-            Tuning(
-                together=together,
-                seed=self.seed,
-                batch_size=self.config.batch_size,
-                seq_len=self.config.seq_len,
-                lr=self.rate,
-                compute_dtype=self.config.compute_dtype,
-                steps=self.config.tune_steps,
-            ),
+        proxies = {owner: self.shared / "proxies" / owner for owner in self.config.owners}
+        tuning = Tuning(
+            together=together,
+            seed=self.seed,
+            batch_size=self.config.batch_size,
+            seq_len=self.config.seq_len,
+            lr=self.rate,
+            compute_dtype=self.config.compute_dtype,
+            steps=self.config.tune_steps,
         )
-        log.info(f"seed {self.seed}: {name}: {made.path}")
-        return made.path
+        public = text_folder(self.config, self.shared, PUBLIC)
+        made = self._made(name)
+        once(made / "model", lambda path: tune(model, proxies, public, made, tuning))
+        return made / "model"
 
     def _run(self, name: str) -> pathlib.Path:
         return self.home / "runs" / folder_name(name)

@@ -29,7 +29,7 @@ from flexmoe_jax.study.scoring import Bench, Text, Texts, of_model
 from flexmoe_jax.study.suites import ACCURACY, GOLD, by_seed, score_suites, suite_table
 from flexmoe_jax.study.systems import METHOD, systems
 from flexmoe_jax.study.train import make_shared, train_public
-from flexmoe_jax.study.workshop import Artifacts, Workshop
+from flexmoe_jax.study.workshop import Artifacts, Workshop, text_folder
 from tests.hf.tiny import LLAMA, our_model
 from tests.study.tiny import CONFIG
 
@@ -121,6 +121,7 @@ def test_public_text_of_several_domains_is_as_much_of_each_and_owners_mix_it_in(
     monkeypatch.setattr("flexmoe_jax.study.workshop.merge", lambda release, packages, path, top_k: path.mkdir())
     workshop = Workshop(dataclasses.replace(BESIDE, router_scale=0.1), tmp_path, tmp_path / "seed-0", 0)
     monkeypatch.setattr(Workshop, "at_norm", lambda self, release, scale: release)
+    monkeypatch.setattr(Workshop, "tokens", lambda self, text, release: text_folder(self.config, self.shared, text))
     method = next(system for system in systems(dataclasses.replace(BESIDE, model=LLAMA)) if system.name == METHOD)
     workshop.make(METHOD, method.training, Artifacts({"public": pathlib.Path("release")}))
     assert given["math"].public_data == str(tmp_path / "public")

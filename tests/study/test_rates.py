@@ -8,14 +8,14 @@ import types
 
 import pytest
 
-from flexmoe_jax.errors import DivergedError, FlexMoEError
+from flexmoe_jax.errors import BusyError, DivergedError, FlexMoEError
 from flexmoe_jax.study import rates
 from flexmoe_jax.study.rates import FILE, searches
 from flexmoe_jax.study.results import RateSearch
 from flexmoe_jax.study.scoring import held_out
 from flexmoe_jax.study.systems import METHOD
 from flexmoe_jax.study.train import train_seed
-from flexmoe_jax.study.workshop import Joint, Workshop
+from flexmoe_jax.study.workshop import Artifacts, Joint, Workshop
 from flexmoe_jax.tree import PUBLIC
 from tests.study.tiny import CONFIG
 
@@ -39,6 +39,8 @@ def studio(monkeypatch, tmp_path):
         if error := broken.get((name, self.rate)):
             raise error
         made.append((name, self.rate, steps, self.home.name))
+        if len(made) == 1:
+            studio.meanwhile()
         return pathlib.Path(f"{name}@{self.rate}")
 
     def load(path):
@@ -61,9 +63,11 @@ def studio(monkeypatch, tmp_path):
         (tmp_path / "mix" / name / "heldout.jsonl").write_text("\n".join(rows))
 
     def study(seed=0, config=STUDY):
-        return train_seed(config, tmp_path, pathlib.Path("release"), tmp_path / f"seed-{seed}", seed)
+        train_seed(config, tmp_path, pathlib.Path("release"), tmp_path / f"seed-{seed}", seed, Artifacts({}))
 
-    return types.SimpleNamespace(run=study, made=made, scored=scored, broken=broken, root=tmp_path)
+    studio = types.SimpleNamespace(made=made, scored=scored, broken=broken, root=tmp_path)
+    studio.run, studio.meanwhile = study, lambda: None
+    return studio
 
 
 def test_every_seed_trains_at_the_best_rate_and_only_the_first_searches(studio):
@@ -78,6 +82,20 @@ def test_every_seed_trains_at_the_best_rate_and_only_the_first_searches(studio):
     studio.run(1)
     assert {name: rate for name, rate, _, folder in studio.made if folder == "seed-1"} == final
     assert len(studio.made) == len(final)
+
+
+def test_another_seed_waits_for_the_search_of_the_first(studio):
+    with pytest.raises(BusyError, match="has no learning rate of"):
+        studio.run(1)
+    assert studio.made == []
+
+
+def test_a_trial_keeps_what_other_processes_added_meanwhile(studio):
+    """The whole table is written by every trial."""
+    other = {"soup of another process": {"0.0005": 1.0}}
+    studio.meanwhile = lambda: (studio.root / FILE).write_text(json.dumps(other))
+    studio.run()
+    assert {"soup of another process", METHOD, "dense"} <= {*searches(studio.root)}
 
 
 def test_owners_text_chooses_for_owners_and_every_domain_for_what_is_trained_jointly(studio):

@@ -66,10 +66,12 @@ def test_training_finds_the_models_it_starts_from(tmp_path, monkeypatch):
 
     monkeypatch.setattr(Workshop, "train", trained)
     monkeypatch.setattr(Workshop, "made", lambda self, name, make: pathlib.Path(name))
+    monkeypatch.setattr(Workshop, "tokens", lambda self, text, release: pathlib.Path(text))
     monkeypatch.setattr(Workshop, "at_norm", lambda self, release, scale: release)
     monkeypatch.setattr(Workshop, "_tuned", lambda self, name, model, together: model)
     config = dataclasses.replace(CONFIG, domains="code,math,news", rates="2e-3")
-    models = train_seed(config, tmp_path, pathlib.Path("release"), tmp_path, 0).models
+    train_seed(config, tmp_path, pathlib.Path("release"), tmp_path, 0, artifacts := Artifacts({}))
+    models = artifacts.models
     trained_systems = [system.name for system in systems(config) if system.training is not None]
     assert list(models) == [PUBLIC, *trained_systems]
     assert started["dense code"] == started["frozen trunk news"] == f"{models[PUBLIC]}" == "release"

@@ -10,7 +10,7 @@ from flexmoe_jax.study import workshop
 from flexmoe_jax.study.config import ABLATIONS
 from flexmoe_jax.study.systems import METHOD
 from flexmoe_jax.study.train import train_seed
-from flexmoe_jax.study.workshop import Workshop
+from flexmoe_jax.study.workshop import Artifacts, Workshop
 from flexmoe_jax.tree import PUBLIC
 from tests.study.tiny import CONFIG
 from tests.tiny import MODEL, random_release, write_documents, write_vector
@@ -40,7 +40,8 @@ def own_tokens(run: pathlib.Path) -> tuple[int, int]:
 
 def test_every_system_sees_as_much_of_an_owners_text(shared):
     public, _ = random_release(shared)
-    artifacts = train_seed(STUDY, shared, public, shared / "seed-0", 0)
+    artifacts = Artifacts({})
+    train_seed(STUDY, shared, public, shared / "seed-0", 0, artifacts)
     work = Workshop(STUDY, shared, shared / "seed-0", 0)
     for name in TRIED:
         work.make(name, ABLATIONS[name], artifacts)
@@ -56,15 +57,13 @@ def test_every_run_has_the_studys_dtype_and_rate(shared, monkeypatch):
         runs.append(run)
         return pathlib.Path(run.out)
 
-    class Made:
-        path = pathlib.Path("made")
-
     monkeypatch.setattr(workshop, "train", trained)
-    monkeypatch.setattr(workshop, "tune", lambda *paths: tunings.append(paths[-1]) or Made)
+    monkeypatch.setattr(workshop, "tune", lambda *arguments: tunings.append(arguments[-1]))
     monkeypatch.setattr(Workshop, "made", lambda self, name, make: pathlib.Path(name))
+    monkeypatch.setattr(Workshop, "tokens", lambda self, text, release: pathlib.Path(text))
     monkeypatch.setattr(Workshop, "at_norm", lambda self, release, scale: release)
     config = dataclasses.replace(STUDY, compute_dtype="bfloat16", systems="all")
-    train_seed(config, shared, pathlib.Path("release"), shared / "seed-0", 0)
+    train_seed(config, shared, pathlib.Path("release"), shared / "seed-0", 0, Artifacts({}))
     assert {run.compute_dtype for run in runs} == {tuning.compute_dtype for tuning in tunings} == {"bfloat16"}
     assert {run.optimizer.lr for run in runs} == {tuning.lr for tuning in tunings} == {4e-3}
     fast = {run.out.rpartition("/")[2] for run in runs if run.optimizer.groups == "experts/.*/bias lr=10"}

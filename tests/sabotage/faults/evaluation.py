@@ -8,6 +8,7 @@ OF_PERPLEXITY, OF_LM = "tests/evaluate/test_perplexity.py", "tests/evaluate/test
 OF_SCORES, OF_SUITES = "tests/evaluate/test_scores.py", "tests/evaluate/test_suites.py"
 OF_BASELINES, OF_SOUPS = "tests/study/test_baselines.py", "tests/study/test_soups.py"
 JOINING, OF_JOINING, OF_REPORT = "evaluate/joining.py", "tests/evaluate/test_joining.py", "tests/cli/test_joining.py"
+SHARING, OF_SHARING = "study/sharing.py", "tests/study/test_sharing.py"
 OF_INTERVALS, OF_TABLES = "tests/study/test_intervals.py", "tests/study/test_tables.py"
 
 EVALUATION = (
@@ -276,6 +277,27 @@ EVALUATION = (
         "if owner not in experts:",
         "if not experts:",
         f"{OF_REPORT}::test_bad_input_is_refused_before_anything_is_written",
+    ),
+    Fault(
+        "a process makes what another finished while it waited for the lock",
+        SHARING,
+        "            if not path.exists():\n                make(path)",
+        "            make(path)",
+        f"{OF_SHARING}::test_what_another_process_is_making_or_has_just_made_is_not_made_again",
+    ),
+    Fault(
+        "a process stands still before what another is making",
+        SHARING,
+        "            busy = error\n",
+        "            raise\n",
+        f"{OF_SHARING}::test_what_is_busy_does_not_keep_the_next_from_being_done",
+    ),
+    Fault(
+        "a search of learning rates overwrites those of other processes",
+        "study/rates.py",
+        "            found = _read(root)\n            found.setdefault(",
+        "            found = {}\n            found.setdefault(",
+        "tests/study/test_rates.py::test_a_trial_keeps_what_other_processes_added_meanwhile",
     ),
     Fault(
         "the study takes the highest learning rate, not the best",
