@@ -296,7 +296,7 @@ def _tiled_vjp_bwd(residuals: tuple, dy_SD: jax.Array) -> tuple:
         e = used_E[i]
         gate, up, down = (from_bits(w[e]).astype(x_SD.dtype) for w in weights)
 
-        def one_tile(t, carry):
+        def one_tile(t, carry, first=False):
             dx, *dweights = carry
             at = first_E[e] + t * M
             own_M1 = (jnp.arange(M) < counts_E[e] - t * M)[:, None]
@@ -310,11 +310,12 @@ def _tiled_vjp_bwd(residuals: tuple, dy_SD: jax.Array) -> tuple:
             dx_MD = matmul_transposed(dgate_MF, gate, wide) + matmul_transposed(dup_MF, up, wide)
             dx = _put(dx, jnp.where(used_M1, dx_MD, 0).astype(x_SD.dtype), at)
             rows = ((x_MD, dgate_MF), (x_MD, dup_MF), (hidden_MF, dy_MD))
-            # Added in place: separate sums would be written and read once more.
-            sums = (d.at[e].set(d[e] + row_sums(*pair, d.dtype)) for d, pair in zip(dweights, rows, strict=False))
-            return dx, *sums
+            # In place: separate sums would be written and read once more.
+            sums = [row_sums(*pair, d.dtype) for d, pair in zip(dweights, rows, strict=False)]
+            return dx, *(d.at[e].set(part if first else d[e] + part) for d, part in zip(dweights, sums, strict=False))
 
-        return jax.lax.fori_loop(0, -(-counts_E[e] // M), one_tile, carry)
+        carry = one_tile(0, carry, first=True)  # writes what the others add to: an expert in use has a row
+        return jax.lax.fori_loop(1, -(-counts_E[e] // M), one_tile, carry)
 
     frozen = weights[0].dtype == jnp.uint16
     initial = (jnp.zeros_like(x_padded), *(() if frozen else map(jnp.zeros_like, weights)))
