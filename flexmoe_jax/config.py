@@ -45,10 +45,10 @@ _NEEDS = {
     Kind.CONTINUED: ("public", "expert"),
 }
 _FORBIDS = {
-    Kind.PUBLIC: ("expert", "router_contrast", "bias_init"),
-    Kind.JOINT: ("model", "domain_vector", "expert", "router_contrast", "bias_init"),
+    Kind.PUBLIC: ("expert", "router_contrast", "bias_init", "rank"),
+    Kind.JOINT: ("model", "domain_vector", "expert", "router_contrast", "bias_init", "rank"),
     Kind.EXPERT: (),
-    Kind.CONTINUED: ("domain_vector", "bias_init"),
+    Kind.CONTINUED: ("domain_vector", "bias_init", "rank"),
 }
 _REMEDIES = {
     "model": "a public run defines a model's shape, or trains the model in config.public further: set one of them",
@@ -59,6 +59,7 @@ _REMEDIES = {
     "router_contrast": "only an owner's expert trained beside the public one has odds to train: set it to 0",
     "router": "its rows tell a new expert's text from public text: leave out config.expert and config.coordinate, and "
     "give config.public_data with config.public_fraction",
+    "rank": "only a new expert beside the public one changes its matrices by a low rank: set it to none",
     "bias_init": "only a new expert beside the public one has an initial bias to choose: set it to 0",
 }
 MOST_ROWS = 100_000  # the smallest whole-number weights of a mixture add up to at most this
@@ -172,6 +173,10 @@ class RunConfig:
     """How a new expert's router rows and biases begin: `trained`, with the row of `domain_vector` and `bias_init`; or
     `generative`, with a linear discriminant between the owner's text and `public_data` in every layer, which tells them
     apart before the first step. Training goes on from there; a group of `optimizer.groups` can hold them."""
+
+    rank: str | None = None
+    """Rank of the expert's change of the public expert's matrices W: W + A B, of which A and B are trained and packed;
+    `16`, or one for each matrix, as `w_gate=8,w_up=8,w_down=32` (one left out is whole). None: whole matrices."""
 
     bias_init: Annotated[float, NOT_POSITIVE] = 0.0
     """Initial router bias of a new expert in every layer, at most 0. Below 0 the expert starts with a smaller weight
@@ -338,9 +343,10 @@ class RunConfig:
                 f"config.router_contrast is {self.router_contrast} and config.public_fraction {self.public_fraction}",
                 "set both or neither: the router learns to tell the owner's text from public text, and needs both",
             )
-        if self.router_contrast and not self.coordinate:
-            what = f"config.router_contrast is {self.router_contrast} and config.coordinate is False"
-            raise ConfigError(what, _REMEDIES["router_contrast"])
+        for name in ("router_contrast", "rank"):
+            if getattr(self, name) and not self.coordinate:
+                what = f"config.{name} is {getattr(self, name)} and config.coordinate is False"
+                raise ConfigError(what, _REMEDIES[name])
         if self.router == "generative" and not (self.kind is Kind.EXPERT and self.coordinate and self.public_sequences):
             what = f"config.router is 'generative', and the run trains {self.kind.value}"
             raise ConfigError(what, _REMEDIES["router"])

@@ -1,17 +1,26 @@
 """Every parameter, declared once: its shape, its initial values, and the mesh axes that split it.
 
+An owner's expert holds each matrix W of its feed-forward network whole, or as a low-rank change of the public expert's:
+W = W_public + A B, with A [in, r] and B [r, out] (Hu et al., LoRA, arXiv 2106.09685).
+
 Legend: L layers, D width, H query heads, G key/value heads, K head size, F feed-forward width, V vocabulary, E experts.
 """
 
 import dataclasses
 import math
+from collections.abc import Mapping
+from typing import Any
 
+from flexmoe_jax.errors import ConfigError
 from flexmoe_jax.model_config import ModelConfig
 from flexmoe_jax.tree import PUBLIC, TRUNK
 
 # The axes of the device mesh (see parallel/mesh.py).
 AXES = DATA, FSDP, EXPERT, TENSOR = ("data", "fsdp", "expert", "tensor")
 Axes = tuple[str | None, ...]
+
+FFN_WEIGHTS = ("w_gate", "w_up", "w_down")
+NO_RANKS: Mapping[str, int] = {}  # every matrix is held whole
 
 
 @dataclasses.dataclass(frozen=True)
@@ -27,16 +36,49 @@ class Leaf:
     value: float = 0.0
 
 
-def owner_leaves(config: ModelConfig, owner: str) -> dict[str, Leaf]:
-    """{path inside the owner's subtree: Leaf} of `trunk`, or of the expert of any other name."""
-    return _trunk_leaves(config) if owner == TRUNK else _expert_leaves(config)
+def owner_leaves(config: ModelConfig, owner: str, ranks: Mapping[str, int] = NO_RANKS) -> dict[str, Leaf]:
+    """{path inside the owner's subtree: Leaf} of `trunk`, or of the expert of any other name.
+
+    `ranks` {matrix: r} are of those that the expert holds as a change of rank r.
+    """
+    return _trunk_leaves(config) if owner == TRUNK else _expert_leaves(config, ranks)
 
 
-def model_leaves(config: ModelConfig, experts: tuple[str, ...] = (PUBLIC,)) -> dict[str, Leaf]:
-    """{path in the whole tree: Leaf} of a model of the trunk and the named experts."""
+def factors(matrix: str) -> tuple[str, str]:
+    """The names of the leaves A and B of a low-rank change of `matrix`."""
+    return f"{matrix}_a", f"{matrix}_b"
+
+
+def ranks_of(leaves: Mapping[str, Any]) -> dict[str, int]:
+    """{matrix: rank} of the low-rank changes among the leaves of an expert; all that is read of a leaf is `shape`."""
+    first = {name: leaves[a].shape for name in FFN_WEIGHTS for a, _ in [factors(name)] if a in leaves}
+    return {name: shape[-1] for name, shape in first.items() if shape}
+
+
+def read_ranks(text: str, config: ModelConfig) -> dict[str, int]:
+    """The ranks that `16` (of all three matrices) or `w_gate=8,w_up=8,w_down=32` says; a matrix left out is whole.
+
+    ConfigError for anything else, and for ranks that no matrix of this configuration has.
+    """
+    named = text if "=" in text else ",".join(f"{name}={text}" for name in FFN_WEIGHTS)
+    ranks, most = {}, min(config.d_model, config.d_ff)
+    for part in named.split(","):
+        name, _, rank = (word.strip() for word in part.partition("="))
+        if name not in FFN_WEIGHTS or name in ranks or not rank.isdecimal() or not 1 <= int(rank) <= most:
+            remedy = f"give a rank from 1 to {most}, as 16, or one for each matrix, as w_gate=8,w_up=8,w_down=32"
+            raise ConfigError(f"the rank {text!r} is not one: {part.strip()!r}", remedy)
+        ranks[name] = int(rank)
+    return ranks
+
+
+def model_leaves(
+    config: ModelConfig, experts: tuple[str, ...] = (PUBLIC,), ranks: Mapping[str, Mapping[str, int]] = {}
+) -> dict[str, Leaf]:
+    """{path in the whole tree: Leaf} of a model of the trunk and the named experts; `ranks` {owner: its ranks}."""
     leaves = {f"trunk/{path}": leaf for path, leaf in owner_leaves(config, TRUNK).items()}
     for name in experts:
-        leaves |= {f"experts/{name}/{path}": leaf for path, leaf in owner_leaves(config, name).items()}
+        own = owner_leaves(config, name, ranks.get(name, NO_RANKS))
+        leaves |= {f"experts/{name}/{path}": leaf for path, leaf in own.items()}
     return leaves
 
 
@@ -81,20 +123,33 @@ def _trunk_leaves(c: ModelConfig) -> dict[str, Leaf]:
     return leaves
 
 
-def _expert_leaves(c: ModelConfig) -> dict[str, Leaf]:
+def _expert_leaves(c: ModelConfig, ranks: Mapping[str, int] = NO_RANKS) -> dict[str, Leaf]:
     L, D, F = c.num_layers, c.d_model, c.d_ff
-    return {
+    leaves = {
         "w_gate": Leaf((L, D, F), (None, FSDP, TENSOR), std=_STD),
         "w_up": Leaf((L, D, F), (None, FSDP, TENSOR), std=_STD),
         "w_down": Leaf((L, F, D), (None, TENSOR, FSDP), std=_STD),
         "router": Leaf((L, D), std=_STD),
         "bias": Leaf((L,)),
     }
+    for name, rank in ranks.items():
+        (_, inputs, outputs), (_, split_in, split_out) = leaves[name].shape, leaves.pop(name).axes
+        a, b = factors(name)
+        # B is 0: the change begins at 0, and with it the expert as the public one, bit for bit.
+        leaves[a] = Leaf((L, inputs, rank), (None, split_in, None), std=inputs**-0.5)
+        leaves[b] = Leaf((L, rank, outputs), (None, None, split_out))
+    return leaves
 
 
 # The axes do not depend on sizes. This configuration has every leaf that a model can have.
 _ANY = ModelConfig(1, 1, 2, 1, 1, 2, 1, 1, qkv_bias=True)
 TRUNK_AXES: dict[str, Axes] = {path: leaf.axes for path, leaf in _trunk_leaves(_ANY).items()}
-EXPERT_AXES: dict[str, Axes] = {path: leaf.axes for path, leaf in _expert_leaves(_ANY).items()}
-# For experts stacked [L, E, ...] (parallel/stacked.py): `expert` splits the second dimension.
-STACKED_AXES: dict[str, Axes] = {p: (axes[0], EXPERT, *axes[1:]) for p, axes in EXPERT_AXES.items() if axes}
+EXPERT_AXES: dict[str, Axes] = {
+    path: leaf.axes
+    for ranks in (NO_RANKS, dict.fromkeys(FFN_WEIGHTS, 1))
+    for path, leaf in _expert_leaves(_ANY, ranks).items()
+}
+# For experts stacked [L, E, ...] (parallel/stacked.py), which are whole: `expert` splits the second dimension.
+STACKED_AXES: dict[str, Axes] = {
+    path: (leaf.axes[0], EXPERT, *leaf.axes[1:]) for path, leaf in _expert_leaves(_ANY).items() if leaf.axes
+}

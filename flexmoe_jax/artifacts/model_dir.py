@@ -21,6 +21,7 @@ from typing import Any, TypeVar
 from flexmoe_jax.artifacts import sealed
 from flexmoe_jax.artifacts.journal import FILE as JOURNAL
 from flexmoe_jax.artifacts.journal import append_entry
+from flexmoe_jax.artifacts.low_rank import whole_expert
 from flexmoe_jax.artifacts.package import Manifest, copy_package, load_package, read_manifest, write_package
 from flexmoe_jax.artifacts.sealed import check_fields, check_format, is_sha256, read_sealed, seal, write_json
 from flexmoe_jax.artifacts.signature import FILE as SIGNATURE
@@ -29,6 +30,7 @@ from flexmoe_jax.files import check_outside, new_directory, sha256_file, write_b
 from flexmoe_jax.json_files import MAX_TEXT_BYTES, canonical_json, parse_json, read_bytes
 from flexmoe_jax.mapping import from_mapping, to_mapping
 from flexmoe_jax.model_config import ModelConfig
+from flexmoe_jax.params import ranks_of
 from flexmoe_jax.tokenizer_files import TOKENIZER, TOKENIZER_CONFIG, limit_of, read_files, travels
 from flexmoe_jax.tree import PUBLIC, TRUNK, Params, canonical_order, check_known, expert_name, split, union
 
@@ -221,15 +223,18 @@ def load_model(path: pathlib.Path | str, *, mapped: bool = False) -> tuple[Model
 def load_params(model: ModelDir, experts: Iterable[str] | None = None, *, mapped: bool = False) -> Params:
     """The whole tree, experts named, as NumPy arrays: of all experts or only of `experts`. Every digest is checked.
 
-    `mapped` and errors as of `load_package`; FlexMoEError for an unknown expert.
+    Low-rank changes are added to the public expert's matrices. `mapped` and errors as of `load_package`; FlexMoEError
+    for an unknown expert.
     """
     names = model.experts if experts is None else check_known(experts, model.experts)
-    return union(
-        {
-            name: load_package(model.package(name), digest=model.manifests[name].digest, mapped=mapped)
-            for name in (TRUNK, *names)
-        }
-    )
+
+    def read(name: str) -> Params:
+        return load_package(model.package(name), digest=model.manifests[name].digest, mapped=mapped)
+
+    parts = {name: read(name) for name in (TRUNK, *names)}
+    changed = [name for name in names if ranks_of(parts[name])]
+    public = (parts[PUBLIC] if PUBLIC in parts else read(PUBLIC)) if changed else {}
+    return union(parts | {name: whole_expert(parts[name], public, mapped=mapped) for name in changed})
 
 
 def locate_package(path: pathlib.Path, name: str, digest: str) -> pathlib.Path:

@@ -4,6 +4,7 @@
     router     the origin of the router row: encoder, digest of the encoder, scale and seed of the projection, ...
     tuned      {"with": owners whose data influenced the package by router tuning or joint training, ...}
     start      manifest digest of the package that was trained further
+    compressed, rebased   what the package was made from, and how (compose/convert.py)
     licence, contact
 
 Keys that this library uses are checked, all others are kept as they are.
@@ -18,7 +19,7 @@ from flexmoe_jax.errors import ArtifactError, FlexMoEError
 from flexmoe_jax.json_files import canonical_json
 from flexmoe_jax.tree import ExpertName, expert_name
 
-_SECTIONS = ("training", "router", "tuned")
+_SECTIONS = ("training", "router", "tuned", "compressed", "rebased")
 _TEXTS = ("start", "licence", "contact")
 _ROUTER: dict[str, tuple[type, ...]] = {
     "encoder": (str,),

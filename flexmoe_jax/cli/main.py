@@ -32,6 +32,8 @@ ROLES = {
         "lr-find": ("train", "compare learning rates in short runs"),
         "train": ("train", "train an expert beside the frozen public model"),
         "train-classifier": ("tune", "train a classifier that finds public documents like the owner's"),
+        "compress": ("convert", "make an expert's package smaller, and measure what that costs"),
+        "rebase": ("convert", "carry an expert over to a public model that was trained further"),
         "keygen": ("models", "make a key that signs packages"),
         "sign": ("models", "sign a package or a public release"),
     },

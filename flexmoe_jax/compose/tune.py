@@ -24,13 +24,13 @@ from flexmoe_jax.errors import ArtifactError, DataError
 from flexmoe_jax.files import remove_directory, write_json
 from flexmoe_jax.json_files import parse_json, read_bytes
 from flexmoe_jax.optimizer_config import OptimizerConfig
-from flexmoe_jax.params import is_matrix
+from flexmoe_jax.params import is_matrix, ranks_of
 from flexmoe_jax.training.loop import train
 from flexmoe_jax.tree import PUBLIC, check_known
 
 log = logging.getLogger(__name__)
 TOGETHER = "together"
-FROZEN = "trunk/.*|experts/public/.*|experts/.*/w_(gate|up|down)"
+FROZEN = "trunk/.*|experts/public/.*|experts/.*/w_.*"
 Part = tuple[pathlib.Path, Manifest]
 
 
@@ -100,7 +100,7 @@ def tune(
     packages = {name: (opened.package(name), opened.manifests[name]) for name in opened.experts}
     for name, part in tuned.items():
         moved_by = owners if tuning.together else [name]
-        packages[name] = _package(out / "packages" / name, opened.manifests[name], part, moved_by)
+        packages[name] = _package(out / "packages" / name, packages[name], part, moved_by)
     return assemble(out / "model", opened, packages, opened.wanted_top_k, "tuned", details)
 
 
@@ -180,11 +180,17 @@ def _check_same(out: pathlib.Path, details: dict) -> None:
         write_json(path, details)
 
 
-def _package(path: pathlib.Path, before: Manifest, part: Part, moved_by: Sequence[str]) -> Part:
-    """Writes the tuned package of an owner to `path`: the record of the package `before`, and how it was tuned."""
-    made, manifest = part
+def _package(path: pathlib.Path, source: Part, part: Part, moved_by: Sequence[str]) -> Part:
+    """Writes the tuned package of an owner to `path`: the record of the package `source`, and how it was tuned.
+
+    Its matrices stay in the form that they had: joint training makes low-rank changes whole.
+    """
+    (made, manifest), (original, before) = part, source
     params = load_package(made, digest=manifest.digest)
-    moved = [n for n, t in manifest.tensors.items() if is_matrix(n) and t.sha256 != before.tensors[n].sha256]
+    moved = [n for n in before.tensors if is_matrix(n) and n in manifest.tensors and _differ(n, manifest, before)]
+    if ranks_of(before.tensors):
+        rows = {name: params[name] for name in ("router", "bias")}
+        params = load_package(original, digest=before.digest) | rows
     if moved:
         raise ArtifactError(f"tuning changed {', '.join(moved)} of {before.owner!r}", "do not use its result")
     owners = sorted({*before.record.tuned_with, *moved_by})  # earlier influence remains
@@ -193,3 +199,7 @@ def _package(path: pathlib.Path, before: Manifest, part: Part, moved_by: Sequenc
         record = {**before.record.fields, "tuned": tuned}
         write_package(path, owner=before.owner, params=params, config=before.config, base=before.base, record=record)
     return path, read_manifest(path, before.owner)
+
+
+def _differ(name: str, one: Manifest, other: Manifest) -> bool:
+    return one.tensors[name].sha256 != other.tensors[name].sha256

@@ -14,8 +14,9 @@ from typing import Any
 import numpy as np
 
 from flexmoe_jax.artifacts.arrays import NUMPY_DTYPES, map_array
+from flexmoe_jax.artifacts.low_rank import whole_expert
 from flexmoe_jax.artifacts.model_dir import ModelDir
-from flexmoe_jax.artifacts.package import check_files, raise_problems
+from flexmoe_jax.artifacts.package import check_files, load_package, raise_problems
 from flexmoe_jax.artifacts.sealed import sha256_array
 from flexmoe_jax.data.tokenizer import load_tokenizer
 from flexmoe_jax.errors import ArtifactError
@@ -27,8 +28,9 @@ from flexmoe_jax.hf.checkpoint import open_folder
 from flexmoe_jax.hf.configuration import write_config
 from flexmoe_jax.hf.mapping import Slot, slots
 from flexmoe_jax.hf.tensors import Tensor, widest, write_tensors
+from flexmoe_jax.params import ranks_of
 from flexmoe_jax.tokenizer_files import GENERATION_CONFIG, TOKENIZER_CONFIG, stored
-from flexmoe_jax.tree import TRUNK, check_known
+from flexmoe_jax.tree import PUBLIC, TRUNK, check_known
 
 FORMAT = "flexmoe-export-1"
 MODEL_FILE = "modeling_flexmoe.py"
@@ -85,6 +87,12 @@ def export(model: ModelDir, out: pathlib.Path | str, options: ExportOptions = Ex
     if options.dense and len(names) != 1:
         raise ArtifactError(f"a dense model of {len(names)} experts: {', '.join(names)}", "choose one with --experts")
     leaves = {owner: _map_leaves(model, owner) for owner in (TRUNK, *names)}
+    low = [name for name in names if ranks_of(leaves[name])]
+    if low:  # their matrices are computed, so the parts are compared with their digests now and not when read back
+        public = load_package(model.package(PUBLIC), digest=model.manifests[PUBLIC].digest, mapped=True)
+        for name in low:
+            expert = load_package(model.package(name), digest=model.manifests[name].digest, mapped=True)
+            leaves[name] = whole_expert(expert, public, mapped=True)
     biased = _biased_layers(leaves, names)
     mixture = len(names) > 1 or (not options.dense and bool(np.any(leaves[names[0]]["router"] != 0)))
     origin = model.manifests[TRUNK].record.fields.get("imported", {}).get("config", {}).get("model_type")
@@ -107,7 +115,7 @@ def export(model: ModelDir, out: pathlib.Path | str, options: ExportOptions = Ex
             write_bytes(folder / MODEL_FILE, pathlib.Path(__file__).with_name(MODEL_FILE).read_bytes())
         text = card.model_card(model, names, architecture, provenance, options.evaluation)
         write_bytes(folder / "README.md", text.encode())
-        _check_written(folder, model, table)
+        _check_written(folder, model, table, leaves)
         difference = None
         if options.check_logits:
             difference = compare_logits(
@@ -213,8 +221,11 @@ def _write_configs(
         write_json(folder / TOKENIZER_CONFIG, fields)
 
 
-def _check_written(folder: pathlib.Path, model: ModelDir, table: Mapping[str, Slot]) -> None:
-    """Raises ArtifactError unless the folder, read as an import reads it, holds exactly the parts of the manifests."""
+def _check_written(folder: pathlib.Path, model: ModelDir, table: Mapping[str, Slot], leaves: Leaves) -> None:
+    """Raises ArtifactError unless the folder, read as an import reads it, holds exactly the parts of the manifests.
+
+    Matrices that a low-rank change was added to have no digest there: they are compared with `leaves`.
+    """
     found = open_folder(folder).tensors
     if found.keys() != table.keys():
         names = ", ".join(sorted(found.keys() ^ table.keys()))
@@ -224,7 +235,13 @@ def _check_written(folder: pathlib.Path, model: ModelDir, table: Mapping[str, Sl
         for owner in slot.owners:
             places.setdefault((owner, slot.path), []).append(name)
     for (owner, path), layers in places.items():
-        part, hasher = model.manifests[owner].tensors[path], hashlib.sha256()
+        part, hasher = model.manifests[owner].tensors.get(path), hashlib.sha256()
+        if part is None:
+            for number, name in enumerate(layers):
+                made = leaves[owner][path][number]
+                if not np.array_equal(table[name].split(found[name].read(), made.shape)[owner], made):
+                    raise ArtifactError(f"{folder}: {name} is not what was written", _CHECK_DISK)
+            continue
         for name in layers:
             shape = part.shape if table[name].layer is None else part.shape[1:]
             layer = table[name].split(found[name].read(), shape)[owner]

@@ -23,8 +23,8 @@ from flexmoe_jax.files import write_bytes
 from flexmoe_jax.hf.gguf_tokenizer import add_tokenizer
 from flexmoe_jax.model.rope import frequencies
 from flexmoe_jax.model_config import ModelConfig
-from flexmoe_jax.params import is_matrix, owner_leaves
-from flexmoe_jax.tree import TRUNK, check_known
+from flexmoe_jax.params import factors, is_matrix, owner_leaves
+from flexmoe_jax.tree import PUBLIC, TRUNK, check_known
 
 if TYPE_CHECKING:
     import gguf
@@ -133,7 +133,7 @@ class _Leaves:
     def __init__(self, model: ModelDir, names: tuple[str, ...]) -> None:
         self.model = model
         self._owners = (TRUNK, *names)
-        self._hashes: dict[tuple[str, str], hashlib._Hash] = {}
+        self._hashes: dict[tuple[str, str, str], hashlib._Hash] = {}
         for owner in self._owners:
             raise_problems(model.package(owner), check_files(model.package(owner), model.manifests[owner]))
 
@@ -143,14 +143,20 @@ class _Leaves:
         named = {t.dtype for table in tables for path, t in table.items() if is_matrix(path) or path == "embed"}
         return _STORED[np.result_type(*(NUMPY_DTYPES[name] for name in named)).name]
 
-    def read(self, owner: str, path: str, layer: int | None) -> np.ndarray:
-        """One layer of the leaf, or all of it (None), in float32."""
+    def read(self, owner: str, path: str, layer: int | None, reader: str = "") -> np.ndarray:
+        """One layer of the leaf, or all of it (None), in float32; a low-rank change is added to the public expert's.
+
+        What a `reader` reads is hashed apart: the public expert's matrices are read for each that changes them.
+        """
+        if path not in self.model.manifests[owner].tensors:
+            a, b = (self.read(owner, name, layer) for name in factors(path))
+            return self.read(PUBLIC, path, layer, reader=owner) + a @ b
         tensor = self.model.manifests[owner].tensors[path]
         shape, dtype = tensor.shape if layer is None else tensor.shape[1:], NUMPY_DTYPES[tensor.dtype]
         size = math.prod(shape)
         file = self.model.package(owner) / tensor_file(path, tensor.shape)
         array = np.fromfile(file, dtype, size, offset=(layer or 0) * size * dtype.itemsize)
-        self._hashes.setdefault((owner, path), hashlib.sha256()).update(array.view(np.uint8).data)
+        self._hashes.setdefault((reader, owner, path), hashlib.sha256()).update(array.view(np.uint8).data)
         return array.reshape(shape).astype(np.float32, copy=False)
 
     def refuse_bias(self, names: tuple[str, ...]) -> None:
@@ -165,7 +171,7 @@ class _Leaves:
 
     def check(self) -> None:
         """ArtifactError unless everything that was read has the digest of its manifest."""
-        for (owner, path), found in self._hashes.items():
+        for (_, owner, path), found in self._hashes.items():
             expected = self.model.manifests[owner].tensors[path].sha256
             if found.hexdigest() != expected:
                 raise ArtifactError(

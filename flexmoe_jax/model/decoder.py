@@ -16,7 +16,7 @@ import jax.numpy as jnp
 
 from flexmoe_jax.model import attention, cache, router
 from flexmoe_jax.model.expert_parallel import sparse_on_mesh
-from flexmoe_jax.model.experts import FFN_WEIGHTS, dense, is_stacked, sparse
+from flexmoe_jax.model.experts import dense, is_stacked, sparse
 from flexmoe_jax.model.norm import rms_norm
 from flexmoe_jax.model.precision import EXACT
 from flexmoe_jax.model.products import from_bits, matmul
@@ -24,7 +24,7 @@ from flexmoe_jax.model.rope import of_layer, rope_table
 from flexmoe_jax.model_config import ModelConfig
 from flexmoe_jax.parallel.mesh import split_batch, splits_work
 from flexmoe_jax.parallel.stacked import STACKED, with_stacked_rows
-from flexmoe_jax.params import Leaf, owner_leaves
+from flexmoe_jax.params import FFN_WEIGHTS, Leaf, owner_leaves
 from flexmoe_jax.tree import PUBLIC, TRUNK, Params, canonical_order
 
 

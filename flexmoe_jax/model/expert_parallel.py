@@ -11,10 +11,10 @@ import jax.numpy as jnp
 from jax.sharding import PartitionSpec as P
 
 from flexmoe_jax.errors import ConfigError
-from flexmoe_jax.model.experts import FFN_WEIGHTS, run_slots
+from flexmoe_jax.model.experts import run_slots
 from flexmoe_jax.model.router import Routing
 from flexmoe_jax.parallel.mesh import BATCH, current_mesh
-from flexmoe_jax.params import EXPERT, FSDP, STACKED_AXES, TENSOR
+from flexmoe_jax.params import EXPERT, FFN_WEIGHTS, FSDP, STACKED_AXES, TENSOR
 from flexmoe_jax.tree import Params
 
 _ROWS = P(BATCH, None)

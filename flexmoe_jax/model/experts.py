@@ -2,7 +2,8 @@
 
 Both take `(x_ND, routing, experts, layer=None)` and return sum_i weights_i(x) * FFN_i(x), shape [N, D], in x's dtype.
 `experts` are one layer's weights, named {name: {w_gate [D, F], w_up [D, F], w_down [F, D]}} or stacked
-{w_gate [E, D, F], ...}; with `layer`, an index, they are the stacked weights of all layers, [L, E, D, F].
+{w_gate [E, D, F], ...}; with `layer`, an index, they are the stacked weights of all layers, [L, E, D, F]. A named
+expert may hold a matrix as a low-rank change of the public expert's, `w_gate_a` [D, r] and `w_gate_b` [r, F].
 """
 
 from collections.abc import Mapping
@@ -22,10 +23,10 @@ from flexmoe_jax.model.products import (
 )
 from flexmoe_jax.model.router import Routing
 from flexmoe_jax.parallel.mesh import platform
-from flexmoe_jax.tree import Params, canonical_order
+from flexmoe_jax.params import FFN_WEIGHTS, factors
+from flexmoe_jax.tree import PUBLIC, Params, canonical_order
 
 MIN_TILE_ROWS, MAX_TILE_ROWS = 32, 256
-FFN_WEIGHTS = ("w_gate", "w_up", "w_down")
 
 
 @jax.custom_vjp
@@ -47,6 +48,12 @@ def _ffn_fwd(x_ND: jax.Array, *weights: jax.Array) -> tuple[jax.Array, tuple]:
 
 
 def _ffn_bwd(residuals: tuple, dy_ND: jax.Array) -> tuple:
+    dx_ND, rows = _ffn_bwd_rows(residuals, dy_ND)
+    return dx_ND, *(weight_gradient(*pair, w) for pair, w in zip(rows, residuals[1], strict=True))
+
+
+def _ffn_bwd_rows(residuals: tuple, dy_ND: jax.Array) -> tuple[jax.Array, tuple[tuple[jax.Array, jax.Array], ...]]:
+    """(dx [N, D], the inputs of each matrix with the gradients of its outputs)."""
     bits, weights, *projections = residuals
     x_ND, (gate_NF, up_NF) = from_bits(bits), map(from_bits, projections)
     w_gate, w_up, w_down = (from_bits(w).astype(dy_ND.dtype) for w in weights)
@@ -55,8 +62,7 @@ def _ffn_bwd(residuals: tuple, dy_ND: jax.Array) -> tuple:
     hidden_NF, dgate_NF, dup_NF = _gated_bwd(gate_NF, up_NF, dhidden_NF, used_N1)
     dx_ND = matmul_transposed(dgate_NF, w_gate, sum_dtype(dy_ND)) + matmul_transposed(dup_NF, w_up, sum_dtype(dy_ND))
     dx_ND = jnp.where(used_N1, dx_ND, 0)
-    rows = ((x_ND, dgate_NF), (x_ND, dup_NF), (hidden_NF, dy_ND))
-    return dx_ND.astype(x_ND.dtype), *(weight_gradient(*pair, w) for pair, w in zip(rows, weights, strict=True))
+    return dx_ND.astype(x_ND.dtype), ((x_ND, dgate_NF), (x_ND, dup_NF), (hidden_NF, dy_ND))
 
 
 def _gated(gate: jax.Array, up: jax.Array) -> jax.Array:
@@ -84,6 +90,52 @@ def _gated_bwd(gate: jax.Array, up: jax.Array, dhidden: jax.Array, used: jax.Arr
 ffn.defvjp(_ffn_fwd, _ffn_bwd)
 
 
+@jax.custom_vjp
+def changed_ffn(x_ND: jax.Array, matrices: tuple[tuple[jax.Array, ...], ...]) -> jax.Array:
+    """`ffn` with each of the three matrices whole, (W,), or as a low-rank change of a fixed one, (W_public, A, B).
+
+    W_public + A B is made in float32, once for all rows and once more for the derivative, which keeps no matrix and has
+    products of width r only for those of A and B.
+    """
+    return _ffn_fwd(x_ND, *_whole(matrices, x_ND))[0]
+
+
+def _changed_fwd(x_ND: jax.Array, matrices: tuple[tuple[jax.Array, ...], ...]) -> tuple[jax.Array, tuple]:
+    y_ND, (bits, _, *projections) = _ffn_fwd(x_ND, *_whole(matrices, x_ND))
+    return y_ND, (bits, matrices, projections)
+
+
+def _changed_bwd(residuals: tuple, dy_ND: jax.Array) -> tuple:
+    bits, matrices, projections = residuals
+    dx_ND, rows = _ffn_bwd_rows((bits, _whole(matrices, dy_ND), *projections), dy_ND)
+    return dx_ND, tuple(_matrix_gradient(*pair, matrix) for pair, matrix in zip(rows, matrices, strict=True))
+
+
+def _whole(matrices: tuple[tuple[jax.Array, ...], ...], like: jax.Array) -> tuple[jax.Array, ...]:
+    """The three matrices; those that are changed in the dtype of `like`."""
+
+    def whole(w: jax.Array, *change: jax.Array) -> jax.Array:
+        if not change:
+            return w
+        a, b = change
+        return (from_bits(w).astype(jnp.float32) + matmul(a, b, jnp.float32)).astype(like.dtype)
+
+    return tuple(whole(*matrix) for matrix in matrices)
+
+
+def _matrix_gradient(x_NI: jax.Array, dy_NO: jax.Array, matrix: tuple[jax.Array, ...]) -> tuple[jax.Array | None, ...]:
+    """The gradients of (W,), or of (W_public, A, B): that of W_public is not taken."""
+    if len(matrix) == 1:
+        return (weight_gradient(x_NI, dy_NO, matrix[0]),)
+    _, a_Ir, b_rO = matrix
+    a_Ir, b_rO = a_Ir.astype(x_NI.dtype), b_rO.astype(x_NI.dtype)
+    da_Ir = weight_gradient(x_NI, matmul_transposed(dy_NO, b_rO, x_NI.dtype), matrix[1])
+    return None, da_Ir, weight_gradient(matmul(x_NI, a_Ir, x_NI.dtype), dy_NO, matrix[2])
+
+
+changed_ffn.defvjp(_changed_fwd, _changed_bwd)
+
+
 def is_stacked(experts: Params) -> bool:
     """Whether experts are stacked (arrays at the first level) rather than named."""
     return not isinstance(next(iter(experts.values())), Mapping)
@@ -107,8 +159,21 @@ def dense(x_ND: jax.Array, routing: Routing, experts: Params, layer: jax.Array |
     if is_stacked(experts):
         return jax.lax.scan(add, total_ND, (weights_EN, {name: experts[name] for name in FFN_WEIGHTS}))[0]
     for i, name in enumerate(canonical_order(experts)):
-        total_ND, _ = add(total_ND, (weights_EN[i], experts[name]))
+        if all(matrix in experts[name] for matrix in FFN_WEIGHTS):
+            total_ND, _ = add(total_ND, (weights_EN[i], experts[name]))
+        else:
+            y_ND = changed_ffn(x_ND, _matrices(experts[name], experts[PUBLIC]))
+            total_ND = total_ND + _weighted(y_ND, weights_EN[i][:, None])
     return total_ND
+
+
+def _matrices(expert: Params, public: Params) -> tuple[tuple[jax.Array, ...], ...]:
+    """Each matrix of an expert as `changed_ffn` takes it."""
+
+    def matrix(name: str) -> tuple[jax.Array, ...]:
+        return (expert[name],) if name in expert else (public[name], *(expert[leaf] for leaf in factors(name)))
+
+    return tuple(map(matrix, FFN_WEIGHTS))
 
 
 def sparse(x_ND: jax.Array, routing: Routing, experts: Params, layer: jax.Array | None = None) -> jax.Array:

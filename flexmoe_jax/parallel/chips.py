@@ -51,6 +51,10 @@ _TABLE = (
     Chip("v6e", ("TPU v6 lite", "TPU v6e"), 918e12, 32e9, 1638e9, 400e9, _FLAT),
     # NVIDIA A100 datasheet (SXM): 312 TFLOPs
     Chip("a100", ("NVIDIA A100-SXM4-40GB", "NVIDIA A100-SXM4-80GB"), 312e12),
+    # NVIDIA L4 datasheet: 242 TFLOPs with sparsity, half without; 24 GB, 300 GB/s; no NVLink
+    Chip("l4", ("NVIDIA L4",), 121e12, 24e9, 300e9, slices=("1",)),
+    # NVIDIA L40S datasheet: 362 TFLOPs without sparsity; 48 GB, 864 GB/s; no NVLink
+    Chip("l40s", ("NVIDIA L40S",), 362e12, 48e9, 864e9, slices=("1",)),
     # NVIDIA H100 datasheet (PCIe): 1,513 TFLOPs with sparsity, half without
     Chip("h100-pcie", ("NVIDIA H100 PCIe",), 756e12),
     # nvidia.com/en-us/data-center/h100 (SXM): 1,979 TFLOPs with sparsity, half without; 80 GB, 3.35 TB/s, NVLink

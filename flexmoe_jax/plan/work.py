@@ -25,7 +25,7 @@ from flexmoe_jax.model_config import ModelConfig
 from flexmoe_jax.parallel.mesh import replicated
 from flexmoe_jax.parallel.specs import BATCH_SPEC, CACHE_SPEC, leaf_spec, path_text, tree_shardings
 from flexmoe_jax.parallel.stacked import stack_weights
-from flexmoe_jax.params import EXPERT, model_leaves
+from flexmoe_jax.params import EXPERT, model_leaves, read_ranks
 from flexmoe_jax.training.optimizer import make_optimizer
 from flexmoe_jax.training.state import state_shapes
 from flexmoe_jax.training.step import make_train_step
@@ -76,8 +76,10 @@ class Leaf:
 
 
 def params_shapes(work: Work) -> Params:
-    """Shapes of the whole tree with named experts, float32."""
-    spec = model_leaves(work.model, work.experts)
+    """Shapes of the whole tree with named experts, float32. In training an owner's may be low-rank changes."""
+    rank = work.run.rank if work.kind == "train" else None
+    ranks = {} if rank is None else {work.run.owner: read_ranks(rank, work.model)}
+    spec = model_leaves(work.model, work.experts, ranks)
     return unflatten({path: jax.ShapeDtypeStruct(leaf.shape, jnp.float32) for path, leaf in spec.items()})
 
 

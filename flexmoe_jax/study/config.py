@@ -71,6 +71,7 @@ ABLATIONS = _factorial() | {
     "random rows": Experts(generative=False, random_rows=True),
     "random rows of norm 1": Experts(generative=False, random_rows=True, router_scale=1.0),
     "discriminants not trained": Experts({"groups": "experts/.*/(router|bias) lr=0"}),
+    **{f"rank {rank}": Experts({"rank": str(rank)}) for rank in (4, 16, 64)},
 }
 
 

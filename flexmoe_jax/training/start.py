@@ -19,6 +19,7 @@ from flexmoe_jax.mapping import to_mapping
 from flexmoe_jax.model.decoder import init_params
 from flexmoe_jax.model_config import ModelConfig
 from flexmoe_jax.parallel.specs import place_at
+from flexmoe_jax.params import factors, owner_leaves, ranks_of, read_ranks
 from flexmoe_jax.tree import PUBLIC, TRUNK, Params
 
 PROJECTION_SEED = 0
@@ -117,6 +118,12 @@ def _beside_public(run: RunConfig, vector: DomainVector) -> Start:
         "router": _rows(vector, public.config, router),
         "bias": np.full(public.config.num_layers, run.bias_init, np.float32),
     }
+    if run.rank is not None:
+        ranks = read_ranks(run.rank, public.config)
+        leaves = owner_leaves(public.config, run.owner, ranks)
+        for n, path in enumerate(leaf for name in ranks for leaf in factors(name)):
+            drawn = np.random.default_rng((run.seed, n)).standard_normal(leaves[path].shape, np.float32)
+            expert[path] = drawn * np.float32(leaves[path].std)
     return _expert(run, public, expert, router)
 
 
@@ -131,7 +138,7 @@ def _from_package(run: RunConfig) -> Start:
 
 
 def _expert(run: RunConfig, public: ModelDir, expert: Params, router: dict, history: dict | None = None) -> Start:
-    """The pair {public, owner}; leaves that `expert` does not hold are copies of the public expert's."""
+    """The pair {public, owner}; matrices that `expert` holds neither whole nor as a change are copies of public's."""
     if run.model not in (None, public.config):
         lines = differences(to_mapping(run.model), to_mapping(public.config))
         raise ConfigError(
@@ -141,7 +148,10 @@ def _expert(run: RunConfig, public: ModelDir, expert: Params, router: dict, hist
     _check_length(run, public.config)
     params = load_params(public, (PUBLIC,), mapped=True)
     beside = {PUBLIC: params["experts"][PUBLIC]} if run.coordinate else {}
-    params = {**params, "experts": {**beside, run.owner: params["experts"][PUBLIC] | expert}}
+    own = params["experts"][PUBLIC] | expert
+    for name in ranks_of(expert):
+        del own[name]
+    params = {**params, "experts": {**beside, run.owner: own}}
     tokenizer = load_tokenizer(public.tokenizer_files).for_rows(public.config.vocab_size)
     base = {name: public.manifests[name].content for name in (TRUNK, PUBLIC)} | {"tokenizer": public.tokenizer_digest}
     return Start(public.config, params, tokenizer, base, router, history or {})

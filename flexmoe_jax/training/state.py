@@ -21,7 +21,7 @@ from flexmoe_jax.model.flops import step_flops
 from flexmoe_jax.model_config import ModelConfig
 from flexmoe_jax.parallel.specs import leaf_spec, path_text, place, place_leaf, tree_shardings
 from flexmoe_jax.parallel.stacked import STACKED, restack_weights, stack_weights, unstack_weights
-from flexmoe_jax.params import EXPERT, FSDP, is_float32
+from flexmoe_jax.params import EXPERT, FFN_WEIGHTS, FSDP, is_float32
 from flexmoe_jax.training.freezing import freezing_mask
 from flexmoe_jax.tree import Params, flatten, partition
 
@@ -134,11 +134,15 @@ def _initial_shapes(trainable: Any, optimizer: optax.GradientTransformation) -> 
 def split_state(params: Params, owner: str, freeze: str | None, groups: int) -> tuple[Params, Params]:
     """(trainable leaves, frozen leaves); several experts on an `expert` axis of `groups` > 1 are stacked.
 
-    ConfigError if some experts' feed-forward networks are trained and others frozen: they cannot be stacked.
+    ConfigError if some experts' feed-forward networks are trained and others frozen, or some whole and others low-rank
+    changes: they cannot be stacked.
     """
     trainable, frozen = partition(params, freezing_mask(params, owner, freeze))
     if groups == 1 or len(params["experts"]) == 1:
         return trainable, frozen
+    if low := [name for name, leaves in params["experts"].items() if not {*FFN_WEIGHTS} <= {*leaves}]:
+        what = f"the mesh splits experts ({EXPERT}={groups}), of which {', '.join(low)} is a low-rank change"
+        raise ConfigError(what, f"set {EXPERT}=1: two experts need no expert axis")
     names = set(params["experts"])
     for part in (trainable, frozen):
         held = {name for name, leaves in part.get("experts", {}).items() if "w_up" in leaves}

@@ -21,7 +21,7 @@ from flexmoe_jax.data.store import kind_of
 from flexmoe_jax.errors import ConfigError, DataError
 from flexmoe_jax.evaluate.perplexity import first_texts, half_window, heldout_texts, score
 from flexmoe_jax.parallel.stacked import STACKED
-from flexmoe_jax.params import is_matrix
+from flexmoe_jax.params import FFN_WEIGHTS, factors
 from flexmoe_jax.training.start import Start
 from flexmoe_jax.training.step import decoder_of
 from flexmoe_jax.tree import PUBLIC, Params, combine
@@ -110,10 +110,17 @@ class Validation:
 def distance(trainable: Params, frozen: Params, owner: str) -> jax.Array:
     """|W - W_public| / |W_public| over the owner's feed-forward matrices together; float32."""
     experts = combine(trainable, frozen)["experts"]
+    own, public = experts[owner], experts[PUBLIC]
     squares = lambda leaf: jnp.sum(jnp.square(leaf.astype(jnp.float32)))  # noqa: E731
-    pairs = [(leaf, experts[PUBLIC][name]) for name, leaf in experts[owner].items() if is_matrix(name)]
-    apart = sum(squares(own.astype(jnp.float32) - public.astype(jnp.float32)) for own, public in pairs)
-    return jnp.sqrt(apart / sum(squares(public) for _, public in pairs))
+
+    def apart(name: str) -> jax.Array:
+        if name in own:
+            return squares(own[name].astype(jnp.float32) - public[name].astype(jnp.float32))
+        a_LIr, b_LrO = (own[leaf].astype(jnp.float32) for leaf in factors(name))
+        products = (a_LIr.swapaxes(1, 2) @ a_LIr, b_LrO @ b_LrO.swapaxes(1, 2))  # |A B|^2 without A B
+        return (products[0] * products[1]).sum()
+
+    return jnp.sqrt(sum(map(apart, FFN_WEIGHTS)) / sum(squares(public[name]) for name in FFN_WEIGHTS))
 
 
 def held_out(document: Document, share: float) -> bool:

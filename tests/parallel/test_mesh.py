@@ -19,7 +19,7 @@ from flexmoe_jax.model.decoder import init_params
 from flexmoe_jax.parallel.mesh import parse_mesh, platform
 from flexmoe_jax.parallel.specs import RULES, spec_of
 from flexmoe_jax.parallel.stacked import restack_weights, stack_weights, unstack_weights, with_stacked_rows
-from flexmoe_jax.params import AXES
+from flexmoe_jax.params import AXES, model_leaves, read_ranks
 from flexmoe_jax.tree import flatten, match_rules
 from tests.model.test_equal_experts import ANCHORS
 from tests.tiny import TINY, random_params
@@ -37,11 +37,11 @@ def found(tmp_path_factory) -> dict:
     return json.loads(done.stdout.splitlines()[-1])
 
 
-@pytest.mark.parametrize("kind", ["public", "hybrid", "joint", "three"])
+@pytest.mark.parametrize("kind", ["public", "hybrid", "low rank", "joint", "three"])
 def test_ten_steps_on_a_mesh_equal_ten_steps_on_one_device(found, kind):
     """Joint runs of four experts, two active: their experts are split over the `expert` axis. After an opt-out, three
     of them are split over expert=4, too: one slot is empty."""
-    assert len(found[kind]) == (2 if kind == "three" else 3)
+    assert len(found[kind]) == (2 if kind in ("three", "low rank") else 3)
     for mesh, (parameters, losses) in found[kind].items():
         assert parameters < PARAMETERS, mesh
         assert losses < LOSSES, mesh
@@ -110,6 +110,7 @@ def test_every_leaf_has_a_sharding_rule_and_every_rule_a_leaf():
     for config in ANCHORS.values():  # which have every leaf that a model can have
         params = init_params(config, jax.random.key(0), ("public", "news"))
         paths |= {*flatten(params), *flatten({**params, "experts": stack_weights(params["experts"])})}
+        paths |= {*model_leaves(config, ("public", "news"), {"news": read_ranks("2", config)})}
     numbered = [(pattern, number) for number, (pattern, _) in enumerate(RULES)]
     assert set(match_rules(paths, numbered).values()) == set(range(len(RULES)))
     assert spec_of("opt_state/1/0/mu/trunk/embed") == spec_of("trunk/embed")

@@ -146,7 +146,8 @@ def test_unknown_topologies_are_refused(text, what):
 def test_every_chip_that_can_be_planned_for_is_known_by_its_names_in_jax():
     for chip in CHIPS.values():
         assert [PEAK_FLOPS[kind] for kind in chip.device_kinds] == [chip.peak] * len(chip.device_kinds)
-        assert min(chip.peak, chip.memory, chip.bandwidth, chip.link) > 0
+        assert min(chip.peak, chip.memory, chip.bandwidth) > 0
+        assert chip.link > 0 or chip.slices == ("1",)  # a card without a link comes alone
     assert [name for name, chip in CHIPS.items() if chip.is_tpu] == ["v5e", "v5p", "v6e"]
     assert "NVIDIA H100 PCIe" in PEAK_FLOPS  # only its peak is known
 

@@ -13,6 +13,7 @@ import numpy as np
 import pytest
 
 from flexmoe_jax.api import load
+from flexmoe_jax.artifacts.low_rank import whole_expert
 from flexmoe_jax.artifacts.manifest import read_manifest
 from flexmoe_jax.artifacts.package import load_package
 from flexmoe_jax.compose.merge import merge
@@ -204,9 +205,11 @@ def test_a_line_has_the_means_of_its_steps_and_own_and_public_loss_apart(release
     assert windows == pytest.approx(round(windows))  # the number of windows of the store
 
 
-def test_the_distance_is_that_of_the_matrices_from_the_public_ones(release, tmp_path):
-    run = expert_run(tmp_path, "news", release)
-    expert, public = load_package(loop.train(run)), load_package(release / "public")
+@pytest.mark.parametrize("rank", [None, "w_gate=4,w_down=2"])
+def test_the_distance_is_that_of_the_matrices_from_the_public_ones(release, tmp_path, rank):
+    run = expert_run(tmp_path, "news", release, rank=rank)
+    package, public = load_package(loop.train(run)), load_package(release / "public")
+    expert = whole_expert(package, public)
     matrices = [name for name in expert if name.startswith("w_")]
     apart = sum(((expert[name] - public[name]) ** 2).sum() for name in matrices)
     whole = sum((public[name] ** 2).sum() for name in matrices)

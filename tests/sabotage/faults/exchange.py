@@ -64,7 +64,7 @@ EXCHANGE = (
     Fault(
         "an export is not read back",
         EXPORT,
-        "        _check_written(folder, model, table)\n",
+        "        _check_written(folder, model, table, leaves)\n",
         "",
         f"{OF_ANCHORS}::test_a_byte_that_changed_on_the_way_to_the_disk_never_becomes_an_export",
     ),

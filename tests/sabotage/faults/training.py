@@ -337,8 +337,8 @@ TRAINING = (
     Fault(
         "the distance from the public expert is a squared one",
         VALIDATION,
-        "jnp.sqrt(apart / ",
-        "(apart / ",
+        "jnp.sqrt(sum(map(apart, FFN_WEIGHTS))",
+        "(sum(map(apart, FFN_WEIGHTS))",
         f"{OF_VALIDATION}::test_the_distance_is_that_of_the_matrices_from_the_public_ones",
     ),
     Fault(

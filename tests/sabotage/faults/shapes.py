@@ -1,0 +1,86 @@
+"""Faults in experts that are low-rank changes: training, loading, tuning, compressing, rebasing, exporting."""
+
+from tests.sabotage.fault import Fault
+
+OF_MODEL, OF_KINDS = "tests/model/test_low_rank.py", "tests/compose/test_low_rank.py"
+EXPERTS, CONVERT = "model/experts.py", "compose/convert.py"
+
+SHAPES = (
+    Fault(
+        "a low-rank change does not begin at zero",
+        "params.py",
+        "leaves[b] = Leaf((L, rank, outputs), (None, None, split_out))",
+        "leaves[b] = Leaf((L, rank, outputs), (None, None, split_out), std=0.02)",
+        f"{OF_KINDS}::test_training_starts_as_the_public_expert",
+    ),
+    Fault(
+        "the derivative of a low-rank change is taken at the public matrices alone",
+        EXPERTS,
+        "_ffn_bwd_rows((bits, _whole(matrices, dy_ND), *projections), dy_ND)",
+        "_ffn_bwd_rows((bits, tuple(m[0] for m in matrices), *projections), dy_ND)",
+        f"{OF_MODEL}::test_gradients_are_those_of_automatic_differentiation_and_that_of_the_public_matrix_is_not_taken",
+    ),
+    Fault(
+        "a training step keeps the whole matrices of a low-rank change",
+        EXPERTS,
+        "return y_ND, (bits, matrices, projections)",
+        "return y_ND, (bits, tuple((w,) for w in _whole(matrices, x_ND)), projections)",
+        f"{OF_MODEL}::test_the_derivative_keeps_no_matrix",
+    ),
+    Fault(
+        "a low-rank change is loaded without the public matrix",
+        "artifacts/low_rank.py",
+        "np.asarray(public[layers, rows, columns], np.float32) + change",
+        "change",
+        f"{OF_KINDS}::test_what_was_trained_is_what_the_merged_model_runs",
+    ),
+    Fault(
+        "a change of a higher rank than the matrix is accepted",
+        "artifacts/manifest.py",
+        "if rank > most:",
+        "if rank > 10**9:",
+        f"{OF_KINDS}::test_a_change_that_is_not_whole_is_refused",
+    ),
+    Fault(
+        "router tuning trains low-rank changes",
+        "compose/tune.py",
+        "experts/.*/w_.*",
+        "experts/.*/w_(gate|up|down)",
+        f"{OF_KINDS}::test_a_low_rank_expert_is_trained_further_and_its_router_tuned_in_its_own_form",
+    ),
+    Fault(
+        "compressing keeps the smallest singular values",
+        CONVERT,
+        "root_Lr = np.sqrt(s_Lm[:, :rank])",
+        "root_Lr = np.sqrt(s_Lm[:, -rank:])",
+        f"{OF_KINDS}::test_compressing_keeps_the_largest_part_of_the_change_and_says_what_that_costs",
+    ),
+    Fault(
+        "the score before compressing is that after it",
+        CONVERT,
+        "for leaves in (expert, made)]\n    sizes",
+        "for leaves in (made, made)]\n    sizes",
+        f"{OF_KINDS}::test_compressing_keeps_the_largest_part_of_the_change_and_says_what_that_costs",
+    ),
+    Fault(
+        "a rebased expert is the old one",
+        CONVERT,
+        "np.asarray(expert[name], np.float32) + step)",
+        "np.asarray(expert[name], np.float32) + 0 * step)",
+        f"{OF_KINDS}::test_a_rebased_expert_is_the_new_public_one_with_the_owners_change",
+    ),
+    Fault(
+        "a rebased expert keeps its base",
+        CONVERT,
+        "config=manifest.config, base=base, record=record",
+        "config=manifest.config, base=manifest.base, record=record",
+        f"{OF_KINDS}::test_a_rebased_expert_is_the_new_public_one_with_the_owners_change",
+    ),
+    Fault(
+        "an export does not check the factors of a change",
+        "hf/export.py",
+        "expert = load_package(model.package(name), digest=model.manifests[name].digest, mapped=True)",
+        "expert = load_package(model.package(name), verify=False, mapped=True)",
+        f"{OF_KINDS}::test_exports_hold_the_matrices_added_up",
+    ),
+)
