@@ -1,11 +1,11 @@
-"""Runs the benchmarks named on the command line, or all: `python -m benchmarks [train moe infer start data]`."""
+"""Runs the benchmarks named on the command line, or all: `python -m benchmarks [train rank moe infer start data]`."""
 
 import importlib
 import sys
 
 from benchmarks import harness
 
-NAMES = ("train", "moe", "infer", "start", "data")
+NAMES = ("train", "rank", "moe", "infer", "start", "data")
 
 
 def main(argv: list[str]) -> int:

@@ -4,6 +4,8 @@
         --config.public_data=PUBLIC --config.domain_vector=domain.json
     flexmoe train --config=experiments/olmo2_7b_expert.py:news,gpu=80gb ...     # one GPU, a billion tokens
     flexmoe train --config=experiments/olmo2_7b_expert.py:news,gpu=141gb ...
+    flexmoe train --config=experiments/olmo2_7b_expert.py:news,gpu=24gb ...     # ten million tokens, a low-rank change
+    flexmoe train --config=experiments/olmo2_7b_expert.py:news,gpu=48gb ...
 
 Not run here; it builds and lowers in `tests/test_experiments.py`. Values of the paper (section 4): 50 B tokens in
 sequences of 4096, about 4.19 M tokens a step, learning rate 9e-4 with 2000 warm-up steps, no weight decay. Not the
@@ -21,6 +23,10 @@ at 70 GB: 15 of frozen bfloat16 weights, 17 of trained float32 ones and 9 of the
 sum, and those of one sequence), 3 of activations: it is tight. AdamW's moments would be 35 more: the second one is
 factored and there is no first. The 141 GB form (`--topology h200:1`) takes 113 GB, 12 of them activations of four
 sequences; AdamW is whole, in float32. At half of the GPU's peak a step of either takes 170 seconds, the run 47 hours.
+
+With 24 GB (`--topology l4:1`) an owner trains a change of rank 64, 93 M parameters: 20 GB, 15 of them frozen weights;
+with 48 GB (`--topology l40s:1`) one of rank 256 with four sequences at once: 34 GB. Ten million tokens take 3.4 hours
+on an L4 and 1.1 on an L40S, at half of their peaks. What such ranks are worth at this size is not measured.
 """
 
 import pathlib
@@ -31,14 +37,17 @@ from flexmoe_jax.experiment import run_config
 
 MODEL = runpy.run_path(str(pathlib.Path(__file__).with_name("olmo2_7b_public.py")))["MODEL"]
 ONE_GPU = {"steps": 1000, "batch_size": 256, "save_every": 50}
+LITTLE_TEXT = {"steps": 160, "batch_size": 16, "save_every": 20}  # ten million tokens
 GPUS = {
+    "24gb": ({**LITTLE_TEXT, "accumulation": 16, "rank": "64"}, {"warmup_steps": 20}),
+    "48gb": ({**LITTLE_TEXT, "accumulation": 4, "rank": "256"}, {"warmup_steps": 20}),
     "80gb": ({**ONE_GPU, "accumulation": 256}, {"b1": 0.0, "second_moment": "factored"}),
     "141gb": ({**ONE_GPU, "accumulation": 64}, {}),
 }
 
 
 def get_config(arg: str = ""):
-    """`arg` is the owner's name, then `,gpu=80gb` or `,gpu=141gb` for one GPU."""
+    """`arg` is the owner's name, then `,gpu=` and one of `GPUS` for one GPU."""
     owner, _, gpu = arg.partition(",gpu=")
     config = run_config(
         owner=owner,
@@ -61,5 +70,5 @@ def get_config(arg: str = ""):
             raise ConfigError(f"there is no configuration for gpu={gpu}", did_you_mean(gpu, GPUS))
         changes, optimizer = GPUS[gpu]
         config.update(changes)
-        config.optimizer.update(warmup_steps=100, **optimizer)
+        config.optimizer.update({"warmup_steps": 100, **optimizer})
     return config

@@ -2,6 +2,7 @@
 
 import contextlib
 import io
+import math
 import os
 import pathlib
 import shlex
@@ -20,11 +21,12 @@ from flexmoe_jax.flexmix.build import DOMAINS
 from flexmoe_jax.hf import anchors
 from flexmoe_jax.model.decoder import init_params
 from flexmoe_jax.model_config import ModelConfig
-from flexmoe_jax.parallel.chips import parse_topology
+from flexmoe_jax.parallel.chips import CHIPS, parse_topology
 from flexmoe_jax.parallel.mesh import check_mesh
 from flexmoe_jax.params import count_parameters
 from flexmoe_jax.plan.costs import estimate
 from flexmoe_jax.plan.work import Work
+from flexmoe_jax.plan.work import leaves as work_leaves
 from flexmoe_jax.study.config import ABLATIONS, StudyConfig
 from flexmoe_jax.training.optimizer import make_optimizer
 from flexmoe_jax.training.state import state_shapes
@@ -104,6 +106,18 @@ def test_the_7b_expert_has_a_form_for_one_gpu(gpu, moment):
     assert f"gpu={gpu}" in (EXPERIMENTS / "olmo2_7b_expert.py").read_text()
     with pytest.raises(ConfigError, match="no configuration for gpu=90gb"):
         load("olmo2_7b_expert.py:news,gpu=90gb")
+
+
+@pytest.mark.parametrize(("gpu", "topology", "rank"), [("24gb", "l4:1", 64), ("48gb", "l40s:1", 256)])
+def test_a_7b_expert_that_is_a_low_rank_change_fits_one_card(gpu, topology, rank):
+    """The frozen 7.3 B parameters in bfloat16 take 14.6 GB; a whole expert would take 70."""
+    run = load(f"olmo2_7b_expert.py:news,gpu={gpu}", "public=public")
+    assert run.steps * run.batch_size * run.seq_len == pytest.approx(1e7, rel=0.1)
+    work = Work(model_7b(), canonical_order((PUBLIC, "news")), run)
+    costs = estimate(work, parse_topology(topology), check_mesh("data=1", 1))
+    assert 14.6e9 < costs.total < 0.9 * CHIPS[topology.partition(":")[0]].memory
+    trained = sum(math.prod(leaf.shape) for leaf in work_leaves(work, 1) if leaf.part == "trained")
+    assert trained == 32 * (3 * rank * (4096 + 11008) + 4096 + 1)
 
 
 def test_an_expert_run_without_an_owner_is_refused_with_the_remedy():
