@@ -239,8 +239,8 @@ class RunConfig:
     """Where metrics go beside `metrics.jsonl`: `tensorboard` (files in the run directory), `wandb` (Weights & Biases,
     offline unless WANDB_MODE says otherwise; the extra `track`), or both, with a comma."""
 
-    save_every: Count = 500
-    """Steps between checkpoints: what a crash can cost at most."""
+    save_every: Annotated[int | None, COUNT] = 500
+    """Steps between checkpoints: what a crash can cost at most. None, for short runs: no step but the minutes count."""
 
     save_minutes: NotNegative = 10.0
     """Minutes after which a checkpoint is saved even before `save_every` steps."""

@@ -120,7 +120,7 @@ class Workshop:
             "seq_len": self.config.seq_len,
             "compute_dtype": self.config.compute_dtype,
             "seed": self.seed,
-            "save_every": 200,
+            "save_every": 200 if steps > 200 else None,
             "eval_every": None,  # the held-out text is for the study's own scores
         }
         run = RunConfig(owner=owner, data=str(folder), steps=steps, **options | changes)

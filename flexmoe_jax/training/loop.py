@@ -182,7 +182,7 @@ def _fit(job: _Job, traced: range) -> TrainState:
             stopping, due = saves.due(n)
             if stopping and not last:
                 log.info(f"{saves.stop.name}: saving after step {n + 1}; Ctrl-C ends at once")
-            if stopping or last or due or found:
+            if stopping or due or found or (last and run.save_every is not None):
                 with recorder.paused():
                     _save(job, state, iterator, recorder.window)
                     saves.saved()

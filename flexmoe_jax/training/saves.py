@@ -35,7 +35,7 @@ class Saves:
         answer = self._answer if self._agreement.shared else None
         stopping, due = self._agreement.read(asked if answer is None else answer)
         self._answer = asked
-        return stopping, due or (n + 1) % self._run.save_every == 0
+        return stopping, due or (self._run.save_every is not None and (n + 1) % self._run.save_every == 0)
 
     def saved(self) -> None:
         """Counts the minutes from now; requests made before are met."""
