@@ -5,31 +5,51 @@ from typing import Any
 import numpy as np
 import numpy.typing as npt
 
+from flexmoe_jax.errors import ArtifactError
 from flexmoe_jax.params import factors, ranks_of
 from flexmoe_jax.tree import Params
 
 
 class ChangedLeaf:
-    """W_public + A B [L, in, out], float32, of leaves that may be memory-mapped: makes only the slices asked for."""
+    """W_public + A B [L, in, out], float32, of leaves that may be memory-mapped: makes only the slices asked for.
 
-    def __init__(self, public: Any, a: Any, b: Any):
-        self._leaves = public, a, b
+    ArtifactError where the sum is not finite: A and B may be, and their product too large for float32.
+    """
+
+    def __init__(self, name: str, public: Any, a: Any, b: Any):
+        self._name, self._leaves = name, (public, a, b)
         self.shape, self.dtype = public.shape, np.dtype(np.float32)
 
     def __getitem__(self, index: Any) -> np.ndarray:
         layers, rows, columns = (*(index if isinstance(index, tuple) else (index,)), slice(None), slice(None))[:3]
         public, a, b = self._leaves
-        change = np.asarray(a[layers], np.float32)[..., rows, :] @ np.asarray(b[layers], np.float32)[..., columns]
-        return np.asarray(public[layers, rows, columns], np.float32) + change
+        with np.errstate(over="ignore", invalid="ignore"):
+            whole = np.asarray(a[layers], np.float32)[..., rows, :] @ np.asarray(b[layers], np.float32)[..., columns]
+            whole += np.asarray(public[layers, rows, columns], np.float32)
+        if not np.isfinite(whole).all():
+            what = f"{self._name}: the change A B has values that are not finite in float32, or makes such"
+            raise ArtifactError(what, "do not use this package; its owner trains it again")
+        return whole
 
     def __array__(self, dtype: npt.DTypeLike | None = None, copy: bool | None = None) -> np.ndarray:
-        return self[slice(None)].astype(dtype or self.dtype, copy=False)
+        whole = np.empty(self.shape, dtype or self.dtype)
+        for layer in range(len(whole)):
+            whole[layer] = self[layer]
+        return whole
 
 
 def whole_expert(expert: Params, public: Params, mapped: bool = False) -> Params:
     """The expert's leaves with every matrix [L, in, out] whole: arrays, or `ChangedLeaf` where they are `mapped`."""
     leaves = dict(expert)
     for name in ranks_of(expert):
-        changed = ChangedLeaf(public[name], *(leaves.pop(leaf) for leaf in factors(name)))
+        changed = ChangedLeaf(name, public[name], *(leaves.pop(leaf) for leaf in factors(name)))
         leaves[name] = changed if mapped else np.asarray(changed)
     return leaves
+
+
+def check_sums(expert: Params, public: Params) -> None:
+    """ArtifactError if a low-rank change and the public expert's matrix do not add up to finite values."""
+    for leaf in whole_expert(expert, public, mapped=True).values():
+        if isinstance(leaf, ChangedLeaf):
+            for layer in range(leaf.shape[0]):
+                leaf[layer]

@@ -5,11 +5,14 @@ import pathlib
 
 from flexmoe_jax.artifacts.journal import FILE as JOURNAL
 from flexmoe_jax.artifacts.journal import read_journal
+from flexmoe_jax.artifacts.low_rank import check_sums
 from flexmoe_jax.artifacts.model_changes import RUN_AGAIN, strange_entries
 from flexmoe_jax.artifacts.model_dir import ModelDir, open_model
-from flexmoe_jax.artifacts.package import verify_package
+from flexmoe_jax.artifacts.package import load_package, verify_package
 from flexmoe_jax.artifacts.signature import Trust
 from flexmoe_jax.errors import ArtifactError, Check, FlexMoEError
+from flexmoe_jax.params import ranks_of
+from flexmoe_jax.tree import PUBLIC
 
 
 def verify_model(path: pathlib.Path | str, *, quick: bool = False, trust: Trust | None = None) -> list[Check]:
@@ -27,8 +30,20 @@ def verify_model(path: pathlib.Path | str, *, quick: bool = False, trust: Trust 
     for name in model.manifests:
         rows = verify_package(model.package(name), name, quick=quick, trust=trust)
         checks += [dataclasses.replace(row, subject=f"{name}/{row.subject}") for row in rows]
+        if ranks_of(model.manifests[name].tensors) and not quick and all(row.ok for row in checks):
+            checks.append(_check_sums(model, name))
     checks.append(_check_journal(model))
     return checks + strange_entries(path)
+
+
+def _check_sums(model: ModelDir, name: str) -> Check:
+    """Whether an expert's low-rank changes, whose tensors are as they should be, make usable matrices."""
+    parts = (load_package(model.package(part), verify=False, mapped=True) for part in (name, PUBLIC))
+    try:
+        check_sums(*parts)
+    except ArtifactError as error:
+        return Check(f"{name}/sums", False, error.what, error.remedy)
+    return Check(f"{name}/sums", True, "the changes and the public expert's matrices add up to finite values")
 
 
 def _check_journal(model: ModelDir) -> Check:

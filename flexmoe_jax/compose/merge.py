@@ -7,10 +7,19 @@ of packages and on top-k, not on the order of the experts (FlexOlmo, arXiv 2507.
 import pathlib
 from collections.abc import Iterable
 
+from flexmoe_jax.artifacts.low_rank import check_sums
 from flexmoe_jax.artifacts.model_dir import ModelDir, assemble, check_belongs, open_model
-from flexmoe_jax.artifacts.package import Manifest, check_own_files, read_manifest
+from flexmoe_jax.artifacts.package import (
+    Manifest,
+    check_files,
+    check_own_files,
+    load_package,
+    raise_problems,
+    read_manifest,
+)
 from flexmoe_jax.artifacts.signature import Trust, check_signature
 from flexmoe_jax.errors import ArtifactError
+from flexmoe_jax.params import ranks_of
 from flexmoe_jax.tree import PUBLIC, canonical_order, check_owner_name
 
 
@@ -76,4 +85,8 @@ def read_expert(path: pathlib.Path, model: ModelDir, link: bool = False, trust: 
     check_owner_name(manifest.owner)
     check_belongs(manifest, model, path)
     check_signature(path, manifest.owner, manifest.digest, trust)
+    if ranks_of(manifest.tensors):
+        raise_problems(path, check_files(path, manifest))
+        parts = (load_package(part, verify=False, mapped=True) for part in (path, model.package(PUBLIC)))
+        check_sums(*parts)
     return manifest

@@ -14,6 +14,9 @@ import pathlib
 from collections.abc import Mapping, Sequence
 from typing import Any
 
+import numpy as np
+
+from flexmoe_jax.artifacts.low_rank import whole_expert
 from flexmoe_jax.artifacts.manifest import Manifest
 from flexmoe_jax.artifacts.model_dir import ModelDir, assemble, open_model
 from flexmoe_jax.artifacts.package import load_package, read_manifest, write_package
@@ -24,7 +27,7 @@ from flexmoe_jax.errors import ArtifactError, DataError
 from flexmoe_jax.files import remove_directory, write_json
 from flexmoe_jax.json_files import parse_json, read_bytes
 from flexmoe_jax.optimizer_config import OptimizerConfig
-from flexmoe_jax.params import is_matrix, ranks_of
+from flexmoe_jax.params import FFN_WEIGHTS, is_matrix, ranks_of
 from flexmoe_jax.training.loop import train
 from flexmoe_jax.tree import PUBLIC, check_known
 
@@ -100,7 +103,7 @@ def tune(
     packages = {name: (opened.package(name), opened.manifests[name]) for name in opened.experts}
     for name, part in tuned.items():
         moved_by = owners if tuning.together else [name]
-        packages[name] = _package(out / "packages" / name, packages[name], part, moved_by)
+        packages[name] = _package(out / "packages" / name, packages[name], part, moved_by, packages[PUBLIC][0])
     return assemble(out / "model", opened, packages, opened.wanted_top_k, "tuned", details)
 
 
@@ -180,7 +183,7 @@ def _check_same(out: pathlib.Path, details: dict) -> None:
         write_json(path, details)
 
 
-def _package(path: pathlib.Path, source: Part, part: Part, moved_by: Sequence[str]) -> Part:
+def _package(path: pathlib.Path, source: Part, part: Part, moved_by: Sequence[str], public: pathlib.Path) -> Part:
     """Writes the tuned package of an owner to `path`: the record of the package `source`, and how it was tuned.
 
     Its matrices stay in the form that they had: joint training makes low-rank changes whole.
@@ -188,9 +191,11 @@ def _package(path: pathlib.Path, source: Part, part: Part, moved_by: Sequence[st
     (made, manifest), (original, before) = part, source
     params = load_package(made, digest=manifest.digest)
     moved = [n for n in before.tensors if is_matrix(n) and n in manifest.tensors and _differ(n, manifest, before)]
-    if ranks_of(before.tensors):
-        rows = {name: params[name] for name in ("router", "bias")}
-        params = load_package(original, digest=before.digest) | rows
+    if ranks_of(before.tensors) and not ranks_of(manifest.tensors):
+        own = load_package(original, digest=before.digest)
+        whole = whole_expert(own, load_package(public))
+        moved += [name for name in FFN_WEIGHTS if not np.array_equal(whole[name], params[name])]
+        params = own | {name: params[name] for name in ("router", "bias")}
     if moved:
         raise ArtifactError(f"tuning changed {', '.join(moved)} of {before.owner!r}", "do not use its result")
     owners = sorted({*before.record.tuned_with, *moved_by})  # earlier influence remains

@@ -23,7 +23,7 @@ from flexmoe_jax.files import write_bytes
 from flexmoe_jax.hf.gguf_tokenizer import add_tokenizer
 from flexmoe_jax.model.rope import frequencies
 from flexmoe_jax.model_config import ModelConfig
-from flexmoe_jax.params import factors, is_matrix, owner_leaves
+from flexmoe_jax.params import factors, is_matrix, owner_leaves, ranks_of
 from flexmoe_jax.tree import PUBLIC, TRUNK, check_known
 
 if TYPE_CHECKING:
@@ -132,13 +132,16 @@ class _Leaves:
 
     def __init__(self, model: ModelDir, names: tuple[str, ...]) -> None:
         self.model = model
-        self._owners = (TRUNK, *names)
+        self._changed = any(ranks_of(model.manifests[name].tensors) for name in names)
+        self._owners = tuple(dict.fromkeys((TRUNK, *([PUBLIC] if self._changed else []), *names)))
         self._hashes: dict[tuple[str, str, str], hashlib._Hash] = {}
         for owner in self._owners:
             raise_problems(model.package(owner), check_files(model.package(owner), model.manifests[owner]))
 
     def widest(self) -> str:
         """The key of `DTYPES` that holds every matrix as it is stored."""
+        if self._changed:  # what is added up is made in float32
+            return _STORED["float32"]
         tables = (self.model.manifests[owner].tensors for owner in self._owners)
         named = {t.dtype for table in tables for path, t in table.items() if is_matrix(path) or path == "embed"}
         return _STORED[np.result_type(*(NUMPY_DTYPES[name] for name in named)).name]
@@ -150,7 +153,11 @@ class _Leaves:
         """
         if path not in self.model.manifests[owner].tensors:
             a, b = (self.read(owner, name, layer) for name in factors(path))
-            return self.read(PUBLIC, path, layer, reader=owner) + a @ b
+            with np.errstate(over="ignore", invalid="ignore"):
+                whole = self.read(PUBLIC, path, layer, reader=owner) + a @ b
+            if not np.isfinite(whole).all():
+                raise ArtifactError(f"{owner!r}: {path} is not finite in layer {layer}", "do not use this package")
+            return whole
         tensor = self.model.manifests[owner].tensors[path]
         shape, dtype = tensor.shape if layer is None else tensor.shape[1:], NUMPY_DTYPES[tensor.dtype]
         size = math.prod(shape)

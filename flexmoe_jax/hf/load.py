@@ -254,7 +254,9 @@ def _record(checkpoint: Checkpoint, owner: str, params: Params, stated: dict[str
     if owner == TRUNK:
         fields = {key: value for key, value in checkpoint.config.fields.items() if key != PROVENANCE}
         imported |= {"config": fields, "generation_config": checkpoint.generation}
-    return {**stated, "imported": imported}
+    # Whose data had a part in it stays known in any form: a low-rank change is exported as whole matrices.
+    tuned = kept.get("record", {}).get("tuned")
+    return {**stated, "imported": imported, **({"tuned": tuned} if tuned else {})}
 
 
 def _wanted_top_k(checkpoint: Checkpoint, kept: int) -> int | None:

@@ -161,6 +161,10 @@ def head_trains(work: Work, sizes: Mapping[str, int]) -> bool:
     return any(leaf.part == "trained" and leaf.path.endswith(name) for leaf in leaves(work, sizes[EXPERT]))
 
 
+def _is_ffn(leaf: Leaf) -> bool:
+    return leaf.part in ("trained", "frozen") and "experts/" in leaf.path and "/w_" in leaf.path
+
+
 def flops(work: Work, sizes: Mapping[str, int]) -> tuple[float, float]:
     """(needed, computed) operations of one device; `needed` counts active experts only, and no recomputation."""
     p = products(work.model, 2 * work.run.seq_len if work.kind == "decode" else work.run.seq_len)
@@ -173,8 +177,8 @@ def flops(work: Work, sizes: Mapping[str, int]) -> tuple[float, float]:
         return whole / devices, whole / devices
     trained = {leaf.path for leaf in leaves(work, sizes[EXPERT]) if leaf.part == "trained"}
     body = any("trunk/blocks/w_" in path for path in trained)
-    ffns = sum(path.endswith("/w_up") for path in trained)
-    part = 1.0 if any("/stacked/" in path for path in trained) else ffns / len(work.experts)
+    ffns = {leaf.path: math.prod(leaf.shape) for leaf in leaves(work, sizes[EXPERT]) if _is_ffn(leaf)}
+    part = sum(size for path, size in ffns.items() if path in trained) / sum(ffns.values())
 
     def step(experts: float, again: int) -> float:
         trains = {"head": head_trains(work, sizes), "attention": body, "expert": experts * part}

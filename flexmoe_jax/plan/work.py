@@ -7,6 +7,7 @@ decode     generation's step by one token per row, with a cache of `seq_len` pos
 
 import dataclasses
 import functools
+import pathlib
 from typing import Any
 
 import jax
@@ -16,6 +17,7 @@ import optax
 from jax.sharding import Mesh, NamedSharding
 from jax.sharding import PartitionSpec as P
 
+from flexmoe_jax.artifacts.manifest import read_manifest
 from flexmoe_jax.config import RunConfig
 from flexmoe_jax.data.pipeline import Batch
 from flexmoe_jax.model.cache import init_cache
@@ -25,7 +27,7 @@ from flexmoe_jax.model_config import ModelConfig
 from flexmoe_jax.parallel.mesh import replicated
 from flexmoe_jax.parallel.specs import BATCH_SPEC, CACHE_SPEC, leaf_spec, path_text, tree_shardings
 from flexmoe_jax.parallel.stacked import stack_weights
-from flexmoe_jax.params import EXPERT, model_leaves, read_ranks
+from flexmoe_jax.params import EXPERT, model_leaves, ranks_of, read_ranks
 from flexmoe_jax.training.optimizer import make_optimizer
 from flexmoe_jax.training.state import state_shapes
 from flexmoe_jax.training.step import make_train_step
@@ -77,10 +79,17 @@ class Leaf:
 
 def params_shapes(work: Work) -> Params:
     """Shapes of the whole tree with named experts, float32. In training an owner's may be low-rank changes."""
-    rank = work.run.rank if work.kind == "train" else None
-    ranks = {} if rank is None else {work.run.owner: read_ranks(rank, work.model)}
+    ranks = {work.run.owner: _ranks(work)} if work.kind == "train" else {}
     spec = model_leaves(work.model, work.experts, ranks)
     return unflatten({path: jax.ShapeDtypeStruct(leaf.shape, jnp.float32) for path, leaf in spec.items()})
+
+
+def _ranks(work: Work) -> dict[str, int]:
+    """The ranks of what the owner trains: the run's, or those of the package that it goes on from, if it is there."""
+    run = work.run
+    if run.expert is not None and pathlib.Path(run.expert).exists():
+        return ranks_of(read_manifest(run.expert).tensors)
+    return {} if run.rank is None else read_ranks(run.rank, work.model)
 
 
 def arguments(work: Work, groups: int) -> dict[str, Any]:

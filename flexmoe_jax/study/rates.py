@@ -83,7 +83,8 @@ def searches(root: pathlib.Path) -> dict[str, RateSearch]:
 
 def _read(root: pathlib.Path) -> dict[str, dict[str, float | None]]:
     path = root / FILE
-    return parse_json(read_bytes(path), path) if path.exists() else {}
+    found = parse_json(read_bytes(path), path) if path.exists() else {}
+    return {kind: dict(sorted(scores.items(), key=lambda item: float(item[0]))) for kind, scores in found.items()}
 
 
 def _chosen(kind: str, scores: dict[str, float | None]) -> RateSearch:

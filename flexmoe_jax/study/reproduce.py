@@ -1,15 +1,17 @@
 """A study from start to end, and studies at several values of one of its numbers."""
 
+import contextlib
 import dataclasses
 import functools
+import logging
 import pathlib
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
 from typing import Any
 
 from flexmoe_jax.api import load
 from flexmoe_jax.artifacts.model_dir import open_model
 from flexmoe_jax.artifacts.sealed import differences
-from flexmoe_jax.errors import ArtifactError, ConfigError, did_you_mean
+from flexmoe_jax.errors import ArtifactError, BusyError, ConfigError, did_you_mean
 from flexmoe_jax.files import lock_directory, write_json
 from flexmoe_jax.json_files import parse_json, read_bytes
 from flexmoe_jax.mapping import to_mapping
@@ -25,6 +27,8 @@ from flexmoe_jax.study.systems import METHOD, systems
 from flexmoe_jax.study.train import OF_PUBLIC, OF_SHARED, make_shared, train_public, train_seed
 from flexmoe_jax.study.workshop import Artifacts
 
+log = logging.getLogger(__name__)
+
 MAY_DIFFER = ("out", "seeds", "ablations", "systems", "leave_out", "suites")  # of studies that share a folder
 
 
@@ -38,10 +42,9 @@ def reproduce(config: StudyConfig, shared: pathlib.Path | None = None) -> Result
     root = pathlib.Path(config.out)
     shared = root if shared is None else shared
     root.mkdir(parents=True, exist_ok=True)
-    with lock_directory(root, ".shared.lock", wait=True):
+    with _held(root):
         check_same(config, root)
-        make_shared(config, shared)
-        public = train_public(config, shared, root)
+    public = _prepare(config, shared, root)
     config = dataclasses.replace(config, model=open_model(public).config)  # results tell it where config.public has it
     texts = make_texts(config, shared / "mix")
     homes = [root / f"seed-{seed}" for seed in range(config.seeds)]
@@ -56,6 +59,28 @@ def reproduce(config: StudyConfig, shared: pathlib.Path | None = None) -> Result
     suites = until_free(lambda: every(functools.partial(work, *one) for one in enumerate(benches)))
     with lock_directory(root, f".{RESULTS}.lock", wait=True):
         return _write_results(config, shared, benches, suites)
+
+
+def _prepare(config: StudyConfig, shared: pathlib.Path, root: pathlib.Path) -> pathlib.Path:
+    """Makes the text and vectors in `shared`, and the public model of the study in `root`, one process at a time."""
+    shared.mkdir(parents=True, exist_ok=True)
+    with _held(shared):
+        make_shared(config, shared)
+    with _held(root):
+        return train_public(config, shared, root)
+
+
+@contextlib.contextmanager
+def _held(folder: pathlib.Path) -> Iterator[None]:
+    """The lock of a folder of studies; the log says who is waited for."""
+    name, stack = ".study.lock", contextlib.ExitStack()
+    try:
+        stack.enter_context(lock_directory(folder, name))
+    except BusyError as error:
+        log.info(f"waiting: {error.what}")
+        stack.enter_context(lock_directory(folder, name, wait=True))
+    with stack:
+        yield
 
 
 def _opt_out(bench: Bench, owner: str) -> dict[str, Any]:
@@ -108,8 +133,8 @@ def vary(config: StudyConfig, key: str, values: Sequence[str]) -> dict[str, Resu
     except ValueError as error:
         raise ConfigError(f"{key} is varied over {', '.join(values)}: {error}", "give numbers") from error
     if key not in OF_PUBLIC:
-        make_shared(base, root)
-        public = str(train_public(base, root, root))
+        root.mkdir(parents=True, exist_ok=True)
+        public = str(_prepare(base, root, root))
         studies = [dataclasses.replace(study, public=public) for study in studies]
     shared = None if key in OF_SHARED else root
     results = {value: reproduce(study, shared) for value, study in zip(values, studies, strict=True)}

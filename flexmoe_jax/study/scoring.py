@@ -200,7 +200,8 @@ def uniform_soup(models: Sequence[str]) -> Scorer:
 
 def soup_of(bench: Bench, models: Sequence[str]) -> Model:
     """The model whose parameters are the mean of those of the systems `models`."""
-    whole = {name: load(bench.artifacts.models[name]) for name in models}
+    paths = {name: bench.artifacts.models[name] for name in models}  # all are made before one is loaded
+    whole = {name: load(path) for name, path in paths.items()}
     params = soup({name: model.params for name, model in whole.items()})
     return dataclasses.replace(whole[models[0]], params=params)
 
@@ -209,7 +210,8 @@ def weighted_soup(models: Sequence[str]) -> Scorer:
     """Scores a soup for each set of texts, weighted by the mean posterior of the experts' domains on its texts."""
 
     def score(bench: Bench) -> SystemScore:
-        whole = {name: load(bench.artifacts.models[name]) for name in models}
+        paths = {name: bench.artifacts.models[name] for name in models}
+        whole = {name: load(path) for name, path in paths.items()}
         nats: dict[str, Nats] = {}
         params = {name: model.params for name, model in whole.items()}
         for domain, texts in bench.texts.heldout.items():

@@ -228,7 +228,8 @@ def btx_start(dense: Mapping[str, str]) -> Callable[[Workshop, Artifacts], pathl
     def make(workshop: Workshop, artifacts: Artifacts) -> pathlib.Path:
         def write(path: pathlib.Path) -> None:
             sources = {PUBLIC: PUBLIC, **dense}
-            models = {expert: load(artifacts.models[name]).params for expert, name in sources.items()}
+            paths = {expert: artifacts.models[name] for expert, name in sources.items()}
+            models = {expert: load(path).params for expert, path in paths.items()}
             _write_joint(workshop, artifacts, branch_train_mix(models), path)
 
         return workshop.made("BTX start", write)

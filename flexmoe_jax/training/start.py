@@ -122,8 +122,10 @@ def _beside_public(run: RunConfig, vector: DomainVector) -> Start:
         ranks = read_ranks(run.rank, public.config)
         leaves = owner_leaves(public.config, run.owner, ranks)
         for n, path in enumerate(leaf for name in ranks for leaf in factors(name)):
-            drawn = np.random.default_rng((run.seed, n)).standard_normal(leaves[path].shape, np.float32)
-            expert[path] = drawn * np.float32(leaves[path].std)
+            expert[path] = np.zeros(leaves[path].shape, np.float32)
+            if std := leaves[path].std:  # another draw for every owner
+                source = np.random.default_rng((run.seed, n, *run.owner.encode()))
+                expert[path] += np.float32(std) * source.standard_normal(leaves[path].shape, np.float32)
     return _expert(run, public, expert, router)
 
 
@@ -146,6 +148,9 @@ def _expert(run: RunConfig, public: ModelDir, expert: Params, router: dict, hist
             "give another config.public: an owner's expert has the shape of the public expert",
         )
     _check_length(run, public.config)
+    if ranks_of(expert) and not run.coordinate:
+        what = f"config.coordinate is False, and {run.expert} holds low-rank changes of the public expert"
+        raise ConfigError(what, "train it beside the public expert")
     params = load_params(public, (PUBLIC,), mapped=True)
     beside = {PUBLIC: params["experts"][PUBLIC]} if run.coordinate else {}
     own = params["experts"][PUBLIC] | expert

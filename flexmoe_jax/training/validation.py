@@ -20,6 +20,7 @@ from flexmoe_jax.data.sources import Document, read_corpus, read_documents
 from flexmoe_jax.data.store import kind_of
 from flexmoe_jax.errors import ConfigError, DataError
 from flexmoe_jax.evaluate.perplexity import first_texts, half_window, heldout_texts, score
+from flexmoe_jax.model.precision import EXACT
 from flexmoe_jax.parallel.stacked import STACKED
 from flexmoe_jax.params import FFN_WEIGHTS, factors
 from flexmoe_jax.training.start import Start
@@ -117,8 +118,8 @@ def distance(trainable: Params, frozen: Params, owner: str) -> jax.Array:
         if name in own:
             return squares(own[name].astype(jnp.float32) - public[name].astype(jnp.float32))
         a_LIr, b_LrO = (own[leaf].astype(jnp.float32) for leaf in factors(name))
-        products = (a_LIr.swapaxes(1, 2) @ a_LIr, b_LrO @ b_LrO.swapaxes(1, 2))  # |A B|^2 without A B
-        return (products[0] * products[1]).sum()
+        ours_Lrr = jnp.einsum("lir,lis->lrs", a_LIr, a_LIr, precision=EXACT)
+        return (ours_Lrr * jnp.einsum("lro,lso->lrs", b_LrO, b_LrO, precision=EXACT)).sum()  # |A B|^2, without A B
 
     return jnp.sqrt(sum(map(apart, FFN_WEIGHTS)) / sum(squares(public[name]) for name in FFN_WEIGHTS))
 

@@ -4,6 +4,8 @@ import dataclasses
 import itertools
 import json
 import pathlib
+import shutil
+from unittest.mock import ANY
 
 import jax
 import jax.numpy as jnp
@@ -15,10 +17,11 @@ from flexmoe_jax.artifacts.arrays import tensor_file
 from flexmoe_jax.artifacts.low_rank import whole_expert
 from flexmoe_jax.artifacts.model_checks import verify_model
 from flexmoe_jax.artifacts.model_dir import create_model, load_params, open_model
-from flexmoe_jax.artifacts.package import load_package, read_manifest, write_package
+from flexmoe_jax.artifacts.package import load_package, read_manifest, verify_package, write_package
+from flexmoe_jax.compose.certificate import verify_certificate
 from flexmoe_jax.compose.convert import compress, rebase
 from flexmoe_jax.compose.merge import merge
-from flexmoe_jax.compose.optout import opt_out
+from flexmoe_jax.compose.optout import opt_out, replace
 from flexmoe_jax.compose.tune import Tuning, tune
 from flexmoe_jax.errors import ArtifactError, ConfigError
 from flexmoe_jax.model.decoder import Decoder, forward
@@ -136,6 +139,9 @@ def test_low_rank_experts_do_not_go_on_an_expert_axis_and_need_the_public_one_be
         split_state(params, "news", None, 2)
     with pytest.raises(ConfigError, match=r"config\.rank is 4 and config.coordinate is False"):
         expert_run(tmp_path, "news", release, rank="4", coordinate=False)
+    run = expert_run(tmp_path, "news", release, expert=str(packages["news"]), domain_vector=None, coordinate=False)
+    with pytest.raises(ConfigError, match=r"holds low-rank changes"):
+        prepare(run, mesh_of_one())
     with pytest.raises(ConfigError, match=r"config\.rank is '4': this run trains"):
         expert_run(tmp_path, "news", release, rank="4", expert="x", domain_vector=None)
 
@@ -163,6 +169,49 @@ def test_a_change_that_is_not_whole_is_refused(world, tmp_path, change, problem)
     if "w_gate_a" in leaves:  # nor is the public expert a change of itself
         with pytest.raises(ArtifactError, match=r"does not belong there|is missing"):
             write_package(tmp_path / "public", **what | {"owner": PUBLIC, "base": {"tokenizer": "0" * 64}})
+
+
+def test_finite_factors_of_a_change_that_is_not_finite_are_refused_everywhere(world, tmp_path):
+    """A and B of 1e30: every tensor is finite, and their product is not."""
+    root, release, packages = world
+    manifest, leaves = read_manifest(packages["news"]), load_package(packages["news"])
+    leaves |= {leaf: np.full_like(leaves[leaf], 1e30) for leaf in ("w_up_a", "w_up_b")}
+    bad = tmp_path / "bad"
+    write_package(bad, owner="news", params=leaves, config=MODEL, base=manifest.base, record={})
+    refused = pytest.raises(ArtifactError, match="w_up: the change A B has values that are not finite")
+    with refused:
+        merge(release, [bad], tmp_path / "model")
+    with refused:
+        replace(shutil.copytree(root / "model", tmp_path / "copy"), bad)
+    with refused:
+        compress(bad, release, tmp_path / "low", "2")
+    with refused:
+        rebase(bad, release, release, tmp_path / "moved")
+    assert not any((tmp_path / name).exists() for name in ("model", "low", "moved"))
+    parts = [bad, release / PUBLIC]
+    with pytest.MonkeyPatch.context() as patch:  # a model that was put together by someone else
+        patch.setattr("flexmoe_jax.compose.merge.check_sums", lambda *parts: None)
+        model = merge(release, [bad], tmp_path / "theirs")
+    assert [(c.subject, c.detail) for c in verify_model(model.path) if not c.ok] == [("news/sums", ANY)]
+    for mapped in (False, True):
+        with refused:
+            jax.tree.map(np.asarray, load_params(model, mapped=mapped))
+    assert all(check.ok for part in parts for check in verify_package(part))
+
+
+def test_nobody_draws_what_another_owner_draws_and_frozen_factors_are_nobodys_data(world, tmp_path):
+    _, release, _ = world
+    runs = [
+        expert_run(tmp_path, owner, release, rank="2", steps=2, freeze="experts/.*/w_.*_[ab]")
+        for owner in ("news", "math")
+    ]
+    packages = [train(run) for run in runs]
+    news, math = map(load_package, packages)
+    assert not any(np.array_equal(news[leaf], math[leaf]) for leaf in LEAVES if leaf.endswith("_a"))
+    assert not any(news[leaf].any() or math[leaf].any() for leaf in LEAVES if leaf.endswith("_b"))
+    merge(release, packages, tmp_path / "model")
+    left = opt_out(tmp_path / "model", "news", tmp_path / "left", certificate=tmp_path / "left.json")
+    assert [check for check in verify_certificate(tmp_path / "left.json", left.path) if not check.ok] == []
 
 
 def test_compressing_keeps_the_largest_part_of_the_change_and_says_what_that_costs(world, tmp_path):
@@ -211,18 +260,43 @@ def test_compressing_and_rebasing_refuse_what_does_not_belong(world, tmp_path):
         compress(release / PUBLIC, release, tmp_path / "x", "2")
     with pytest.raises(ConfigError, match="the dtype 'int4' is not one"):
         compress(packages["math"], release, tmp_path / "x", dtype="int4")
+    with pytest.raises(ConfigError, match="the change of w_gate has rank 4, and 4 is asked for"):
+        compress(packages["news"], release, tmp_path / "x", "4")
     assert not (tmp_path / "x").exists()
+    unscored = lambda expert: pytest.fail("scored before it is refused")  # noqa: E731
+    with pytest.raises(ArtifactError, match="already exists"):
+        compress(packages["math"], release, packages["code"], "2", score=unscored)
+    with pytest.raises(ArtifactError, match="is inside"):
+        compress(packages["math"], release, release / "x", "2", score=unscored)
+    manifest, leaves = read_manifest(packages["math"]), load_package(packages["math"])
+    leaves["w_up"] = leaves["w_up"] + np.float32(1e6)
+    write_package(tmp_path / "wide", owner="math", params=leaves, config=MODEL, base=manifest.base, record={})
+    with pytest.raises(ConfigError, match=r"w_up of .* does not fit into float16"):
+        compress(tmp_path / "wide", release, tmp_path / "x", dtype="float16", score=unscored)
+    with pytest.raises(ArtifactError, match="held-out bits per byte are nan"):
+        compress(packages["math"], release, tmp_path / "x", "2", score=lambda expert: float("nan"))
+    router = open_model(release).manifests[PUBLIC].record.fields["router"]
+    apart = with_router(release, tmp_path / "apart", {**router, "projection_seed": 7})
+    with pytest.raises(ArtifactError, match="are in other spaces: projection_seed 0, 7"):
+        rebase(packages["math"], release, apart, tmp_path / "x")
+    assert not (tmp_path / "x").exists()
+
+
+def with_router(release, path: pathlib.Path, router: dict, factor: float = 1.0) -> pathlib.Path:
+    """The release with its public matrices times `factor` and this record of its router row."""
+    params, opened = load_params(open_model(release)), open_model(release)
+    for name in FFN_WEIGHTS:
+        params["experts"][PUBLIC][name] = params["experts"][PUBLIC][name] * np.float32(factor)
+    records = {name: opened.manifests[name].record.fields for name in (TRUNK, PUBLIC)}
+    records[PUBLIC] = {**records[PUBLIC], "router": router}
+    files = {name: (release / name).read_bytes() for name in opened.tokenizer}
+    return create_model(path, params, MODEL, files, records).path
 
 
 def test_a_rebased_expert_is_the_new_public_one_with_the_owners_change(world, tmp_path):
     _, release, packages = world
-    params = load_params(open_model(release))
-    for name in FFN_WEIGHTS:
-        params["experts"][PUBLIC][name] = params["experts"][PUBLIC][name] * np.float32(1.5)
-    opened = open_model(release)
-    records = {name: opened.manifests[name].record.fields for name in (TRUNK, PUBLIC)}
-    files = {name: (release / name).read_bytes() for name in opened.tokenizer}
-    newer = create_model(tmp_path / "newer", params, MODEL, files, records).path
+    router = open_model(release).manifests[PUBLIC].record.fields["router"]
+    newer = with_router(release, tmp_path / "newer", router, 1.5)
     public, public_now = public_of(release), public_of(newer)
     for owner, package in packages.items():
         moved = rebase(package, release, newer, tmp_path / owner)
@@ -252,7 +326,8 @@ def as_whole(release, packages, folder: pathlib.Path):
         leaves["bias"] = np.zeros_like(leaves["bias"])
         for kind, form in (("changed", leaves), ("whole", whole_expert(leaves, public))):
             path = folder / kind / owner
-            write_package(path, owner=owner, params=form, config=MODEL, base=base, record={})
+            record = {"tuned": {"with": ["code", "news"]}}
+            write_package(path, owner=owner, params=form, config=MODEL, base=base, record=record)
     return (
         merge(release, [folder / kind / owner for owner in packages], folder / f"{kind}-model", top_k=2)
         for kind in ("changed", "whole")
@@ -261,7 +336,9 @@ def as_whole(release, packages, folder: pathlib.Path):
 
 def test_exports_hold_the_matrices_added_up(world, tmp_path):
     pytest.importorskip("safetensors")
+    from flexmoe_jax.hf.checkpoint import open_folder
     from flexmoe_jax.hf.export import export
+    from flexmoe_jax.hf.load import import_model
 
     _, release, packages = world
     for model in (models := {m.path.name: m for m in as_whole(release, packages, tmp_path)}).values():
@@ -270,12 +347,15 @@ def test_exports_hold_the_matrices_added_up(world, tmp_path):
     weights = [name for name in files[0] if name.endswith(".safetensors")]
     assert weights
     assert all(files[0][name] == files[1][name] for name in weights)
+    again = import_model(open_folder(tmp_path / "changed-model-hf"), tmp_path / "again").path
+    tuned = {name: manifest.record.tuned_with for name, manifest in open_model(again).manifests.items()}
+    assert tuned["news"] == ("code", "news")  # opting out of code is approximate there, too
     damaged = open_model(tmp_path / "changed-model")
     factor = damaged.manifests["news"].tensors["w_up_b"]
     flip_bit(damaged.package("news") / tensor_file("w_up_b", factor.shape), 100)
     with pytest.raises(ArtifactError, match="is damaged"):
-        export(damaged, tmp_path / "again")
-    assert not (tmp_path / "again").exists()
+        export(damaged, tmp_path / "damaged")
+    assert not (tmp_path / "damaged").exists()
 
 
 def test_the_command_line_compresses_and_rebases(world, tmp_path, capsys):

@@ -30,8 +30,8 @@ SHAPES = (
     Fault(
         "a low-rank change is loaded without the public matrix",
         "artifacts/low_rank.py",
-        "np.asarray(public[layers, rows, columns], np.float32) + change",
-        "change",
+        "            whole += np.asarray(public[layers, rows, columns], np.float32)\n",
+        "",
         f"{OF_KINDS}::test_what_was_trained_is_what_the_merged_model_runs",
     ),
     Fault(
@@ -51,15 +51,15 @@ SHAPES = (
     Fault(
         "compressing keeps the smallest singular values",
         CONVERT,
-        "root_Lr = np.sqrt(s_Lm[:, :rank])",
-        "root_Lr = np.sqrt(s_Lm[:, -rank:])",
+        "root_r = np.sqrt(s_m[:rank])",
+        "root_r = np.sqrt(s_m[-rank:])",
         f"{OF_KINDS}::test_compressing_keeps_the_largest_part_of_the_change_and_says_what_that_costs",
     ),
     Fault(
         "the score before compressing is that after it",
         CONVERT,
-        "for leaves in (expert, made)]\n    sizes",
-        "for leaves in (made, made)]\n    sizes",
+        "[score(whole_expert(leaves, theirs)) for leaves in (expert, made)]",
+        "[score(whole_expert(leaves, theirs)) for leaves in (made, made)]",
         f"{OF_KINDS}::test_compressing_keeps_the_largest_part_of_the_change_and_says_what_that_costs",
     ),
     Fault(
@@ -82,5 +82,47 @@ SHAPES = (
         "expert = load_package(model.package(name), digest=model.manifests[name].digest, mapped=True)",
         "expert = load_package(model.package(name), verify=False, mapped=True)",
         f"{OF_KINDS}::test_exports_hold_the_matrices_added_up",
+    ),
+    Fault(
+        "a change that adds up to infinity is merged",
+        "compose/merge.py",
+        "        check_sums(*parts)\n",
+        "        tuple(parts)\n",
+        f"{OF_KINDS}::test_finite_factors_of_a_change_that_is_not_finite_are_refused_everywhere",
+    ),
+    Fault(
+        "a model with a change that adds up to infinity is loaded",
+        "artifacts/low_rank.py",
+        "if not np.isfinite(whole).all():",
+        "if np.isnan(whole).all():",
+        f"{OF_KINDS}::test_finite_factors_of_a_change_that_is_not_finite_are_refused_everywhere",
+    ),
+    Fault(
+        "all owners of a seed draw the same factors",
+        "training/start.py",
+        "np.random.default_rng((run.seed, n, *run.owner.encode()))",
+        "np.random.default_rng((run.seed, n))",
+        f"{OF_KINDS}::test_nobody_draws_what_another_owner_draws_and_frozen_factors_are_nobodys_data",
+    ),
+    Fault(
+        "an import forgets whose data tuned an expert that was exported in another form",
+        "hf/load.py",
+        '**({"tuned": tuned} if tuned else {})',
+        "**{}",
+        f"{OF_KINDS}::test_exports_hold_the_matrices_added_up",
+    ),
+    Fault(
+        "an expert is rebased into another space of router rows",
+        CONVERT,
+        '("encoder_digest", "scale", "projection_seed")',
+        '("encoder_digest", "scale")',
+        f"{OF_KINDS}::test_compressing_and_rebasing_refuse_what_does_not_belong",
+    ),
+    Fault(
+        "zeros that two owners have count as one's data in the other",
+        "compose/certificate.py",
+        "if sha256 in tensors and not _repeats(opened.path / file)",
+        "if sha256 in tensors",
+        f"{OF_KINDS}::test_nobody_draws_what_another_owner_draws_and_frozen_factors_are_nobodys_data",
     ),
 )
