@@ -358,6 +358,26 @@ def test_exports_hold_the_matrices_added_up(world, tmp_path):
     assert not (tmp_path / "damaged").exists()
 
 
+def test_a_gguf_file_holds_the_matrices_added_up(world, tmp_path):
+    gguf = pytest.importorskip("gguf")
+    from flexmoe_jax.hf.gguf_export import export_gguf
+
+    _, release, packages = world
+    tables = []
+    for model in as_whole(release, packages, tmp_path):
+        path = tmp_path / f"{model.path.name}.gguf"
+        assert export_gguf(model, path, experts=["code"]).dtype == "f32"
+        tables.append({t.name: np.array(t.data) for t in gguf.GGUFReader(path).tensors})
+        public = model.package(PUBLIC) / tensor_file("w_gate", (MODEL.num_layers, MODEL.d_model, MODEL.d_ff))
+        flip_bit(public, 100)
+        if model.path.name == "changed-model":  # the matrix that is changed is read, too
+            with pytest.raises(ArtifactError, match="w_gate has sha256"):
+                export_gguf(model, tmp_path / "damaged.gguf", experts=["code"])
+    assert tables[0].keys() == tables[1].keys()
+    for name, tensor in tables[0].items():  # a layer's product by NumPy, in both
+        assert np.array_equal(tensor, tables[1][name]), name
+
+
 def test_the_command_line_compresses_and_rebases(world, tmp_path, capsys):
     from flexmoe_jax.cli.main import main
 
