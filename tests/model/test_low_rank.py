@@ -102,7 +102,7 @@ def test_the_derivative_keeps_no_matrix():
 def test_slices_of_a_mapped_matrix_are_those_of_the_whole_one(index):
     params = with_expert(low_rank_expert())
     public, expert = params["experts"]["public"], params["experts"]["news"]
-    leaf = ChangedLeaf(public["w_down"], expert["w_down_a"], expert["w_down_b"])
+    leaf = ChangedLeaf("w_down", public["w_down"], expert["w_down_a"], expert["w_down_b"])
     whole = np.asarray(leaf)
     assert whole.shape == leaf.shape == public["w_down"].shape
     assert np.allclose(leaf[index], whole[index], atol=1e-6)  # products of parts, in another order
