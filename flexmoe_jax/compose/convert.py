@@ -154,7 +154,8 @@ def _factored(name: str, expert: Params, public: Params, rank: int) -> tuple[np.
             change_IO = a_Ir @ b_rO
         u_Im, s_m, v_mO = np.linalg.svd(change_IO, full_matrices=False)
         root_r = np.sqrt(s_m[:rank])
-        layers.append((u_Im[:, :rank] * root_r, v_mO[:rank] * root_r[:, None]))
+        a_Ir = u_Im[:, :rank] * (root_r if s_m.any() else len(u_Im) ** -0.5)  # of no change A is not 0: B can leave it
+        layers.append((a_Ir, v_mO[:rank] * root_r[:, None]))
         total, kept = total + float((s_m**2).sum()), kept + float((s_m[:rank] ** 2).sum())
     a, b = (np.stack(parts).astype(np.float32) for parts in zip(*layers, strict=True))
     return a, b, kept / total if total else 1.0

@@ -1,6 +1,5 @@
 """The model card of an export: owners, licenses, training records, and how an owner leaves."""
 
-import math
 import re
 from collections.abc import Mapping
 from typing import Any
@@ -9,6 +8,7 @@ from flexmoe_jax.artifacts.manifest import Manifest
 from flexmoe_jax.artifacts.model_dir import ModelDir
 from flexmoe_jax.errors import ConfigError
 from flexmoe_jax.hf.architectures import Architecture
+from flexmoe_jax.params import count_parameters
 from flexmoe_jax.tree import TRUNK
 
 NOT_STATED = "not stated"
@@ -118,7 +118,8 @@ def _line(text: str) -> str:
 
 
 def _parameters(manifest: Manifest) -> int:
-    return sum(math.prod(tensor.shape) for tensor in manifest.tensors.values())
+    """What the export holds: low-rank changes are added to whole matrices."""
+    return count_parameters(manifest.config, manifest.owner)
 
 
 def _evaluation(evaluation: Mapping[str, Any] | None) -> list[str]:

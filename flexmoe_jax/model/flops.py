@@ -3,7 +3,7 @@
 from collections.abc import Mapping
 
 from flexmoe_jax.model_config import ModelConfig
-from flexmoe_jax.params import count_parameters
+from flexmoe_jax.params import NO_RANKS, count_parameters
 from flexmoe_jax.tree import TRUNK
 
 
@@ -40,12 +40,17 @@ def step_flops(model: ModelConfig, T: int, active: float, trained: Mapping[str, 
     return 2 * forward_flops(model, T, active) + p["scores"] + weights
 
 
-def training_flops(model: ModelConfig, T: int, kind: str, active: int = 1) -> float:
+def training_flops(
+    model: ModelConfig, T: int, kind: str, active: int = 1, ranks: Mapping[str, int] = NO_RANKS
+) -> float:
     """FLOPs of one token's training step. `kind` "joint" trains everything with `active` experts per token.
 
     "expert" is an owner's step beside the frozen public model: derivatives of all activations, and of the weights of
-    one expert. "alone" is the same without the public expert.
+    one expert, or of its low-rank changes, each of which takes two products. "alone" is the same without the public
+    expert.
     """
     if kind == "joint":
         return step_flops(model, T, active, {"head": 1, "attention": 1, "expert": active})
-    return step_flops(model, T, 2 if kind == "expert" else 1, {"expert": 1})
+    low = sum(2 * rank * (model.d_model + model.d_ff) for rank in ranks.values())
+    share = (3 - len(ranks)) / 3 + low / (3 * model.d_model * model.d_ff)
+    return step_flops(model, T, 2 if kind == "expert" else 1, {"expert": share})

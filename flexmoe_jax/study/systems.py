@@ -7,6 +7,7 @@ import re
 from collections.abc import Callable, Mapping
 
 from flexmoe_jax.model.flops import forward_flops, training_flops
+from flexmoe_jax.params import read_ranks
 from flexmoe_jax.study.baselines import FORGETTING, Nats, branch_train_merge, causal_branch_train_merge, oracle
 from flexmoe_jax.study.config import Experts, StudyConfig
 from flexmoe_jax.study.results import Kind, hybrid_of
@@ -102,7 +103,10 @@ class _Costs:
     def experts(self, how: Experts) -> float:
         """Every owner's expert."""
         rows = self.config.batch_size if how.public_text else self.config.own_sequences
-        return self.owners(self.config.owner_steps, "expert" if how.coordinate else "alone", rows)
+        kind, rank = "expert" if how.coordinate else "alone", how.changes.get("rank")
+        ranks = read_ranks(rank, self.config.shape) if rank else {}
+        tokens = len(self.config.owners) * self.config.owner_steps * rows * self.config.seq_len
+        return tokens * training_flops(self.config.shape, self.config.seq_len, kind, ranks=ranks)
 
     def owners(self, steps: int, kind: str, rows: int) -> float:
         """`steps` of `rows` sequences by every owner."""

@@ -247,6 +247,20 @@ def test_compressing_keeps_the_largest_part_of_the_change_and_says_what_that_cos
     assert all(check.ok for check in verify_model(model.path))
 
 
+def test_training_goes_on_from_a_change_of_nothing(world, tmp_path):
+    """A and B of 0 would have no gradient."""
+    _, release, packages = world
+    manifest, leaves = read_manifest(packages["math"]), load_package(packages["math"])
+    leaves["w_up"] = public_of(release)["w_up"]
+    write_package(tmp_path / "same", owner="math", params=leaves, config=MODEL, base=manifest.base, record={})
+    found = compress(tmp_path / "same", release, tmp_path / "low", "w_up=2")
+    made = load_package(tmp_path / "low")
+    assert found.kept == {"w_up": 1.0}
+    assert not made["w_up_b"].any()
+    run = expert_run(tmp_path, "math", release, expert=str(tmp_path / "low"), domain_vector=None, steps=2)
+    assert load_package(train(run))["w_up_b"].any()
+
+
 def test_compressing_and_rebasing_refuse_what_does_not_belong(world, tmp_path):
     _, release, packages = world
     other, _ = random_release(tmp_path, scale=0.2)
