@@ -233,8 +233,13 @@ class StudyConfig:
 
     @property
     def chosen_ablations(self) -> dict[str, Experts]:
-        """{name: how its experts are trained}."""
-        return {name: ABLATIONS[name] for name in self._ablation_names}
+        """{name: how its experts are trained}. Of all, those whose rank is higher than the model's matrices are left
+        out."""
+        chosen = {name: ABLATIONS[name] for name in self._ablation_names}
+        if self.ablations != "all":
+            return chosen
+        most = min(self.shape.d_model, self.shape.d_ff)
+        return {name: how for name, how in chosen.items() if int(how.changes.get("rank", 0)) <= most}
 
     @property
     def _ablation_names(self) -> tuple[str, ...]:

@@ -147,6 +147,6 @@ def test_runs_of_different_systems_have_different_folders(tmp_path):
         if system.training is not None
         for path in workshop.runs(system.name, system.training).values()
     ]
-    assert len(set(runs)) == len(runs) == 67
+    assert len(set(runs)) == len(runs) == 61
     assert tmp_path / "runs" / "dense_code" in runs
     assert tmp_path / "runs" / "the_papers_training_news" in runs
