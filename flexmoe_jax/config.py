@@ -240,7 +240,7 @@ class RunConfig:
     offline unless WANDB_MODE says otherwise; the extra `track`), or both, with a comma."""
 
     save_every: Annotated[int | None, COUNT] = 500
-    """Steps between checkpoints: what a crash can cost at most. None, for short runs: no step but the minutes count."""
+    """Steps between checkpoints: what a crash can cost at most. None, for short runs: only minutes and signals save."""
 
     save_minutes: NotNegative = 10.0
     """Minutes after which a checkpoint is saved even before `save_every` steps."""

@@ -65,8 +65,9 @@ def read_ranks(text: str, config: ModelConfig) -> dict[str, int]:
     for part in named.split(","):
         name, _, rank = (word.strip() for word in part.partition("="))
         if name not in FFN_WEIGHTS or name in ranks or not rank.isdecimal() or not 1 <= int(rank) <= most:
+            sizes = f"matrices of {config.d_model} x {config.d_ff}"
             remedy = f"give a rank from 1 to {most}, as 16, or one for each matrix, as w_gate=8,w_up=8,w_down=32"
-            raise ConfigError(f"the rank {text!r} is not one: {part.strip()!r}", remedy)
+            raise ConfigError(f"the rank is {text!r}, for {sizes}: {part.strip()!r} is none", remedy)
         ranks[name] = int(rank)
     return ranks
 

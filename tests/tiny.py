@@ -13,8 +13,8 @@ import jax.numpy as jnp
 import ml_dtypes
 import numpy as np
 
-from flexmoe_jax.artifacts.model_dir import ModelDir, create_model
-from flexmoe_jax.artifacts.package import write_package
+from flexmoe_jax.artifacts.model_dir import ModelDir, create_model, open_model
+from flexmoe_jax.artifacts.package import load_package, write_package
 from flexmoe_jax.config import RunConfig
 from flexmoe_jax.data.embedding import DomainVector, projection_record, router_row
 from flexmoe_jax.data.tokenizer import load_tokenizer
@@ -264,6 +264,11 @@ def random_release(root: pathlib.Path, scale: float = 0.1, seed: int = 0) -> tup
     record = {"router": projection_record(domain, MODEL.d_model, scale, seed)}
     tokenizer = load_tokenizer("cl100k:512").files
     return create_model(root / "release", params, MODEL, tokenizer, {TRUNK: {}, PUBLIC: record}).path, vector
+
+
+def public_of(release: pathlib.Path):
+    """The leaves of the public expert of a release."""
+    return load_package(open_model(release).package(PUBLIC))
 
 
 def build_world(root: pathlib.Path) -> pathlib.Path:

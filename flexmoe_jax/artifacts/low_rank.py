@@ -16,8 +16,8 @@ class ChangedLeaf:
     ArtifactError where the sum is not finite: A and B may be, and their product too large for float32.
     """
 
-    def __init__(self, name: str, public: Any, a: Any, b: Any):
-        self._name, self._leaves = name, (public, a, b)
+    def __init__(self, where: str, public: Any, a: Any, b: Any):
+        self._where, self._leaves = where, (public, a, b)
         self.shape, self.dtype = public.shape, np.dtype(np.float32)
 
     def __getitem__(self, index: Any) -> np.ndarray:
@@ -27,8 +27,11 @@ class ChangedLeaf:
             whole = np.asarray(a[layers], np.float32)[..., rows, :] @ np.asarray(b[layers], np.float32)[..., columns]
             whole += np.asarray(public[layers, rows, columns], np.float32)
         if not np.isfinite(whole).all():
-            what = f"{self._name}: the change A B has values that are not finite in float32, or makes such"
-            raise ArtifactError(what, "do not use this package; its owner trains it again")
+            count = int((~np.isfinite(whole)).sum())
+            what = (
+                f"{self._where}: the public expert's matrix and the change A B add up to {count} values of {whole.size}"
+            )
+            raise ArtifactError(f"{what} that are not finite", "do not use this package; its owner trains it again")
         return whole
 
     def __array__(self, dtype: npt.DTypeLike | None = None, copy: bool | None = None) -> np.ndarray:
@@ -38,18 +41,19 @@ class ChangedLeaf:
         return whole
 
 
-def whole_expert(expert: Params, public: Params, mapped: bool = False) -> Params:
-    """The expert's leaves with every matrix [L, in, out] whole: arrays, or `ChangedLeaf` where they are `mapped`."""
+def whole_expert(owner: str, expert: Params, public: Params, mapped: bool = False) -> Params:
+    """The owner's leaves with every matrix [L, in, out] whole: arrays, or `ChangedLeaf` where they are `mapped`."""
     leaves = dict(expert)
     for name in ranks_of(expert):
-        changed = ChangedLeaf(name, public[name], *(leaves.pop(leaf) for leaf in factors(name)))
+        where = f"{name} of {owner!r}"
+        changed = ChangedLeaf(where, public[name], *(leaves.pop(leaf) for leaf in factors(name)))
         leaves[name] = changed if mapped else np.asarray(changed)
     return leaves
 
 
-def check_sums(expert: Params, public: Params) -> None:
+def check_sums(owner: str, expert: Params, public: Params) -> None:
     """ArtifactError if a low-rank change and the public expert's matrix do not add up to finite values."""
-    for leaf in whole_expert(expert, public, mapped=True).values():
+    for leaf in whole_expert(owner, expert, public, mapped=True).values():
         if isinstance(leaf, ChangedLeaf):
             for layer in range(leaf.shape[0]):
                 leaf[layer]

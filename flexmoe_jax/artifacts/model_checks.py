@@ -40,7 +40,7 @@ def _check_sums(model: ModelDir, name: str) -> Check:
     """Whether an expert's low-rank changes, whose tensors are as they should be, make usable matrices."""
     parts = (load_package(model.package(part), verify=False, mapped=True) for part in (name, PUBLIC))
     try:
-        check_sums(*parts)
+        check_sums(name, *parts)
     except ArtifactError as error:
         return Check(f"{name}/sums", False, error.what, error.remedy)
     return Check(f"{name}/sums", True, "the changes and the public expert's matrices add up to finite values")

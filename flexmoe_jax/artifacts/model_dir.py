@@ -234,7 +234,7 @@ def load_params(model: ModelDir, experts: Iterable[str] | None = None, *, mapped
     parts = {name: read(name) for name in (TRUNK, *names)}
     changed = [name for name in names if ranks_of(parts[name])]
     public = (parts[PUBLIC] if PUBLIC in parts else read(PUBLIC)) if changed else {}
-    return union(parts | {name: whole_expert(parts[name], public, mapped=mapped) for name in changed})
+    return union(parts | {name: whole_expert(name, parts[name], public, mapped=mapped) for name in changed})
 
 
 def locate_package(path: pathlib.Path, name: str, digest: str) -> pathlib.Path:

@@ -4,7 +4,7 @@ import dataclasses
 import pathlib
 from typing import TYPE_CHECKING
 
-from flexmoe_jax.cli.common import ExistingPath, LocalPath, add_fields, add_json, emit, fields_of, parser, table
+from flexmoe_jax.cli.common import ExistingPath, LocalPath, Parser, add_fields, add_json, emit, fields_of, parser, table
 from flexmoe_jax.errors import ConfigError
 from flexmoe_jax.ranges import COUNT
 
@@ -13,8 +13,6 @@ if TYPE_CHECKING:
 
     from flexmoe_jax.tree import Params
 
-_PACKAGE = "an owner's package"
-
 
 def compress(argv: list[str]) -> int:
     """Writes a smaller package, and says what that costs on the owner's held-out text."""
@@ -22,17 +20,14 @@ def compress(argv: list[str]) -> int:
         "Writes an owner's package with low-rank changes of the public matrices, or in another dtype: a new package, "
         "which the owner signs again. The quality that it costs is measured on held-out text, and recorded."
     )
-    p = parser("compress", text, "flexmoe compress news --public model --rank 32 --heldout data --out news-32")
-    p.add_argument("package", action=ExistingPath, help=_PACKAGE)
+    p = _parser("compress", text, "flexmoe compress news --public model --rank 32 --heldout data --out news-32")
     p.add_argument("--public", action=ExistingPath, required=True, help="the public model it was trained beside")
     p.add_argument("--rank", help="of all three matrices, as 32, or of each: w_gate=16,w_up=16,w_down=64")
     p.add_argument("--dtype", help="of stored matrices: float32, bfloat16, float16")
     p.add_argument("--heldout", action=ExistingPath, metavar="FOLDER", help="held-out documents of the owner")
     what = "held-out text that is scored, first documents first; 200000 by default"
     p.add_argument("--max-bytes", type=COUNT, default=200_000, help=what)
-    p.add_argument("--out", action=LocalPath, required=True, help="the new package")
     add_fields(p)
-    add_json(p)
     args = p.parse(argv)
     if args.rank is None and args.dtype is None:
         raise ConfigError("neither --rank nor --dtype is given", "give one of the two, or both")
@@ -63,12 +58,9 @@ def rebase(argv: list[str]) -> int:
         "Carries an expert over to a public model that was trained further: what the owner changed is added to the new "
         "public expert. Nothing is trained; `flexmoe train --config.expert` goes on from the result, if need be."
     )
-    p = parser("rebase", text, "flexmoe rebase news --old model-1 --new model-2 --out news-2")
-    p.add_argument("package", action=ExistingPath, help=_PACKAGE)
+    p = _parser("rebase", text, "flexmoe rebase news --old model-1 --new model-2 --out news-2")
     p.add_argument("--old", action=ExistingPath, required=True, help="the public model it was trained beside")
     p.add_argument("--new", action=ExistingPath, required=True, help="the public model it shall run beside")
-    p.add_argument("--out", action=LocalPath, required=True, help="the new package")
-    add_json(p)
     args = p.parse(argv)
     from flexmoe_jax.compose.convert import rebase as convert
 
@@ -78,6 +70,14 @@ def rebase(argv: list[str]) -> int:
         {"package": args.out, "moved": moved}, [*lines, f"{args.out}: sign it again, and say that it moved"], args.json
     )
     return 0
+
+
+def _parser(verb: str, text: str, example: str) -> Parser:
+    p = parser(verb, text, example)
+    p.add_argument("package", action=ExistingPath, help="an owner's package")
+    p.add_argument("--out", action=LocalPath, required=True, help="the new package")
+    add_json(p)
+    return p
 
 
 def _beside_public(public: str, texts: list[str]) -> "Callable[[Params], float]":

@@ -76,7 +76,11 @@ def compress(
             made = {path: leaf.astype(NUMPY_DTYPES[dtype]) if is_matrix(path) else leaf for path, leaf in made.items()}
         if wide := [path for path, leaf in made.items() if not np.isfinite(leaf).all()]:
             raise ConfigError(f"{', '.join(wide)} of {package} does not fit into {dtype}", "use another dtype")
-    scores = [None, None] if score is None else [score(whole_expert(leaves, theirs)) for leaves in (expert, made)]
+    scores = (
+        [None, None]
+        if score is None
+        else [score(whole_expert(manifest.owner, leaves, theirs)) for leaves in (expert, made)]
+    )
     if not all(bits is None or math.isfinite(bits) for bits in scores):
         raise ArtifactError(f"held-out bits per byte are {scores[0]} before and {scores[1]} after", "do not use it")
     sizes = (sum(leaf.nbytes for leaf in leaves.values()) for leaves in (expert, made))
@@ -139,7 +143,7 @@ def _beside(package: pathlib.Path | str, public: ModelDir, out: pathlib.Path | s
     check_belongs(manifest, public, package)
     expert = load_package(package, digest=manifest.digest)
     theirs = load_package(public.package(PUBLIC), digest=public.manifests[PUBLIC].digest)
-    check_sums(expert, theirs)
+    check_sums(manifest.owner, expert, theirs)
     return manifest, expert, theirs
 
 

@@ -88,5 +88,5 @@ def read_expert(path: pathlib.Path, model: ModelDir, link: bool = False, trust: 
     if ranks_of(manifest.tensors):
         raise_problems(path, check_files(path, manifest))
         parts = (load_package(part, verify=False, mapped=True) for part in (path, model.package(PUBLIC)))
-        check_sums(*parts)
+        check_sums(manifest.owner, *parts)
     return manifest

@@ -193,7 +193,7 @@ def _package(path: pathlib.Path, source: Part, part: Part, moved_by: Sequence[st
     moved = [n for n in before.tensors if is_matrix(n) and n in manifest.tensors and _differ(n, manifest, before)]
     if ranks_of(before.tensors) and not ranks_of(manifest.tensors):
         own = load_package(original, digest=before.digest)
-        whole = whole_expert(own, load_package(public))
+        whole = whole_expert(before.owner, own, load_package(public))
         moved += [name for name in FFN_WEIGHTS if not np.array_equal(whole[name], params[name])]
         params = own | {name: params[name] for name in ("router", "bias")}
     if moved:

@@ -2,7 +2,8 @@
 
 Packages' files are mapped into memory, not read: memory use is that of the largest tensor, at any size of the model.
 What was written is read back as an import reads it: every part must then have the sha256 of its manifest, so that
-damage of a package, of the disk or of the way between them never becomes an export.
+damage of a package, of the disk or of the way between them never becomes an export. Matrices that a low-rank change is
+added to have none: their factors are compared with the manifest first, and what is read back with the sum.
 """
 
 import dataclasses
@@ -92,7 +93,7 @@ def export(model: ModelDir, out: pathlib.Path | str, options: ExportOptions = Ex
         public = load_package(model.package(PUBLIC), digest=model.manifests[PUBLIC].digest, mapped=True)
         for name in low:
             expert = load_package(model.package(name), digest=model.manifests[name].digest, mapped=True)
-            leaves[name] = whole_expert(expert, public, mapped=True)
+            leaves[name] = whole_expert(name, expert, public, mapped=True)
     biased = _biased_layers(leaves, names)
     mixture = len(names) > 1 or (not options.dense and bool(np.any(leaves[names[0]]["router"] != 0)))
     origin = model.manifests[TRUNK].record.fields.get("imported", {}).get("config", {}).get("model_type")

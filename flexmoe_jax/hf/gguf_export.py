@@ -156,7 +156,8 @@ class _Leaves:
             with np.errstate(over="ignore", invalid="ignore"):
                 whole = self.read(PUBLIC, path, layer, reader=owner) + a @ b
             if not np.isfinite(whole).all():
-                raise ArtifactError(f"{owner!r}: {path} is not finite in layer {layer}", "do not use this package")
+                what = f"{path} of {owner!r} has values that are not finite in layer {layer}"
+                raise ArtifactError(what, "do not use this package; its owner trains it again")
             return whole
         tensor = self.model.manifests[owner].tensors[path]
         shape, dtype = tensor.shape if layer is None else tensor.shape[1:], NUMPY_DTYPES[tensor.dtype]

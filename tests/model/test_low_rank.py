@@ -42,7 +42,7 @@ def logits(params, **how):
 def test_the_model_is_that_of_the_matrices_added_up(dtype):
     params = with_expert(low_rank_expert())
     experts = params["experts"]
-    whole = with_expert(whole_expert(experts["news"], experts["public"]))
+    whole = with_expert(whole_expert("news", experts["news"], experts["public"]))
     assert logits(whole).shape == logits(params).shape
     # The same matrices, made by XLA and by NumPy in float32: rounding, in bfloat16 of one matrix entry in a thousand.
     tolerance = 1e-5 if dtype == "float32" else 2e-2
@@ -57,7 +57,7 @@ def test_a_change_of_zero_is_the_public_expert_bit_for_bit(dtype):
     rows = {leaf: experts["news"][leaf] for leaf in ("router", "bias")}
     same = with_expert({**experts["public"], **rows})
     assert np.array_equal(logits(params, dtype=dtype), logits(same, dtype=dtype))
-    made = whole_expert(experts["news"], experts["public"])
+    made = whole_expert("news", experts["news"], experts["public"])
     assert all(np.array_equal(made[name], experts["public"][name]) for name in FFN_WEIGHTS)
 
 
@@ -102,7 +102,7 @@ def test_the_derivative_keeps_no_matrix():
 def test_slices_of_a_mapped_matrix_are_those_of_the_whole_one(index):
     params = with_expert(low_rank_expert())
     public, expert = params["experts"]["public"], params["experts"]["news"]
-    leaf = ChangedLeaf("w_down", public["w_down"], expert["w_down_a"], expert["w_down_b"])
+    leaf = ChangedLeaf("w_down of news", public["w_down"], expert["w_down_a"], expert["w_down_b"])
     whole = np.asarray(leaf)
     assert whole.shape == leaf.shape == public["w_down"].shape
     assert np.allclose(leaf[index], whole[index], atol=1e-6)  # products of parts, in another order

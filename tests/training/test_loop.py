@@ -162,17 +162,6 @@ def test_killed_without_warning_and_resumed_equals_uninterrupted(release, tmp_pa
     assert read_manifest(package).content == read_manifest(loop.train(whole)).content
 
 
-def test_without_an_interval_only_minutes_and_signals_save(release, tmp_path):
-    kept = expert_run(tmp_path / "a", "news", release, save_every=2)
-    bare = expert_run(tmp_path / "b", "news", release, save_every=None)
-    hurried = expert_run(tmp_path / "c", "news", release, save_every=None, save_minutes=0.0)
-    packages = [read_manifest(loop.train(run)).content for run in (kept, bare, hurried)]
-    assert len({*packages}) == 1
-    saved = [bool([*pathlib.Path(run.out, "digests").glob("*.json")]) for run in (kept, bare, hurried)]
-    assert saved == [True, False, True]
-    assert loop.train(bare) == pathlib.Path(bare.out, "package")  # there is nothing to resume, and nothing to do
-
-
 def test_a_finished_run_is_not_changed(release, tmp_path, caplog):
     run = expert_run(tmp_path, "news", release)
     loop.train(run)

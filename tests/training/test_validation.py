@@ -209,7 +209,7 @@ def test_a_line_has_the_means_of_its_steps_and_own_and_public_loss_apart(release
 def test_the_distance_is_that_of_the_matrices_from_the_public_ones(release, tmp_path, rank):
     run = expert_run(tmp_path, "news", release, rank=rank)
     package, public = load_package(loop.train(run)), load_package(release / "public")
-    expert = whole_expert(package, public)
+    expert = whole_expert("news", package, public)
     matrices = [name for name in expert if name.startswith("w_")]
     apart = sum(((expert[name] - public[name]) ** 2).sum() for name in matrices)
     whole = sum((public[name] ** 2).sum() for name in matrices)

@@ -3,6 +3,7 @@
 from tests.sabotage.fault import Fault
 
 OF_MODEL, OF_KINDS = "tests/model/test_low_rank.py", "tests/compose/test_low_rank.py"
+OF_CONVERT = "tests/compose/test_convert.py"
 EXPERTS, CONVERT = "model/experts.py", "compose/convert.py"
 
 SHAPES = (
@@ -53,28 +54,28 @@ SHAPES = (
         CONVERT,
         "root_r = np.sqrt(s_m[:rank])",
         "root_r = np.sqrt(s_m[-rank:])",
-        f"{OF_KINDS}::test_compressing_keeps_the_largest_part_of_the_change_and_says_what_that_costs",
+        f"{OF_CONVERT}::test_compressing_keeps_the_largest_part_of_the_change_and_says_what_that_costs",
     ),
     Fault(
         "the score before compressing is that after it",
         CONVERT,
-        "[score(whole_expert(leaves, theirs)) for leaves in (expert, made)]",
-        "[score(whole_expert(leaves, theirs)) for leaves in (made, made)]",
-        f"{OF_KINDS}::test_compressing_keeps_the_largest_part_of_the_change_and_says_what_that_costs",
+        "[score(whole_expert(manifest.owner, leaves, theirs)) for leaves in (expert, made)]",
+        "[score(whole_expert(manifest.owner, leaves, theirs)) for leaves in (made, made)]",
+        f"{OF_CONVERT}::test_compressing_keeps_the_largest_part_of_the_change_and_says_what_that_costs",
     ),
     Fault(
         "a rebased expert is the old one",
         CONVERT,
         "np.asarray(expert[name], np.float32) + step)",
         "np.asarray(expert[name], np.float32) + 0 * step)",
-        f"{OF_KINDS}::test_a_rebased_expert_is_the_new_public_one_with_the_owners_change",
+        f"{OF_CONVERT}::test_a_rebased_expert_is_the_new_public_one_with_the_owners_change",
     ),
     Fault(
         "a rebased expert keeps its base",
         CONVERT,
         "config=manifest.config, base=base, record=record",
         "config=manifest.config, base=manifest.base, record=record",
-        f"{OF_KINDS}::test_a_rebased_expert_is_the_new_public_one_with_the_owners_change",
+        f"{OF_CONVERT}::test_a_rebased_expert_is_the_new_public_one_with_the_owners_change",
     ),
     Fault(
         "an export does not check the factors of a change",
@@ -86,7 +87,7 @@ SHAPES = (
     Fault(
         "a change that adds up to infinity is merged",
         "compose/merge.py",
-        "        check_sums(*parts)\n",
+        "        check_sums(manifest.owner, *parts)\n",
         "        tuple(parts)\n",
         f"{OF_KINDS}::test_finite_factors_of_a_change_that_is_not_finite_are_refused_everywhere",
     ),
@@ -116,7 +117,7 @@ SHAPES = (
         CONVERT,
         '("encoder_digest", "scale", "projection_seed")',
         '("encoder_digest", "scale")',
-        f"{OF_KINDS}::test_compressing_and_rebasing_refuse_what_does_not_belong",
+        f"{OF_CONVERT}::test_compressing_and_rebasing_refuse_what_does_not_belong",
     ),
     Fault(
         "zeros that two owners have count as one's data in the other",
