@@ -140,8 +140,9 @@ def read_values(cls: type, spec: str, overrides: Iterable[str] = ()) -> dict[str
                 inner[section] = {}
             inner = inner[section]
         inner[last] = keys[name].parse(text)
-    # None: the experiment leaves the key to the command line or to its default.
-    return {name: value for name, value in values.items() if value is not None}
+    # None is the value of a key that may be None and has another default; any other is left to the command line.
+    chosen = {name for name, key in keys.items() if key.optional and key.default not in (None, REQUIRED)}
+    return {name: value for name, value in values.items() if value is not None or name in chosen}
 
 
 def read_config(cls: type[Config], spec: str, overrides: Iterable[str] = ()) -> Config:

@@ -11,6 +11,7 @@ from hypothesis import strategies as st
 from flexmoe_jax.artifacts.sealed import differences, digest
 from flexmoe_jax.config import RunConfig
 from flexmoe_jax.errors import ConfigError, FlexMoEError
+from flexmoe_jax.experiment import REQUIRED, keys_of, read_config
 from flexmoe_jax.json_files import canonical_json
 from flexmoe_jax.mapping import field_docs, from_mapping, to_mapping
 from flexmoe_jax.model_config import ModelConfig, RopeScaling
@@ -223,6 +224,30 @@ def test_an_empty_value_of_an_optional_key_is_none():
     run = from_mapping(RunConfig, {**values, "mesh": "", "freeze": "", "expert": "", "top_k": None})
     assert run == from_mapping(RunConfig, values)
     assert (run.mesh, run.freeze, run.expert, run.top_k) == (None, None, None, None)
+
+
+def test_none_is_a_value_where_the_default_is_another(tmp_path):
+    """`save_every=none` is not 500: on the command line, in an experiment file, and in none of the others."""
+    switched = {
+        name for name, key in keys_of(RunConfig).items() if key.optional and key.default not in (None, REQUIRED)
+    }
+    assert {"eval_every", "save_every", "track"} <= switched
+    file = tmp_path / "expert.py"
+    file.write_text(
+        "from flexmoe_jax.experiment import run_config\ndef get_config(arg):\n    return run_config(owner=arg)"
+    )
+    paths = [
+        *(f"{key}=x" for key in ("data", "out", "public", "domain_vector")),
+        "steps=1",
+        "batch_size=1",
+        "seq_len=8",
+    ]
+    run = read_config(RunConfig, f"{file}:news", [*paths, *(f"{name}=none" for name in switched)])
+    assert {name: getattr(run, name) for name in switched} == dict.fromkeys(switched)
+    default = read_config(RunConfig, f"{file}:news", paths)
+    assert (default.eval_every, default.save_every, default.track) == (100, 500, "tensorboard")
+    file.write_text(file.read_text().replace("owner=arg", "owner=arg, save_every=None"))
+    assert read_config(RunConfig, f"{file}:news", paths).save_every is None
 
 
 def test_a_model_without_the_later_keys_has_the_digest_it_had_before_they_came():

@@ -8,6 +8,13 @@ OF_LR_FIND, OF_PRECISION = "tests/training/test_lr_find.py", "tests/training/tes
 
 TUNING = (
     Fault(
+        "none is taken for a default that is another",
+        "experiment.py",
+        "if value is not None or name in chosen}",
+        "if value is not None}",
+        "tests/test_config.py::test_none_is_a_value_where_the_default_is_another",
+    ),
+    Fault(
         "a group's learning rate is that of the others",
         OPTIMIZER,
         "_factor([group.lr for group in own], leaf)",
