@@ -92,7 +92,7 @@ def _step(model: ModelConfig, B: int):
         optimizer=OptimizerConfig(lr=1e-4, warmup_steps=1),
     )
     params = init_params(model, jax.random.key(0), (PUBLIC, "news"))
-    state, frozen = create_state(mesh_of_one(), params, "news", make_optimizer(run.optimizer, run.steps), jnp.bfloat16)
+    state, frozen = create_state(mesh_of_one(), params, run, make_optimizer(run.optimizer, run.steps))
     del params
     tokens = np.random.default_rng(0).integers(0, model.vocab_size, (B, T + 1)).astype(np.int32)
     zeros, ones = np.zeros((B, T), np.int32), np.ones((B, T), np.float32)

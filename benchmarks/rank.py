@@ -1,4 +1,5 @@
-"""An owner's step that trains a low-rank change of the public expert, against one that trains whole matrices.
+"""An owner's step that trains a low-rank change of the public expert, against one that trains whole matrices; also with
+frozen matrices in int8 and nf4.
 
 Memory is that of the compiled program: its arguments (weights, moments, frozen weights) and its temporary buffers.
 """
@@ -9,6 +10,7 @@ import numpy as np
 from benchmarks.harness import Row, interleaved
 from benchmarks.train import SIZES, Step
 from flexmoe_jax.model.decoder import init_params
+from flexmoe_jax.model.quantized import DTYPES
 from flexmoe_jax.params import FFN_WEIGHTS, factors, owner_leaves
 from flexmoe_jax.tree import PUBLIC
 
@@ -25,15 +27,17 @@ def _measure(dtype: str) -> list[Row]:
     public = params["experts"][PUBLIC]
     tokens = np.random.default_rng(0).integers(0, model.vocab_size, (B, T + 1)).astype(np.int32)
 
-    def step(rank: int | None) -> Step:
+    def step(rank: int | None, frozen_dtype: str | None = None) -> Step:
         own = dict(public)
         for name in FFN_WEIGHTS if rank else ():
             leaves = owner_leaves(model, "owner-1", {name: rank})
             own |= {leaf: np.zeros(leaves[leaf].shape, np.float32) for leaf in factors(name)}
             del own[name]
-        return Step(model, "hybrid", {**params, "experts": {PUBLIC: public, "owner-1": own}}, tokens, dtype)
+        experts = {PUBLIC: public, "owner-1": own}
+        return Step(model, "hybrid", {**params, "experts": experts}, tokens, dtype, frozen_dtype)
 
     steps = {"whole": step(None), **{f"rank {rank}": step(rank) for rank in RANKS}}
+    steps |= {f"rank {RANKS[0]}, frozen matrices {kind}": step(RANKS[0], kind) for kind in DTYPES}
     seconds = interleaved(steps, repeats)
     memory = {name: _bytes(found) for name, found in steps.items()}
     rows = []

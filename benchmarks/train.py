@@ -77,7 +77,9 @@ def _measure(kind: str, size: str, dtype: str) -> Row:
 class Step:
     """Our training step on one batch, again and again; `losses` grows by one with each call."""
 
-    def __init__(self, model: ModelConfig, kind: str, params, tokens, dtype: str = "float32"):
+    def __init__(
+        self, model: ModelConfig, kind: str, params, tokens, dtype: str = "float32", frozen_dtype: str | None = None
+    ):
         owner, (B, T) = "owner-1" if kind == "hybrid" else PUBLIC, (len(tokens), tokens.shape[1] - 1)
         run = RunConfig(
             owner=owner,
@@ -92,10 +94,11 @@ class Step:
             z_loss=0.0,
             router_z_loss=0.0,
             compute_dtype=dtype,
+            frozen_dtype=frozen_dtype,
             optimizer=OptimizerConfig(lr=1e-4, warmup_steps=1),
         )
         optimizer = make_optimizer(run.optimizer, run.steps)
-        self.state, self.frozen = create_state(mesh_of_one(), params, owner, optimizer, jax.numpy.dtype(dtype))
+        self.state, self.frozen = create_state(mesh_of_one(), params, run, optimizer)
         self.step, self.losses = make_train_step(model, run), []
         zeros, ones = np.zeros((B, T), np.int32), np.ones((B, T), np.float32)
         self.batch = Batch(tokens[:, :-1], tokens[:, 1:], zeros, ones)

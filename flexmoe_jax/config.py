@@ -5,8 +5,6 @@ This module does not import JAX, so that the command line can check a configurat
 
 import dataclasses
 import enum
-import fractions
-import math
 import os
 import pathlib
 import re
@@ -25,6 +23,7 @@ from flexmoe_jax.ranges import (
     ShareBelowOne,
     check_numbers,
 )
+from flexmoe_jax.source_config import Source, read_mixture
 from flexmoe_jax.tree import PUBLIC, check_owner_name
 
 
@@ -45,8 +44,8 @@ _NEEDS = {
     Kind.CONTINUED: ("public", "expert"),
 }
 _FORBIDS = {
-    Kind.PUBLIC: ("expert", "router_contrast", "bias_init", "rank"),
-    Kind.JOINT: ("model", "domain_vector", "expert", "router_contrast", "bias_init", "rank"),
+    Kind.PUBLIC: ("expert", "router_contrast", "bias_init", "rank", "frozen_dtype"),
+    Kind.JOINT: ("model", "domain_vector", "expert", "router_contrast", "bias_init", "rank", "frozen_dtype"),
     Kind.EXPERT: (),
     Kind.CONTINUED: ("domain_vector", "bias_init", "rank"),
 }
@@ -59,26 +58,23 @@ _REMEDIES = {
     "router_contrast": "only an owner's expert trained beside the public one has odds to train: set it to 0",
     "router": "its rows tell a new expert's text from public text: leave out config.expert and config.coordinate, and "
     "give config.public_data with config.public_fraction",
-    "rank": "only a new expert beside the public one changes its matrices by a low rank: set it to none",
+    "rank": "only a new expert beside the public one has low-rank changes of its matrices: set it to none",
+    "frozen_dtype": "only an owner's run has frozen matrices, those of the public model: set it to none",
     "bias_init": "only a new expert beside the public one has an initial bias to choose: set it to 0",
 }
-MOST_ROWS = 100_000  # the smallest whole-number weights of a mixture add up to at most this
+_CHOICES = {
+    "compute_dtype": ("float32", "bfloat16"),
+    "frozen_dtype": (None, "int8", "nf4"),
+    "token_dtype": (None, "uint16", "uint32"),
+    "publish": ("last", "best"),
+    "router": ("trained", "generative"),
+}
 SIDES = {"own": "data", "public": "public_data"}  # {name in run.json: key of the configuration}
-_WEIGHTED = re.compile(r"\s*([-+]?\d[\d.e+-]*)\s+(\S.*?)\s*")
 _PATHS = (
     *("data", "out", "public", "public_data", "domain_vector", "expert", "tokenizer"),
     *("validation", "public_validation"),
 )
 TRACKERS = ("tensorboard", "wandb")
-
-
-@dataclasses.dataclass(frozen=True)
-class Source:
-    """One source of training text, of the configuration's `key`: its path, and its whole-number weight in the key."""
-
-    key: str
-    path: str
-    weight: int = 1
 
 
 @dataclasses.dataclass(frozen=True)
@@ -89,7 +85,7 @@ class RunConfig:
     ConfigError for values that are impossible or do not belong together.
     """
 
-    LATER: ClassVar = ("text_field", "id_field", "token_dtype", "bias_init", "holdout", "router")
+    LATER: ClassVar = ("text_field", "id_field", "token_dtype", "bias_init", "holdout", "router", "frozen_dtype")
 
     owner: str
     """Whose parameters are trained: `public`, or a data owner's name (the expert's name in every merged model)."""
@@ -199,6 +195,10 @@ class RunConfig:
     compute_dtype: str = "float32"
     """Dtype of activations and of frozen matrices: float32, or bfloat16 on accelerators. Trained weights and moments
     are float32 in any case, and so is the arithmetic of norms, router and loss (see the guide, scaling)."""
+
+    frozen_dtype: str | None = None
+    """Dtype of the public model's matrices while an expert trains beside them: int8 or nf4, in blocks of 64 weights
+    with a scale, at 1.06 or 0.56 bytes a weight. None: `compute_dtype`. What is trained and packed is not quantized."""
 
     remat: bool = False
     """Recompute each layer in the backward pass: activations take the memory of a layer's inputs, for a third more
@@ -315,9 +315,7 @@ class RunConfig:
                 f"config.batch_size {self.batch_size} is not a multiple of config.accumulation {self.accumulation}",
                 "microbatches are equal: change one of the two",
             )
-        choices = {"compute_dtype": ("float32", "bfloat16"), "token_dtype": (None, "uint16", "uint32")}
-        choices |= {"publish": ("last", "best"), "router": ("trained", "generative")}
-        for name, known in choices.items():
+        for name, known in _CHOICES.items():
             if getattr(self, name) not in known:
                 words = " or ".join(repr(choice) for choice in known if choice)
                 raise ConfigError(f"config.{name} is {getattr(self, name)!r}", f"use {words}")
@@ -350,47 +348,3 @@ class RunConfig:
         if self.router == "generative" and not (self.kind is Kind.EXPERT and self.coordinate and self.public_sequences):
             what = f"config.router is 'generative', and the run trains {self.kind.value}"
             raise ConfigError(what, _REMEDIES["router"])
-
-
-def read_mixture(where: str, text: str) -> dict[str, tuple[str, int]]:
-    """`3 letters; 1 minutes` -> {folder's name: (path, whole-number weight)}; any other text is one path of weight 1.
-
-    `where` names the key. A name that comes twice gets a number. The order is that of the names, however the text has
-    them: batches depend on it, and run.json does not record it. ConfigError for a weight that is not a number above 0,
-    a path given twice, and weights that no `MOST_ROWS` rows are in proportion to.
-    """
-    parts = [_WEIGHTED.fullmatch(part) for part in text.split(";") if part.strip()]
-    if len(parts) < 2 or parts[0] is None:
-        return {_name(text): (text, 1)}
-    weights: dict[str, fractions.Fraction] = {}
-    for part, given in zip(parts, filter(str.strip, text.split(";")), strict=True):
-        if part is None:
-            raise ConfigError(f"{where} holds {given.strip()!r}", "write WEIGHT PATH; WEIGHT PATH; ...")
-        weight, path = part.groups()
-        try:
-            share = fractions.Fraction(weight)
-        except ValueError:
-            share = fractions.Fraction(0)
-        if share <= 0:
-            raise ConfigError(f"{where} gives {path} the weight {weight}", "give a number above 0, or leave it out")
-        if os.path.realpath(path) in map(os.path.realpath, weights):
-            raise ConfigError(f"{where} names {path} twice", "give every source once, with all of its weight")
-        weights[path] = share
-    unit = math.lcm(*(share.denominator for share in weights.values()))
-    counts = [int(share * unit) for share in weights.values()]
-    counts = [count // math.gcd(*counts) for count in counts]
-    if sum(counts) > MOST_ROWS:
-        what = f"the weights of {where} are in proportion at {sum(counts):,} rows only"
-        raise ConfigError(what, f"round them, so that it is at most {MOST_ROWS:,}: three digits are enough")
-    found: dict[str, tuple[str, int]] = {}
-    for path, count in zip(weights, counts, strict=True):
-        name, number = _name(path), 1
-        while name in found:
-            number += 1
-            name = f"{_name(path)}-{number}"
-        found[name] = path, count
-    return dict(sorted(found.items()))
-
-
-def _name(path: str) -> str:
-    return pathlib.Path(os.path.abspath(path)).name

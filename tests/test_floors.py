@@ -11,6 +11,7 @@ FLOORS: tuple[set[str], ...] = (  # a folder or module imports from lower floors
         "errors",
         "config",
         "model_config",
+        "source_config",
         "optimizer_config",
         "mapping",
         "ranges",

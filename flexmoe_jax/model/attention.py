@@ -150,7 +150,7 @@ _blocks.defvjp(_blocks_fwd, _blocks_bwd)
 def project_out(block: Params, y_BTHK: jax.Array) -> jax.Array:
     """Heads [B, T, H, K] -> [B, T, D]."""
     B, T, H, K = y_BTHK.shape
-    (x_BTD,) = project(y_BTHK.reshape(B, T, H * K), block["w_o"].reshape(H * K, -1))
+    (x_BTD,) = project(y_BTHK.reshape(B, T, H * K), block["w_o"].reshape(H * K, block["w_o"].shape[-1]))
     return x_BTD
 
 

@@ -14,7 +14,9 @@ import jax.numpy as jnp
 from flexmoe_jax.errors import FlexMoEError
 from flexmoe_jax.model.products import (
     as_bits,
+    as_weight,
     from_bits,
+    is_frozen,
     matmul,
     matmul_transposed,
     row_sums,
@@ -31,7 +33,7 @@ MIN_TILE_ROWS, MAX_TILE_ROWS = 32, 256
 
 @jax.custom_vjp
 def ffn(x_ND: jax.Array, w_gate: jax.Array, w_up: jax.Array, w_down: jax.Array) -> jax.Array:
-    """W_down(silu(W_gate x) * (W_up x)) for x [N, D] -> [N, D]; weights (or their bits) are cast to x's dtype.
+    """W_down(silu(W_gate x) * (W_up x)) for x [N, D] -> [N, D] in x's dtype; weights are in any form of `as_weight`.
 
     The derivative is written by hand: it keeps the two projections, where automatic differentiation keeps four arrays
     of their size, and has one transposed copy of x. A row whose dy is 0 adds 0 to every gradient, even if weights or
@@ -41,7 +43,7 @@ def ffn(x_ND: jax.Array, w_gate: jax.Array, w_up: jax.Array, w_down: jax.Array) 
 
 
 def _ffn_fwd(x_ND: jax.Array, *weights: jax.Array) -> tuple[jax.Array, tuple]:
-    w_gate, w_up, w_down = (from_bits(w).astype(x_ND.dtype) for w in weights)
+    w_gate, w_up, w_down = (as_weight(w, x_ND.dtype) for w in weights)
     gate_NF, up_NF = (matmul(x_ND, w, x_ND.dtype) for w in (w_gate, w_up))
     y_ND = matmul(_gated(gate_NF, up_NF), w_down, x_ND.dtype)
     return y_ND, (as_bits(x_ND), weights, as_bits(gate_NF), as_bits(up_NF))
@@ -56,7 +58,7 @@ def _ffn_bwd_rows(residuals: tuple, dy_ND: jax.Array) -> tuple[jax.Array, tuple[
     """(dx [N, D], the inputs of each matrix with the gradients of its outputs)."""
     bits, weights, *projections = residuals
     x_ND, (gate_NF, up_NF) = from_bits(bits), map(from_bits, projections)
-    w_gate, w_up, w_down = (from_bits(w).astype(dy_ND.dtype) for w in weights)
+    w_gate, w_up, w_down = (as_weight(w, dy_ND.dtype) for w in weights)
     dhidden_NF = matmul_transposed(dy_ND, w_down, sum_dtype(dy_ND))
     used_N1 = _used(dy_ND)
     hidden_NF, dgate_NF, dup_NF = _gated_bwd(gate_NF, up_NF, dhidden_NF, used_N1)
@@ -118,7 +120,7 @@ def _whole(matrices: tuple[tuple[jax.Array, ...], ...], like: jax.Array) -> tupl
         if not change:
             return w
         a, b = change
-        return (from_bits(w).astype(jnp.float32) + matmul(a, b, jnp.float32)).astype(like.dtype)
+        return (as_weight(w, jnp.float32) + matmul(a, b, jnp.float32)).astype(like.dtype)
 
     return tuple(whole(*matrix) for matrix in matrices)
 
@@ -382,8 +384,7 @@ def _tiled_vjp_bwd(residuals: tuple, dy_SD: jax.Array) -> tuple:
         carry = one_tile(0, carry, first=True)  # writes what the others add to: an expert in use has a row
         return jax.lax.fori_loop(1, -(-counts_E[e] // M), one_tile, carry)
 
-    frozen = weights[0].dtype == jnp.uint16
-    initial = (jnp.zeros_like(x_padded), *(() if frozen else map(jnp.zeros_like, weights)))
+    initial = (jnp.zeros_like(x_padded), *(() if is_frozen(weights[0]) else map(jnp.zeros_like, weights)))
     dx, *dweights = jax.lax.fori_loop(0, used, one_expert, initial)
     return from_bits(dx[:S]), None, tuple(dweights) or (None, None, None)
 

@@ -7,12 +7,14 @@ best, and nothing is forced.
 """
 
 import functools
+from typing import Any
 
 import jax
 import jax.numpy as jnp
 from jax.experimental.layout import Layout, with_layout_constraint
 from jax.typing import DTypeLike
 
+from flexmoe_jax.model.quantized import dequantize, is_quantized
 from flexmoe_jax.parallel.mesh import platform, splits_work
 
 
@@ -67,9 +69,19 @@ def from_bits(x: jax.Array) -> jax.Array:
     return jax.lax.bitcast_convert_type(x, jnp.bfloat16) if x.dtype == jnp.uint16 else x
 
 
+def as_weight(w: Any, dtype: DTypeLike) -> jax.Array:
+    """A weight matrix in `dtype`, of an array, of its bits, or of quantized blocks (model/quantized.py)."""
+    return dequantize(w, dtype) if is_quantized(w) else from_bits(w).astype(dtype)
+
+
+def is_frozen(w: Any) -> bool:
+    """Whether a weight is held in a form that has no derivative."""
+    return is_quantized(w) or w.dtype == jnp.uint16
+
+
 @jax.custom_vjp
 def project(x: jax.Array, *weights: jax.Array) -> tuple[jax.Array, ...]:
-    """(x w for each w): x [..., D], w [D, ...] -> [..., *...] in x's dtype, to which weights (or their bits) are cast.
+    """(x w for each w): x [..., D], w [D, ...] -> [..., *...] in x's dtype; weights are in any form of `as_weight`.
 
     The derivative has one transposed copy of x for all weights, and one sum for x.
     """
@@ -88,13 +100,13 @@ def _project_bwd(residuals: tuple, dys: tuple[jax.Array, ...]) -> tuple:
 project.defvjp(lambda x, *weights: (project(x, *weights), (as_bits(x), weights)), _project_bwd)
 
 
-def weight_gradient(x: jax.Array, dy: jax.Array, w: jax.Array) -> jax.Array | None:
-    """The gradient of w in y = x w, in the shape and dtype of w; None if w is given as bits, which have none."""
-    return None if w.dtype == jnp.uint16 else row_sums(_rows(x), _rows(dy), w.dtype).reshape(w.shape)
+def weight_gradient(x: jax.Array, dy: jax.Array, w: Any) -> jax.Array | None:
+    """The gradient of w in y = x w, in the shape and dtype of w; None if w is in a form that has none."""
+    return None if is_frozen(w) else row_sums(_rows(x), _rows(dy), w.dtype).reshape(w.shape)
 
 
-def _flat(w: jax.Array, dtype: DTypeLike) -> jax.Array:
-    return from_bits(w).astype(dtype).reshape(len(w), -1)
+def _flat(w: Any, dtype: DTypeLike) -> jax.Array:
+    return as_weight(w, dtype).reshape(w.shape[0], -1)
 
 
 def sum_dtype(x: jax.Array) -> DTypeLike:

@@ -51,6 +51,9 @@ _TABLE = (
     Chip("v6e", ("TPU v6 lite", "TPU v6e"), 918e12, 32e9, 1638e9, 400e9, _FLAT),
     # NVIDIA A100 datasheet (SXM): 312 TFLOPs
     Chip("a100", ("NVIDIA A100-SXM4-40GB", "NVIDIA A100-SXM4-80GB"), 312e12),
+    # GeForce RTX 4070: 466 TFLOPs in FP8 with sparsity; bfloat16 added in float32 has an eighth of that (Ada GPU
+    # architecture whitepaper, table 2, of the RTX 4090: 1,321 and 165); 12 GB, 504 GB/s; no NVLink
+    Chip("rtx4070", ("NVIDIA GeForce RTX 4070",), 58e12, 12e9, 504e9, slices=("1",)),
     # NVIDIA L4 datasheet: 242 TFLOPs with sparsity, half without; 24 GB, 300 GB/s; no NVLink
     Chip("l4", ("NVIDIA L4",), 121e12, 24e9, 300e9, slices=("1",)),
     # NVIDIA L40S datasheet: 362 TFLOPs without sparsity; 48 GB, 864 GB/s; no NVLink

@@ -35,10 +35,11 @@ CACHE_SPEC = P(None, BATCH, TENSOR)  # keys and values [L, B, G, S, K]
 def spec_of(path: str) -> P:
     """The partition spec of the leaf at `path` of the parameters, or of a state that holds trees like them.
 
-    Moments are split like their parameters; counters are replicated. FlexMoEError if no rule covers a parameter.
+    Moments, and a quantized matrix without its scales, are split like their parameters; scales and counters are
+    replicated. FlexMoEError if no rule covers a parameter.
     """
-    inside = re.search(r"(?:^|/)((?:trunk|experts)/.*)", path)
-    if inside is None:
+    inside = re.search(r"(?:^|/)((?:trunk|experts)/.*?)(?:/qvalue)?$", path)
+    if inside is None or path.endswith("/scale"):
         return P()
     return match_rules([inside[1]], RULES)[inside[1]]
 
@@ -83,11 +84,11 @@ def place(mesh: Mesh, tree: Params, dtype: npt.DTypeLike | None = None) -> Param
     return jax.tree.map(lambda leaf, sharding: place_leaf(leaf, sharding, dtype), tree, tree_shardings(mesh, tree))
 
 
-def place_at(mesh: Mesh, path: str, leaf: jax.Array) -> jax.Array:
-    """The leaf at `path` of a parameter tree on the mesh, split by the rules; ConfigError if it cannot be."""
+def place_at(mesh: Mesh, path: str, leaf: Any, dtype: npt.DTypeLike | None = None) -> jax.Array:
+    """The leaf at `path` of a parameter tree on the mesh, as `place` does; ConfigError if it cannot be split."""
     spec = leaf_spec(path, leaf.shape)
     part_shape(path, leaf.shape, spec, mesh.shape)
-    return place_leaf(leaf, NamedSharding(mesh, spec))
+    return place_leaf(leaf, NamedSharding(mesh, spec), dtype)
 
 
 def place_leaf(leaf: Any, sharding: NamedSharding, dtype: npt.DTypeLike | None = None) -> jax.Array:

@@ -75,6 +75,11 @@ def estimate(work: Work, topology: Topology, sizes: Mapping[str, int]) -> Costs:
         half = trained * work.dtype.itemsize / 4
         memory["weights as used"] = half if work.dtype.itemsize < 4 else 0.0
         memory["gradients"] = trained + half if work.accumulation > 1 else trained
+    if work.kind == "train" and work.run.frozen_dtype:
+        # Those of one layer, in float32 and in the compute dtype.
+        blocks = tuple(leaf for leaf in table if leaf.path.endswith("/qvalue"))
+        layer = gathered(work, blocks, sizes) / work.model.num_layers
+        memory["dequantized weights"] = layer * (1 + 4 / work.dtype.itemsize)
     memory["gathered weights"] = 2 * weights / work.model.num_layers if sizes[FSDP] > 1 else 0.0
     memory["activations"] = activations(work, tokens, sizes)
     needed, computed = flops(work, sizes)
@@ -90,7 +95,7 @@ def estimate(work: Work, topology: Topology, sizes: Mapping[str, int]) -> Costs:
     return Costs(dict(sizes), memory, needed, computed, traffic, moved, times, usable)
 
 
-def part_bytes(leaf: Leaf, sizes: Mapping[str, int]) -> int:
+def part_bytes(leaf: Leaf, sizes: Mapping[str, int]) -> float:
     """Bytes of one array on one device."""
     return math.prod(part_shape(leaf.path, leaf.shape, leaf.spec, sizes)) * leaf.itemsize
 
@@ -116,7 +121,9 @@ def weight_passes(work: Work) -> int:
 def gathered(work: Work, table: tuple[Leaf, ...], sizes: Mapping[str, int]) -> float:
     """Bytes of the layers' matrices as a device reads them: gathered over `fsdp`, in compute dtype."""
     parts = {**dict(sizes), FSDP: 1}
-    held = [leaf for leaf in table if leaf.part in ("trained", "frozen") and is_matrix(leaf.path)]
+    held = [
+        leaf for leaf in table if leaf.part in ("trained", "frozen") and is_matrix(leaf.path.removesuffix("/qvalue"))
+    ]
     return sum(math.prod(part_shape(leaf.path, leaf.shape, leaf.spec, parts)) for leaf in held) * work.dtype.itemsize
 
 
@@ -162,7 +169,8 @@ def head_trains(work: Work, sizes: Mapping[str, int]) -> bool:
 
 
 def _is_ffn(leaf: Leaf) -> bool:
-    return leaf.part in ("trained", "frozen") and "experts/" in leaf.path and "/w_" in leaf.path
+    inside = "experts/" in leaf.path and "/w_" in leaf.path and not leaf.path.endswith("/scale")
+    return leaf.part in ("trained", "frozen") and inside
 
 
 def flops(work: Work, sizes: Mapping[str, int]) -> tuple[float, float]:

@@ -73,7 +73,7 @@ class Leaf:
     part: str
     path: str
     shape: tuple[int, ...]
-    itemsize: int
+    itemsize: float
     spec: P
 
 
@@ -115,7 +115,7 @@ def _optimizer(work: Work) -> optax.GradientTransformation:
 def _arguments(work: Work, groups: int) -> dict[str, Any]:
     run, B, T = work.run, work.run.batch_size, work.run.seq_len
     if work.kind == "train":
-        state, frozen = state_shapes(params_shapes(work), run.owner, _optimizer(work), work.dtype, run.freeze, groups)
+        state, frozen = state_shapes(params_shapes(work), run, _optimizer(work), groups)
         return {"state": state, "frozen": frozen, "batch": Batch.shapes(B, T, own=run.public_sequences > 0)}
     params = params_shapes(work)
     params = {**params, "experts": stack_weights(params["experts"], groups)}
@@ -136,7 +136,8 @@ def _leaves(work: Work, groups: int) -> tuple[Leaf, ...]:
             part = {"trainable": "trained", "opt_state": "moments"}.get(text.partition("/")[0], "counters")
             fixed = {"batch": BATCH_SPEC, "cache": CACHE_SPEC}.get(name)
             spec = leaf_spec(text, leaf.shape) if fixed is None else fixed
-            found.append(Leaf(part if name == "state" else name, text, leaf.shape, leaf.dtype.itemsize, spec))
+            itemsize = 0.5 if leaf.dtype == jnp.uint4 else leaf.dtype.itemsize  # two to a byte on an accelerator
+            found.append(Leaf(part if name == "state" else name, text, leaf.shape, itemsize, spec))
     return tuple(found)
 
 

@@ -19,7 +19,7 @@ from flexmoe_jax.artifacts.checkpoints import Restored, RunCheckpoints
 from flexmoe_jax.artifacts.model_dir import create_model
 from flexmoe_jax.artifacts.package import write_package
 from flexmoe_jax.artifacts.sealed import digest
-from flexmoe_jax.config import RunConfig, Source
+from flexmoe_jax.config import RunConfig
 from flexmoe_jax.data.pipeline import Mixture, make_iterator
 from flexmoe_jax.data.sources import read_documents
 from flexmoe_jax.data.store import TokenStore, kind_of, sha256_of
@@ -31,6 +31,7 @@ from flexmoe_jax.parallel.processes import barrier, is_lead, to_host
 from flexmoe_jax.parallel.specs import check_rows, place_batch
 from flexmoe_jax.parallel.stacked import STACKED, unstack_weights
 from flexmoe_jax.progress import Advance, track
+from flexmoe_jax.source_config import Source
 from flexmoe_jax.training.freezing import freezing_mask, freezing_table
 from flexmoe_jax.training.hashed import HashedFiles
 from flexmoe_jax.training.metrics import Meter, MetricsFile, Recorder, Sink, Window, check_skipped
@@ -52,14 +53,7 @@ from flexmoe_jax.training.rows import with_discriminants
 from flexmoe_jax.training.saves import Saves
 from flexmoe_jax.training.signals import EX_INTERRUPTED, EX_TEMPFAIL, StopSignals
 from flexmoe_jax.training.start import Start, prepare
-from flexmoe_jax.training.state import (
-    TrainState,
-    as_stacked,
-    by_name,
-    create_state,
-    flops_per_token,
-    shapes_by_name,
-)
+from flexmoe_jax.training.state import TrainState, as_stacked, by_name, create_state, flops_per_token, shapes_by_name
 from flexmoe_jax.training.step import make_train_step, microbatches
 from flexmoe_jax.training.trackers import open_trackers
 from flexmoe_jax.training.validation import Validation, distance, held_out
@@ -149,7 +143,7 @@ class _Job:
 def _fit(job: _Job, traced: range) -> TrainState:
     run, initial, mesh, checkpoints, validation = job.run, job.initial, job.mesh, job.checkpoints, job.validation
     optimizer = make_optimizer(run.optimizer, run.steps, job.experts)
-    state, frozen = create_state(mesh, initial.params, run.owner, optimizer, jnp.dtype(run.compute_dtype), run.freeze)
+    state, frozen = create_state(mesh, initial.params, run, optimizer)
     iterator = make_iterator(batches_of(run, job.mixtures))
     shardings = (jax.tree.map(lambda leaf: leaf.sharding, state), replicated(mesh))
     state, window = _restore(job, state, iterator)

@@ -13,7 +13,6 @@ from collections.abc import Callable, Sequence
 from typing import Any
 
 import jax
-import jax.numpy as jnp
 import numpy as np
 import optax
 from jax.sharding import Mesh
@@ -129,8 +128,7 @@ class _Trainer:
     def trial(self, rate: float, advance: Any) -> Trial:
         """A short run from the start of the run at the peak `rate`, and its losses; at 0 only the losses."""
         run, initial, mesh = self._run, self._initial, self._mesh
-        dtype = jnp.dtype(run.compute_dtype)
-        state, frozen = create_state(mesh, initial.params, run.owner, self._optimizer, dtype, run.freeze)
+        state, frozen = create_state(mesh, initial.params, run, self._optimizer)
         if self._step is None:
             shardings = (jax.tree.map(lambda leaf: leaf.sharding, state), replicated(mesh))
             self._step = make_train_step(initial.model, run, shardings, self._optimizer)

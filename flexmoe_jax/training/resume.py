@@ -10,7 +10,7 @@ from collections.abc import Collection, Mapping
 from typing import Any
 
 from flexmoe_jax.artifacts.sealed import differences, sha256_array, write_json
-from flexmoe_jax.config import RunConfig, Source
+from flexmoe_jax.config import RunConfig
 from flexmoe_jax.data.corpus import survey
 from flexmoe_jax.data.records import Fields
 from flexmoe_jax.data.sources import content_digest
@@ -20,6 +20,7 @@ from flexmoe_jax.files import remove_directory
 from flexmoe_jax.json_files import parse_json, read_bytes
 from flexmoe_jax.mapping import to_mapping
 from flexmoe_jax.parallel.processes import barrier, is_lead
+from flexmoe_jax.source_config import Source
 from flexmoe_jax.training.hashed import HashedFiles
 from flexmoe_jax.training.start import Start
 from flexmoe_jax.tree import flatten

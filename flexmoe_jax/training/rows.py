@@ -38,6 +38,7 @@ from flexmoe_jax.parallel.specs import batch_parts, place, place_batch
 from flexmoe_jax.progress import track
 from flexmoe_jax.training.metrics import log_chance
 from flexmoe_jax.training.start import Start
+from flexmoe_jax.training.state import place_frozen
 from flexmoe_jax.training.step import decoder_of, halves
 from flexmoe_jax.tree import PUBLIC, Params
 
@@ -85,7 +86,7 @@ def _discriminants(
 ) -> tuple[np.ndarray, np.ndarray]:
     """(rows float32 [L, D], biases float32 [L]) of the owner beside the public expert."""
     public = initial.params["experts"][PUBLIC]
-    params = place(mesh, {**initial.params, "experts": {PUBLIC: public}})
+    params = place_frozen(mesh, {**initial.params, "experts": {PUBLIC: public}}, run)
     rows = batch_parts(mesh) * math.ceil(run.batch_size / batch_parts(mesh) / 2)
     batches = mix_batches(*(dataclasses.replace(mixture, rows=rows).batches(run.seed) for mixture in mixtures))
     decoder, tokens = decoder_of(initial.model, run), max(LEAST_TOKENS, TOKENS_PER_INPUT * initial.model.d_model)
@@ -98,8 +99,9 @@ def _discriminants(
             moments = found if moments is None else jax.tree.map(jnp.add, moments, found)
             advance(1)
         direction_LD = np.asarray(_directions(*jax.tree.map(lambda total: total / count, moments)), np.float64)
-        probe = {**public, "router": direction_LD.astype(np.float32), "bias": np.zeros(len(direction_LD), np.float32)}
-        params = place(mesh, {**initial.params, "experts": {PUBLIC: probe}})
+        probe = {"router": direction_LD.astype(np.float32), "bias": np.zeros(len(direction_LD), np.float32)}
+        probe = params["experts"][PUBLIC] | place(mesh, {"experts": {PUBLIC: probe}})["experts"][PUBLIC]
+        params = {**params, "experts": {PUBLIC: probe}}
         scores = []
         for n in fitted:
             scores.append(np.asarray(_scores(decoder, params, place_batch(mesh, batches[n])), np.float64))

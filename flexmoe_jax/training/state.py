@@ -10,7 +10,6 @@ import flax.struct
 import jax
 import jax.numpy as jnp
 import numpy as np
-import numpy.typing as npt
 import optax
 from jax.sharding import Mesh, NamedSharding
 from jax.sharding import PartitionSpec as P
@@ -18,10 +17,11 @@ from jax.sharding import PartitionSpec as P
 from flexmoe_jax.config import RunConfig
 from flexmoe_jax.errors import ConfigError
 from flexmoe_jax.model.flops import step_flops
+from flexmoe_jax.model.quantized import quantize, quantized_shapes
 from flexmoe_jax.model_config import ModelConfig
-from flexmoe_jax.parallel.specs import leaf_spec, path_text, place, place_leaf, tree_shardings
+from flexmoe_jax.parallel.specs import leaf_spec, path_text, place, place_at, place_leaf, tree_shardings
 from flexmoe_jax.parallel.stacked import STACKED, restack_weights, stack_weights, unstack_weights
-from flexmoe_jax.params import EXPERT, FFN_WEIGHTS, FSDP, is_float32
+from flexmoe_jax.params import EXPERT, FFN_WEIGHTS, FSDP, is_float32, is_matrix
 from flexmoe_jax.training.freezing import freezing_mask
 from flexmoe_jax.tree import Params, flatten, partition
 
@@ -62,50 +62,53 @@ def flops_per_token(model: ModelConfig, run: RunConfig, params: Params) -> float
 
 
 def create_state(
-    mesh: Mesh,
-    params: Params,
-    owner: str,
-    optimizer: optax.GradientTransformation,
-    frozen_dtype: jnp.dtype | type = jnp.float32,
-    freeze: str | None = None,
+    mesh: Mesh, params: Params, run: RunConfig, optimizer: optax.GradientTransformation
 ) -> tuple[TrainState, Params]:
-    """(TrainState, frozen leaves): trainable leaves are float32 and have moments, frozen ones are `frozen_dtype`.
+    """(TrainState, frozen leaves) of a step of `run`: trainable leaves are float32 and have moments.
 
-    Frozen leaves that the model rounds to no other dtype stay float32 (`params.is_float32`): scoring uses them so, too.
-    Every leaf is a copy, since the state is donated, split over the mesh by the rules of parallel/specs.py. If the mesh
-    splits experts, their weights are stacked (parallel/stacked.py) with equal numbers of slots on its devices.
-    ConfigError if the mesh cannot split the model.
+    Frozen ones are those of `place_frozen`. Every leaf is a copy, since the state is donated, split over the mesh by
+    the rules of parallel/specs.py. If the mesh splits experts, their weights are stacked (parallel/stacked.py) with
+    equal numbers of slots on its devices. ConfigError if the mesh cannot split the model.
     """
-    trainable, frozen = split_state(params, owner, freeze, mesh.shape[EXPERT])
+    trainable, frozen = split_state(params, run, mesh.shape[EXPERT])
     trainable = place(mesh, trainable, jnp.float32)
-
-    def freeze_leaf(path, leaf, sharding):
-        return place_leaf(leaf, sharding, _frozen_dtype(path, frozen_dtype))
-
-    frozen = jax.tree_util.tree_map_with_path(freeze_leaf, frozen, tree_shardings(mesh, frozen))
+    frozen = place_frozen(mesh, frozen, run)
     shardings = state_shardings(mesh, trainable, optimizer)
     moments = jax.jit(optimizer.init, out_shardings=shardings.opt_state)(trainable)
     counters = [place_leaf(np.zeros((), np.int32), shardings.step) for _ in range(3)]
     return TrainState(counters[0], trainable, moments, *counters[1:]), frozen
 
 
+def place_frozen(mesh: Mesh, frozen: Params, run: RunConfig) -> Params:
+    """Frozen leaves on the mesh: float32 where the model rounds them to no other dtype (`params.is_float32`), since
+    scoring uses them so, too; matrices in `run.frozen_dtype`, if it has one; all others in the compute dtype.
+
+    ConfigError if the mesh cannot split a leaf.
+    """
+
+    def put(path: tuple, leaf: Any) -> Any:
+        if not (run.frozen_dtype and is_matrix(path_text(path))):
+            return place_at(mesh, path_text(path), leaf, _frozen_dtype(path, run))
+        blocks = quantize(leaf, run.frozen_dtype)
+        return jax.tree_util.tree_map_with_path(lambda part, x: place_at(mesh, path_text((*path, *part)), x), blocks)
+
+    return jax.tree_util.tree_map_with_path(put, frozen)
+
+
 def state_shapes(
-    params: Params,
-    owner: str,
-    optimizer: optax.GradientTransformation,
-    frozen_dtype: npt.DTypeLike = jnp.float32,
-    freeze: str | None = None,
-    groups: int = 1,
+    params: Params, run: RunConfig, optimizer: optax.GradientTransformation, groups: int = 1
 ) -> tuple[TrainState, Params]:
     """The shapes of the result of `create_state` for parameters of these shapes; allocates nothing.
 
     `groups` is the size of the mesh's `expert` axis. ConfigError as of `split_state`.
     """
-    trainable, frozen = split_state(params, owner, freeze, groups)
+    trainable, frozen = split_state(params, run, groups)
     trainable = jax.tree.map(lambda leaf: jax.ShapeDtypeStruct(leaf.shape, jnp.float32), trainable)
 
     def freeze_leaf(path, leaf):
-        return jax.ShapeDtypeStruct(leaf.shape, _frozen_dtype(path, frozen_dtype))
+        if run.frozen_dtype and is_matrix(path_text(path)):
+            return quantized_shapes(leaf, run.frozen_dtype)
+        return jax.ShapeDtypeStruct(leaf.shape, _frozen_dtype(path, run))
 
     frozen = jax.tree_util.tree_map_with_path(freeze_leaf, frozen)
     return _initial_shapes(trainable, optimizer), frozen
@@ -119,8 +122,8 @@ def state_shardings(mesh: Mesh, trainable: Any, optimizer: optax.GradientTransfo
     return tree_shardings(mesh, _initial_shapes(trainable, optimizer))
 
 
-def _frozen_dtype(path: tuple, dtype: npt.DTypeLike) -> npt.DTypeLike:
-    return jnp.float32 if is_float32(path_text(path)) else dtype
+def _frozen_dtype(path: tuple, run: RunConfig) -> np.dtype:
+    return jnp.dtype(jnp.float32 if is_float32(path_text(path)) else run.compute_dtype)
 
 
 def _initial_shapes(trainable: Any, optimizer: optax.GradientTransformation) -> TrainState:
@@ -131,17 +134,20 @@ def _initial_shapes(trainable: Any, optimizer: optax.GradientTransformation) -> 
     return jax.eval_shape(initial, trainable)
 
 
-def split_state(params: Params, owner: str, freeze: str | None, groups: int) -> tuple[Params, Params]:
+def split_state(params: Params, run: RunConfig, groups: int) -> tuple[Params, Params]:
     """(trainable leaves, frozen leaves); several experts on an `expert` axis of `groups` > 1 are stacked.
 
     ConfigError if some experts' feed-forward networks are trained and others frozen, or some whole and others low-rank
-    changes: they cannot be stacked.
+    changes, or frozen ones quantized: they cannot be stacked.
     """
-    trainable, frozen = partition(params, freezing_mask(params, owner, freeze))
+    trainable, frozen = partition(params, freezing_mask(params, run.owner, run.freeze))
     if groups == 1 or len(params["experts"]) == 1:
         return trainable, frozen
     if low := [name for name, leaves in params["experts"].items() if not {*FFN_WEIGHTS} <= {*leaves}]:
         what = f"the mesh splits experts ({EXPERT}={groups}), of which {', '.join(low)} is a low-rank change"
+        raise ConfigError(what, f"set {EXPERT}=1: two experts need no expert axis")
+    if run.frozen_dtype:
+        what = f"config.frozen_dtype is {run.frozen_dtype!r}, and the mesh splits experts ({EXPERT}={groups})"
         raise ConfigError(what, f"set {EXPERT}=1: two experts need no expert axis")
     names = set(params["experts"])
     for part in (trainable, frozen):

@@ -16,7 +16,7 @@ from flexmoe_jax.model.products import as_bits, cpu_form
 from flexmoe_jax.model.router import route
 from flexmoe_jax.model_config import ModelConfig
 from flexmoe_jax.parallel.mesh import current_mesh, platform
-from flexmoe_jax.parallel.specs import batch_parts
+from flexmoe_jax.parallel.specs import batch_parts, path_text
 from flexmoe_jax.parallel.stacked import STACKED
 from flexmoe_jax.params import is_matrix
 from flexmoe_jax.training.optimizer import learning_rate, make_optimizer
@@ -150,7 +150,8 @@ def _as_used(trainable: Params, dtype: jnp.dtype) -> Params:
 
 def _as_kept(path: tuple, leaf: jax.Array) -> jax.Array:
     """A frozen leaf in the form in which the model takes it: matrices may be bits (model/products.py)."""
-    return as_bits(leaf) if is_matrix(path[-1].key) or path[-1].key in ("embed", "head") else leaf
+    name = path_text(path)
+    return as_bits(leaf) if is_matrix(name) or name.endswith(("embed", "head")) else leaf
 
 
 def decoder_of(model: ModelConfig, run: RunConfig, stacked: bool = False) -> Decoder:

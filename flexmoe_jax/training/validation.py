@@ -21,6 +21,7 @@ from flexmoe_jax.data.store import kind_of
 from flexmoe_jax.errors import ConfigError, DataError
 from flexmoe_jax.evaluate.perplexity import first_texts, half_window, heldout_texts, score
 from flexmoe_jax.model.precision import EXACT
+from flexmoe_jax.model.products import as_weight
 from flexmoe_jax.parallel.stacked import STACKED
 from flexmoe_jax.params import FFN_WEIGHTS, factors
 from flexmoe_jax.training.start import Start
@@ -112,11 +113,11 @@ def distance(trainable: Params, frozen: Params, owner: str) -> jax.Array:
     """|W - W_public| / |W_public| over the owner's feed-forward matrices together; float32."""
     experts = combine(trainable, frozen)["experts"]
     own, public = experts[owner], experts[PUBLIC]
-    squares = lambda leaf: jnp.sum(jnp.square(leaf.astype(jnp.float32)))  # noqa: E731
+    squares = lambda leaf: jnp.sum(jnp.square(as_weight(leaf, jnp.float32)))  # noqa: E731
 
     def apart(name: str) -> jax.Array:
         if name in own:
-            return squares(own[name].astype(jnp.float32) - public[name].astype(jnp.float32))
+            return squares(as_weight(own[name], jnp.float32) - as_weight(public[name], jnp.float32))
         a_LIr, b_LrO = (own[leaf].astype(jnp.float32) for leaf in factors(name))
         ours_Lrr = jnp.einsum("lir,lis->lrs", a_LIr, a_LIr, precision=EXACT)
         return (ours_Lrr * jnp.einsum("lro,lso->lrs", b_LrO, b_LrO, precision=EXACT)).sum()  # |A B|^2, without A B

@@ -116,8 +116,9 @@ def test_low_rank_experts_do_not_go_on_an_expert_axis_and_need_the_public_one_be
     _, release, packages = kinds
     params = load_params(open_model(release))
     params["experts"]["news"] = load_package(packages["news"])
+    run = expert_run(tmp_path, "news", release, rank="4")
     with pytest.raises(ConfigError, match=f"of which news is a low-rank change.*\n.*set {EXPERT}=1"):
-        split_state(params, "news", None, 2)
+        split_state(params, run, 2)
     with pytest.raises(ConfigError, match=r"config\.rank is 4 and config.coordinate is False"):
         expert_run(tmp_path, "news", release, rank="4", coordinate=False)
     run = expert_run(tmp_path, "news", release, expert=str(packages["news"]), domain_vector=None, coordinate=False)

@@ -198,7 +198,11 @@ def main(root: pathlib.Path) -> dict:
     def low_rank(tag):
         return dataclasses.replace(hybrid(f"rank-{tag}"), rank="4")
 
+    def quantized(tag):
+        return dataclasses.replace(hybrid(f"int8-{tag}"), rank="4", frozen_dtype="int8")
+
     result["low rank"] = compare(low_rank, PUBLIC_MESHES[:2], load_package)
+    result["quantized"] = compare(quantized, PUBLIC_MESHES[:2], load_package)
     packages = [root / "h" / "one" / "news" / "run" / "package"]
     packages += [train(expert_run(root / "e", owner, release, mesh="data=8", **steps)) for owner in ("code",)]
     third = write_documents(root / "third" / "sea" / "data", "public")

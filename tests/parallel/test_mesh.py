@@ -37,11 +37,11 @@ def found(tmp_path_factory) -> dict:
     return json.loads(done.stdout.splitlines()[-1])
 
 
-@pytest.mark.parametrize("kind", ["public", "hybrid", "low rank", "joint", "three"])
+@pytest.mark.parametrize("kind", ["public", "hybrid", "low rank", "quantized", "joint", "three"])
 def test_ten_steps_on_a_mesh_equal_ten_steps_on_one_device(found, kind):
     """Joint runs of four experts, two active: their experts are split over the `expert` axis. After an opt-out, three
     of them are split over expert=4, too: one slot is empty."""
-    assert len(found[kind]) == (2 if kind in ("three", "low rank") else 3)
+    assert len(found[kind]) == (2 if kind in ("three", "low rank", "quantized") else 3)
     for mesh, (parameters, losses) in found[kind].items():
         assert parameters < PARAMETERS, mesh
         assert losses < LOSSES, mesh

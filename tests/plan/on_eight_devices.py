@@ -9,7 +9,6 @@ import json
 import sys
 
 import jax
-import jax.numpy as jnp
 import numpy as np
 
 from flexmoe_jax.cli.main import use_compilation_cache
@@ -53,6 +52,7 @@ FACTORED = OptimizerConfig(first_moment="bfloat16", second_moment="factored")
 WORKS = {
     "public": Work(MODEL, ("public",), PUBLIC_RUN),
     "expert": Work(MODEL, ("public", "news"), OWNER_RUN),
+    "quantized": Work(MODEL, ("public", "news"), dataclasses.replace(OWNER_RUN, frozen_dtype="int8")),
     "factored": Work(MODEL, ("public", "news"), dataclasses.replace(OWNER_RUN, optimizer=FACTORED)),
     "joint": Work(MODEL, FOUR, dataclasses.replace(PUBLIC_RUN, top_k=2)),
     "router": Work(MODEL, FOUR, dataclasses.replace(PUBLIC_RUN, top_k=2, freeze=ROUTER)),
@@ -61,6 +61,7 @@ WORKS = {
 PLACED = {
     "public": ("fsdp=8", "data=2,fsdp=2,tensor=2"),
     "expert": ("data=2,fsdp=2,tensor=2",),
+    "quantized": ("data=2,fsdp=2,tensor=2",),
     "factored": ("data=2,fsdp=2,tensor=2",),
     "joint": ("data=2,fsdp=2,expert=2",),
     "router": ("fsdp=2,expert=4",),
@@ -77,7 +78,7 @@ def placed(work: Work, text: str) -> dict[str, tuple[int, int]]:
     mesh, run = make_mesh(text), work.run
     params = init_params(work.model, jax.random.key(0), work.experts)
     optimizer = make_optimizer(run.optimizer, run.steps, work.experts)
-    state, frozen = create_state(mesh, params, run.owner, optimizer, jnp.dtype(run.compute_dtype), run.freeze)
+    state, frozen = create_state(mesh, params, run, optimizer)
     rows = np.zeros((run.batch_size, run.seq_len), np.int32)
     batch = Batch(rows, rows, rows, rows.astype(np.float32))
     trees = {

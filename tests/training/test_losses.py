@@ -41,7 +41,7 @@ def step_of(run: RunConfig):
 
 def metrics_of(run: RunConfig, params, data: Batch, steps: int = 1) -> list[dict]:
     """The metrics of each of `steps` training steps on the same batch."""
-    state, frozen = create_state(mesh_of_one(), params, run.owner, make_optimizer(run.optimizer, run.steps))
+    state, frozen = create_state(mesh_of_one(), params, run, make_optimizer(run.optimizer, run.steps))
     found = []
     for _ in range(steps):
         state, metrics = step_of(run)(state, frozen, data)

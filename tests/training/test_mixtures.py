@@ -10,8 +10,9 @@ import pytest
 
 from flexmoe_jax.artifacts.manifest import read_manifest
 from flexmoe_jax.cli.common import check_paths
-from flexmoe_jax.config import RunConfig, Source, read_mixture
+from flexmoe_jax.config import RunConfig
 from flexmoe_jax.errors import ArtifactError, ConfigError, DataError
+from flexmoe_jax.source_config import Source, read_mixture
 from flexmoe_jax.training import loop
 from flexmoe_jax.training.validation import Validation
 from tests.tiny import expert_run, public_run, write_documents

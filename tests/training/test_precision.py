@@ -43,9 +43,7 @@ def products(lowered: jax.stages.Lowered) -> list[tuple[list[list[int]], list[in
 def test_in_training_the_router_and_the_logits_are_float32_and_the_rest_is_as_configured(dtype):
     """The router in both directions; of the head only the logits, not its derivatives."""
     run = RunConfig(PUBLIC, "", "", 3, 2, 5, public="public", compute_dtype=dtype)
-    state, frozen = create_state(
-        mesh_of_one(), random_params(TINY, EXPERTS), PUBLIC, make_optimizer(run.optimizer, 3), jnp.dtype(dtype)
-    )
+    state, frozen = create_state(mesh_of_one(), random_params(TINY, EXPERTS), run, make_optimizer(run.optimizer, 3))
     found = products(make_train_step(TINY, run).lower(state, frozen, BATCH))
     exact = {
         "router": [len(EXPERTS) in (*operands[0], *operands[1]) for operands, _, _ in found],
@@ -109,7 +107,7 @@ def test_the_loss_of_a_bfloat16_step_is_the_score_of_its_float32_parameters(owne
     run = RunConfig(owner, "", "", 3, 2, 16, **given)
     tokens = np.random.default_rng(0).integers(0, TINY.vocab_size, (2, 17)).astype(np.int32)
     batch = Batch(tokens[:, :-1], tokens[:, 1:], np.zeros((2, 16), np.int32), np.ones((2, 16), np.float32))
-    state, frozen = create_state(mesh_of_one(), params, owner, make_optimizer(run.optimizer, 3), jnp.bfloat16)
+    state, frozen = create_state(mesh_of_one(), params, run, make_optimizer(run.optimizer, 3))
     _, metrics = make_train_step(TINY, run)(state, frozen, batch)
     nats_BT, _ = _score_batch(Decoder(TINY, dtype="bfloat16"), stacked(params), batch)
     # A mean of 32 losses of about 4 nats in float32.

@@ -49,7 +49,7 @@ def batch(seed: int = 0, rows: int = 4):
 
 
 def start(run: RunConfig, params):
-    return create_state(mesh_of_one(), params, run.owner, make_optimizer(run.optimizer, run.steps))
+    return create_state(mesh_of_one(), params, run, make_optimizer(run.optimizer, run.steps))
 
 
 def bits(tree) -> dict:

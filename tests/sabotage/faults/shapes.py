@@ -3,10 +3,46 @@
 from tests.sabotage.fault import Fault
 
 OF_MODEL, OF_KINDS = "tests/model/test_low_rank.py", "tests/compose/test_low_rank.py"
-OF_CONVERT = "tests/compose/test_convert.py"
+OF_CONVERT, OF_QUANTIZED = "tests/compose/test_convert.py", "tests/training/test_quantized.py"
 EXPERTS, CONVERT = "model/experts.py", "compose/convert.py"
 
 SHAPES = (
+    Fault(
+        "frozen matrices of one block for a whole row",
+        "model/quantized.py",
+        "block = math.gcd(BLOCK, x.shape[last])",
+        "block = x.shape[last]",
+        f"{OF_QUANTIZED}::test_every_weight_is_within_half_a_step_of_its_block",
+    ),
+    Fault(
+        "a low-rank change is added to the public matrix without the scales of its blocks",
+        EXPERTS,
+        "return (as_weight(w, jnp.float32) + matmul(a, b, jnp.float32)).astype(like.dtype)",
+        'w = getattr(w, "qvalue", w)\n'
+        "        return (as_weight(w, jnp.float32) + matmul(a, b, jnp.float32)).astype(like.dtype)",
+        f"{OF_QUANTIZED}::test_a_step_is_that_of_the_matrices_the_blocks_stand_for",
+    ),
+    Fault(
+        "the trunk is not quantized",
+        "training/state.py",
+        "if not (run.frozen_dtype and is_matrix(path_text(path))):",
+        "if not (run.frozen_dtype and is_matrix(path_text(path)) and path[0].key == 'experts'):",
+        f"{OF_QUANTIZED}::test_a_step_is_that_of_the_matrices_the_blocks_stand_for",
+    ),
+    Fault(
+        "four bits are planned as eight",
+        "plan/work.py",
+        "itemsize = 0.5 if leaf.dtype == jnp.uint4 else leaf.dtype.itemsize",
+        "itemsize = leaf.dtype.itemsize",
+        "tests/test_experiments.py::test_a_7b_expert_that_is_a_low_rank_change_fits_one_card",
+    ),
+    Fault(
+        "a public run quantizes what it trains",
+        "config.py",
+        'Kind.PUBLIC: ("expert", "router_contrast", "bias_init", "rank", "frozen_dtype"),',
+        'Kind.PUBLIC: ("expert", "router_contrast", "bias_init", "rank"),',
+        f"{OF_QUANTIZED}::test_only_owners_runs_quantize_and_not_on_an_expert_axis",
+    ),
     Fault(
         "a low-rank change does not begin at zero",
         "params.py",
