@@ -172,7 +172,9 @@ class RunConfig:
 
     rank: str | None = None
     """Rank of the expert's change of the public expert's matrices W: W + A B, of which A and B are trained and packed;
-    `16`, or one for each matrix, as `w_gate=8,w_up=8,w_down=32` (one left out is whole). None: whole matrices."""
+    `16`, or one for each matrix, as `w_gate=8,w_up=8,w_down=32` (one left out is whole). With `head=32` the expert also
+    holds such a change of the output head and a bias for every token, which act by how much of a token the expert
+    takes. None: whole matrices, and no change of the head."""
 
     bias_init: Annotated[float, NOT_POSITIVE] = 0.0
     """Initial router bias of a new expert in every layer, at most 0. Below 0 the expert starts with a smaller weight

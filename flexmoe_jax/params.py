@@ -1,7 +1,8 @@
 """Every parameter, declared once: its shape, its initial values, and the mesh axes that split it.
 
 An owner's expert holds each matrix W of its feed-forward network whole, or as a low-rank change of the public expert's:
-W = W_public + A B, with A [in, r] and B [r, out] (Hu et al., LoRA, arXiv 2106.09685).
+W = W_public + A B, with A [in, r] and B [r, out] (Hu et al., LoRA, arXiv 2106.09685). It may hold such a change of the
+output head, too, which has no layers, with a bias for every token.
 
 Legend: L layers, D width, H query heads, G key/value heads, K head size, F feed-forward width, V vocabulary, E experts.
 """
@@ -20,6 +21,8 @@ AXES = DATA, FSDP, EXPERT, TENSOR = ("data", "fsdp", "expert", "tensor")
 Axes = tuple[str | None, ...]
 
 FFN_WEIGHTS = ("w_gate", "w_up", "w_down")
+HEAD = "head"
+HEAD_LEAVES = ("head_a", "head_b", "head_bias")
 NO_RANKS: Mapping[str, int] = {}  # every matrix is held whole
 
 
@@ -51,12 +54,19 @@ def factors(matrix: str) -> tuple[str, str]:
 
 def ranks_of(leaves: Mapping[str, Any]) -> dict[str, int]:
     """{matrix: rank} of the low-rank changes among the leaves of an expert; all that is read of a leaf is `shape`."""
-    first = {name: leaves[a].shape for name in FFN_WEIGHTS for a, _ in [factors(name)] if a in leaves}
+    return {name: rank for name, rank in all_ranks(leaves).items() if name in FFN_WEIGHTS}
+
+
+def all_ranks(leaves: Mapping[str, Any]) -> dict[str, int]:
+    """`ranks_of`, and that of the change of the output head."""
+    first = {name: leaves[a].shape for name in (*FFN_WEIGHTS, HEAD) for a, _ in [factors(name)] if a in leaves}
     return {name: shape[-1] for name, shape in first.items() if shape}
 
 
 def read_ranks(text: str, config: ModelConfig) -> dict[str, int]:
-    """The ranks that `16` (of all three matrices) or `w_gate=8,w_up=8,w_down=32` says; a matrix left out is whole.
+    """The ranks that `16` (of all three matrices) or `w_gate=8,w_up=8,head=32` says; a matrix left out is whole.
+
+    The output head is changed only if it is named.
 
     ConfigError for anything else, and for ranks that no matrix of this configuration has.
     """
@@ -64,9 +74,9 @@ def read_ranks(text: str, config: ModelConfig) -> dict[str, int]:
     ranks, most = {}, min(config.d_model, config.d_ff)
     for part in named.split(","):
         name, _, rank = (word.strip() for word in part.partition("="))
-        if name not in FFN_WEIGHTS or name in ranks or not rank.isdecimal() or not 1 <= int(rank) <= most:
+        if name not in (*FFN_WEIGHTS, HEAD) or name in ranks or not rank.isdecimal() or not 1 <= int(rank) <= most:
             sizes = f"matrices of {config.d_model} x {config.d_ff}"
-            remedy = f"give a rank from 1 to {most}, as 16, or one for each matrix, as w_gate=8,w_up=8,w_down=32"
+            remedy = f"give a rank from 1 to {most}, as 16, or one for each matrix, as w_gate=8,w_up=8,w_down=32,head=8"
             raise ConfigError(f"the rank is {text!r}, for {sizes}: {part.strip()!r} is none", remedy)
         ranks[name] = int(rank)
     return ranks
@@ -133,7 +143,14 @@ def _expert_leaves(c: ModelConfig, ranks: Mapping[str, int] = NO_RANKS) -> dict[
         "router": Leaf((L, D), std=_STD),
         "bias": Leaf((L,)),
     }
+    if HEAD in ranks:
+        rank, V = ranks[HEAD], c.vocab_size
+        leaves["head_a"] = Leaf((D, rank), (None, None), std=D**-0.5)
+        leaves["head_b"] = Leaf((rank, V), (None, TENSOR))  # 0, like the other B, and the bias
+        leaves["head_bias"] = Leaf((V,), (TENSOR,))
     for name, rank in ranks.items():
+        if name == HEAD:
+            continue
         (_, inputs, outputs), (_, split_in, split_out) = leaves[name].shape, leaves.pop(name).axes
         a, b = factors(name)
         # B is 0: the change begins at 0, and with it the expert as the public one, bit for bit.
@@ -147,7 +164,7 @@ _ANY = ModelConfig(1, 1, 2, 1, 1, 2, 1, 1, qkv_bias=True)
 TRUNK_AXES: dict[str, Axes] = {path: leaf.axes for path, leaf in _trunk_leaves(_ANY).items()}
 EXPERT_AXES: dict[str, Axes] = {
     path: leaf.axes
-    for ranks in (NO_RANKS, dict.fromkeys(FFN_WEIGHTS, 1))
+    for ranks in (NO_RANKS, dict.fromkeys((*FFN_WEIGHTS, HEAD), 1))
     for path, leaf in _expert_leaves(_ANY, ranks).items()
 }
 # For experts stacked [L, E, ...] (parallel/stacked.py), which are whole: `expert` splits the second dimension.

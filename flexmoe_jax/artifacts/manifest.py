@@ -14,7 +14,7 @@ from flexmoe_jax.errors import ArtifactError
 from flexmoe_jax.json_files import MAX_JSON_BYTES
 from flexmoe_jax.mapping import from_mapping
 from flexmoe_jax.model_config import ModelConfig
-from flexmoe_jax.params import Leaf, owner_leaves, ranks_of
+from flexmoe_jax.params import Leaf, all_ranks, owner_leaves
 from flexmoe_jax.tree import PUBLIC, TRUNK, check_owner_name
 
 FORMAT = "flexmoe-package-1"
@@ -114,9 +114,10 @@ def check_base(owner: str, base: Mapping[str, str]) -> None:
 def check_shapes(owner: str, shapes: Mapping[str, tuple[int, ...]], config: ModelConfig) -> None:
     """ArtifactError unless {path: shape} are exactly the parameters of `owner` in a model of this configuration.
 
-    A data owner may hold each matrix of its feed-forward network as a low-rank change of the public expert's.
+    A data owner may hold each matrix of its feed-forward network as a low-rank change of the public expert's, and a
+    change of the output head.
     """
-    ranks = {} if owner in (TRUNK, PUBLIC) else ranks_of({path: Leaf(tuple(shape)) for path, shape in shapes.items()})
+    ranks = {} if owner in (TRUNK, PUBLIC) else all_ranks({path: Leaf(tuple(shape)) for path, shape in shapes.items()})
     most = min(config.d_model, config.d_ff)
     for name, rank in ranks.items():
         if rank > most:

@@ -20,7 +20,7 @@ from flexmoe_jax.artifacts.sealed import differences
 from flexmoe_jax.errors import ArtifactError, ConfigError
 from flexmoe_jax.files import check_outside
 from flexmoe_jax.mapping import to_mapping
-from flexmoe_jax.params import FFN_WEIGHTS, factors, is_matrix, ranks_of, read_ranks
+from flexmoe_jax.params import FFN_WEIGHTS, HEAD, factors, is_matrix, ranks_of, read_ranks
 from flexmoe_jax.tree import PUBLIC, TRUNK, Params
 
 
@@ -64,7 +64,11 @@ def compress(
     model = open_model(public)
     manifest, expert, theirs = _beside(package, model, out)
     made, kept = dict(expert), {}
-    for name, r in read_ranks(rank, model.config).items() if rank is not None else ():
+    ranks = read_ranks(rank, model.config) if rank is not None else {}
+    if HEAD in ranks:
+        remedy = "leave it out: it stays as it was trained"
+        raise ConfigError(f"the rank is {rank!r}, and a change of the output head is not made here", remedy)
+    for name, r in ranks.items():
         a, b = factors(name)
         if a in expert and expert[a].shape[-1] <= r:
             what = f"the change of {name} has rank {expert[a].shape[-1]}, and {r} is asked for"

@@ -27,13 +27,13 @@ from flexmoe_jax.errors import ArtifactError, DataError
 from flexmoe_jax.files import remove_directory, write_json
 from flexmoe_jax.json_files import parse_json, read_bytes
 from flexmoe_jax.optimizer_config import OptimizerConfig
-from flexmoe_jax.params import FFN_WEIGHTS, is_matrix, ranks_of
+from flexmoe_jax.params import FFN_WEIGHTS, ranks_of
 from flexmoe_jax.training.loop import train
 from flexmoe_jax.tree import PUBLIC, check_known
 
 log = logging.getLogger(__name__)
 TOGETHER = "together"
-FROZEN = "trunk/.*|experts/public/.*|experts/.*/w_.*"
+FROZEN = "trunk/.*|experts/public/.*|experts/.*/(w|head)_.*"
 Part = tuple[pathlib.Path, Manifest]
 
 
@@ -190,7 +190,8 @@ def _package(path: pathlib.Path, source: Part, part: Part, moved_by: Sequence[st
     """
     (made, manifest), (original, before) = part, source
     params = load_package(made, digest=manifest.digest)
-    moved = [n for n in before.tensors if is_matrix(n) and n in manifest.tensors and _differ(n, manifest, before)]
+    kept = before.tensors.keys() & manifest.tensors.keys() - {"router", "bias"}
+    moved = [name for name in sorted(kept) if _differ(name, manifest, before)]
     if ranks_of(before.tensors) and not ranks_of(manifest.tensors):
         own = load_package(original, digest=before.digest)
         whole = whole_expert(before.owner, own, load_package(public))

@@ -2,11 +2,13 @@
 
 import dataclasses
 import functools
-from collections.abc import Mapping
+from collections.abc import Iterable, Mapping
 from typing import Any
 
+from flexmoe_jax.artifacts.model_dir import ModelDir
 from flexmoe_jax.config import ModelConfig
 from flexmoe_jax.errors import ArtifactError
+from flexmoe_jax.params import HEAD, all_ranks
 
 _POST_NORM = {"post_attention_layernorm": "blocks/attn_norm", "post_feedforward_layernorm": "blocks/ffn_norm"}
 _PRE_NORM = {"input_layernorm": "blocks/attn_norm", "post_attention_layernorm": "blocks/ffn_norm"}
@@ -155,3 +157,12 @@ def architecture_of(model: ModelConfig, mixture: bool, biased: bool, origin: str
 def has_bias(model: ModelConfig) -> bool:
     """Whether the model file that exports ship, whose router adds the experts' bias, computes this decoder."""
     return BIASED.decoder == {name: getattr(model, name) for name in _PARTS} and model.rope_skip is None
+
+
+def check_no_head_changes(model: ModelDir, names: Iterable[str]) -> None:
+    """ArtifactError if one of the experts `names` changes the output head: no other format has a place for that."""
+    if changing := [name for name in names if HEAD in all_ranks(model.manifests[name].tensors)]:
+        what = f"the output head is changed by {', '.join(changing)}, and no other format has a place for that"
+        raise ArtifactError(
+            what, "choose other experts with --experts; or their owners train without `head=` in the rank"
+        )

@@ -23,7 +23,7 @@ from flexmoe_jax.data.tokenizer import load_tokenizer
 from flexmoe_jax.errors import ArtifactError
 from flexmoe_jax.files import new_directory, write_bytes, write_json
 from flexmoe_jax.hf import card
-from flexmoe_jax.hf.architectures import Architecture, architecture_of, has_bias
+from flexmoe_jax.hf.architectures import Architecture, architecture_of, check_no_head_changes, has_bias
 from flexmoe_jax.hf.check import compare_logits
 from flexmoe_jax.hf.checkpoint import open_folder
 from flexmoe_jax.hf.configuration import write_config
@@ -87,6 +87,7 @@ def export(model: ModelDir, out: pathlib.Path | str, options: ExportOptions = Ex
     names = model.experts if options.experts is None else check_known(options.experts, model.experts)
     if options.dense and len(names) != 1:
         raise ArtifactError(f"a dense model of {len(names)} experts: {', '.join(names)}", "choose one with --experts")
+    check_no_head_changes(model, names)
     leaves = {owner: _map_leaves(model, owner) for owner in (TRUNK, *names)}
     low = [name for name in names if ranks_of(leaves[name])]
     if low:  # their matrices are computed, so the parts are compared with their digests now and not when read back

@@ -20,6 +20,7 @@ from flexmoe_jax.artifacts.model_dir import ModelDir
 from flexmoe_jax.artifacts.package import check_files, raise_problems
 from flexmoe_jax.errors import ArtifactError, ConfigError
 from flexmoe_jax.files import write_bytes
+from flexmoe_jax.hf.architectures import check_no_head_changes
 from flexmoe_jax.hf.gguf_tokenizer import add_tokenizer
 from flexmoe_jax.model.rope import frequencies
 from flexmoe_jax.model_config import ModelConfig
@@ -131,6 +132,7 @@ class _Leaves:
     """The leaves of the packages, each read once in the order of its layers, and hashed as it is read."""
 
     def __init__(self, model: ModelDir, names: tuple[str, ...]) -> None:
+        check_no_head_changes(model, names)
         self.model = model
         self._changed = any(ranks_of(model.manifests[name].tensors) for name in names)
         self._owners = tuple(dict.fromkeys((TRUNK, *([PUBLIC] if self._changed else []), *names)))

@@ -17,14 +17,14 @@ import jax.numpy as jnp
 from flexmoe_jax.model import attention, cache, router
 from flexmoe_jax.model.expert_parallel import sparse_on_mesh
 from flexmoe_jax.model.experts import dense, is_stacked, sparse
+from flexmoe_jax.model.loss import head_product
 from flexmoe_jax.model.norm import rms_norm
-from flexmoe_jax.model.precision import EXACT
 from flexmoe_jax.model.products import from_bits, matmul
 from flexmoe_jax.model.rope import of_layer, rope_table
 from flexmoe_jax.model_config import ModelConfig
 from flexmoe_jax.parallel.mesh import split_batch, splits_work
 from flexmoe_jax.parallel.stacked import STACKED, with_stacked_rows
-from flexmoe_jax.params import FFN_WEIGHTS, Leaf, owner_leaves
+from flexmoe_jax.params import FFN_WEIGHTS, HEAD_LEAVES, Leaf, owner_leaves
 from flexmoe_jax.tree import PUBLIC, TRUNK, Params, canonical_order
 
 
@@ -87,7 +87,10 @@ def hidden_states(
     first_apart: bool = False,
     mix: Callable | None = None,
 ) -> tuple[jax.Array, jax.Array]:
-    """Whole sequences: int32 tokens [B, T] -> (x [B, T, D] after the last norm, router logits float32 [L, N, E]).
+    """Whole sequences: int32 tokens [B, T] -> (x [B, T, D] for the head, router logits float32 [L, N, E]).
+
+    x is the hidden state after the last norm; of a model whose owners change the output head it is wider, by what these
+    changes take (`_for_head`).
 
     `params` is the whole tree with experts named or stacked (parallel/stacked.py). `segments_BT` int32 numbers the
     packed documents of a row: a token attends only within its own document. `positions_BT` int32 defaults to 0 to T-1.
@@ -117,11 +120,11 @@ def hidden_states(
     x_BTD, logits_LNE = jax.lax.scan(body, x_BTD, layers)
     if first_NE is not None:
         logits_LNE = jnp.concatenate([first_NE[None], logits_LNE])
-    return _last_norm(run, params, x_BTD), logits_LNE
+    return _for_head(run, params, x_BTD, logits_LNE), logits_LNE
 
 
 def prefill(run: Decoder, params: Params, tokens_BT: jax.Array, length: int) -> tuple[jax.Array, Params]:
-    """Prompts: int32 tokens [B, T] -> (x [B, T, D] after the last norm, key/value cache of `length` positions)."""
+    """Prompts: int32 tokens [B, T] -> (x [B, T, D] for the head, key/value cache of `length` positions)."""
     rope, segments_BT = rope_table(run.config, _positions(tokens_BT)), jnp.zeros_like(tokens_BT)
     scanned, whole = _experts_to_read(run, params)
 
@@ -131,12 +134,12 @@ def prefill(run: Decoder, params: Params, tokens_BT: jax.Array, length: int) -> 
     def body(x_BTD, layer_and_experts):
         layer, experts, index = layer_and_experts
         turn = of_layer(run.config, rope, index)
-        x_BTD, kept, _ = block(run, layer, x_BTD, turn, attend, _mix_in_place(run, experts, whole, index))
-        return x_BTD, kept
+        x_BTD, kept, logits_NE = block(run, layer, x_BTD, turn, attend, _mix_in_place(run, experts, whole, index))
+        return x_BTD, (kept, logits_NE)
 
     layers = (params["trunk"]["blocks"], scanned, jnp.arange(run.config.num_layers))
-    x_BTD, kept = jax.lax.scan(body, _embed(run, params, tokens_BT), layers)
-    return _last_norm(run, params, x_BTD), kept
+    x_BTD, (kept, logits_LNE) = jax.lax.scan(body, _embed(run, params, tokens_BT), layers)
+    return _for_head(run, params, x_BTD, logits_LNE), kept
 
 
 def decode(
@@ -144,7 +147,7 @@ def decode(
 ) -> tuple[jax.Array, Params]:
     """Further tokens: int32 tokens [B, T] at int32 `positions_BT` of the cache -> (x [B, T, D], the new cache).
 
-    A token attends to the cache up to its own position; x is after the last norm.
+    A token attends to the cache up to its own position; x is as of `prefill`.
     """
     rope = rope_table(run.config, positions_BT)
     scanned, whole = _experts_to_read(run, params)
@@ -158,12 +161,12 @@ def decode(
             return attention.attend(q, keys, values, attention.cache_mask(positions_BT, keys.shape[2])), kept
 
         turn = of_layer(run.config, rope, index)
-        x_BTD, kv_cache, _ = block(run, layer, x_BTD, turn, attend, _mix_in_place(run, experts, whole, index))
-        return (x_BTD, kv_cache), None
+        x_BTD, kv_cache, logits_NE = block(run, layer, x_BTD, turn, attend, _mix_in_place(run, experts, whole, index))
+        return (x_BTD, kv_cache), logits_NE
 
     layers = (params["trunk"]["blocks"], scanned, jnp.arange(run.config.num_layers))
-    (x_BTD, kv_cache), _ = jax.lax.scan(body, (_embed(run, params, tokens_BT), kv_cache), layers)
-    return _last_norm(run, params, x_BTD), kv_cache
+    (x_BTD, kv_cache), logits_LNE = jax.lax.scan(body, (_embed(run, params, tokens_BT), kv_cache), layers)
+    return _for_head(run, params, x_BTD, logits_LNE), kv_cache
 
 
 def forward(run: Decoder, params: Params, tokens_BT: jax.Array, **kwargs) -> Output:
@@ -173,14 +176,18 @@ def forward(run: Decoder, params: Params, tokens_BT: jax.Array, **kwargs) -> Out
 
 
 def logits(run: Decoder, params: Params, x_D: jax.Array) -> jax.Array:
-    """Hidden states [..., D] after the last norm -> float32 logits [..., V]."""
-    return matmul(x_D, head(run.config, params).astype(x_D.dtype), jnp.float32, EXACT)
+    """Hidden states [..., D], as `hidden_states` returns them -> float32 logits [..., V]."""
+    parts = [w.astype(x_D.dtype) for w in head(run.config, params)]
+    return head_product(x_D, parts)
 
 
-def head(config: ModelConfig, params: Params) -> jax.Array:
-    """The output matrix [D, V]; the transposed embedding if the model ties them."""
-    trunk = params["trunk"]
-    return from_bits(trunk["embed"]).T if config.tie_embeddings else from_bits(trunk["head"])
+def head(config: ModelConfig, params: Params) -> tuple[jax.Array, ...]:
+    """The output matrix [D, V], which is the transposed embedding if the model ties them; and where owners change it,
+    their B with their biases as further rows, [sum of r + 1, V]."""
+    trunk, experts = params["trunk"], params["experts"]
+    whole = from_bits(trunk["embed"]).T if config.tie_embeddings else from_bits(trunk["head"])
+    rows = [row for n in _with_heads(experts) for row in (experts[n]["head_b"], experts[n]["head_bias"][None])]
+    return (whole, jnp.concatenate(rows)) if rows else (whole,)
 
 
 def moe(run: Decoder, experts: Params, x_BTD: jax.Array, layer: jax.Array | None = None) -> tuple[jax.Array, jax.Array]:
@@ -271,8 +278,30 @@ def _embed(run: Decoder, params: Params, tokens_BT: jax.Array) -> jax.Array:
     return split_batch(from_bits(params["trunk"]["embed"][tokens_BT]).astype(run.dtype))
 
 
-def _last_norm(run: Decoder, params: Params, x_BTD: jax.Array) -> jax.Array:
-    return rms_norm(x_BTD, params["trunk"]["final_norm"], run.config.norm_eps)
+def _for_head(run: Decoder, params: Params, x_BTD: jax.Array, logits_LNE: jax.Array) -> jax.Array:
+    """x [B, T, D] of the last layer -> what the rows of `head` are multiplied by: x after the last norm, and for every
+    owner i that changes the output head [g_i x A_i, g_i], r + 1 further numbers.
+
+    The gate g is the softmax over all experts of the router's logits, mean over layers: pairwise odds survive a merge,
+    and where the public expert takes a token no owner changes its head.
+    """
+    experts = params["experts"]
+    x_BTD = rms_norm(x_BTD, params["trunk"]["final_norm"], run.config.norm_eps)
+    if not (owners := _with_heads(experts)):
+        return x_BTD
+    order = canonical_order(name for name in experts if name != STACKED)
+    mean_NE = jnp.zeros_like(logits_LNE[0]) if run.uniform else logits_LNE.mean(0)
+    gate_BTE = jax.nn.softmax(mean_NE, axis=-1).reshape(*x_BTD.shape[:-1], -1).astype(x_BTD.dtype)
+    parts = [x_BTD]
+    for name in owners:
+        gate_BT1 = gate_BTE[..., order.index(name), None]
+        parts += [gate_BT1 * matmul(x_BTD, experts[name]["head_a"].astype(x_BTD.dtype), x_BTD.dtype), gate_BT1]
+    return jnp.concatenate(parts, axis=-1)
+
+
+def _with_heads(experts: Params) -> tuple[str, ...]:
+    """The experts that change the output head, in canonical order."""
+    return canonical_order(name for name in experts if name != STACKED and "head_a" in experts[name])
 
 
 def _positions(tokens_BT: jax.Array) -> jax.Array:
@@ -282,7 +311,9 @@ def _positions(tokens_BT: jax.Array) -> jax.Array:
 def _scanned_experts(params: Params) -> Params:
     """The experts in a form that can be scanned over layers: named, or every leaf stacked."""
     experts = params["experts"]
-    return with_stacked_rows(experts) if STACKED in experts else experts
+    if STACKED in experts:
+        return with_stacked_rows(experts)
+    return {n: {k: leaf for k, leaf in leaves.items() if k not in HEAD_LEAVES} for n, leaves in experts.items()}
 
 
 def _experts_to_read(run: Decoder, params: Params) -> tuple[Params, Params]:

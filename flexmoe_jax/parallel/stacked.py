@@ -16,10 +16,12 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 
+from flexmoe_jax.params import HEAD_LEAVES
 from flexmoe_jax.tree import Params, canonical_order
 
 STACKED = "stacked"
 ROWS = ("router", "bias")
+BY_NAME = (*ROWS, *HEAD_LEAVES)  # what is never stacked
 
 
 class StackedLeaf:
@@ -41,12 +43,12 @@ class StackedLeaf:
 def stack_weights(experts: Mapping[str, Params], groups: int = 1) -> Params:
     """Named experts (or one side of a partition of their leaves) -> the stacked form, for `groups` devices.
 
-    Except for router rows and biases, all experts must have a leaf, or none.
+    Except for router rows, biases and changes of the output head, all experts must have a leaf, or none.
     """
     order = canonical_order(experts)
-    names, slots = sorted({leaf for name in order for leaf in experts[name]} - {*ROWS}), -(-len(order) // groups)
+    names, slots = sorted({leaf for name in order for leaf in experts[name]} - {*BY_NAME}), -(-len(order) // groups)
     stacked = {leaf: StackedLeaf([experts[name][leaf] for name in order], slots * groups) for leaf in names}
-    rows = {name: {leaf: experts[name][leaf] for leaf in ROWS if leaf in experts[name]} for name in order}
+    rows = {name: {leaf: experts[name][leaf] for leaf in BY_NAME if leaf in experts[name]} for name in order}
     return ({STACKED: stacked} if stacked else {}) | {name: leaves for name, leaves in rows.items() if leaves}
 
 

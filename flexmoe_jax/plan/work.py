@@ -27,7 +27,7 @@ from flexmoe_jax.model_config import ModelConfig
 from flexmoe_jax.parallel.mesh import replicated
 from flexmoe_jax.parallel.specs import BATCH_SPEC, CACHE_SPEC, leaf_spec, path_text, tree_shardings
 from flexmoe_jax.parallel.stacked import stack_weights
-from flexmoe_jax.params import EXPERT, model_leaves, ranks_of, read_ranks
+from flexmoe_jax.params import EXPERT, all_ranks, model_leaves, read_ranks
 from flexmoe_jax.training.optimizer import make_optimizer
 from flexmoe_jax.training.state import state_shapes
 from flexmoe_jax.training.step import make_train_step
@@ -88,7 +88,7 @@ def _ranks(work: Work) -> dict[str, int]:
     """The ranks of what the owner trains: the run's, or those of the package that it goes on from, if it is there."""
     run = work.run
     if run.expert is not None and pathlib.Path(run.expert).exists():
-        return ranks_of(read_manifest(run.expert).tensors)
+        return all_ranks(read_manifest(run.expert).tensors)
     return {} if run.rank is None else read_ranks(run.rank, work.model)
 
 

@@ -72,6 +72,7 @@ ABLATIONS = _factorial() | {
     "random rows of norm 1": Experts(generative=False, random_rows=True, router_scale=1.0),
     "discriminants not trained": Experts({"groups": "experts/.*/(router|bias) lr=0"}),
     **{f"rank {rank}": Experts({"rank": str(rank)}) for rank in (4, 16, 64)},
+    "head 32": Experts({"rank": "head=32", "groups": "experts/.*/head_.* lr=3"}),
 }
 
 
@@ -239,7 +240,7 @@ class StudyConfig:
         if self.ablations != "all":
             return chosen
         most = min(self.shape.d_model, self.shape.d_ff)
-        return {name: how for name, how in chosen.items() if int(how.changes.get("rank", 0)) <= most}
+        return {name: how for name, how in chosen.items() if "rank" not in how.changes or int(name.split()[-1]) <= most}
 
     @property
     def _ablation_names(self) -> tuple[str, ...]:

@@ -7,7 +7,7 @@ import re
 from collections.abc import Callable, Mapping
 
 from flexmoe_jax.model.flops import forward_flops, training_flops
-from flexmoe_jax.params import read_ranks
+from flexmoe_jax.params import HEAD, read_ranks
 from flexmoe_jax.study.baselines import FORGETTING, Nats, branch_train_merge, causal_branch_train_merge, oracle
 from flexmoe_jax.study.config import Experts, StudyConfig
 from flexmoe_jax.study.results import Kind, hybrid_of
@@ -105,6 +105,7 @@ class _Costs:
         rows = self.config.batch_size if how.public_text else self.config.own_sequences
         kind, rank = "expert" if how.coordinate else "alone", how.changes.get("rank")
         ranks = read_ranks(rank, self.config.shape) if rank else {}
+        ranks.pop(HEAD, None)  # below 1% of a step beside a head
         tokens = len(self.config.owners) * self.config.owner_steps * rows * self.config.seq_len
         return tokens * training_flops(self.config.shape, self.config.seq_len, kind, ranks=ranks)
 

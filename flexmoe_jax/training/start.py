@@ -19,7 +19,7 @@ from flexmoe_jax.mapping import to_mapping
 from flexmoe_jax.model.decoder import init_params
 from flexmoe_jax.model_config import ModelConfig
 from flexmoe_jax.parallel.specs import place_at
-from flexmoe_jax.params import factors, owner_leaves, ranks_of, read_ranks
+from flexmoe_jax.params import HEAD, all_ranks, factors, owner_leaves, ranks_of, read_ranks
 from flexmoe_jax.tree import PUBLIC, TRUNK, Params
 
 PROJECTION_SEED = 0
@@ -126,6 +126,8 @@ def _beside_public(run: RunConfig, vector: DomainVector) -> Start:
             if std := leaves[path].std:  # another draw for every owner
                 source = np.random.default_rng((run.seed, n, *run.owner.encode()))
                 expert[path] += np.float32(std) * source.standard_normal(leaves[path].shape, np.float32)
+        if HEAD in ranks:
+            expert["head_bias"] = np.zeros(public.config.vocab_size, np.float32)
     return _expert(run, public, expert, router)
 
 
@@ -148,7 +150,7 @@ def _expert(run: RunConfig, public: ModelDir, expert: Params, router: dict, hist
             "give another config.public: an owner's expert has the shape of the public expert",
         )
     _check_length(run, public.config)
-    if ranks_of(expert) and not run.coordinate:
+    if all_ranks(expert) and not run.coordinate:
         what = f"config.coordinate is False, and {run.expert} holds low-rank changes of the public expert"
         raise ConfigError(what, "train it beside the public expert")
     params = load_params(public, (PUBLIC,), mapped=True)

@@ -18,7 +18,7 @@ from flexmoe_jax.model_config import ModelConfig
 from flexmoe_jax.parallel.mesh import current_mesh, platform
 from flexmoe_jax.parallel.specs import batch_parts, path_text
 from flexmoe_jax.parallel.stacked import STACKED
-from flexmoe_jax.params import is_matrix
+from flexmoe_jax.params import HEAD_LEAVES, is_matrix
 from flexmoe_jax.training.optimizer import learning_rate, make_optimizer
 from flexmoe_jax.training.state import TrainState
 from flexmoe_jax.tree import Params, combine, flatten
@@ -120,6 +120,7 @@ def kind_of(path: str) -> str:
     """The kind of the parameter at `path`: what norms of gradients and updates are taken over."""
     leaf = path.rpartition("/")[2]
     kinds = {"router": "rows", "bias": "biases", "embed": "embeddings", "head": "embeddings"}
+    kinds |= dict.fromkeys(HEAD_LEAVES, "head changes")
     return kinds.get(leaf) or (
         "matrices" if is_matrix(path) else "norms" if leaf.endswith("norm") else "attention biases"
     )

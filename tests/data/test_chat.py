@@ -281,7 +281,7 @@ def test_the_gradient_at_prompt_positions_is_zero_and_elsewhere_not(store):
     batch = make_batches(store, seq_len=16, batch_size=4, seed=0)[0]
     x = jax.random.normal(jax.random.key(0), (*batch.targets.shape, 8))
     head = jax.random.normal(jax.random.key(1), (8, 300))
-    gradient = jax.grad(lambda x: next_token_loss(x, head, batch.targets, batch.weights)[0])(x)
+    gradient = jax.grad(lambda x: next_token_loss(x, (head,), batch.targets, batch.weights)[0])(x)
     sizes = np.abs(gradient).max(-1)
     assert (sizes[batch.weights == 0] == 0).all()
     assert (sizes[batch.weights == 1] > 0).all()

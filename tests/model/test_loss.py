@@ -1,7 +1,5 @@
 """The chunked next-token loss: equal to the formula over all logits, in less memory."""
 
-import functools
-
 import jax
 import jax.numpy as jnp
 import numpy as np
@@ -30,10 +28,16 @@ def whole(x, head, targets, weights):
 
 
 @pytest.mark.parametrize("chunk_logits", [B * V, 5 * B * V, 1 << 20], ids=["1 token", "5 of 13 tokens", "all"])
-def test_the_chunked_loss_equals_the_formula_in_values_and_gradients(monkeypatch, chunk_logits):
+@pytest.mark.parametrize("rows", [D, 3], ids=["one head", "in two parts"])
+def test_the_chunked_loss_equals_the_formula_in_values_and_gradients(monkeypatch, chunk_logits, rows):
     monkeypatch.setattr(loss_module, "CHUNK_LOGITS", chunk_logits)
     arrays, targets, weights = inputs()
-    chunked = jax.jit(functools.partial(next_token_loss, targets_BT=targets, weights_BT=weights, z_loss=Z))
+
+    @jax.jit
+    def chunked(x, head):
+        parts = [part for part in (head[:rows], head[rows:]) if len(part)]
+        return next_token_loss(x, parts, targets, weights, Z)
+
     for ours, theirs in zip(chunked(*arrays), whole(*arrays, targets, weights), strict=True):
         assert max_difference(ours, theirs) < 2e-5  # float32 sums of values of order 10 in another order
     expected = jax.grad(lambda *a: 3 * whole(*a, targets, weights)[0], (0, 1))(*arrays)
@@ -49,14 +53,14 @@ def test_a_frozen_head_costs_no_gradient():
     (x, head), targets, weights = inputs()
 
     def products(argnums):
-        gradient = jax.grad(lambda x, head: next_token_loss(x, head, targets, weights)[0], argnums)
+        gradient = jax.grad(lambda x, head: next_token_loss(x, (head,), targets, weights)[0], argnums)
         return str(jax.make_jaxpr(gradient)(x, head)).count("dot_general")
 
     assert (products((0, 1)), products(0)) == (3, 2)
 
 
 def test_no_array_holds_all_logits():
-    text = jax.jit(jax.grad(lambda x, head: next_token_loss(x, head, *rest)[0], (0, 1)))
+    text = jax.jit(jax.grad(lambda x, head: next_token_loss(x, (head,), *rest)[0], (0, 1)))
     x, head = jnp.zeros((4, 512, 8)), jnp.zeros((8, 8192))
     rest = jnp.zeros((4, 512), jnp.int32), jnp.ones((4, 512))
     # 4 * 512 * 8192 logits are 64 MiB; a chunk is 8 MiB, and few of them exist at a time.

@@ -118,7 +118,7 @@ def test_the_loss_has_the_gradients_of_its_definition(form, dtype):
         return (weights * nll).sum()
 
     x, head = normal(1, N, D).astype(dtype), normal(D, F).astype(dtype)
-    ours = jax.jit(jax.grad(lambda *a: loss.next_token_loss(*a, targets, weights)[0], (0, 1)))(x, head)
+    ours = jax.jit(jax.grad(lambda *a: loss.next_token_loss(a[0], a[1:], targets, weights)[0], (0, 1)))(x, head)
     exact = jax.grad(definition, (0, 1))(x.astype(jnp.float32), head.astype(jnp.float32))
     for mine, theirs in zip(ours, exact, strict=True):
         assert mine.dtype == jnp.dtype(dtype)
@@ -152,7 +152,7 @@ def step_program() -> tuple[str, str]:
     def total(mine):
         tree = {"trunk": {**params["trunk"], "blocks": frozen}, "experts": {**params["experts"], "news": mine}}
         x, _ = hidden_states(Decoder(TINY, dtype="bfloat16"), tree, tokens)
-        return loss.next_token_loss(x, tree["trunk"]["head"], tokens, jnp.ones(tokens.shape))[0]
+        return loss.next_token_loss(x, (tree["trunk"]["head"],), tokens, jnp.ones(tokens.shape))[0]
 
     gradient = jax.jit(jax.grad(total))
     lowered = gradient.lower(params["experts"]["news"])

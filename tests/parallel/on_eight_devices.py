@@ -196,7 +196,7 @@ def main(root: pathlib.Path) -> dict:
     result["hybrid"] = compare(hybrid, PUBLIC_MESHES, load_package)
 
     def low_rank(tag):
-        return dataclasses.replace(hybrid(f"rank-{tag}"), rank="4")
+        return dataclasses.replace(hybrid(f"rank-{tag}"), rank="w_gate=4,w_up=4,head=4")
 
     def quantized(tag):
         return dataclasses.replace(hybrid(f"int8-{tag}"), rank="4", frozen_dtype="int8")

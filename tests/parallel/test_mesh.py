@@ -110,7 +110,9 @@ def test_every_leaf_has_a_sharding_rule_and_every_rule_a_leaf():
     for config in ANCHORS.values():  # which have every leaf that a model can have
         params = init_params(config, jax.random.key(0), ("public", "news"))
         paths |= {*flatten(params), *flatten({**params, "experts": stack_weights(params["experts"])})}
-        paths |= {*model_leaves(config, ("public", "news"), {"news": read_ranks("2", config)})}
+        paths |= {
+            *model_leaves(config, ("public", "news"), {"news": read_ranks("w_gate=2,w_up=2,w_down=2,head=2", config)})
+        }
     numbered = [(pattern, number) for number, (pattern, _) in enumerate(RULES)]
     assert set(match_rules(paths, numbered).values()) == set(range(len(RULES)))
     assert spec_of("opt_state/1/0/mu/trunk/embed") == spec_of("trunk/embed")

@@ -25,7 +25,11 @@ def test_no_public_model_is_none():
 def test_ablations_are_chosen_by_name():
     wide = dataclasses.replace(CONFIG, model=dataclasses.replace(CONFIG.shape, d_model=64, d_ff=96))
     assert wide.chosen_ablations == ABLATIONS
-    assert ABLATIONS.keys() - CONFIG.chosen_ablations.keys() == {"rank 16", "rank 64"}  # its matrices are 8 wide
+    assert ABLATIONS.keys() - CONFIG.chosen_ablations.keys() == {
+        "rank 16",
+        "rank 64",
+        "head 32",
+    }  # its matrices are 8 wide
     assert dataclasses.replace(CONFIG, ablations="").chosen_ablations == {}
     chosen = dataclasses.replace(CONFIG, ablations="no bias,random rows").chosen_ablations
     assert chosen == {name: ABLATIONS[name] for name in ("no bias", "random rows")}

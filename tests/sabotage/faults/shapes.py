@@ -3,10 +3,60 @@
 from tests.sabotage.fault import Fault
 
 OF_MODEL, OF_KINDS = "tests/model/test_low_rank.py", "tests/compose/test_low_rank.py"
+OF_HEADS = "tests/compose/test_heads.py"
 OF_CONVERT, OF_QUANTIZED = "tests/compose/test_convert.py", "tests/training/test_quantized.py"
-EXPERTS, CONVERT = "model/experts.py", "compose/convert.py"
+EXPERTS, CONVERT, DECODER = "model/experts.py", "compose/convert.py", "model/decoder.py"
 
 SHAPES = (
+    Fault(
+        "a change of the output head is not gated",
+        DECODER,
+        "gate_BTE = jax.nn.softmax(mean_NE, axis=-1)",
+        "gate_BTE = jnp.ones_like(mean_NE)",
+        f"{OF_HEADS}::test_the_logits_are_those_of_the_definition",
+    ),
+    Fault(
+        "the gate of the output head is that of another expert",
+        DECODER,
+        "order.index(name), None]",
+        "order.index(name) - 1, None]",
+        f"{OF_HEADS}::test_the_logits_are_those_of_the_definition",
+    ),
+    Fault(
+        "decoding gates the output head by one layer",
+        DECODER,
+        "return _for_head(run, params, x_BTD, logits_LNE), kv_cache",
+        "return _for_head(run, params, x_BTD, logits_LNE[-1:]), kv_cache",
+        f"{OF_HEADS}::test_decoding_with_a_cache_gives_the_logits_of_the_whole_sequence",
+    ),
+    Fault(
+        "a change of the output head does not begin at zero",
+        "params.py",
+        'leaves["head_b"] = Leaf((rank, V), (None, TENSOR))',
+        'leaves["head_b"] = Leaf((rank, V), (None, TENSOR), std=0.02)',
+        f"{OF_HEADS}::test_training_starts_with_the_head_of_the_public_model",
+    ),
+    Fault(
+        "router tuning trains the output head",
+        "compose/tune.py",
+        "experts/.*/(w|head)_.*",
+        "experts/.*/w_.*",
+        f"{OF_HEADS}::test_tuning_and_further_training_keep_a_head",
+    ),
+    Fault(
+        "an export leaves a change of the output head out",
+        "hf/export.py",
+        "    check_no_head_changes(model, names)\n",
+        "",
+        f"{OF_HEADS}::test_other_formats_refuse_a_head_by_name",
+    ),
+    Fault(
+        "the loss has no gradient for the owners' part of the head",
+        "model/loss.py",
+        "want_head, strict=True)]",
+        "(*want_head[:1], *(False for _ in want_head[1:])), strict=True)]",
+        "tests/model/test_loss.py::test_the_chunked_loss_equals_the_formula_in_values_and_gradients",
+    ),
     Fault(
         "frozen matrices of one block for a whole row",
         "model/quantized.py",
@@ -81,8 +131,8 @@ SHAPES = (
     Fault(
         "router tuning trains low-rank changes",
         "compose/tune.py",
-        "experts/.*/w_.*",
-        "experts/.*/w_(gate|up|down)",
+        "experts/.*/(w|head)_.*",
+        "experts/.*/(w_(gate|up|down)|head_.*)",
         f"{OF_KINDS}::test_a_low_rank_expert_is_trained_further_and_its_router_tuned_in_its_own_form",
     ),
     Fault(
