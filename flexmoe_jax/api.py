@@ -19,8 +19,9 @@ from flexmoe_jax.evaluate.joining import Joining
 from flexmoe_jax.evaluate.lm import LM
 from flexmoe_jax.evaluate.perplexity import Score, half_window, score
 from flexmoe_jax.evaluate.routing import TokenRouting, route_text
+from flexmoe_jax.evaluate.statistics import TokenStatistics, token_statistics
 from flexmoe_jax.model.decoder import Decoder, forward
-from flexmoe_jax.model.generate import Sampling, stream
+from flexmoe_jax.model.generate import Sampling, generate, stream
 from flexmoe_jax.model.precision import exact
 from flexmoe_jax.model_config import ModelConfig
 from flexmoe_jax.parallel.mesh import mesh_of_one
@@ -175,6 +176,18 @@ class Model:
         DataError if there is no token.
         """
         return route_text(self.decoder(), self._stacked, text, self.tokenizer)
+
+    def statistics(self, rows: list[list[int]], sampling: Sampling) -> list[TokenStatistics]:
+        """What the model says of every token of `rows` but the first of each (`evaluate.statistics`)."""
+        return token_statistics(self.decoder(), self._stacked, rows, sampling)
+
+    def continuations(
+        self, prompts: list[list[int]], *, max_new_tokens: int, sampling: Sampling, seed: int = 0
+    ) -> list[list[int]]:
+        """The new token ids of each prompt of token ids, drawn together; a row ends before a stop token."""
+        run = dataclasses.replace(self.decoder(), dispatch="sparse")
+        how = {"stop_ids": self.tokenizer.stop_ids, "sampling": sampling, "seed": seed}
+        return generate(run, self._stacked, prompts, max_new_tokens=max_new_tokens, **how)
 
     def lm(self, batch_size: int = 8) -> LM:
         """The model as benchmarks call it: log-likelihoods, and text until a stop string."""

@@ -28,7 +28,7 @@ FLOORS: tuple[set[str], ...] = (  # a folder or module imports from lower floors
     {"training"},  # scores held-out text while it trains
     {"compose"},
     {"api", "__init__"},  # the library's front door
-    {"hf", "flexmix", "plan", "doctor"},  # wings of the command line
+    {"hf", "flexmix", "plan", "doctor", "attack"},  # wings of the command line
     {"study"},  # a wing that compares whole models of the mix
     {"cli"},
 )

@@ -55,6 +55,8 @@ ROLES = {
     "an auditor (verify: a coordinator too)": {
         "inspect": ("models", "show what a package or a model holds"),
         "verify": ("models", "check every digest and signature of a package, a model or a run"),
+        "attack-extract": ("attack", "measure how much of its training text a model gives back"),
+        "attack-membership": ("attack", "measure whether trained documents can be told from others"),
     },
     "a researcher": {
         "plan": ("plan", "estimate memory and time of a run on given TPUs or GPUs"),

@@ -42,6 +42,11 @@ def sample(key: jax.Array, logits_BV: jax.Array, sampling: Sampling) -> jax.Arra
     """float32 logits [B, V] -> sampled int32 token ids [B]; greedy sampling ignores `key`."""
     if sampling.temperature == 0:
         return jnp.argmax(logits_BV, axis=-1).astype(jnp.int32)
+    return jax.random.categorical(key, drawn_from(logits_BV, sampling), axis=-1).astype(jnp.int32)
+
+
+def drawn_from(logits_BV: jax.Array, sampling: Sampling) -> jax.Array:
+    """The logits [B, V] that a `sampling` of a temperature above 0 draws from; -inf for tokens that it never draws."""
     logits_BV = logits_BV / sampling.temperature
     if sampling.top_k is not None:
         kth_B1 = jax.lax.top_k(logits_BV, min(sampling.top_k, logits_BV.shape[-1]))[0][:, -1:]
@@ -52,7 +57,7 @@ def sample(key: jax.Array, logits_BV: jax.Array, sampling: Sampling) -> jax.Arra
         before_BV = jnp.cumsum(probs_BV, axis=-1) - probs_BV
         least_B1 = jnp.where(before_BV < sampling.top_p, sorted_BV, jnp.inf).min(axis=-1, keepdims=True)
         logits_BV = jnp.where(logits_BV < least_B1, -jnp.inf, logits_BV)
-    return jax.random.categorical(key, logits_BV, axis=-1).astype(jnp.int32)
+    return logits_BV
 
 
 def generate(run: Decoder, params: Params, prompts: list[list[int]], **kwargs) -> list[list[int]]:

@@ -97,6 +97,8 @@ PATHS = {
     "eval-joining": ["eval-joining", "{}", "--heldout", "news={}"],
     "eval-suite": ["eval-suite", "{}", "--tasks", "mc9"],
     "eval-harness": ["eval-harness", "{}", "--tasks", "gsm8k", "--include", "{}"],
+    "attack-extract": ["attack-extract", "{}", "--data", "{}", "--control", "{}"],
+    "attack-membership": ["attack-membership", "{}", "--members", "{}", "--others", "{}"],
     "generate": ["generate", "{}", "--prompt", "x"],
     "report": ["report", "{}"],
 }
