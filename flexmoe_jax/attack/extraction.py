@@ -12,7 +12,7 @@ sampling draws the next 50 tokens as they are, is computed; n draws give them ba
 
 import dataclasses
 import math
-from collections.abc import Iterable, Sequence
+from collections.abc import Sequence
 from typing import TYPE_CHECKING
 
 import numpy as np
@@ -80,23 +80,26 @@ class Extraction:
         return shares
 
 
-def passages(
-    documents: Iterable[str], tokenizer: Tokenizer, count: int, seed: int, total: int = TOTAL
-) -> list[list[int]]:
-    """Random pieces, of at most `total` tokens, of `count` random documents of at least `LEAST` tokens.
+def passages(documents: Sequence[str], tokenizer: Tokenizer, length: int, count: int, seed: int) -> list[list[int]]:
+    """Random pieces, of at most `TOTAL` tokens, of `count` random documents of at least `LEAST` tokens.
 
-    DataError if no document is that long.
+    A model reads at most `length` tokens. DataError if that is too short, or no document is long enough.
     """
-    texts = list(documents)
+    total = min(TOTAL, length - (tokenizer.bos_id is not None))
+    if total < PREFIX + SUFFIX:
+        what = f"the model reads {length} tokens, and a prompt of {PREFIX} with the next {SUFFIX} is asked for"
+        raise DataError(what, "use a model of a longer max_seq_len")
     source = np.random.default_rng(seed)
     found: list[list[int]] = []
-    for n in source.permutation(len(texts)):
-        ids = tokenizer.encode(texts[n])
-        if len(ids) >= LEAST and len(found) < count:
+    for n in source.permutation(len(documents)):
+        if len(found) == count:
+            break
+        ids = tokenizer.encode(documents[n])
+        if len(ids) >= LEAST:
             start = int(source.integers(0, max(len(ids) - total, 1)))
             found.append(ids[start : start + total])
     if not found:
-        raise DataError(f"no document of {len(texts)} has {LEAST} tokens", "give longer documents")
+        raise DataError(f"no document of {len(documents)} has {LEAST} tokens", "give longer documents")
     return found
 
 
@@ -105,6 +108,8 @@ def extract(model: "Model", rows: Sequence[list[int]], samples: int = 10, seed: 
 
     ConfigError without rapidfuzz (extra `attack`) where there are samples.
     """
+    if samples:
+        _similarity(model.tokenizer, [], [], [])  # before hours of work
     before = [] if model.tokenizer.bos_id is None else [model.tokenizer.bos_id]
     statistics = model.statistics([[*before, *row[: PREFIX + SUFFIX]] for row in rows], SAMPLING)
     log_z = np.array([s.drawn[len(before) + PREFIX - 1 :].sum(dtype=np.float64) for s in statistics])

@@ -11,7 +11,7 @@ A document is read from its start, as many tokens as a window of the model holds
 
 import dataclasses
 import zlib
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from typing import TYPE_CHECKING
 
 import numpy as np
@@ -71,11 +71,15 @@ def separation(members_M: np.ndarray, others_N: np.ndarray) -> Separation:
     return Separation(auc, max(auc - width, 0.0), min(auc + width, 1.0), found)
 
 
-def member_scores(model: "Model", texts: Sequence[str], public: "Model | None" = None) -> dict[str, np.ndarray]:
-    """{attack: float64 score of each text}; `reference` only with the model `public`. DataError for an empty text."""
+def member_scores(
+    model: "Model", texts: Sequence[str], public: Mapping[str, np.ndarray] | None = None
+) -> dict[str, np.ndarray]:
+    """{attack: float64 score of each text}; `reference` only with the scores of the `public` model.
+
+    DataError for a text without a token.
+    """
     rows = [[model.tokenizer.start_id, *model.tokenizer.encode(text)][: model.config.max_seq_len + 1] for text in texts]
-    anything = Sampling(temperature=1.0)
-    statistics = model.statistics(rows, anything)
+    statistics = model.statistics(rows, Sampling(temperature=1.0))
     log_p = [s.log_p.astype(np.float64) for s in statistics]
     sizes = [len(zlib.compress(model.tokenizer.decode(row[1:]).encode())) for row in rows]
     scaled = [(lp - s.mean) / np.maximum(s.deviation, 1e-6) for lp, s in zip(log_p, statistics, strict=True)]
@@ -85,10 +89,8 @@ def member_scores(model: "Model", texts: Sequence[str], public: "Model | None" =
         "min-k": [_lowest(lp) for lp in log_p],
         "min-k++": [_lowest(z) for z in scaled],
     }
-    if public is not None:
-        before = [s.log_p.astype(np.float64).mean() for s in public.statistics(rows, anything)]
-        scores["reference"] = [lp.mean() - one for lp, one in zip(log_p, before, strict=True)]
-    return {name: np.array(values) for name, values in scores.items()}
+    found = {name: np.array(values) for name, values in scores.items()}
+    return found if public is None else found | {"reference": found["loss"] - public["loss"]}
 
 
 def blind_separation(members: Sequence[str], others: Sequence[str], seed: int = 0) -> Separation:

@@ -5,11 +5,10 @@ import pathlib
 from typing import TYPE_CHECKING
 
 from flexmoe_jax.cli.common import ExistingPath, Parser, add_fields, add_json, emit, fields_of, names, parser, table
+from flexmoe_jax.errors import DataError
 from flexmoe_jax.ranges import COUNT, COUNT_OR_ZERO
 
 if TYPE_CHECKING:
-    from collections.abc import Iterator
-
     from flexmoe_jax.api import Model
 
 _SPLITS = ("train", "heldout")
@@ -31,17 +30,16 @@ def attack_extract(argv: list[str]) -> int:
     what = "continuations of each document, 10 by default as in the paper; 0 computes probabilities alone"
     p.add_argument("--samples", type=COUNT_OR_ZERO, default=10, help=what)
     args = p.parse(argv)
-    from flexmoe_jax.attack.extraction import TOTAL, extract, passages
+    from flexmoe_jax.attack.extraction import extract, passages
 
     sources = {"data": _texts(args, args.data, args.split)}
     if args.control is not None:
         sources["control"] = _texts(args, args.control, args.control_split)
     results: dict[str, dict] = {}
     rows: list[list] = []
-    for chosen, model in _models(args):
-        total = min(TOTAL, model.config.max_seq_len)
+    for chosen, model in _models(args)[1].items():
         for source, texts in sources.items():
-            pieces = passages(texts, model.tokenizer, args.documents, args.seed, total)
+            pieces = passages(texts, model.tokenizer, model.config.max_seq_len, args.documents, args.seed)
             found = extract(model, pieces, args.samples, args.seed).shares()
             results.setdefault(chosen, {})[source] = {name: share.describe() for name, share in found.items()}
             for name, share in found.items():
@@ -79,14 +77,18 @@ def attack_membership(argv: list[str]) -> int:
         _texts(args, folder, split)[: args.documents]
         for folder, split in ((args.members, args.split), (args.others, args.others_split))
     )
+    if both := len({*members} & {*others}):
+        what = f"{both} of the {len(others)} other documents are members, too"
+        raise DataError(what, "give documents that were not trained on")
     blind, common = blind_separation(members, others, args.seed), shared(members, others)
     found = {"none": {"words alone": blind}}
-    public = None
-    for chosen, model in _models(args):
-        if public is None and PUBLIC in model.experts:
-            public = _load(args).select((PUBLIC,))
-        alone = model.experts == (PUBLIC,)
-        scores = [member_scores(model, texts, None if alone else public) for texts in (members, others)]
+    whole, models = _models(args)
+    before = [member_scores(whole.select((PUBLIC,)), texts) for texts in (members, others)]
+    for chosen, model in models.items():
+        if model.experts == (PUBLIC,):
+            scores = before
+        else:
+            scores = [member_scores(model, *pair) for pair in zip((members, others), before, strict=True)]
         found[chosen] = {name: separation(scores[0][name], scores[1][name]) for name in scores[0]}
     rows = [
         [chosen, name, one.auc, f"{one.low:.3f} to {one.high:.3f}"]
@@ -130,15 +132,10 @@ def _texts(args: argparse.Namespace, folder: str, split: str) -> list[str]:
     return [texts[n] for n in np.random.default_rng(args.seed).permutation(len(texts))]
 
 
-def _load(args: argparse.Namespace) -> "Model":
+def _models(args: argparse.Namespace) -> "tuple[Model, dict[str, Model]]":
+    """(the whole model, {experts: the model of them} for every --experts); all are checked before one is used."""
     from flexmoe_jax import load
 
-    return load(args.model)
-
-
-def _models(args: argparse.Namespace) -> "Iterator[tuple[str, Model]]":
-    """(its experts, the model) of every --experts; all are checked before the first is used."""
-    model = _load(args)
+    model = load(args.model)
     chosen = [names(text) or [] for text in args.experts or [",".join(model.experts)]]
-    selected = [model.select(experts) for experts in chosen]
-    yield from zip(map(",".join, chosen), selected, strict=True)
+    return model, {",".join(experts): model.select(experts) for experts in chosen}

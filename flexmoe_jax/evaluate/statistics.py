@@ -2,6 +2,7 @@
 
 import dataclasses
 import functools
+import math
 
 import jax
 import jax.numpy as jnp
@@ -14,7 +15,8 @@ from flexmoe_jax.model.precision import exact
 from flexmoe_jax.parallel.mesh import everywhere
 from flexmoe_jax.tree import Params
 
-_ROWS, _LENGTH_STEP = 8, 64  # rows at a time; lengths are padded to multiples of this: few shapes are compiled
+_ROWS, _TOKENS = 8, 8192  # rows at a time, and their tokens
+_LENGTH_STEP = 64  # lengths are padded to multiples of this: few shapes are compiled; as many have logits at a time
 
 
 @dataclasses.dataclass(frozen=True)
@@ -41,10 +43,12 @@ def token_statistics(run: Decoder, params: Params, rows: list[list[int]], sampli
         raise DataError(f"a row has {wrong[0]} tokens", f"give from 2 to {limit + 1}, the model's max_seq_len and one")
     found: list[TokenStatistics | None] = [None] * len(rows)
     order = sorted(range(len(rows)), key=lambda n: len(rows[n]))
-    for at in range(0, len(order), _ROWS):
-        batch = order[at : at + _ROWS]
-        length = min(-(-(len(rows[batch[-1]]) - 1) // _LENGTH_STEP) * _LENGTH_STEP, limit) + 1
-        tokens_BT = np.zeros((_ROWS, length), np.int32)
+    while order:
+        longest = min(-(-(len(rows[order[-1]]) - 1) // _LENGTH_STEP) * _LENGTH_STEP, limit)
+        count = max(1, min(_ROWS, _TOKENS // longest))
+        batch = order[-count:]
+        del order[-count:]
+        tokens_BT = np.zeros((count, longest + 1), np.int32)
         for i, n in enumerate(batch):
             tokens_BT[i, : len(rows[n])] = rows[n]
         values = [np.asarray(value) for value in _statistics(run, sampling, params, tokens_BT)]
@@ -56,11 +60,11 @@ def token_statistics(run: Decoder, params: Params, rows: list[list[int]], sampli
 @functools.partial(jax.jit, static_argnums=(0, 1))
 @exact
 def _statistics(run: Decoder, sampling: Sampling, params: Params, tokens_BT: jax.Array) -> tuple[jax.Array, ...]:
-    """The fields of `TokenStatistics` [B, T - 1]; one row's logits at a time."""
+    """The fields of `TokenStatistics` [B, T - 1]; the logits of `_LENGTH_STEP` tokens at a time."""
     x_BTD, _ = hidden_states(run, params, tokens_BT[:, :-1])
 
-    def of_row(row: tuple[jax.Array, jax.Array]) -> tuple[jax.Array, ...]:
-        x_TD, next_T = row
+    def of_part(part: tuple[jax.Array, jax.Array]) -> tuple[jax.Array, ...]:
+        x_TD, next_T = part
         logits_TV = logits(run, params, x_TD)
         log_p_TV = jax.nn.log_softmax(logits_TV, axis=-1)
         p_TV = jnp.exp(log_p_TV)
@@ -70,4 +74,7 @@ def _statistics(run: Decoder, sampling: Sampling, params: Params, tokens_BT: jax
         log_p_T, drawn_T = (jnp.take_along_axis(a, next_T[:, None], axis=-1)[:, 0] for a in (log_p_TV, drawn_TV))
         return log_p_T, mean_T, jnp.sqrt(variance_T), drawn_T
 
-    return jax.tree.map(everywhere, jax.lax.map(of_row, (x_BTD, tokens_BT[:, 1:])))
+    B, T, D = x_BTD.shape
+    width = math.gcd(T, _LENGTH_STEP)
+    parts = jax.lax.map(of_part, (x_BTD.reshape(-1, width, D), tokens_BT[:, 1:].reshape(-1, width)))
+    return jax.tree.map(lambda value: everywhere(value.reshape(B, T)), parts)

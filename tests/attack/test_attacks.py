@@ -61,7 +61,7 @@ def test_a_text_known_by_heart_is_extracted_and_one_never_seen_is_not(world):
     found = {}
     for name, model in (("fit", fit), ("fresh", fresh)):
         for seed in (1, 2):
-            rows = passages(texts(seed), model.tokenizer, 8, seed=0)
+            rows = passages(texts(seed), model.tokenizer, 256, 8, seed=0)
             shares = extract(model, rows, samples=2).shares()
             found[name, seed] = {key: share.value for key, share in shares.items()}
     assert found["fit", 1]["10 draws"] > 0.8
@@ -75,7 +75,7 @@ def test_members_are_told_from_others_only_by_the_model_that_learned_them(world)
     _, fit, fresh = world
     members, others = texts(1), texts(2)
     for model, expected in ((fit, 1.0), (fresh, 0.5)):
-        scores = [member_scores(model, some, fresh) for some in (members, others)]
+        scores = [member_scores(model, some, member_scores(fresh, some)) for some in (members, others)]
         for name in ("loss", "zlib", "min-k", "min-k++"):
             auc = separation(scores[0][name], scores[1][name]).auc
             assert abs(auc - expected) < (0.05 if expected == 1 else 0.35), name
@@ -99,6 +99,8 @@ def test_the_verbs_say_what_the_functions_find(world, capsys):
     found = json.loads(capsys.readouterr().out)
     assert (found["members"], found["others"], found["shared"]) == (COUNT, COUNT, 0)
     assert found["experts"]["public"]["loss"]["auc"] > 0.95
+    assert main(["attack-membership", model, "--members", data, "--others", data, "--others-split", "train"]) == 1
+    assert "20 of the 20 other documents are members, too" in capsys.readouterr().err
     assert found["evidence"] is True  # both have the same words
     write(root / "later", "heldout", [f"{text} 2026" for text in texts(2)])
     assert main(["attack-membership", model, "--members", data, "--others", str(root / "later")]) == 0
@@ -150,15 +152,17 @@ def test_n_draws_and_their_intervals():
 def test_passages_are_random_places_of_long_documents(world):
     _, fit, _ = world
     long = [" ".join(texts(seed)) for seed in (3, 4)]
-    rows = passages([*long, "short"], fit.tokenizer, 5, seed=0)
+    rows = passages([*long, "short"], fit.tokenizer, 256, 5, seed=0)
     assert [len(row) for row in rows] == [256, 256]
     encoded = [fit.tokenizer.encode(text) for text in long]
     starts = [n for row in rows for ids in encoded for n in range(len(ids)) if ids[n : n + 256] == row]
     assert len(starts) == 2
     assert max(starts) > 0
-    assert passages(long, fit.tokenizer, 5, seed=0) != passages(long, fit.tokenizer, 5, seed=1)
+    assert passages(long, fit.tokenizer, 256, 5, seed=0) != passages(long, fit.tokenizer, 256, 5, seed=1)
     with pytest.raises(DataError, match="no document of 1 has 128 tokens"):
-        passages(["short"], fit.tokenizer, 5, seed=0)
+        passages(["short"], fit.tokenizer, 256, 5, seed=0)
+    with pytest.raises(DataError, match="reads 81 tokens, and a prompt of 32 with the next 50"):
+        passages(long, fit.tokenizer, 81, 5, seed=0)
     assert PREFIX + SUFFIX < 128
 
 

@@ -44,8 +44,8 @@ ATTACKS = (
     Fault(
         "the reference is the model itself",
         MEMBERSHIP,
-        "for s in public.statistics(rows, anything)]",
-        "for s in statistics]",
+        'found["loss"] - public["loss"]}',
+        'found["loss"] - found["loss"]}',
         f"{OF_ATTACKS}::test_members_are_told_from_others_only_by_the_model_that_learned_them",
     ),
     Fault(
